@@ -1,0 +1,24 @@
+"""ADE20K scene parsing, 150 classes: python -m pspnet_jax.main --config configs/ade20k.py --config.dataset.root=DIR
+
+`configs/ade20k.py:101` trains another depth. Targets on the 2,000 validation images, mIoU at one scale / six scales, with flip:
+depth 50 41.68 / 42.78, 101 41.96 / 43.29, 152 42.62 / 43.51, 269 43.81 / 44.94 (paper, tables 1 and 4).
+Six scales: --mode evaluate --config.eval.scales=0.5,0.75,1.0,1.25,1.5,1.75
+"""
+
+from ml_collections import ConfigDict
+
+from pspnet_jax.config import base_config
+
+
+def get_config(depth: str = "50") -> ConfigDict:
+    config = base_config()
+    config.name = f"ade20k_{depth}"
+    config.model.depth = int(depth)
+    config.dataset.name = "ade20k"
+    config.dataset.train_split = "training"
+    config.eval.split = "validation"
+    config.batch_size = 16
+    config.total_steps = 150_000
+    config.augment.crop = config.eval.crop = (473, 473)
+    config.eval.base_size = 512
+    return config

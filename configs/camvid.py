@@ -1,0 +1,34 @@
+"""CamVid, 11 classes, small enough for a CPU: ResNet-18 from scratch at a quarter of the pixels, scored at full size.
+
+python -m pspnet_jax.main --config configs/camvid.py --config.dataset.root=DIR
+
+DIR holds images/{train,val} and labels/{train,val} at 480x360 (the SegNet tutorial's form, void as 255).
+"""
+
+from ml_collections import ConfigDict
+
+from pspnet_jax.config import base_config
+from pspnet_jax import datasets
+
+
+def get_config() -> ConfigDict:
+    config = base_config()
+    config.name = "camvid"
+    camvid = datasets.table("camvid")
+    config.dataset.class_names, config.dataset.colors = camvid.class_names, camvid.colors
+    config.model.depth = 18
+    config.model.stem = "deep32"
+    config.model.factored_head = True
+    config.batch_size = 8
+    config.total_steps = 690  # 15 epochs of 367 images
+    config.optimizer.learning_rate = 0.05
+    config.augment.scale = (0.35, 0.75)  # of 480x360: the network trains at about half the resolution
+    config.augment.rotate_probability = 0.0
+    config.augment.blur_probability = 0.0
+    config.augment.crop = (181, 241)
+    config.eval.inference = "whole"
+    config.eval.base_size = 241
+    config.every.log = 10
+    config.every.eval = 230
+    config.every.save = 115
+    return config

@@ -1,0 +1,87 @@
+"""The pyramid pooling module, and the convolution that reads it, plain and factored (SPEC sections 1 and 7)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pspnet_jax.models.layers import (
+    adaptive_average_pool,
+    adaptive_max_pool,
+    convolve,
+    he_normal_fan_out,
+    resize,
+    resize_matrix,
+)
+
+
+class Pyramid(nn.Module):
+    """Pools features to b x b for each bin b: [N, h, w, C] -> one [N, b, b, C/N_levels] a bin (C without reduction).
+
+    Each level is a 1x1 convolution with batch normalization and ReLU over the pooled features.
+    """
+
+    bins: Sequence[int]
+    pool: str
+    reduce_channels: bool
+    conv_norm: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> list[jax.Array]:
+        pool = adaptive_average_pool if self.pool == "average" else adaptive_max_pool
+        channels = x.shape[-1] // len(self.bins) if self.reduce_channels else x.shape[-1]
+        return [self.conv_norm(channels, 1, name=f"level{i}")(pool(x, bins), train) for i, bins in enumerate(self.bins)]
+
+
+class PyramidConv(nn.Module):
+    """Convolution over concat[x, up(level 0), up(level 1), ...], with symmetric padding and no bias -> [N, h, w, features].
+
+    Attributes:
+      factored: compute the same function as a sum of one convolution per input, without building the concatenation,
+        which is the widest tensor of the network.
+    """
+
+    features: int
+    kernel_size: int
+    align_corners: bool
+    factored: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, levels: Sequence[jax.Array]) -> jax.Array:
+        height, width = x.shape[1:3]
+        inputs = [x, *levels]
+        shape = (self.kernel_size, self.kernel_size, sum(i.shape[-1] for i in inputs), self.features)
+        kernel = self.param("kernel", he_normal_fan_out, shape).astype(self.dtype)
+        if not self.factored:
+            upsampled = [resize(level, height, width, self.align_corners).astype(self.dtype) for level in levels]
+            return convolve(jnp.concatenate([x, *upsampled], axis=-1), kernel)
+        own, *parts = jnp.split(kernel, np.cumsum([i.shape[-1] for i in inputs])[:-1], axis=2)
+        y = convolve(x, own)
+        for level, part in zip(levels, parts, strict=True):
+            y += convolve_upsampled(level, part, height, width, self.align_corners).astype(self.dtype)
+        return y
+
+
+def convolve_upsampled(level: jax.Array, kernel: jax.Array, height: int, width: int, align_corners: bool) -> jax.Array:
+    """convolve(resize(level, height, width), kernel) without the resized tensor: [N, b, b, I], [k, k, I, O] -> f32[N, h, w, O].
+
+    Both steps are linear, so the b x b grid is contracted with each tap of the kernel first, then expanded by the rows
+    of the resize matrices, shifted by the tap and zero outside.
+    """
+    size = kernel.shape[0]
+    taps = jnp.einsum("nijc,uvco->nuvijo", level, kernel, preferred_element_type=jnp.float32)
+    rows = _shifted(resize_matrix(level.shape[1], height, align_corners), size)
+    columns = _shifted(resize_matrix(level.shape[2], width, align_corners), size)
+    exact = jax.lax.Precision.HIGHEST
+    taps = jnp.einsum("vxj,nuvijo->nuixo", columns, taps, precision=exact)
+    return jnp.einsum("uyi,nuixo->nyxo", rows, taps, precision=exact)
+
+
+def _shifted(matrix: np.ndarray, taps: int) -> np.ndarray:
+    """[size, b] -> [taps, size, b]: row y of slice t is the matrix's row y + t - taps // 2, or zero outside."""
+    padded = np.pad(matrix, ((taps // 2, taps // 2), (0, 0)))
+    return np.stack([padded[t : t + len(matrix)] for t in range(taps)])
