@@ -1,0 +1,56 @@
+"""Devices: the mesh, the shardings, and the way from a host's numpy batch to global arrays.
+
+Programs are written as if for one device and compiled for the mesh; its axes are "data", over which the batch is shared
+out, and "spatial", over which one image may be (of size 1).
+"""
+
+import collections
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+def start_processes() -> None:
+    """Joins the processes of one job, on a TPU pod, under SLURM or Open MPI, or by the JAX_COORDINATOR_ADDRESS of launch/.
+
+    Raises:
+      ValueError: no cluster was recognized, or the other processes did not come.
+    """
+    try:
+        jax.distributed.initialize()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"--distributed: the processes of this job could not be joined ({error}); start the same command on every host "
+            "of the pod or cluster at the same time, as the scripts in launch/ do, or leave --distributed out on one machine"
+        ) from error
+
+
+def make_mesh(devices: Iterable[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes ("data", "spatial") over the devices given, or over all devices of the job."""
+    devices = list(devices or jax.devices())
+    return jax.make_mesh((len(devices), 1), ("data", "spatial"), (AxisType.Auto, AxisType.Auto), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays [N, ...]: each device has N / devices of the examples."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def to_devices(batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, ahead: int = 2) -> Iterator[dict[str, jax.Array]]:
+    """Turns this process's batches into global ones, `ahead` of their use, so that copying overlaps with computing."""
+    sharding = batch_sharding(mesh)
+    queue: collections.deque[dict[str, jax.Array]] = collections.deque()
+    batches = iter(batches)
+    while True:
+        for batch in itertools.islice(batches, ahead + 1 - len(queue)):
+            queue.append({k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()})
+        if not queue:
+            return
+        yield queue.popleft()

@@ -1,0 +1,186 @@
+"""Checkpoints of a run, by orbax: the newest two and the best one are kept, written in the background, each with its config.
+
+Layout: WORKDIR/config.json and WORKDIR/checkpoints/STEP/{state,config}.
+"""
+
+import logging
+from collections.abc import Mapping
+
+import flax
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from orbax.checkpoint import checkpoint_managers
+
+from pspnet_jax import config as configs
+from pspnet_jax import models, parallel
+from pspnet_jax.train.step import TrainState, Variables, init_state
+
+logger = logging.getLogger(__name__)
+BEST_METRIC = "mean_iou"
+FIXED = ("model", "normalize", "dataset.name", "dataset.class_names")  # what a resumed run has to share
+
+
+def abstract_state(config: ConfigDict, model: models.PSPNet, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the config's train state: any number of devices restores into it."""
+    everywhere = parallel.replicated(mesh)
+    shapes = jax.eval_shape(init_state(config, model, mesh))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
+
+
+class Checkpoints:
+    """The checkpoints under WORKDIR/checkpoints.
+
+    Attributes:
+      steps: the steps saved, in order.
+    """
+
+    def __init__(self, workdir: epath.PathLike, *, read_only: bool = False):
+        self._directory = epath.Path(workdir).resolve() / "checkpoints"
+        if read_only and not self._directory.exists():
+            raise FileNotFoundError(f"--workdir {workdir}: has no checkpoints; train there first, or name another directory")
+        policies = checkpoint_managers
+        best = policies.BestN(get_metric_fn=lambda metrics: metrics[BEST_METRIC], n=1, keep_checkpoints_without_metrics=False)
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), best]),
+                best_fn=lambda metrics: metrics[BEST_METRIC],
+                create=not read_only,
+                read_only=read_only,
+            ),
+        )
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, config: ConfigDict, metrics: Mapping[str, float] | None) -> None:
+        """Copies the state and writes it in the background; metrics, where the state was evaluated, decide which is best."""
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config.to_dict()))
+        self._manager.save(step, args=items, metrics=metrics)
+
+    def restore(self, step: int, target: TrainState) -> TrainState:
+        """Reads one checkpoint into the target's shapes and shardings (see `abstract_state`)."""
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        return self._manager.restore(step, args=items)["state"]
+
+    def config(self, step: int) -> ConfigDict:
+        """The config that the checkpoint was trained with."""
+        items = ocp.args.Composite(config=ocp.args.JsonRestore())
+        return configs.from_dict(self._manager.restore(step, args=items)["config"])
+
+    def find(self, which: str) -> int:
+        """The step of "latest", "best" (by validation mIoU) or a number.
+
+        Raises:
+          FileNotFoundError: there is none such; the ones there are, are listed.
+        """
+        steps = self.steps
+        found = {"latest": max(steps, default=None), "best": self._manager.best_step()} | {str(s): s for s in steps}
+        if found.get(which) is None:
+            raise FileNotFoundError(
+                f"--checkpoint {which}: {self._directory} has {steps or 'none'}; expected latest, best or one of them"
+            )
+        return found[which]
+
+    def restore_newest(self, target: TrainState) -> TrainState | None:
+        """Reads the newest readable checkpoint; unreadable ones are reported and moved out of the way. None: there is none."""
+        for step in reversed(self.steps):
+            try:
+                return self.restore(step, target)
+            except Exception as error:  # whatever a damaged file makes orbax raise
+                aside = self._directory.parent / "unreadable" / str(step)
+                reason = str(error).splitlines()[0][:200]
+                logger.warning("checkpoint %s cannot be read (%s); moved to %s, trying the one before it", step, reason, aside)
+                self._move(self._directory / str(step), aside)
+        return None
+
+    def _move(self, path: epath.Path, to: epath.Path) -> None:
+        if jax.process_index() == 0:
+            to.parent.mkdir(exist_ok=True)
+            if to.exists():
+                to.rmtree()
+            path.rename(to)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("unreadable checkpoint moved")
+        self._manager.reload()
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._manager.close()
+
+
+def load(workdir: epath.PathLike, which: str, mesh: Mesh) -> tuple[ConfigDict, int, Variables]:
+    """Reads a run's weights for evaluation: its config, the step found ("latest", "best" or a number), and its variables.
+
+    Raises:
+      FileNotFoundError: there is no such run or step.
+      ValueError: the checkpoint cannot be read.
+    """
+    checkpoints = Checkpoints(workdir, read_only=True)
+    step = checkpoints.find(which)
+    try:
+        config = checkpoints.config(step)
+        model = models.build(config.model, len(config.dataset.class_names))
+        state = checkpoints.restore(step, abstract_state(config, model, mesh))
+    except Exception as error:  # whatever a damaged file makes orbax raise
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(
+            f"checkpoint {step} in {workdir} cannot be read ({reason}); choose another with --checkpoint"
+        ) from error
+    finally:
+        checkpoints.close()
+    return config, step, state.variables
+
+
+def with_weights(state: TrainState, workdir: str, mesh: Mesh) -> TrainState:
+    """Starts a fresh state from another run's weights; classifiers of another class count stay as they are, and are named.
+
+    Raises:
+      FileNotFoundError: there is no such run.
+      ValueError: the other run's network differs elsewhere too; lists where.
+    """
+    _, step, loaded = load(workdir, "latest", mesh)
+    given = flax.traverse_util.flatten_dict(loaded, sep="/")
+    fresh = flax.traverse_util.flatten_dict({"params": state.params, "batch_stats": state.batch_stats}, sep="/")
+    kept = [k for k, v in fresh.items() if k not in given or given[k].shape != v.shape]
+    if wrong := [k for k in kept if "classifier" not in k and "auxiliary" not in k]:
+        raise ValueError(
+            f"init_from={workdir}: its network has another form: {', '.join(wrong[:5])} differ ({len(wrong)} in all)"
+        )
+    if kept:
+        logger.warning("not taken from %s, whose classes or heads differ: %s", workdir, ", ".join(kept))
+    merged = flax.traverse_util.unflatten_dict({k: v if k in kept else given[k] for k, v in fresh.items()}, sep="/")
+    logger.info("starting from the weights of %s, step %s", workdir, step)
+    average = None if state.average is None else jax.tree.map(jnp.copy, merged)
+    return state.replace(params=merged["params"], batch_stats=merged["batch_stats"], average=average)
+
+
+def differences(saved: ConfigDict, current: ConfigDict) -> list[str]:
+    """Every field whose value differs, as "field: saved -> current"."""
+    new = dict(configs.leaves(current))
+    return [f"{f}: {old!r} -> {new.get(f)!r}" for f, old in configs.leaves(saved) if old != new.get(f)]
+
+
+def check_resumable(saved: ConfigDict, current: ConfigDict) -> None:
+    """Refuses to go on with another network or other classes; says what else has changed.
+
+    Raises:
+      ValueError: lists the fields that differ.
+    """
+    changed = differences(saved, current)
+    fatal = [c for c in changed if c.startswith(tuple(FIXED))]
+    if (saved.optimizer.ema_decay > 0) != (current.optimizer.ema_decay > 0):
+        fatal += [c for c in changed if c.startswith("optimizer.ema_decay")]
+    if fatal:
+        raise ValueError(
+            f"this workdir holds a run with another config ({'; '.join(fatal)}): use the saved values, "
+            "or another --workdir (--config.init_from=WORKDIR starts from its weights)"
+        )
+    if changed:
+        logger.warning("resuming with a changed config: %s", "; ".join(changed))

@@ -1,0 +1,180 @@
+"""The training loop: resume, step, log, evaluate, save, stop."""
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from PIL import Image
+
+from pspnet_jax import config as configs
+from pspnet_jax import files, models, parallel
+from pspnet_jax.train import checkpoint
+from pspnet_jax.train.record import Recorder
+from pspnet_jax.train.step import TrainState, Variables, init_state, make_train_step
+
+logger = logging.getLogger(__name__)
+Evaluate = Callable[[Variables], tuple[Mapping[str, Any], Mapping[str, Image.Image]]]
+
+
+def fit(
+    config: ConfigDict,
+    batches: Callable[[int], Iterable[Mapping[str, np.ndarray]]],
+    evaluate: Evaluate | None,
+    workdir: epath.PathLike,
+) -> TrainState:
+    """Trains to config.total_steps, from the newest checkpoint in workdir if there is one.
+
+    Args:
+      config: a validated config whose dataset.class_names are filled in.
+      batches: called with the number of steps already made; gives this process's batches from there on,
+        {"image": uint8[N, H, W, 3], "label": uint8[N, H, W]}.
+      evaluate: variables -> (values to record, among them mean_iou; pictures by name).
+      workdir: where checkpoints, metrics and pictures go.
+
+    Raises:
+      ValueError: the workdir holds a run of another model or other classes.
+      FloatingPointError: the loss is not finite.
+      SystemExit: 143, after SIGTERM, when the state is saved.
+    """
+    workdir = epath.Path(workdir).resolve()
+    mesh = parallel.make_mesh()
+    model = models.build(config.model, len(config.dataset.class_names))
+    checkpoints = checkpoint.Checkpoints(workdir)
+    state = _start(config, model, mesh, checkpoints, workdir)
+    start, total, every = int(state.step), config.total_steps, config.every
+    _announce(config, state, mesh, workdir, start)
+    train_step = make_train_step(config, model, mesh)
+    recorder, watch, stop = Recorder(workdir, config, start), Watch(checkpoints), StopSignal()
+    try:
+        global_batches = parallel.to_devices(batches(start), mesh)
+        for step, batch in zip(range(start + 1, total + 1), global_batches, strict=False):
+            state, scalars = train_step(state, batch)
+            watch.see(step, scalars["loss"])
+            stopping = stop.requested(step)
+            if due(step, every.log, total):
+                recorder.train(step, scalars)
+            values = None
+            if evaluate and due(step, every.eval, total) and not stopping:
+                values = _evaluate(evaluate, state, step, recorder)
+            if values or stopping or due(step, every.save, total):
+                watch.finish()
+                checkpoints.save(step, state, config, values)
+            if stopping:
+                logger.warning(f"stopped by SIGTERM; step {step} is saved, the same command goes on from there")
+                raise SystemExit(143)
+        watch.finish()
+    finally:
+        stop.close()
+        checkpoints.close()
+        recorder.close()
+    return state
+
+
+def due(step: int, every: int, total: int) -> bool:
+    """Whether something done each `every` steps (0: never) and at the end is due after `step` steps."""
+    return step == total or (every > 0 and step % every == 0)
+
+
+def _start(
+    config: ConfigDict, model: models.PSPNet, mesh: Mesh, checkpoints: checkpoint.Checkpoints, workdir: epath.Path
+) -> TrainState:
+    if checkpoints.steps:
+        checkpoint.check_resumable(configs.read(workdir / "config.json"), config)
+    if jax.process_index() == 0:
+        with files.atomic(workdir / "config.json") as path:
+            path.write_text(configs.to_json(config))
+    state = checkpoints.restore_newest(checkpoint.abstract_state(config, model, mesh))
+    if state is None:
+        state = init_state(config, model, mesh)()
+        if config.init_from:
+            state = checkpoint.with_weights(state, config.init_from, mesh)
+    return state
+
+
+def _announce(config: ConfigDict, state: TrainState, mesh: Mesh, workdir: epath.Path, start: int) -> None:
+    """Says what is about to run; the parameter table goes to a file."""
+    if jax.process_index() == 0:
+        with files.atomic(workdir / "parameters.txt") as path:
+            path.write_text(parameter_overview.get_parameter_overview(state.params, include_stats=False) + "\n")
+    groups = {name: parameter_overview.count_parameters(tree) for name, tree in state.params.items()}
+    logger.info(f"{sum(groups.values()):,} parameters: {', '.join(f'{k} {v:,}' for k, v in groups.items())}")
+    device = mesh.devices.flat[0]
+    logger.info(
+        f"{mesh.size} x {device.device_kind} ({device.platform}), {jax.process_count()} process(es), {config.model.dtype}"
+    )
+    if config.model.norm == "frozen":
+        logger.info("BatchNorm uses its running statistics and does not update them")
+    else:
+        images = configs.bn_images(config)
+        logger.info(f"BatchNorm sees {images} images")
+        if images < 16:
+            logger.warning(
+                f"BatchNorm sees {images} images; under 16 the result suffers (the published ones used 16): "
+                "raise batch_size, or fine-tune with model.norm='frozen'"
+            )
+    logger.info(f"training from step {start} to {config.total_steps}; writing to {workdir}")
+
+
+def _evaluate(evaluate: Evaluate, state: TrainState, step: int, recorder: Recorder) -> dict[str, float]:
+    began = time.perf_counter()
+    values, pictures = evaluate(state.variables)
+    recorder.evaluation(step, values, pictures, time.perf_counter() - began)
+    return {k: v for k, v in values.items() if isinstance(v, float)}
+
+
+class Watch:
+    """Stops a run whose loss is not finite, looking one step late so that the device never waits for it."""
+
+    def __init__(self, checkpoints: checkpoint.Checkpoints):
+        self._checkpoints = checkpoints
+        self._pending: tuple[int, jax.Array] | None = None
+
+    def see(self, step: int, loss: jax.Array) -> None:
+        self.finish()
+        self._pending = step, loss
+
+    def finish(self) -> None:
+        """Waits for the last loss seen.
+
+        Raises:
+          FloatingPointError: names the step and the last good checkpoint.
+        """
+        if self._pending is None:
+            return
+        (step, loss), self._pending = self._pending, None
+        if not np.isfinite(value := float(loss)):
+            steps = self._checkpoints.steps
+            good = f"the last good checkpoint is that of step {steps[-1]}" if steps else "no checkpoint was saved before"
+            raise FloatingPointError(
+                f"the loss is {value} at step {step}; {good}; try a lower optimizer.learning_rate, "
+                "optimizer.warmup_steps or optimizer.clip_norm"
+            )
+
+
+class StopSignal:
+    """Asks for a stop after SIGTERM; with several processes they agree on the step."""
+
+    def __init__(self) -> None:
+        self._received = False
+        self._alone = jax.process_count() == 1
+        if self._alone:
+            self._previous = signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, *_: Any) -> None:
+        self._received = True
+
+    def requested(self, step: int) -> bool:
+        return self._received if self._alone else multihost_utils.reached_preemption_sync_point(step)
+
+    def close(self) -> None:
+        if self._alone:
+            signal.signal(signal.SIGTERM, self._previous)
