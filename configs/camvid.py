@@ -7,8 +7,8 @@ DIR holds images/{train,val} and labels/{train,val} at 480x360 (the SegNet tutor
 
 from ml_collections import ConfigDict
 
-from pspnet_jax.config import base_config
 from pspnet_jax import datasets
+from pspnet_jax.config import base_config
 
 
 def get_config() -> ConfigDict:

@@ -1,7 +1,8 @@
 """Cityscapes, fine labels, 19 classes: python -m pspnet_jax.main --config configs/cityscapes.py --config.dataset.root=DIR
 
-`configs/cityscapes.py:50` trains another depth. Targets on the 500 validation images, mIoU at one scale / six scales, with flip:
-depth 101 79.70 / 80.91 (Caffe), 78.63 / 79.29 (semseg); depth 50 77.30 / 78.38 (semseg); the paper's 78.4 is on the test server.
+`configs/cityscapes.py:50` trains another depth. Targets on the 500 validation images, mIoU at one scale / six scales,
+with flip: depth 101 79.70 / 80.91 (Caffe), 78.63 / 79.29 (semseg); depth 50 77.30 / 78.38 (semseg); on the test server 78.4
+(paper).
 Six scales: --mode evaluate --config.eval.scales=0.5,0.75,1.0,1.25,1.5,1.75
 """
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -23,6 +24,15 @@ CHOICES = {
     "dataset.name": ("folder", "scenes", "tfds", "ade20k", "voc2012", "cityscapes"),
     "eval.inference": ("windows", "whole"),
     "eval.protocol": ("semseg",),
+}
+TUPLES = {  # type and number of the values in a tuple; None: any number
+    "model.bins": (int, None),
+    "normalize.mean": (float, 3),
+    "normalize.std": (float, 3),
+    "augment.scale": (float, 2),
+    "augment.crop": (int, 2),
+    "eval.crop": (int, 2),
+    "eval.scales": (float, None),
 }
 
 
@@ -66,8 +76,8 @@ def base_config() -> ConfigDict:
     dataset.root = ""  # local directory or gs:// path
     dataset.tfds_name = ""  # for name="tfds": the builder's name, root is its data_dir
     dataset.train_split = "train"
-    dataset.class_names = ("",)[:0]  # empty: from the dataset's table, or a folder's classes.txt
-    dataset.colors = ((0, 0, 0),)[:0]  # one (R, G, B) a class; empty: as class_names
+    dataset.class_names = ()  # empty: from the dataset's table, or a folder's classes.txt
+    dataset.colors = ()  # one (R, G, B) a class; empty: as class_names
 
     config.augment = augment = ConfigDict()  # in this order; each is off at its neutral value
     augment.scale = (0.5, 2.0)  # uniform
@@ -124,12 +134,16 @@ def load_recipe(path: str) -> ConfigDict:
             f"--config {file}: no such file; the recipes are in configs/, for example configs/quickstart.py"
         )
     spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ValueError(f"--config {file}: has no function get_config() that returns a config")
-    config = module.get_config(argument) if argument else module.get_config()
+    try:
+        config = module.get_config(argument) if argument else module.get_config()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--config {path}: {error}") from error
     return config.lock()
 
 
@@ -155,7 +169,7 @@ def read(path: epath.Path) -> ConfigDict:
     return from_dict(json.loads(path.read_text()))
 
 
-def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
+def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields ("model.depth", 50) and so on, in order."""
     for key, value in config.items():
         if isinstance(value, ConfigDict):
@@ -183,12 +197,23 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     Raises:
       ValueError: names every wrong field, its value and what is allowed, one a line.
     """
+    if problems := _tuple_problems(config):
+        raise ValueError("\n".join(problems))
     problems = model_problems(config.model)
     for section in ("loss", "dataset", "eval"):
         problems += _choice_problems(config[section], f"{section}.")
     problems += _range_problems(config) + _size_problems(config) + _batch_problems(config, num_devices)
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _tuple_problems(config: ConfigDict) -> list[str]:
+    problems, values = [], dict(leaves(config))
+    for field, (kind, count) in TUPLES.items():
+        value, kinds = values[field], (int, float) if kind is float else int
+        if not all(isinstance(v, kinds) for v in value) or len(value) != (count or len(value)):
+            problems.append(f"{field}={value}: expected {count or 'any number of'} values of type {kind.__name__}")
+    return problems
 
 
 def _choice_problems(config: ConfigDict, prefix: str) -> list[str]:
@@ -237,13 +262,13 @@ def _range_problems(config: ConfigDict) -> list[str]:
 def _size_problems(config: ConfigDict) -> list[str]:
     problems = []
     for field, crop in (("augment.crop", config.augment.crop), ("eval.crop", config.eval.crop)):
-        if len(crop) != 2 or min(crop) < 33:
+        if min(crop) < 33:
             problems.append(f"{field}={crop}: expected (height, width), each at least 33 pixels")
             continue
         features = -(-min(crop) // config.model.output_stride)
         if max(config.model.bins, default=1) > features:
             problems.append(
-                f"model.bins={config.model.bins}: the largest bin exceeds the feature map, which is {features} on the short side "
+                f"model.bins={config.model.bins}: the largest bin exceeds the feature map of {features} rows or columns "
                 f"({field}={crop} / model.output_stride={config.model.output_stride})"
             )
     return problems
@@ -260,7 +285,8 @@ def _batch_problems(config: ConfigDict, num_devices: int) -> list[str]:
         ]
     if bn_images(config) == 1 and 1 in config.model.bins and config.model.norm == "batch":
         return [
-            f"batch_size={batch} with optimizer.accumulate={accumulate}: a 1x1 pyramid bin of a single image is one value per channel, "
-            "whose variance is 0, so BatchNorm cannot train; use 2 or more images, model.norm='frozen', or model.bins without 1"
+            f"batch_size={batch} with optimizer.accumulate={accumulate}: a 1x1 pyramid bin of a single image is one value per "
+            "channel, whose variance is 0, so BatchNorm cannot train; use 2 or more images, model.norm='frozen', or model.bins "
+            "without 1"
         ]
     return []

@@ -5,6 +5,7 @@ Layout: WORKDIR/config.json and WORKDIR/checkpoints/STEP/{state,config}.
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import flax
 import jax
@@ -32,6 +33,15 @@ def abstract_state(config: ConfigDict, model: models.PSPNet, mesh: Mesh) -> Trai
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
 
 
+class _Manager(ocp.CheckpointManager):
+    def metrics(self, step: int) -> Any:
+        try:
+            return super().metrics(step)
+        except ValueError:  # not JSON: one damaged file must not keep the other checkpoints from being used
+            logger.warning("the metrics of checkpoint %s cannot be read; it does not count for the best", step)
+            return None
+
+
 class Checkpoints:
     """The checkpoints under WORKDIR/checkpoints.
 
@@ -45,7 +55,7 @@ class Checkpoints:
             raise FileNotFoundError(f"--workdir {workdir}: has no checkpoints; train there first, or name another directory")
         policies = checkpoint_managers
         best = policies.BestN(get_metric_fn=lambda metrics: metrics[BEST_METRIC], n=1, keep_checkpoints_without_metrics=False)
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), best]),
@@ -89,30 +99,50 @@ class Checkpoints:
         return found[which]
 
     def restore_newest(self, target: TrainState) -> TrainState | None:
-        """Reads the newest readable checkpoint; unreadable ones are reported and moved out of the way. None: there is none."""
+        """Reads the newest readable checkpoint; newer ones are reported and moved out of the way. None: there is none at all.
+
+        Raises:
+          ValueError: there are checkpoints, and none of them can be read.
+        """
+        problems: dict[int, str] = {}
         for step in reversed(self.steps):
             try:
-                return self.restore(step, target)
+                state = self.restore(step, target)
             except Exception as error:  # whatever a damaged file makes orbax raise
-                aside = self._directory.parent / "unreadable" / str(step)
-                reason = str(error).splitlines()[0][:200]
-                logger.warning("checkpoint %s cannot be read (%s); moved to %s, trying the one before it", step, reason, aside)
-                self._move(self._directory / str(step), aside)
+                problems[step] = _reason(error)
+                continue
+            for unreadable, reason in problems.items():
+                aside = self._set_aside(unreadable)
+                logger.warning("checkpoint %s cannot be read (%s); moved to %s, using %s", unreadable, reason, aside, step)
+            return state
+        if problems:
+            reasons = "; ".join(f"{step}: {reason}" for step, reason in problems.items())
+            raise ValueError(
+                f"no checkpoint in {self._directory} can be read ({reasons}); delete the directory to start over, "
+                "or choose another --workdir"
+            )
         return None
 
-    def _move(self, path: epath.Path, to: epath.Path) -> None:
+    def _set_aside(self, step: int) -> epath.Path:
+        aside = self._directory.parent / "unreadable" / str(step)
         if jax.process_index() == 0:
-            to.parent.mkdir(exist_ok=True)
-            if to.exists():
-                to.rmtree()
-            path.rename(to)
+            aside.parent.mkdir(exist_ok=True)
+            if aside.exists():
+                aside.rmtree()
+            (self._directory / str(step)).rename(aside)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("unreadable checkpoint moved")
         self._manager.reload()
+        return aside
 
     def close(self) -> None:
         """Waits until everything is written."""
         self._manager.close()
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:200]
 
 
 def load(workdir: epath.PathLike, which: str, mesh: Mesh) -> tuple[ConfigDict, int, Variables]:
@@ -129,9 +159,8 @@ def load(workdir: epath.PathLike, which: str, mesh: Mesh) -> tuple[ConfigDict, i
         model = models.build(config.model, len(config.dataset.class_names))
         state = checkpoints.restore(step, abstract_state(config, model, mesh))
     except Exception as error:  # whatever a damaged file makes orbax raise
-        reason = str(error).splitlines()[0][:200]
         raise ValueError(
-            f"checkpoint {step} in {workdir} cannot be read ({reason}); choose another with --checkpoint"
+            f"checkpoint {step} in {workdir} cannot be read ({_reason(error)}); choose another with --checkpoint"
         ) from error
     finally:
         checkpoints.close()

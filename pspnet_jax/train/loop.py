@@ -13,16 +13,16 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from PIL import Image
 
 from pspnet_jax import config as configs
 from pspnet_jax import files, models, parallel
+from pspnet_jax.infer.evaluate import Report
 from pspnet_jax.train import checkpoint
 from pspnet_jax.train.record import Recorder
 from pspnet_jax.train.step import TrainState, Variables, init_state, make_train_step
 
 logger = logging.getLogger(__name__)
-Evaluate = Callable[[Variables], tuple[Mapping[str, Any], Mapping[str, Image.Image]]]
+Evaluate = Callable[[Variables], Report]
 
 
 def fit(
@@ -37,7 +37,7 @@ def fit(
       config: a validated config whose dataset.class_names are filled in.
       batches: called with the number of steps already made; gives this process's batches from there on,
         {"image": uint8[N, H, W, 3], "label": uint8[N, H, W]}.
-      evaluate: variables -> (values to record, among them mean_iou; pictures by name).
+      evaluate: scores the variables on the validation split; None: no evaluation.
       workdir: where checkpoints, metrics and pictures go.
 
     Raises:
@@ -58,7 +58,7 @@ def fit(
         global_batches = parallel.to_devices(batches(start), mesh)
         for step, batch in zip(range(start + 1, total + 1), global_batches, strict=False):
             state, scalars = train_step(state, batch)
-            watch.see(step, scalars["loss"])
+            watch.see(step, scalars)
             stopping = stop.requested(step)
             if due(step, every.log, total):
                 recorder.train(step, scalars)
@@ -126,36 +126,42 @@ def _announce(config: ConfigDict, state: TrainState, mesh: Mesh, workdir: epath.
 
 def _evaluate(evaluate: Evaluate, state: TrainState, step: int, recorder: Recorder) -> dict[str, float]:
     began = time.perf_counter()
-    values, pictures = evaluate(state.variables)
-    recorder.evaluation(step, values, pictures, time.perf_counter() - began)
-    return {k: v for k, v in values.items() if isinstance(v, float)}
+    report = evaluate(state.variables)
+    recorder.evaluation(step, report, time.perf_counter() - began)
+    metrics = report.metrics
+    names = ("mean_iou", "mean_accuracy", "pixel_accuracy")
+    return {name: getattr(metrics, name) for name in names}
 
 
 class Watch:
-    """Stops a run whose loss is not finite, looking one step late so that the device never waits for it."""
+    """Stops a run whose loss or gradient is not finite, looking one step late so that the device never waits for it.
+
+    A loss may be finite where its gradient is not, in float16 above all, and the state after that step is lost.
+    """
 
     def __init__(self, checkpoints: checkpoint.Checkpoints):
         self._checkpoints = checkpoints
-        self._pending: tuple[int, jax.Array] | None = None
+        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
 
-    def see(self, step: int, loss: jax.Array) -> None:
+    def see(self, step: int, scalars: Mapping[str, jax.Array]) -> None:
         self.finish()
-        self._pending = step, loss
+        self._pending = step, scalars
 
     def finish(self) -> None:
-        """Waits for the last loss seen.
+        """Waits for the last step seen.
 
         Raises:
           FloatingPointError: names the step and the last good checkpoint.
         """
         if self._pending is None:
             return
-        (step, loss), self._pending = self._pending, None
-        if not np.isfinite(value := float(loss)):
+        (step, scalars), self._pending = self._pending, None
+        loss, norm = float(scalars["loss"]), float(scalars["gradient_norm"])
+        if not np.isfinite(loss + norm):
             steps = self._checkpoints.steps
             good = f"the last good checkpoint is that of step {steps[-1]}" if steps else "no checkpoint was saved before"
             raise FloatingPointError(
-                f"the loss is {value} at step {step}; {good}; try a lower optimizer.learning_rate, "
+                f"the loss is {loss}, its gradient's norm {norm} at step {step}; {good}; try a lower optimizer.learning_rate, "
                 "optimizer.warmup_steps or optimizer.clip_norm"
             )
 

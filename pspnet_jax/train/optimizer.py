@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 
 def learning_rate(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
-    """The backbone's learning rate at step s = 0, 1, ...: base * (1 - s / total_steps)^power * min(1, (s + 1) / warmup_steps)."""
+    """The backbone's rate at step s = 0, 1, ...: base * (1 - s / total_steps)^power * min(1, (s + 1) / warmup_steps)."""
     poly = optax.polynomial_schedule(optimizer.learning_rate, 0.0, optimizer.power, total_steps)
     if not optimizer.warmup_steps:
         return poly
@@ -24,11 +24,15 @@ def build(optimizer: ConfigDict, total_steps: int) -> optax.GradientTransformati
     """
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm else optax.identity(),
-        optax.add_decayed_weights(optimizer.weight_decay, None if optimizer.decay_norm else _outside_norm),
+        optax.add_decayed_weights(optimizer.weight_decay, _everything if optimizer.decay_norm else _outside_norm),
         optax.trace(optimizer.momentum),
         optax.masked(optax.scale(optimizer.head_multiplier), _outside_backbone),
         optax.scale_by_learning_rate(learning_rate(optimizer, total_steps)),
     )
+
+
+def _everything(params: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(lambda _: True, params)  # a mask, so that the state has one form whatever decay_norm says
 
 
 def _outside_backbone(params: dict[str, Any]) -> dict[str, Any]:

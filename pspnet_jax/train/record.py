@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from PIL import Image
 
 from pspnet_jax import files
+from pspnet_jax.infer.evaluate import Report
 from pspnet_jax.infer.metrics import summarize
 
 logger = logging.getLogger(__name__)
@@ -52,15 +52,15 @@ class Recorder:
         )
         self._write("train", step, values)
 
-    def evaluation(self, step: int, values: Mapping[str, Any], pictures: Mapping[str, Image.Image], seconds: float) -> None:
+    def evaluation(self, step: int, report: Report, seconds: float) -> None:
         """Records an evaluation, which took `seconds` from training, and saves its pictures."""
         self._paused += seconds
-        self._write("eval", step, values)
+        self._write("eval", step, report.to_json())
         if not self._active:
             return
-        for name, picture in pictures.items():
-            with files.atomic(self._pictures / f"{name}.png") as path:
-                picture.save(path)
+        for name, picture in report.pictures.items():
+            with files.atomic(self._pictures / f"{name}.png") as path, path.open("wb") as file:
+                picture.save(file, "PNG")
             self._tensorboard.write_images(step, {name: np.asarray(picture)[None]})
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:

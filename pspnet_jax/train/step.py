@@ -40,7 +40,7 @@ def init_state(config: ConfigDict, model: models.PSPNet, mesh: Mesh) -> Callable
 
     def init() -> TrainState:
         size = 8 * max(model.output_stride, 8)  # any size gives the same parameters
-        variables = model.init(jax.random.key(config.seed), jnp.zeros((1, size, size, 3)), train=False)
+        variables = dict(model.init(jax.random.key(config.seed), jnp.zeros((1, size, size, 3)), train=False))
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=variables["params"],
@@ -91,7 +91,7 @@ def make_train_step(
             grads, (batch_stats, scalars) = gradient(state.params, state.batch_stats, batch, key)
         else:
             grads, batch_stats, scalars = _accumulated(gradient, state, _split(batch, parts), jax.random.split(key, parts))
-        scalars |= {"gradient_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+        scalars |= {"gradient_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = _averaged(state.average, {"params": params, "batch_stats": batch_stats}, config.optimizer.ema_decay)

@@ -1,0 +1,188 @@
+"""The command line: `python -m pspnet_jax.main --config configs/cityscapes.py`, and what each mode does."""
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only reads images here; its start-up notes are noise
+
+import jax
+import numpy as np
+import rich
+from absl import flags
+from absl import logging as absl_logging
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from pspnet_jax import config as configs
+from pspnet_jax import datasets, models, parallel
+from pspnet_jax.infer import evaluate as evaluation
+from pspnet_jax.infer import predict as prediction
+from pspnet_jax.infer.windows import Predictor
+from pspnet_jax.train import checkpoint
+
+logger = logging.getLogger("pspnet_jax")
+PICTURES = 4  # of the validation split, in each evaluation
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one job; returns the exit status: 0, or 1 after one sentence on a user's mistake."""
+    logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
+    logger.setLevel(logging.INFO)
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    try:
+        arguments, overrides = _parse(argv)
+        if arguments.distributed:
+            parallel.start_processes()
+            if jax.process_index():
+                logger.setLevel(logging.WARNING)  # the first process speaks for all
+        JOBS[arguments.mode](arguments, overrides)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        if not _raised_here(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = _Parser(
+        prog="python -m pspnet_jax.main",
+        description="Train, evaluate and use PSPNet. Any field of the config can be set: --config.batch_size=8",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--mode", choices=sorted(JOBS), default="train")
+    parser.add_argument("--config", metavar="FILE[:ARG]", help="a recipe, such as configs/cityscapes.py")
+    parser.add_argument("--workdir", metavar="DIR", help="where the run lives; default: runs/<recipe name>")
+    parser.add_argument("--checkpoint", default="latest", metavar="WHICH", help="evaluate, predict: latest, best or a step")
+    parser.add_argument("--input", metavar="PATH", help="predict: an image or a folder of images")
+    parser.add_argument("--output", metavar="DIR", help="predict: where the results go")
+    parser.add_argument("--distributed", action="store_true", help="join the other processes of this job (see launch/)")
+    arguments, overrides = parser.parse_known_args(argv)
+    if unknown := [o for o in overrides if o.startswith("-") and not o.startswith("--config.")]:
+        parser.error(f"{unknown[0]}: unknown argument; --help lists them, and --config.field=value sets a field of the config")
+    return arguments, overrides
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether our code raised it, with a sentence for the user; anything else is a bug and keeps its traceback."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return frames[-1][0].f_globals.get("__name__", "").startswith(("pspnet_jax", "__main__"))
+
+
+def _override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """Applies --config.field=value arguments.
+
+    Raises:
+      ValueError: a field that does not exist, or a value of the wrong type.
+    """
+    fields = [field for field, _ in configs.leaves(config)]
+    for field in (o.split("=")[0].removeprefix("--config.") for o in overrides if o.startswith("--")):
+        if field not in fields:
+            close = difflib.get_close_matches(field, fields, n=3)
+            hint = f"did you mean {' or '.join(close)}" if close else "all fields are in pspnet_jax/config.py"
+            raise ValueError(f"--config.{field}: there is no such field; {hint}")
+    values, argv = flags.FlagValues(), ["", *overrides]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        _, *rest = values(argv)
+    except (flags.Error, TypeError, ValueError) as error:
+        raise ValueError(str(error).removeprefix("flag ")) from error
+    if rest:
+        raise ValueError(f"{rest[0]}: unknown argument; a field of the config is set by --config.field=value")
+    return config
+
+
+def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """--mode train: trains the recipe in its workdir, or goes on where it stopped."""
+    if not arguments.config:
+        raise ValueError("--config is missing: name a recipe, such as --config configs/quickstart.py")
+    config = _override(configs.load_recipe(arguments.config), overrides)
+    workdir = epath.Path(arguments.workdir or f"runs/{config.name}").resolve()
+    info = datasets.describe(config.dataset)
+    config.dataset.class_names, config.dataset.colors = info.class_names, info.colors
+    configs.validate(config, jax.device_count())
+    from pspnet_jax.data import pipeline, sources  # these import TensorFlow
+    from pspnet_jax.train import loop
+
+    for split in (config.dataset.train_split, config.eval.split):
+        sources.open_source(config.dataset, split)
+    predictor = _predictor(config)
+
+    def batches(start: int) -> Iterator[dict[str, np.ndarray]]:
+        return pipeline.train_batches(config, start_step=start, host=jax.process_index(), hosts=jax.process_count())
+
+    def evaluate(variables: Any) -> evaluation.Report:
+        report = _score(predictor, variables, config, info)
+        logger.info(report)
+        return report
+
+    loop.fit(config, batches, evaluate, workdir)
+    logger.info(f"done: {workdir} has checkpoints/, metrics.jsonl, pictures/ and tensorboard/")
+
+
+def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """--mode evaluate: scores a checkpoint with its saved config, and writes WORKDIR/evaluation/SPLIT_STEP.json."""
+    config, step, variables, workdir = _restore(arguments, overrides)
+    info = datasets.describe(config.dataset)
+    report = _score(_predictor(config), variables, config, info)
+    rich.print(report.table())
+    path = workdir / "evaluation" / f"{config.eval.split}_{step}.json"
+    if jax.process_index() == 0:
+        report.write(path)
+        logger.info(f"step {step} of {workdir}; written to {path}")
+
+
+def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """--mode predict: segments an image or a folder of images with a checkpoint."""
+    if not (arguments.input and arguments.output):
+        raise ValueError("--mode predict needs --input (an image or a folder of images) and --output (a directory)")
+    config, _, variables, _ = _restore(arguments, overrides)
+    info = datasets.describe(config.dataset)
+    images = prediction.predict(_predictor(config), variables, arguments.input, arguments.output, info)
+    logger.info(f"{images} images segmented: index/, color/ and overlay/ in {arguments.output}")
+
+
+def _restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[ConfigDict, int, Any, epath.Path]:
+    """The checkpoint's config with the command line's overrides, its step, its variables, and the workdir."""
+    if not (arguments.workdir or arguments.config):
+        raise ValueError("--workdir is missing: name the directory of a training run")
+    workdir = epath.Path(arguments.workdir or f"runs/{configs.load_recipe(arguments.config).name}").resolve()
+    config, step, variables = checkpoint.load(workdir, arguments.checkpoint, parallel.make_mesh())
+    config = _override(config, overrides)
+    configs.validate(config)
+    return config, step, variables, workdir
+
+
+def _predictor(config: ConfigDict) -> Predictor:
+    model = models.build(config.model, len(config.dataset.class_names))
+
+    def apply(variables: Any, images: jax.Array) -> Any:
+        return model.apply(variables, images, train=False)
+
+    return Predictor(apply, config, model.num_classes)
+
+
+def _score(predictor: Predictor, variables: Any, config: ConfigDict, info: datasets.DatasetInfo) -> evaluation.Report:
+    from pspnet_jax.data import pipeline, sources
+
+    split = config.eval.split
+    examples = pipeline.examples(config, split, host=jax.process_index(), hosts=jax.process_count())
+    count = len(sources.open_source(config.dataset, split))
+    return evaluation.evaluate(predictor, variables, examples, info, count, split, pictures=PICTURES)
+
+
+JOBS = {"train": train, "evaluate": evaluate, "predict": predict}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""The command line, from a recipe to pictures, and what it says to wrong input."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pspnet_jax.main import main
+from tests import fakes
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "--config.model.depth=18",
+    "--config.model.width=8",
+    "--config.model.output_stride=32",
+    "--config.model.bins=1,2",
+    "--config.augment.crop=(40, 48)",
+    "--config.eval.crop=(40, 48)",
+    "--config.eval.base_size=60",
+    "--config.batch_size=8",
+    "--config.total_steps=3",
+    "--config.every.log=1",
+]
+
+
+def recipe(path: Path, root: Path) -> Path:
+    """A user's own recipe for the folder dataset that fakes writes."""
+    path.write_text(
+        "from pspnet_jax.config import base_config\n"
+        "def get_config():\n"
+        "    config = base_config()\n"
+        "    config.name = 'own'\n"
+        f"    config.dataset.root = {str(root)!r}\n"
+        "    config.dataset.class_names = ('ground', 'thing', 'sky')\n"
+        "    return config\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Path, Path]:
+    """A workdir trained by the command on a small folder dataset, and the dataset."""
+    directory = tmp_path_factory.mktemp("main")
+    root, workdir = directory / "data", directory / "run"
+    fakes.write_folder(root, {"train": 9, "val": 3}, size=(60, 50), num_classes=3)
+    assert main(["--config", str(recipe(directory / "own.py", root)), "--workdir", str(workdir), *SMALL]) == 0
+    return workdir, root
+
+
+def error(capsys, *arguments: str) -> str:
+    """Runs a command that has to end with exit status 1; returns its one sentence."""
+    assert main(list(arguments)) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "Traceback" not in said
+    return said
+
+
+def records(workdir: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def test_training_leaves_checkpoints_metrics_pictures_and_config(run):
+    workdir, root = run
+    assert [r["step"] for r in records(workdir, "train")] == [1, 2, 3]
+    assert [r["step"] for r in records(workdir, "eval")] == [3]
+    assert (workdir / "checkpoints" / "3").is_dir()
+    assert json.loads((workdir / "config.json").read_text())["dataset"]["root"] == str(root)
+    assert len(list((workdir / "pictures").glob("*.png"))) == 3
+    assert list((workdir / "tensorboard").glob("events*"))
+
+
+def test_evaluate_prints_the_number_training_ended_with(run, capsys):
+    workdir, _ = run
+    assert main(["--mode", "evaluate", "--workdir", str(workdir)]) == 0
+    trained = records(workdir, "eval")[-1]
+    scored = json.loads((workdir / "evaluation" / "val_3.json").read_text())
+    assert scored["mean_iou"] == trained["mean_iou"]
+    assert scored["images"] == 3
+    printed = capsys.readouterr().out
+    assert f"mIoU {trained['mean_iou']:.2%}" in printed
+    assert re.search(r"3 images of val, windows 40x48.*flip on, protocol semseg", printed)
+
+
+def test_evaluate_takes_another_split_and_other_scales(run):
+    workdir, _ = run
+    assert main(["--mode=evaluate", f"--workdir={workdir}", "--config.eval.split=train", "--config.eval.scales=0.5,1.0"]) == 0
+    scored = json.loads((workdir / "evaluation" / "train_3.json").read_text())
+    assert (scored["images"], scored["scales"], scored["split"]) == (9, [0.5, 1.0], "train")
+
+
+def test_predict_writes_three_pictures_an_image_at_its_size(run, tmp_path):
+    workdir, root = run
+    images = root / "images" / "val"
+    assert main(["--mode=predict", f"--workdir={workdir}", f"--input={images}", f"--output={tmp_path}"]) == 0
+    for image in images.iterdir():
+        index = np.asarray(Image.open(tmp_path / "index" / f"{image.stem}.png"))
+        assert index.shape == Image.open(image).size[::-1]
+        assert index.max() < 3
+        assert (tmp_path / "color" / f"{image.stem}.png").exists()
+        assert (tmp_path / "overlay" / f"{image.stem}.jpg").exists()
+
+
+def test_the_same_command_again_has_nothing_left_to_do(run, capsys):
+    workdir, root = run
+    before = (workdir / "metrics.jsonl").read_text()
+    own = recipe(workdir.parent / "own.py", root)
+    assert main(["--config", str(own), "--workdir", str(workdir), *SMALL]) == 0
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_another_network_in_the_same_workdir_is_refused(run, capsys):
+    workdir, root = run
+    own = recipe(workdir.parent / "own.py", root)
+    said = error(capsys, "--config", str(own), "--workdir", str(workdir), *SMALL, "--config.model.stem=conv7")
+    assert "model.stem: 'deep' -> 'conv7'" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config=configs/nothing.py"], "configs/nothing.py: no such file"),
+        ([], "--config is missing"),
+        (["--mode=fly"], "invalid choice: 'fly'"),
+        (["--config=configs/camvid.py", "--verbose"], "--verbose: unknown argument"),
+        (["--config=configs/camvid.py", "--config.model.bins=1,x"], "model.bins=('1,x',): expected"),
+        (["--config=configs/camvid.py", "--config.augment.scale=2"], "augment.scale=(2,): expected 2 values"),
+        (["--config=configs/camvid.py", "--config.model.dept=50"], "did you mean model.depth"),
+        (["--config=configs/camvid.py", "--config.model.depth=fifty"], "--config.model.depth=fifty"),
+        (["--config=configs/camvid.py", "--config.model.depth=51"], "model.depth=51: expected one of 18, 34, 50"),
+        (["--config=configs/camvid.py", "--config.batch_size=9"], "batch_size=9: expected a multiple of 8"),
+        (["--config=configs/camvid.py", "--config.augment.crop=(20, 20)"], "augment.crop=(20, 20): expected"),
+        (["--config=configs/camvid.py"], "dataset.root"),
+        (["--config=configs/ade20k.py:7"], "model.depth=7: expected one of"),
+        (["--config=configs/ade20k.py:fifty"], "configs/ade20k.py:fifty"),
+        (["--mode=evaluate", "--workdir=nowhere"], "nowhere"),
+        (["--mode=evaluate"], "--workdir is missing"),
+        (["--mode=predict", "--workdir=nowhere"], "--input"),
+    ],
+)
+def test_a_mistake_ends_in_one_sentence(arguments, words, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert words in error(capsys, *arguments)
+
+
+def test_a_missing_input_is_named(run, capsys, tmp_path):
+    workdir, _ = run
+    said = error(capsys, "--mode=predict", f"--workdir={workdir}", "--input=no/such.jpg", f"--output={tmp_path}")
+    assert "no/such.jpg" in said
+
+
+@pytest.mark.parametrize("name", ["ade20k", "voc2012", "cityscapes"])
+def test_a_benchmark_without_files_ends_in_one_sentence(name):
+    command = [sys.executable, "-m", "pspnet_jax.main", "--config", f"configs/{name}.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "--config.dataset.root" in done.stderr.splitlines()[-1]
