@@ -1,0 +1,1 @@
+"""Whole images through the network: prediction, scoring and pictures."""

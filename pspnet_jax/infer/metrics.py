@@ -1,0 +1,64 @@
+"""Metrics of segmentation, all from one confusion matrix: counts that add up, divided once at the end (SPEC section 3)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """Fractions from 0 to 1; NaN where there is nothing to divide by.
+
+    Attributes:
+      mean_iou: mean of `iou` over the classes present in truth or prediction.
+      mean_accuracy: mean of `accuracy` over the classes present in the truth.
+      pixel_accuracy: share of the counted pixels that are right.
+      iou: float64[K], intersection / union of each class.
+      accuracy: float64[K], share of the pixels of each class that are right.
+    """
+
+    mean_iou: float
+    mean_accuracy: float
+    pixel_accuracy: float
+    iou: np.ndarray
+    accuracy: np.ndarray
+
+
+def confusion_matrix(labels: jax.Array, predictions: jax.Array, num_classes: int) -> jax.Array:
+    """Counts pixels by truth (row) and prediction (column).
+
+    Pixels whose label is num_classes or more, such as 255, do not count. Over a sharded batch each device counts its own
+    pixels and only the matrices are added up. Exact up to 2^31 - 1 pixels: add several batches up on the host, in int64.
+
+    Args:
+      labels: unsigned or non-negative integers [...].
+      predictions: integers 0..K-1, as many.
+      num_classes: K.
+
+    Returns:
+      int32[K, K].
+    """
+    labels, predictions = labels.astype(jnp.int32), predictions.astype(jnp.int32)
+    cells = num_classes * num_classes
+    index = jnp.where(labels < num_classes, labels * num_classes + predictions, cells)
+    return jnp.bincount(index.ravel(), length=cells + 1)[:cells].reshape(num_classes, num_classes)
+
+
+def summarize(matrix: np.ndarray) -> Metrics:
+    """Divides a confusion matrix [K, K] (rows truth, columns prediction) into metrics."""
+    matrix = np.asarray(matrix, np.float64)
+    right, truth, predicted = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+    iou = _ratio(right, truth + predicted - right)
+    accuracy = _ratio(right, truth)
+    return Metrics(_mean(iou), _mean(accuracy), float(_ratio(right.sum(), matrix.sum())), iou, accuracy)
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.full_like(whole, np.nan), where=whole > 0)
+
+
+def _mean(values: np.ndarray) -> float:
+    present = values[~np.isnan(values)]
+    return float(present.mean()) if present.size else float("nan")

@@ -1,0 +1,47 @@
+"""How far a job over many images is, on stderr."""
+
+import contextlib
+import datetime
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+from rich import progress as bars
+from rich.console import Console
+
+logger = logging.getLogger(__name__)
+SECONDS_A_LINE = 30  # where there is no terminal to draw a bar on
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yields a function that takes the number of images just done; in the job's first process it shows rate and time left."""
+    if jax.process_index():
+        yield lambda images: None
+    elif sys.stderr.isatty():
+        columns = ("{task.description}", bars.BarColumn(), bars.MofNCompleteColumn(), "{task.fields[rate]}")
+        left = (bars.TimeRemainingColumn(), "left")
+        with bars.Progress(*columns, *left, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(title, total=total, rate="")
+            yield lambda images: bar.update(task, advance=images, rate=f"{bar.tasks[0].speed or 0:.3g} images/s")
+    else:
+        yield _lines(title, total)
+
+
+def _lines(title: str, total: int) -> Callable[[int], None]:
+    done, began = 0, time.monotonic()
+    due = began + SECONDS_A_LINE
+
+    def advance(images: int) -> None:
+        nonlocal done, due
+        done += images
+        now = time.monotonic()
+        if now >= due:
+            due = now + SECONDS_A_LINE
+            rate = done / (now - began)
+            left = datetime.timedelta(seconds=round((total - done) / rate))
+            logger.info(f"{title}: {done}/{total} images, {rate:.3g} images/s, {left} left")
+
+    return advance

@@ -1,0 +1,45 @@
+"""Pictures have the right colors in the right places."""
+
+import numpy as np
+from PIL import Image
+
+from pspnet_jax.datasets import DatasetInfo
+from pspnet_jax.infer.draw import colorize, overlay, palette_image, side_by_side
+
+INFO = DatasetInfo("two", ("road", "car"), ((10, 20, 30), (200, 100, 50)))
+LABEL = np.array([[0, 1], [255, 0]], np.uint8)
+
+
+def test_colorize_uses_the_classes_colors_and_black_for_ignored():
+    expected = [[[10, 20, 30], [200, 100, 50]], [[0, 0, 0], [10, 20, 30]]]
+    np.testing.assert_array_equal(colorize(LABEL, INFO.colors), expected)
+
+
+def test_a_palette_image_keeps_values_and_shows_colors(tmp_path):
+    palette_image(LABEL, INFO.colors).save(tmp_path / "label.png")
+    with Image.open(tmp_path / "label.png") as image:
+        assert image.mode == "P"
+        np.testing.assert_array_equal(np.asarray(image), LABEL)
+        np.testing.assert_array_equal(np.asarray(image.convert("RGB")), colorize(LABEL, INFO.colors))
+
+
+def test_overlay_mixes_by_alpha_and_leaves_ignored_pixels_alone():
+    image = np.full((2, 2, 3), 100, np.uint8)
+    mixed = overlay(image, LABEL, INFO.colors, alpha=0.25)
+    road, car = [78, 80, 82], [125, 100, 88]  # 77.5, 80, 82.5 and 125, 100, 87.5, rounded to even
+    np.testing.assert_array_equal(mixed, [[road, car], [[100, 100, 100], road]])
+
+
+def test_side_by_side_has_the_three_panels_enlarged_and_a_legend_of_present_classes_only():
+    image = np.full((2, 2, 3), 100, np.uint8)
+    without_car = np.zeros((2, 2), np.uint8)
+    picture = np.asarray(side_by_side(image, LABEL, without_car, INFO))
+    middles = [60, 180]  # of the enlarged pixels: 240 pixels for 2
+    for panel, expected in enumerate((image, colorize(LABEL, INFO.colors), colorize(without_car, INFO.colors))):
+        found = picture[18:][np.ix_(middles, [panel * 246 + x for x in middles])]
+        np.testing.assert_array_equal(found, expected)
+    legend = picture[18 + 240 :].reshape(-1, 3)
+    assert (legend == INFO.colors[0]).all(-1).any()
+    assert (legend == INFO.colors[1]).all(-1).any()
+    legend = np.asarray(side_by_side(image, without_car, without_car, INFO))[18 + 240 :].reshape(-1, 3)
+    assert not (legend == INFO.colors[1]).all(-1).any()

@@ -1,0 +1,131 @@
+"""Every image counts once, and a report says how it was made."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from pspnet_jax.config import base_config
+from pspnet_jax.datasets import DatasetInfo
+from pspnet_jax.infer.evaluate import evaluate
+from pspnet_jax.infer.windows import Predictor
+
+INFO = DatasetInfo("colors", ("red", "green", "blue", "never"), ((255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)))
+STRONGEST = np.eye(3, 4, dtype=np.float32) * 10 + np.array([0, 0, 0, -99], np.float32)  # the class of the strongest channel
+
+
+def predictor(devices=1, **fields):
+    config = base_config()
+    config.eval.update({"base_size": 0, "crop": (33, 33), "batch_size": 2, "flip": False} | fields)
+    config.normalize.update(mean=(0.0, 0.0, 0.0), std=(255.0, 255.0, 255.0))
+    return Predictor(lambda w, x: x @ w, config, INFO.num_classes, jax.local_devices()[:devices])
+
+
+def examples(*sizes):
+    """Images of pure colors with labels that agree but for the first row, which is one class on, and the last, ignored."""
+    for i, (height, width) in enumerate(sizes):
+        label = np.random.default_rng(i).integers(0, 3, (height, width)).astype(np.uint8)
+        image = np.eye(3, dtype=np.uint8)[label] * 255
+        label[0] = (label[0] + 1) % 3
+        label[-1] = 255
+        yield {"image": image, "label": label, "name": f"{i}"}
+
+
+def expected_matrix(examples):
+    matrix = np.zeros((4, 4), int)
+    for example in examples:
+        counted = example["label"] != 255
+        np.add.at(matrix, (example["label"][counted], example["image"].argmax(-1)[counted]), 1)
+    return matrix
+
+
+SIZES = ((40, 40), (40, 40), (36, 50), (40, 40), (36, 50))
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("inference", ["windows", "whole"])
+def test_every_pixel_of_every_image_counts_once(devices, inference):
+    report = evaluate(predictor(devices, inference=inference), STRONGEST, examples(*SIZES), INFO, len(SIZES), "val")
+    matrix = expected_matrix(examples(*SIZES))
+    assert report.images == 5
+    np.testing.assert_array_equal(report.pixels, matrix.sum(1))
+    np.testing.assert_array_equal(report.metrics.accuracy[:3], np.diag(matrix)[:3] / matrix.sum(1)[:3])
+    assert report.metrics.pixel_accuracy == np.trace(matrix) / matrix.sum()
+    assert np.isnan(report.metrics.iou[3])
+
+
+def test_an_example_too_many_or_too_few_is_an_error():
+    with pytest.raises(AssertionError, match="2 images scored, but val has 3"):
+        evaluate(predictor(), STRONGEST, examples(*SIZES[:2]), INFO, 3, "val")
+
+
+def test_a_split_without_labels_is_refused():
+    unlabeled = ({**example, "label": np.full_like(example["label"], 255)} for example in examples(*SIZES[:2]))
+    with pytest.raises(ValueError, match="split 'test': all pixels of its 2 images are labeled 255"):
+        evaluate(predictor(), STRONGEST, unlabeled, INFO, 2, "test")
+
+
+def test_the_report_in_words_and_in_json(tmp_path):
+    """Two rows of 40 pixels of one class, one of them predicted as another: IoU 1/2, 0 and nothing."""
+    image = np.zeros((2, 40, 3), np.uint8)
+    image[0, :, 0] = image[1, :, 1] = 255
+    example = {"image": image, "label": np.zeros((2, 40), np.uint8), "name": "street/one"}
+    report = evaluate(predictor(flip=True, scales=(1.0, 1.5)), STRONGEST, [example], INFO, 1, "val", pictures=1)
+    console = Console(width=140, color_system=None)
+    with console.capture() as capture:
+        console.print(report.table())
+    lines = capture.get().splitlines()
+    row = {line.split()[1]: line.split()[3::2] for line in lines if line.startswith("│")}
+    assert row == {"red": ["50.00%", "50.00%", "100.00%"], "green": ["0.00%", "-", "0.00%"]} | {
+        name: ["-", "-", "0.00%"] for name in ("blue", "never")
+    }
+    assert "mIoU 25.00%  mean accuracy 50.00%  pixel accuracy 50.00%" in lines
+    assert lines[-1].startswith("1 images of val, windows 33x33, own size, scales 1.0, 1.5, flip on, protocol semseg; ")
+    report.write(tmp_path / "evaluation" / "val.json")
+    saved = json.loads((tmp_path / "evaluation" / "val.json").read_text())
+    assert saved["mean_iou"] == 0.25
+    assert saved["classes"][1] == {"name": "green", "iou": 0.0, "accuracy": None, "pixels": 0}
+    assert saved["scales"] == [1.0, 1.5]
+    assert saved["flip"] is True
+    assert list(report.pictures) == ["street/one"]
+
+
+def test_pictures_are_spread_over_the_split():
+    report = evaluate(predictor(), STRONGEST, examples(*SIZES), INFO, 5, "val", pictures=3)
+    assert list(report.pictures) == ["0", "2", "4"]
+
+
+PROCESS = """
+import sys
+import jax
+import numpy as np
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
+from pspnet_jax.infer import evaluate
+from tests.infer.test_evaluate import INFO, SIZES, STRONGEST, examples, predictor
+weights = jax.device_put(STRONGEST, jax.NamedSharding(jax.make_mesh((2,), ("all",)), jax.P()))
+share = list(examples(*SIZES))[jax.process_index()::2]
+report = evaluate.evaluate(predictor(), weights, share, INFO, len(SIZES), "val")
+large, _ = evaluate._over_processes(np.full((2, 2), 2**40 + 1), 0)
+print(report.images, *report.pixels, *large.ravel())
+"""
+
+
+def test_two_processes_report_the_whole_split():
+    """One gets three images, the other two; counts beyond 32 bits survive the journey."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": "."}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, port, str(i)], env=environment, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0].splitlines()[-1].split() for process in processes]
+    pixels = expected_matrix(examples(*SIZES)).sum(1)
+    assert outputs == [[str(value) for value in (5, *pixels, *[2**41 + 2] * 4)]] * 2

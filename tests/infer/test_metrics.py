@@ -1,0 +1,68 @@
+"""One confusion matrix, counted exactly and divided once."""
+
+import jax
+import numpy as np
+import pytest
+
+from pspnet_jax import parallel
+from pspnet_jax.infer.metrics import confusion_matrix, summarize
+
+COUNT = jax.jit(confusion_matrix, static_argnums=2)
+
+
+def test_matrix_of_a_hand_worked_picture():
+    truth = np.array([[0, 0, 1], [1, 2, 255], [2, 2, 3]], np.uint8)  # 255 and 3 (K = 3) do not count
+    prediction = np.array([[0, 1, 1], [1, 2, 0], [0, 2, 2]], np.uint8)
+    np.testing.assert_array_equal(COUNT(truth, prediction, 3), [[1, 1, 0], [0, 2, 0], [1, 0, 2]])
+
+
+def test_metrics_of_that_matrix():
+    metrics = summarize(np.array([[1, 1, 0], [0, 2, 0], [1, 0, 2]]))
+    np.testing.assert_allclose(metrics.iou, [1 / 3, 2 / 3, 2 / 3])
+    np.testing.assert_allclose(metrics.accuracy, [1 / 2, 1, 2 / 3])
+    assert metrics.mean_iou == pytest.approx(5 / 9)
+    assert metrics.mean_accuracy == pytest.approx(13 / 18)
+    assert metrics.pixel_accuracy == pytest.approx(5 / 7)
+
+
+def test_a_class_absent_from_truth_and_prediction_does_not_count_in_the_means():
+    metrics = summarize(np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]]))
+    assert metrics.mean_iou == pytest.approx((3 / 4 + 4 / 5) / 2)
+    assert metrics.mean_accuracy == pytest.approx((3 / 4 + 1) / 2)
+    assert np.isnan(metrics.iou[2])
+    assert np.isnan(metrics.accuracy[2])
+
+
+def test_a_class_only_predicted_lowers_mean_iou_but_has_no_accuracy():
+    metrics = summarize(np.array([[3, 1], [0, 0]]))
+    np.testing.assert_array_equal(metrics.iou, [3 / 4, 0])
+    assert metrics.mean_iou == 3 / 8
+    assert metrics.mean_accuracy == 3 / 4
+
+
+def test_nothing_labeled_gives_nan():
+    metrics = summarize(np.zeros((2, 2), int))
+    assert np.isnan([metrics.mean_iou, metrics.mean_accuracy, metrics.pixel_accuracy]).all()
+
+
+def test_counts_beyond_float32_stay_exact():
+    """2^24 + 1 is the first count that float32 cannot hold."""
+    assert summarize(np.array([[2**24 + 1, 0], [1, 2**24]])).accuracy[1] == 2**24 / (2**24 + 1)
+    ones = np.zeros(2**24 + 1, np.uint8)
+    assert COUNT(ones, ones, 2)[0, 0] == 2**24 + 1
+
+
+def test_a_sharded_batch_is_counted_where_it_is():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 20, (8, 33, 17)).astype(np.uint8)
+    truth[truth == 19] = 255
+    prediction = rng.integers(0, 19, truth.shape).astype(np.uint8)
+    sharding = parallel.batch_sharding(parallel.make_mesh())
+    sharded = [jax.device_put(x, sharding) for x in (truth, prediction)]
+    expected = np.zeros((19, 19), int)
+    counted = truth != 255
+    np.add.at(expected, (truth[counted], prediction[counted]), 1)
+    np.testing.assert_array_equal(COUNT(*sharded, 19), expected)
+    text = COUNT.lower(*sharded, 19).compile().as_text()
+    assert "all-reduce" in text
+    assert "all-gather" not in text
