@@ -1,0 +1,186 @@
+"""What a dataset is: its class names and colors."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+
+from etils import epath
+from ml_collections import ConfigDict
+
+IGNORE = 255  # label of the pixels that neither train nor count
+MAX_CLASSES = 255  # labels are uint8, and 255 is IGNORE
+
+# One entry a class, in label order: "name R G B", or "name" for the color that voc_palette gives it; a folder's classes.txt
+# has the same form, one entry a line. Names and colors are those of the benchmarks (hszhao/semseg, data/*/*_names.txt and
+# *_colors.txt); CamVid's are the SegNet tutorial's.
+TABLES = {
+    "cityscapes": """
+        road 128 64 128; sidewalk 244 35 232; building 70 70 70; wall 102 102 156; fence 190 153 153; pole 153 153 153;
+        traffic light 250 170 30; traffic sign 220 220 0; vegetation 107 142 35; terrain 152 251 152; sky 70 130 180;
+        person 220 20 60; rider 255 0 0; car 0 0 142; truck 0 0 70; bus 0 60 100; train 0 80 100; motorcycle 0 0 230;
+        bicycle 119 11 32
+    """,
+    "voc2012": """
+        background; aeroplane; bicycle; bird; boat; bottle; bus; car; cat; chair; cow; diningtable; dog; horse; motorbike;
+        person; pottedplant; sheep; sofa; train; tvmonitor
+    """,
+    "camvid": """
+        sky 128 128 128; building 128 0 0; pole 192 192 128; road 128 64 128; pavement 60 40 222; tree 128 128 0;
+        sign symbol 192 128 128; fence 64 64 128; car 64 0 128; pedestrian 64 64 0; bicyclist 0 128 192
+    """,
+    "scenes": """
+        sky 135 206 235; water 30 90 180; grass 90 160 60; road 110 110 110; pier 150 110 70; boat 200 40 40; car 240 180 0;
+        pole 40 40 40; bird 180 0 200
+    """,
+    "ade20k": """
+        wall 120 120 120; building 180 120 120; sky 6 230 230; floor 80 50 50; tree 4 200 3; ceiling 120 120 80;
+        road 140 140 140; bed 204 5 255; windowpane 230 230 230; grass 4 250 7; cabinet 224 5 255; sidewalk 235 255 7;
+        person 150 5 61; earth 120 120 70; door 8 255 51; table 255 6 82; mountain 143 255 140; plant 204 255 4;
+        curtain 255 51 7; chair 204 70 3; car 0 102 200; water 61 230 250; painting 255 6 51; sofa 11 102 255; shelf 255 7 71;
+        house 255 9 224; sea 9 7 230; mirror 220 220 220; rug 255 9 92; field 112 9 255; armchair 8 255 214; seat 7 255 224;
+        fence 255 184 6; desk 10 255 71; rock 255 41 10; wardrobe 7 255 255; lamp 224 255 8; bathtub 102 8 255;
+        railing 255 61 6; cushion 255 194 7; base 255 122 8; box 0 255 20; column 255 8 41; signboard 255 5 153;
+        chest of drawers 6 51 255; counter 235 12 255; sand 160 150 20; sink 0 163 255; skyscraper 140 140 140;
+        fireplace 250 10 15; refrigerator 20 255 0; grandstand 31 255 0; path 255 31 0; stairs 255 224 0; runway 153 255 0;
+        case 0 0 255; pool table 255 71 0; pillow 0 235 255; screen door 0 173 255; stairway 31 0 255; river 11 200 200;
+        bridge 255 82 0; bookcase 0 255 245; blind 0 61 255; coffee table 0 255 112; toilet 0 255 133; flower 255 0 0;
+        book 255 163 0; hill 255 102 0; bench 194 255 0; countertop 0 143 255; stove 51 255 0; palm 0 82 255;
+        kitchen island 0 255 41; computer 0 255 173; swivel chair 10 0 255; boat 173 255 0; bar 0 255 153;
+        arcade machine 255 92 0; hovel 255 0 255; bus 255 0 245; towel 255 0 102; light 255 173 0; truck 255 0 20;
+        tower 255 184 184; chandelier 0 31 255; awning 0 255 61; streetlight 0 71 255; booth 255 0 204;
+        television receiver 0 255 194; airplane 0 255 82; dirt track 0 10 255; apparel 0 112 255; pole 51 0 255; land 0 194 255;
+        bannister 0 122 255; escalator 0 255 163; ottoman 255 153 0; bottle 0 255 10; buffet 255 112 0; poster 143 255 0;
+        stage 82 0 255; van 163 255 0; ship 255 235 0; fountain 8 184 170; conveyer belt 133 0 255; canopy 0 255 92;
+        washer 184 0 255; plaything 255 0 31; swimming pool 0 184 255; stool 0 214 255; barrel 255 0 112; basket 92 255 0;
+        waterfall 0 224 255; tent 112 224 255; bag 70 184 160; minibike 163 0 255; cradle 153 0 255; oven 71 255 0;
+        ball 255 0 163; food 255 204 0; step 255 0 143; tank 0 255 235; trade name 133 255 0; microwave 255 0 235;
+        pot 245 0 255; animal 255 0 122; bicycle 255 245 0; lake 10 190 212; dishwasher 214 255 0; screen 0 204 255;
+        blanket 20 0 255; sculpture 255 255 0; hood 0 153 255; sconce 0 41 255; vase 0 255 204; traffic light 41 0 255;
+        tray 41 255 0; ashcan 173 0 255; fan 0 245 255; pier 71 0 255; crt screen 122 0 255; plate 0 255 184; monitor 0 92 255;
+        bulletin board 184 255 0; shower 0 133 255; radiator 255 214 0; glass 25 194 194; clock 102 255 0; flag 92 0 255
+    """,
+}
+TABLES["pspnet_scenes"] = TABLES["scenes"]  # the same scenes through TFDS
+
+# Benchmarks that have no reader yet: what their users have on disk.
+LAYOUTS = {
+    "ade20k": "images/{training,validation} and annotations/{training,validation} of ADEChallengeData2016",
+    "voc2012": "JPEGImages, SegmentationClass and ImageSets/Segmentation of VOCdevkit/VOC2012",
+    "cityscapes": "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and gtFine/{train,val}/CITY/*_labelIds.png",
+}
+
+Color = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """Class names and their (R, G, B) colors, 0..255, in the order of the labels 0..K-1.
+
+    Raises:
+      ValueError: there are not 2 to 255 classes, not one color for each, or a color has a value outside 0..255.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    colors: tuple[Color, ...]
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.num_classes <= MAX_CLASSES:
+            raise ValueError(
+                f"dataset {self.name!r} has {self.num_classes} classes: expected 2 to {MAX_CLASSES} in dataset.class_names or "
+                f"classes.txt (labels are 8-bit, and {IGNORE} is the ignored one)"
+            )
+        if len(self.colors) != self.num_classes:
+            raise ValueError(
+                f"dataset.colors has {len(self.colors)} colors for {self.num_classes} classes: expected one a class"
+            )
+        for name, color in zip(self.class_names, self.colors, strict=True):
+            if len(color) != 3 or not all(value in range(256) for value in color):
+                raise ValueError(f"color {color} of class {name!r}: expected (R, G, B), each from 0 to 255")
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+def describe(dataset: ConfigDict) -> DatasetInfo:
+    """Returns the classes that a recipe's dataset is labelled with.
+
+    Names are dataset.class_names or, where that is empty, those of the known dataset's table or of a folder's classes.txt.
+    Colors are dataset.colors, or come with the names, or are `voc_palette`'s.
+
+    Args:
+      dataset: config.dataset.
+
+    Raises:
+      ValueError: nobody names the classes, or see DatasetInfo.
+    """
+    known = dataset.tfds_name if dataset.name == "tfds" else dataset.name
+    if dataset.class_names:
+        names, colors = _parse(dataset.class_names)
+    elif known in TABLES:
+        names, colors = _parse(TABLES[known].split(";"))
+    elif dataset.name == "tfds":
+        raise ValueError(f"dataset.class_names is empty: the recipe must name the classes of dataset.tfds_name={known!r}")
+    else:
+        names, colors = _parse(_classes_file(dataset.root).read_text().removeprefix("\ufeff").splitlines())
+    return DatasetInfo(dataset.name, names, tuple(map(tuple, dataset.colors)) or colors)
+
+
+def table(name: str) -> DatasetInfo:
+    """Returns the classes of a known dataset, for recipes that read it from a folder: `table("camvid")`."""
+    if name not in TABLES:
+        raise ValueError(f"no table of classes for {name!r}: expected one of {', '.join(sorted(TABLES))}")
+    return DatasetInfo(name, *_parse(TABLES[name].split(";")))
+
+
+def voc_palette(num_classes: int) -> tuple[Color, ...]:
+    """Returns PASCAL VOC's colors of the labels 0..K-1 (VOCdevkit's VOClabelcolormap): from the lowest bit up, a label's bits
+    go in turn to R, G and B, and fill these from the highest bit down."""
+
+    def value(label: int, channel: int) -> int:
+        return sum((label >> (3 * i + channel) & 1) << (7 - i) for i in range(3))
+
+    return tuple((value(label, 0), value(label, 1), value(label, 2)) for label in range(num_classes))
+
+
+def label_problem(histogram: Sequence[int], num_classes: int) -> str | None:
+    """Describes label values outside 0..K-1 and 255, if there are any.
+
+    Args:
+      histogram: number of pixels of each value 0..255.
+      num_classes: K.
+    """
+    wrong = [value for value in range(num_classes, IGNORE) if histogram[value]]
+    if not wrong:
+        return None
+    if wrong == [num_classes]:
+        cause = "indices that count from 1 with 0 as void (subtract 1, and make 0 into 255), or one class name too few"
+    else:
+        cause = "raw ids that were not mapped to classes, a color picture turned gray, or missing class names"
+    return (
+        f"label value {wrong[0]} at {histogram[wrong[0]]} pixels, expected 0..{num_classes - 1} for {num_classes} classes, or "
+        f"{IGNORE} to ignore; likely {cause}"
+    )
+
+
+def _classes_file(root: str) -> epath.Path:
+    file = epath.Path(root).expanduser() / "classes.txt"
+    if not root or not file.exists():
+        raise ValueError(
+            f"dataset.class_names is empty and there is no {file if root else 'dataset.root'}: name the classes in the recipe, "
+            "or in ROOT/classes.txt with --config.dataset.root=ROOT, one a line in label order, as `name` or `name R G B`"
+        )
+    return file
+
+
+def _parse(entries: Iterable[str]) -> tuple[tuple[str, ...], tuple[Color, ...]]:
+    """Returns the names and colors of entries "name R G B" or "name"; blank entries do not count."""
+    entries = [entry.strip() for entry in entries if entry.strip()]
+    names, colors = [], []
+    for entry, color in zip(entries, voc_palette(len(entries)), strict=True):
+        if match := re.fullmatch(r"(.+?)\s+(\d+)\s+(\d+)\s+(\d+)", entry):
+            entry, color = match[1], (int(match[2]), int(match[3]), int(match[4]))
+        names.append(entry)
+        colors.append(color)
+    return tuple(names), tuple(colors)

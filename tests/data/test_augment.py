@@ -1,0 +1,248 @@
+"""Augmentation against its definition, step by step in NumPy, and labels against the images they belong to."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from numpy.lib.stride_tricks import sliding_window_view
+
+from pspnet_jax.config import base_config
+from pspnet_jax.data.augment import Draw, augment, draw, view
+from pspnet_jax.datasets import IGNORE
+
+view_in_graph = tf.function(view)
+MEAN = (123.675, 116.28, 103.53)
+FILL = np.array([124, 116, 104])
+
+
+def drawn(scale=1.0, degrees=0.0, blur=False, mirror=False, offset=(0.0, 0.0)) -> Draw:
+    number = lambda value: tf.constant(value, tf.float64)  # noqa: E731
+    return Draw(number(scale), number(degrees), tf.constant(blur), tf.constant(mirror), number(offset))
+
+
+def fused(image, label, parameters, crop):
+    pixels, classes = view_in_graph(tf.constant(image), tf.constant(label), parameters, crop, MEAN)
+    assert (pixels.dtype, classes.dtype) == (tf.uint8, tf.uint8)
+    return pixels.numpy(), classes.numpy()
+
+
+def bilinear(image, y, x):
+    """Values of float[H,W,3] at the points (y, x), edges replicated."""
+    height, width, _ = image.shape
+    y, x = np.clip(y, 0, height - 1), np.clip(x, 0, width - 1)
+    top, left = np.floor(y).astype(int), np.floor(x).astype(int)
+    bottom, right = np.minimum(top + 1, height - 1), np.minimum(left + 1, width - 1)
+    v, u = (y - top)[..., None], (x - left)[..., None]
+    above = (1 - u) * image[top, left] + u * image[top, right]
+    return (1 - v) * above + v * ((1 - u) * image[bottom, left] + u * image[bottom, right])
+
+
+def nearest(label, y, x):
+    height, width = label.shape
+    clipped = [np.clip(np.floor(p + 0.5).astype(int), 0, n - 1) for p, n in ((y, height), (x, width))]
+    return label[clipped[0], clipped[1]]
+
+
+def turn(height, width, degrees):
+    """The points of an image that its pixels show after a counterclockwise rotation (y points down)."""
+    y, x = np.mgrid[:height, :width] - np.array([(height - 1) / 2, (width - 1) / 2])[:, None, None]
+    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    return cos * y + sin * x + (height - 1) / 2, -sin * y + cos * x + (width - 1) / 2
+
+
+def step_by_step(image, label, parameters, crop):
+    """The five steps at the top of augment.py, one after the other, on the whole canvas in float64."""
+    scale, degrees, blur, mirror, offset = (part.numpy() for part in parameters)
+    height, width = (round(n * scale) for n in label.shape)
+    y, x = np.mgrid[:height, :width]
+    y, x = (y + 0.5) / scale - 0.5, (x + 0.5) / scale - 0.5
+    image, label = bilinear(image.astype(float), y, x), nearest(label, y, x)
+    if degrees:
+        y, x = turn(height, width, degrees)
+        covered = (y >= -0.5) & (y < height - 0.5) & (x >= -0.5) & (x < width - 0.5)
+        image, label = (
+            np.where(covered[..., None], bilinear(image, y, x), FILL),
+            np.where(covered, nearest(label, y, x), IGNORE),
+        )
+    if blur:
+        taps = np.exp(-np.array([4, 1, 0, 1, 4]) / (2 * 1.1**2))
+        padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), "reflect")
+        parts = [taps[i] * taps[j] * padded[i : i + height, j : j + width] for i in range(5) for j in range(5)]
+        image = sum(parts) / taps.sum() ** 2
+    if mirror:
+        image, label = image[:, ::-1], label[:, ::-1]
+    missing = [max(c - n, 0) for c, n in zip(crop, (height, width), strict=True)]
+    around = [(n // 2, n - n // 2) for n in missing]
+    pixels = np.empty((height + missing[0], width + missing[1], 3))
+    pixels[:] = FILL
+    pixels[around[0][0] :][:height, around[1][0] :][:, :width] = image
+    classes = np.pad(label, around, constant_values=IGNORE)
+    top, left = (int(o * (n - c + 1)) for o, n, c in zip(offset, classes.shape, crop, strict=True))
+    return pixels[top:, left:][: crop[0], : crop[1]].round(), classes[top:, left:][: crop[0], : crop[1]]
+
+
+def noise(height, width, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (height, width, 3), np.uint8), rng.integers(0, 19, (height, width), np.uint8)
+
+
+@pytest.mark.parametrize("blur", [False, True])
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize(
+    ("scale", "offset"),
+    [
+        (0.513, (0.0, 0.0)),  # canvas 31 x 47: padding on all sides, one pixel more below than above
+        (0.813, (0.99, 0.4)),  # canvas 49 x 74: padding above and below
+        (1.0, (0.999, 0.999)),
+        (1.0, (0.3, 0.6)),
+        (1.371, (0.0, 0.0)),  # the crop meets the canvas' corner, where the blur is reflected
+        (1.993, (0.98, 0.999)),  # one pixel of the blur's margin is left below, none at the right
+        (2.0, (0.5, 0.5)),
+    ],
+)
+def test_scale_blur_mirror_crop_equal_the_definition(scale, offset, mirror, blur):
+    image, label = noise(60, 91)
+    parameters = drawn(scale, 0.0, blur, mirror, offset)
+    pixels, classes = fused(image, label, parameters, (52, 57))
+    expected_pixels, expected_classes = step_by_step(image, label, parameters, (52, 57))
+    np.testing.assert_array_equal(classes, expected_classes)
+    difference = np.abs(pixels - expected_pixels)
+    assert difference.max() <= 1  # where float32 and float64 round to different sides of a half
+    assert (difference > 0).mean() < 0.01
+
+
+def blocks(height, width, side=14, classes=9):
+    """int[H,W]: squares of random classes."""
+    grid = np.random.default_rng(1).integers(0, classes, (height // side + 1, width // side + 1))
+    return np.kron(grid, np.ones((side, side), int))[:height, :width].astype(np.uint8)
+
+
+def uniform(classes, radius):
+    """bool: whether all pixels up to `radius` away, diagonally too, have one class; False at the border."""
+    windows = sliding_window_view(classes, (2 * radius + 1, 2 * radius + 1))
+    same = windows.max(axis=(2, 3)) == windows.min(axis=(2, 3))
+    return np.pad(same, radius, constant_values=False)
+
+
+@pytest.mark.parametrize("blur", [False, True])
+@pytest.mark.parametrize(
+    ("scale", "degrees", "mirror", "offset"),
+    [
+        (0.611, 9.7, False, (0.0, 0.0)),
+        (1.0, -4.3, True, (0.2, 0.9)),
+        (1.373, 7.1, True, (0.0, 1e-3)),
+        (1.9, -10.0, False, (0.99, 0.99)),
+    ],
+)
+def test_rotation_equals_the_definition_on_a_smooth_image(scale, degrees, mirror, offset, blur):
+    """Scaling and rotating at once interpolates once, the definition twice: they agree on what both can show."""
+    y, x = np.mgrid[:120, :150]
+    image = np.stack([127 + 80 * np.sin(x / 17 + k) + 40 * np.cos(y / 13 - k) for k in range(3)], -1).round().astype(np.uint8)
+    label = blocks(120, 150)
+    parameters = drawn(scale, degrees, blur, mirror, offset)
+    pixels, classes = fused(image, label, parameters, (97, 105))
+    expected_pixels, expected_classes = step_by_step(image, label, parameters, (97, 105))
+    away = uniform(expected_classes, 1)
+    assert away.mean() > 0.6
+    np.testing.assert_array_equal(classes[away], expected_classes[away])
+    assert (classes == expected_classes).mean() > 0.95
+    covered = uniform((expected_classes == IGNORE).astype(int), 3)
+    assert covered.mean() > 0.6
+    assert np.abs(pixels - expected_pixels)[covered].max() <= 2
+
+
+def test_rotation_is_padded_exactly_where_the_source_ends():
+    image, label = noise(70, 90)
+    pixels, classes = fused(image, label, drawn(1.4, 10.0), (98, 126))
+    y, x = ((p + 0.5) / 1.4 - 0.5 for p in turn(98, 126, 10.0))
+    outside = (y < -0.5) | (y >= 69.5) | (x < -0.5) | (x >= 89.5)
+    assert 0.05 < outside.mean() < 0.3
+    np.testing.assert_array_equal(classes, np.where(outside, IGNORE, nearest(label, y, x)))
+    np.testing.assert_allclose(pixels, np.where(outside[..., None], FILL, bilinear(image.astype(float), y, x)), atol=0.52)
+
+
+def test_rotation_turns_counterclockwise():
+    label = np.zeros((101, 101), np.uint8)
+    label[45:56, 90:] = 1  # in the east
+    _, classes = fused(noise(101, 101)[0], label, drawn(degrees=90.0), (101, 101))
+    assert (classes[:11, 45:56] == 1).all()  # in the north
+    assert (classes == 1).sum() == 121
+
+
+def pipeline(image, label, count, config):
+    """The views of one example with keys (7, 0) to (7, count - 1)."""
+    keys = tf.data.Dataset.range(count).map(lambda i: tf.stack([tf.constant(7, tf.int64), i]))
+    views = keys.map(lambda key: augment(tf.constant(image), tf.constant(label), key, config), num_parallel_calls=2)
+    return list(views.as_numpy_iterator())
+
+
+def draws(count, config) -> Draw:
+    dataset = tf.data.Dataset.range(count).map(lambda i: draw(tf.stack([tf.constant(7, tf.int64), i]), config.augment))
+    return Draw(*next(dataset.batch(count).as_numpy_iterator()))
+
+
+def test_image_and_label_never_drift_apart():
+    """Everything on: wherever classes are 4 pixels from each other, blur and interpolation leave the class' color as it is."""
+    config = base_config()
+    config.augment.crop = (81, 73)
+    label = blocks(100, 130, side=22)
+    color = np.append(np.random.default_rng(3).integers(0, 256, (IGNORE, 3)), FILL[None], axis=0).astype(np.uint8)
+    decoded = 0
+    for pixels, classes in pipeline(color[label], label, 400, config):
+        inside = uniform(classes, 4)
+        np.testing.assert_array_equal(pixels[inside], color[classes[inside]])
+        decoded += inside.sum()
+    assert decoded > 400 * 500
+    kinds = draws(400, config)
+    assert ((kinds.degrees != 0) & kinds.mirror & kinds.blur & (kinds.scale < 0.7)).sum() > 5
+
+
+def test_neutral_values_cut_the_image_out_at_uniform_places():
+    config = base_config()
+    config.augment.update(scale=(1.0, 1.0), rotate_degrees=0.0, rotate_probability=1.0, crop=(38, 47))
+    config.augment.update(blur_probability=0.0, mirror_probability=0.0)
+    image, label = noise(41, 49)
+    image[..., 0], image[..., 1] = np.mgrid[:41, :49]  # a pixel says where it comes from
+    counts = np.zeros((4, 3))
+    for pixels, classes in pipeline(image, label, 1200, config):
+        top, left = pixels[0, 0, :2]
+        np.testing.assert_array_equal(pixels, image[top : top + 38, left : left + 47])
+        np.testing.assert_array_equal(classes, label[top : top + 38, left : left + 47])
+        counts[top, left] += 1
+    assert np.abs(counts - 100).max() < 40  # 4 standard deviations
+
+
+def test_distributions():
+    scale, degrees, blur, mirror, offset = draws(4000, base_config())
+    tenths, _ = np.histogram(scale, bins=10, range=(0.5, 2.0))
+    assert tenths.sum() == 4000
+    assert np.abs(tenths - 400).max() < 80  # 4 standard deviations, as all below
+    rotated = degrees != 0
+    tenths, _ = np.histogram(degrees[rotated], bins=10, range=(-10, 10))
+    assert tenths.sum() == rotated.sum()
+    assert np.abs(tenths - 200).max() < 60
+    for chance in (rotated, blur, mirror):
+        assert abs(chance.mean() - 0.5) < 0.032
+    tenths, _, _ = np.histogram2d(*offset.T, bins=10, range=((0, 1), (0, 1)))
+    assert np.abs(tenths - 40).max() < 28
+    correlation = np.corrcoef([scale, rotated, blur, mirror, *offset.T]) - np.eye(6)
+    assert np.abs(correlation).max() < 0.064
+
+
+def test_the_key_decides_everything():
+    config = base_config()
+    config.augment.crop = (49, 49)
+    image, label = noise(64, 80)
+    first, again = (pipeline(image, label, 20, config) for _ in range(2))
+    for (pixels, classes), (pixels_again, classes_again) in zip(first, again, strict=True):
+        np.testing.assert_array_equal(pixels, pixels_again)
+        np.testing.assert_array_equal(classes, classes_again)
+    assert len({pixels.tobytes() for pixels, _ in first}) == 20
+
+
+@pytest.mark.parametrize(("width", "scale", "crop"), [(597, 1.7244556114595078, 301), (924, 1.2115800885519603, 683)])
+def test_the_last_pixel_never_falls_off_the_source(width, scale, crop):
+    """A canvas rounded up by half a pixel would show the source's very edge, which float32 takes for outside: black."""
+    image, label = np.full((40, width, 3), 200, np.uint8), np.full((40, width), 3, np.uint8)
+    pixels, classes = fused(image, label, drawn(scale, offset=(0.999, 0.999)), (33, crop))
+    assert (pixels == 200).all()
+    assert (classes == 3).all()

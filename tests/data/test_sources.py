@@ -1,0 +1,317 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from pspnet_jax.config import base_config
+from pspnet_jax.data import scenes, sources
+from tests import fakes
+
+
+def recipe(**fields):
+    dataset = base_config().dataset
+    dataset.update(fields)
+    return dataset
+
+
+def open_folder(root, split="train"):
+    return sources.open_source(recipe(root=str(root)), split)
+
+
+def load(source, index):
+    """Loads as the pipeline does, in a graph."""
+    return next(tf.data.Dataset.from_tensors(np.int64(index)).map(source.load).as_numpy_iterator())
+
+
+def assert_loads(source, index, image, label):
+    loaded = load(source, index)
+    np.testing.assert_array_equal(loaded[0], image)
+    np.testing.assert_array_equal(loaded[1], label)
+
+
+# Folder
+
+
+def test_folder_loads_what_was_written(tmp_path):
+    source = open_folder(fakes.write_folder(tmp_path, {"train": 3, "val": 2}), "val")
+    assert (len(source), source.names) == (2, ["000", "001"])
+    for index in range(2):
+        assert_loads(source, index, *fakes.pair("val", index))
+
+
+def test_folder_formats_and_subfolders(tmp_path):
+    image, label = fakes.pair("train", 0)
+    root = fakes.write_folder(tmp_path, {"train": 1})
+    for name, picture in {"b/jpeg.JPEG": image, "b/gray.png": image[..., 0], "a/c/jpg.jpg": image}.items():
+        fakes.write_image(root / "images/train" / name, picture)
+        fakes.write_image((root / "labels/train" / name).with_suffix(".png"), label)
+    (root / "images/train/.hidden.png").write_bytes(b"")
+    (root / "images/train/Thumbs.db").write_bytes(b"")
+    source = open_folder(f"{root}/")
+    assert source.names == ["000", "a/c/jpg", "b/gray", "b/jpeg"]
+    assert_loads(source, 1, np.asarray(Image.open(root / "images/train/a/c/jpg.jpg")), label)  # the same pixels as Pillow's
+    assert_loads(source, 2, np.repeat(image[..., :1], 3, axis=2), label)
+
+
+def test_palette_labels_are_read_by_index(tmp_path):
+    root = fakes.write_folder(tmp_path, {"train": 1})
+    image, label = fakes.pair("train", 0)
+    fakes.write_palette(root / "labels/train/000.png", label)
+    assert_loads(open_folder(root), 0, image, label)
+
+
+def test_palette_labels_of_fewer_bits(tmp_path):
+    root = fakes.write_folder(tmp_path, {"train": 1})
+    image, label = fakes.pair("train", 0)
+    label = np.where(label == 255, 0, label)
+    picture = Image.fromarray(label, "P")
+    picture.putpalette([9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 1, 2])
+    picture.save(root / "labels/train/000.png", bits=2)
+    assert_loads(open_folder(root), 0, image, label)
+
+
+def test_remote_root():
+    """TensorFlow's ram:// goes the way of gs://: every access is through tf.io."""
+    image, label = fakes.pair("train", 0)
+    for kind, array in (("images", image), ("labels", label)):
+        tf.io.gfile.makedirs(f"ram://set/{kind}/train")
+        tf.io.write_file(f"ram://set/{kind}/train/x.png", tf.io.encode_png(array if array.ndim == 3 else array[..., None]))
+    source = sources.open_source(recipe(root="ram://set", class_names=("a", "b", "c", "d")), "train")
+    assert source.names == ["x"]
+    assert_loads(source, 0, image, label)
+
+
+def test_a_folder_is_checked_once(tmp_path, monkeypatch):
+    root = fakes.write_folder(tmp_path, {"train": 1})
+    first = open_folder(root)
+    monkeypatch.setattr(sources.Folder, "check_all", lambda self: pytest.fail("checked twice"))
+    assert open_folder(root) is first
+
+
+IMAGE, LABEL = "images/train/001.png", "labels/train/001.png"
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def _turned(path):
+    exif = Image.Exif()
+    exif[sources.EXIF_ORIENTATION] = 6
+    path.unlink()
+    fakes.write_image(path.with_suffix(".jpg"), fakes.pair("train", 1)[0], exif=exif)
+
+
+def _as(path, format, mode="RGB"):
+    image = Image.open(path).convert(mode)
+    image.save(path, format=format)
+
+
+def _jpeg_cut_short(path):
+    fakes.write_image(path.with_suffix(".jpg"), fakes.pair("train", 1)[0])
+    path.unlink()
+    _truncate(path.with_suffix(".jpg"))
+
+
+def _set_label(path, *values):
+    label = fakes.pair("train", 1)[1].copy()
+    label[0, : len(values)] = values
+    fakes.write_image(path, label)
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil", "message"),
+    [
+        (LABEL, lambda p: p.unlink(), r"images/train/001.png: this image has no label, .*labels/train/001.png \(1 of 3 images"),
+        (IMAGE, lambda p: p.unlink(), r"labels/train/001.png: this label has no image, .*images/train/001.png"),
+        (IMAGE, lambda p: fakes.write_image(p.with_suffix(".jpg"), fakes.pair("train", 1)[0]), r"001.* two files of one name"),
+        (IMAGE, lambda p: p.write_bytes(b""), r"images/train/001.png: cannot be read"),
+        (IMAGE, _truncate, r"images/train/001.png: cannot be read, damaged or cut short"),
+        (IMAGE, _jpeg_cut_short, r"images/train/001.jpg: cannot be read, damaged or cut short"),
+        (IMAGE, lambda p: _as(p, "GIF"), r"images/train/001.png: is a GIF file despite its name"),
+        (IMAGE, lambda p: _as(p, "JPEG", "CMYK"), r"images/train/001.png: is a CMYK image"),
+        (IMAGE, _turned, r"images/train/001.jpg: has EXIF orientation 6"),
+        (LABEL, _truncate, r"labels/train/001.png: cannot be read, damaged or cut short"),
+        (LABEL, lambda p: _as(p, "JPEG", "L"), r"labels/train/001.png: is a JPEG file despite its name"),
+        (LABEL, lambda p: _as(p, "PNG"), r"labels/train/001.png: is an RGB picture, probably labels drawn in colors"),
+        (LABEL, lambda p: _as(p, "PNG", "RGBA"), r"labels/train/001.png: is an RGBA picture"),
+        (LABEL, lambda p: _as(p, "PNG", "I;16"), r"labels/train/001.png: has pixels of kind 'I;16B'; expected an 8-bit"),
+        (LABEL, lambda p: _as(p, "PNG", "1"), r"labels/train/001.png: has pixels of kind '1'; expected an 8-bit"),
+        (LABEL, lambda p: fakes.write_image(p, np.zeros((40, 47), np.uint8)), r"001.png: is 47x40, but its image .* is 48x40"),
+        (LABEL, lambda p: _set_label(p, 4), r"labels/train/001.png: label value 4 at 1 pixels.*0..3 .*count from 1"),
+        (LABEL, lambda p: _set_label(p, 33, 26, 26), r"labels/train/001.png: label value 26 at 2 pixels.*raw ids"),
+    ],
+)
+def test_wrong_files_are_named(tmp_path, file, spoil, message):
+    root = fakes.write_folder(tmp_path, {"train": 3})
+    spoil(root / file)
+    with pytest.raises(ValueError, match=message) as error:
+        open_folder(root)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_values_in_a_palette_label(tmp_path):
+    root = fakes.write_folder(tmp_path, {"train": 1})
+    fakes.write_palette(root / "labels/train/000.png", np.full((40, 48), 9, np.uint8))
+    with pytest.raises(ValueError, match=r"000.png: label value 9 at 1920 pixels"):
+        open_folder(root)
+
+
+def test_the_first_of_many_wrong_pairs(tmp_path):
+    root = fakes.write_folder(tmp_path, {"train": 9})
+    for index in (7, 2, 5):
+        fakes.write_image(root / f"labels/train/{index:03d}.png", np.full((40, 48), 9, np.uint8))
+    with pytest.raises(ValueError, match=r"labels/train/002.png: .* \(2 more pairs are wrong, too\)"):
+        open_folder(root)
+
+
+def test_a_large_folder_is_sampled_but_every_header_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "CHECK_ALL", 5)
+    monkeypatch.setattr(sources, "CHECK_SOME", 2)  # of 6: every third, 0 and 3
+    root = fakes.write_folder(tmp_path, {"train": 6})
+    fakes.write_image(root / "labels/train/004.png", np.full((40, 48), 9, np.uint8))
+    source = open_folder(root)
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        load(source, 4)
+    with pytest.raises(ValueError, match=r"labels/train/004.png: label value 9"):
+        source.check(4)
+    sources._open_folder.cache_clear()
+    fakes.write_image(root / "labels/train/005.png", np.zeros((40, 47), np.uint8))
+    with pytest.raises(ValueError, match=r"005.png: is 47x40"):
+        open_folder(root)
+
+
+def test_missing_directories(tmp_path):
+    with pytest.raises(ValueError, match=r"dataset.root is empty: set --config.dataset.root"):
+        sources.open_source(recipe(class_names=("a", "b")), "train")
+    root = fakes.write_folder(tmp_path, {"train": 1})
+    with pytest.raises(ValueError, match=r"images/val: no such directory"):
+        open_folder(root, "val")
+    (root / "images/val").mkdir()
+    with pytest.raises(ValueError, match=r"images/val: holds no .jpg, .jpeg, .png files"):
+        open_folder(root, "val")
+
+
+@pytest.mark.parametrize("name", ["ade20k", "voc2012", "cityscapes"])
+def test_benchmarks_without_reader_say_so(name, tmp_path):
+    for root, message in (("", "no files at"), ("/nowhere", "no files at"), (str(tmp_path), "does not read .* yet")):
+        with pytest.raises(ValueError, match=rf"dataset.name='{name}'.*{message}") as error:
+            sources.open_source(recipe(name=name, root=root), "train")
+        assert f"--config.dataset.root={root!r}" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+# Scenes and TFDS
+
+
+def test_scenes_source():
+    source = sources.open_source(recipe(name="scenes"), "validation")
+    assert len(source) == scenes.SPLITS["validation"]
+    assert source.names[:2] == ["validation_00000", "validation_00001"]
+    for index in (0, len(source) - 1):
+        assert_loads(source, index, *scenes.scene("validation", index))
+
+
+def test_scenes_with_too_few_classes():
+    source = sources.open_source(recipe(name="scenes", class_names=("a", "b")), "train")
+    with pytest.raises(ValueError, match=r"train_00003: label value \d at \d+ pixels, expected 0..1"):
+        source.check(3)
+
+
+def test_scenes_unknown_split():
+    with pytest.raises(ValueError, match=r"no split 'val': expected one of train, validation"):
+        sources.open_source(recipe(name="scenes"), "val")
+
+
+class FakePairs(tfds.core.GeneratorBasedBuilder):
+    """`fakes.pair`s, with another feature beside the image for each config."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = tuple(tfds.core.BuilderConfig(name=name) for name in ("label", "mask", "class"))
+
+    def _info(self):
+        kind = self.builder_config.name
+        mask = tfds.features.Image(shape=(None, None, 1))
+        other = {"label": tfds.features.ClassLabel(num_classes=4)} if kind == "class" else {kind: mask}
+        features = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(None, None, 3)), **other})
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for index in range(5):
+            image, label = fakes.pair("train", index)
+            kind = self.builder_config.name
+            yield index, {"image": image, **({"label": index % 4} if kind == "class" else {kind: label[..., None]})}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Returns a data_dir with fake_pairs/label in array_record files."""
+    root = tmp_path_factory.mktemp("tfds")
+    tfds.builder("fake_pairs/label", data_dir=root, file_format="array_record").download_and_prepare()
+    return str(root)
+
+
+def tfds_recipe(root, name="fake_pairs/label"):
+    return recipe(name="tfds", tfds_name=name, root=root, class_names=("a", "b", "c", "d"))
+
+
+def test_tfds_source(prepared):
+    source = sources.open_source(tfds_recipe(prepared), "train")
+    assert source.names == [f"train_{index:05d}" for index in range(5)]
+    for index in (4, 0, 2):
+        assert_loads(source, index, *fakes.pair("train", index))
+    assert_loads(sources.open_source(tfds_recipe(prepared), "train[2:4]"), 1, *fakes.pair("train", 3))
+
+
+def test_pspnet_scenes_are_prepared_and_equal_the_scenes(tmp_path, monkeypatch):
+    monkeypatch.setitem(scenes.SPLITS, "train", 12)
+    monkeypatch.setitem(scenes.SPLITS, "validation", 3)
+    for split in ("train", "validation"):
+        through_tfds = sources.open_source(recipe(name="tfds", tfds_name="pspnet_scenes", root=str(tmp_path)), split)
+        direct = sources.open_source(recipe(name="scenes"), split)
+        assert through_tfds.names == direct.names
+        for index in range(len(direct)):
+            assert_loads(through_tfds, index, *load(direct, index))
+
+
+def test_tfds_label_out_of_range_is_named(prepared):
+    dataset = tfds_recipe(prepared)
+    dataset.class_names = ("a", "b")
+    source = sources.open_source(dataset, "train")
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        load(source, 1)
+    with pytest.raises(ValueError, match=r"train_00001: label value 2"):
+        source.check(1)
+
+
+def test_tfds_refusals(prepared, tmp_path):
+    def message(*arguments, split="train"):
+        with pytest.raises(ValueError) as error:
+            sources.open_source(tfds_recipe(*arguments), split)
+        return str(error.value)
+
+    assert "TFDS knows no dataset of this name" in message(prepared, "no_such_set")
+    assert "no split 'val', expected one of train" in message(prepared, split="val")
+    assert "not prepared, run `tfds build fake_pairs/mask --file_format=array_record`" in message(prepared, "fake_pairs/mask")
+    tfds.builder("fake_pairs/label", data_dir=tmp_path).download_and_prepare()
+    assert "its files are tfrecord, which cannot be read in any order" in message(str(tmp_path))
+    for kind, features in (("mask", "image, mask"), ("class", "image, label")):
+        tfds.builder(f"fake_pairs/{kind}", data_dir=tmp_path, file_format="array_record").download_and_prepare()
+        assert f"has features {features}, expected image uint8" in message(str(tmp_path), f"fake_pairs/{kind}")
+
+
+def test_a_damaged_tfds_record_is_named(tmp_path):
+    builder = tfds.builder("fake_pairs/label", data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    (file,) = builder.data_path.glob("*.array_record-*")
+    contents = bytearray(file.read_bytes())
+    contents[20_000:20_500] = bytes(500)  # each record takes 7 kB
+    file.write_bytes(contents)
+    source = sources.open_source(tfds_recipe(str(tmp_path)), "train")
+    source.check(1)
+    with pytest.raises(ValueError, match=r"train_00002: cannot be read \(Corrupted"):
+        source.check(2)
