@@ -1,6 +1,6 @@
 """Built-in synthetic scenes and a thin ResNet-18: minutes on a CPU. python -m pspnet_jax.main --config configs/quickstart.py
 
-`configs/quickstart.py:1` trains with a 1x1 pyramid, `configs/quickstart.py:none` without one; benchmarks/pyramid.md compares them.
+`configs/quickstart.py:1` trains with a 1x1 pyramid, `configs/quickstart.py:none` without one; see benchmarks/pyramid.md.
 """
 
 from ml_collections import ConfigDict

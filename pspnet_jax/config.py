@@ -37,7 +37,7 @@ TUPLES = {  # type and number of the values in a tuple; None: any number
 
 
 def base_config() -> ConfigDict:
-    """Returns the configuration every recipe starts from: PSPNet-50 as the authors train it (SPEC sections 1 to 3)."""
+    """Returns the configuration every recipe starts from: PSPNet-50 as its authors train and score it."""
     config = ConfigDict()
     config.name = "base"  # names the default workdir, runs/<name>
     config.seed = 0  # initial weights, order, augmentation and dropout all follow from it
@@ -118,7 +118,7 @@ def base_config() -> ConfigDict:
     every.eval = 5_000  # 0: only at the end
     every.save = 1_000
 
-    return config
+    return config.lock()  # a misspelt field is an error, not a new field
 
 
 def load_recipe(path: str) -> ConfigDict:
@@ -142,7 +142,7 @@ def load_recipe(path: str) -> ConfigDict:
         raise ValueError(f"--config {file}: has no function get_config() that returns a config")
     try:
         config = module.get_config(argument) if argument else module.get_config()
-    except (TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"--config {path}: {error}") from error
     return config.lock()
 
@@ -240,15 +240,17 @@ def _range_problems(config: ConfigDict) -> list[str]:
     positive = "batch_size total_steps optimizer.learning_rate optimizer.accumulate every.log every.save eval.batch_size"
     fractions = "augment.rotate_probability augment.blur_probability augment.mirror_probability"
     values = dict(leaves(config))
-    problems = [f"{f}={values[f]}: expected more than 0" for f in positive.split() if values[f] <= 0]
+    problems = [f"{f}={values[f]}: expected more than 0" for f in positive.split() if not values[f] > 0]
     problems += [f"{f}={values[f]}: expected a value from 0 to 1" for f in fractions.split() if not 0 <= values[f] <= 1]
     for field in ("optimizer.momentum", "optimizer.ema_decay"):
         if not 0 <= values[field] < 1:
             problems.append(f"{field}={values[field]}: expected a value from 0 up to, not including, 1")
+    if min(config.normalize.std) <= 0:
+        problems.append(f"normalize.std={config.normalize.std}: expected values above 0")
     for field in ("weight_decay", "clip_norm", "warmup_steps", "head_multiplier"):
         if config.optimizer[field] < 0:
             problems.append(f"optimizer.{field}={config.optimizer[field]}: expected 0 or more")
-    for field in ("every.eval", "loss.auxiliary_weight", "eval.base_size"):
+    for field in ("every.eval", "loss.auxiliary_weight", "eval.base_size", "augment.rotate_degrees"):
         if values[field] < 0:
             problems.append(f"{field}={values[field]}: expected 0 or more")
     low, high = config.augment.scale
@@ -264,6 +266,8 @@ def _size_problems(config: ConfigDict) -> list[str]:
     for field, crop in (("augment.crop", config.augment.crop), ("eval.crop", config.eval.crop)):
         if min(crop) < 33:
             problems.append(f"{field}={crop}: expected (height, width), each at least 33 pixels")
+            continue
+        if config.model.output_stride not in CHOICES["model.output_stride"]:
             continue
         features = -(-min(crop) // config.model.output_stride)
         if max(config.model.bins, default=1) > features:

@@ -6,26 +6,38 @@ out, and "spatial", over which one image may be (of size 1).
 
 import collections
 import itertools
+import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+logger = logging.getLogger(__name__)
+
 
 def start_processes() -> None:
-    """Joins the processes of one job, on a TPU pod, under SLURM or Open MPI, or by the JAX_COORDINATOR_ADDRESS of launch/.
+    """Joins the processes of one job: on a TPU pod, under SLURM or Open MPI, or as three variables of the environment say.
+
+    These are JAX_COORDINATOR_ADDRESS (HOST:PORT of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID; JAX itself
+    reads only the first. Where the other processes do not come, JAX ends this one after five minutes.
 
     Raises:
-      ValueError: no cluster was recognized, or the other processes did not come.
+      ValueError: no cluster was recognized, or JAX has been used already.
     """
+    logger.info("waiting for the other processes of this job; the same command has to be started on every host")
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(num_processes=_variable("JAX_NUM_PROCESSES"), process_id=_variable("JAX_PROCESS_ID"))
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"--distributed: the processes of this job could not be joined ({error}); start the same command on every host "
             "of the pod or cluster at the same time, as the scripts in launch/ do, or leave --distributed out on one machine"
         ) from error
+
+
+def _variable(name: str) -> int | None:
+    return int(os.environ[name]) if name in os.environ else None
 
 
 def make_mesh(devices: Iterable[jax.Device] | None = None) -> Mesh:

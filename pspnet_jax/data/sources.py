@@ -7,6 +7,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import io
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,6 @@ from typing import Protocol
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -23,6 +23,7 @@ from pspnet_jax import datasets
 from pspnet_jax.data import scenes
 from pspnet_jax.data.checks import check_pair
 
+logger = logging.getLogger(__name__)
 CHECK_ALL = 5000  # up to this many pairs, every pixel of every label is looked at before training starts
 CHECK_SOME = 1000  # of a larger folder, about this many, evenly spread; the others are looked at when they are loaded
 
@@ -140,7 +141,7 @@ def _open_folder(root: str, split: str, num_classes: int) -> Folder:
     start = time.monotonic()
     folder = Folder(root, split, num_classes)
     folder.check_all()
-    logging.info("%s, %s: checked %d pairs in %.1f s", root, split, len(folder), time.monotonic() - start)
+    logger.info(f"{root}, {split}: {len(folder)} pairs of files checked in {time.monotonic() - start:.1f} s")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Metrics of segmentation, all from one confusion matrix: counts that add up, divided once at the end (SPEC section 3)."""
+"""Metrics of segmentation, all from one confusion matrix: counts that add up, divided once at the end."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What evaluation does to an image, as numbers (SPEC section 3): sizes, windows, resizing, and their grouping into batches.
+"""What evaluation does to an image, as numbers: sizes, windows, resizing, and their grouping into batches.
 
 All that an image's size decides is separable, so it travels as taps: which input rows (and columns) each output row
 (column) is a weighted sum of. Inward taps resize an image and center it on a canvas, from which windows are cut; outward
@@ -27,7 +27,7 @@ class Taps(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Where published evaluations differ: the rows of SPEC section 3's table."""
+    """Where published evaluations differ."""
 
     long_side: Callable[[int, float], int]  # base, scale -> pixels
     resize: Callable[[int, int], Taps]  # pixels out, pixels in -> taps

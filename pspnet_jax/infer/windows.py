@@ -1,4 +1,4 @@
-"""Prediction of whole images on the devices: all scales, overlapping windows and mirror images (SPEC section 3).
+"""Prediction of whole images on the devices: all scales, overlapping windows and mirror images.
 
 What an image's size decides comes as data (see protocol.py). The network is one compiled program for one batch of windows,
 whatever the images, scales or weights; what is around it takes a few programs for each bucket of longest sides.

@@ -50,7 +50,8 @@ class BatchNorm(nn.Module):
     """Batch normalization, eps 1e-5, running averages with momentum 0.9; statistics in float32.
 
     Under jit with a batch sharded over a mesh the mean below is the mean over all devices: synchronized by construction.
-    Running variances are the biased ones (torch stores n/(n-1) times as much).
+    Running variances are the biased ones (torch stores n/(n-1) times as much). A variance is the mean of squares minus the
+    square of the mean, in one pass over the values: it loses digits where a mean is far larger than its deviation.
 
     Attributes:
       frozen: normalize with the running statistics in training too, and leave them as they are.

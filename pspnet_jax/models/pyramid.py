@@ -1,4 +1,4 @@
-"""The pyramid pooling module, and the convolution that reads it, plain and factored (SPEC sections 1 and 7)."""
+"""The pyramid pooling module, and the convolution that reads it, plain and factored (Zhao et al. 2017, section 3.2)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,7 +32,7 @@ class Pyramid(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> list[jax.Array]:
         pool = adaptive_average_pool if self.pool == "average" else adaptive_max_pool
-        channels = x.shape[-1] // len(self.bins) if self.reduce_channels else x.shape[-1]
+        channels = x.shape[-1] // max(1, len(self.bins)) if self.reduce_channels else x.shape[-1]
         return [self.conv_norm(channels, 1, name=f"level{i}")(pool(x, bins), train) for i, bins in enumerate(self.bins)]
 
 
@@ -60,10 +60,10 @@ class PyramidConv(nn.Module):
             upsampled = [resize(level, height, width, self.align_corners).astype(self.dtype) for level in levels]
             return convolve(jnp.concatenate([x, *upsampled], axis=-1), kernel)
         own, *parts = jnp.split(kernel, np.cumsum([i.shape[-1] for i in inputs])[:-1], axis=2)
-        y = convolve(x, own)
+        y = convolve(x, own).astype(jnp.float32)
         for level, part in zip(levels, parts, strict=True):
-            y += convolve_upsampled(level, part, height, width, self.align_corners).astype(self.dtype)
-        return y
+            y += convolve_upsampled(level, part, height, width, self.align_corners)
+        return y.astype(self.dtype)
 
 
 def convolve_upsampled(level: jax.Array, kernel: jax.Array, height: int, width: int, align_corners: bool) -> jax.Array:

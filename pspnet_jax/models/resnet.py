@@ -1,4 +1,4 @@
-"""The dilated ResNet, PSPNet's backbone (SPEC section 1; He et al. 2016, with the dilation of Chen et al. 2015)."""
+"""The dilated ResNet, PSPNet's backbone (He et al. 2016, with the dilation of Chen et al. 2015)."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""SGD as torch and Caffe define it, with the poly schedule and the faster heads (SPEC section 2)."""
+"""SGD as torch and Caffe define it, with the poly schedule and the faster heads (Zhao et al. 2017, section 5.1)."""
 
 from typing import Any
 

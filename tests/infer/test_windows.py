@@ -1,4 +1,4 @@
-"""Windows, scales and mirror images of whole images, against SPEC section 3 written out in NumPy."""
+"""Windows, scales and mirror images of whole images, against the protocol written out in NumPy."""
 
 import itertools
 

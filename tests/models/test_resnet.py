@@ -1,0 +1,124 @@
+"""Dilation and stride proven by which positions one output position reads; sizes and block tables."""
+
+import itertools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pspnet_jax import config
+from pspnet_jax.models import resnet
+from pspnet_jax.models.layers import ConvNorm
+
+
+def backbone(**options: object) -> resnet.ResNet:
+    fields = {
+        "depth": 50,
+        "width": 8,
+        "stem": "deep",
+        "stride_in": "conv3x3",
+        "first_block_dilation": "full",
+        "output_stride": 8,
+    }
+    return resnet.ResNet(**(fields | options), conv_norm=ConvNorm)
+
+
+def positive_variables(module: nn.Module, x: jax.Array) -> dict:
+    """Weights with which every ReLU of a positive input is open, so that the gradient shows all that is read."""
+
+    def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        value = {"kernel": 1 / np.prod(leaf.shape[:-1]), "mean": 0, "bias": 0}.get(path[-1].key, 1)
+        return np.full(leaf.shape, value, np.float32)
+
+    shapes = jax.eval_shape(lambda key: module.init(key, x, False), jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def reads(function: Callable[[jax.Array], jax.Array], x: jax.Array, row: int, column: int) -> set[tuple[int, int]]:
+    """Rows and columns of x, relative to the strided position, on which function(x)[:, row, column] depends."""
+
+    def at_position(x: jax.Array) -> tuple[jax.Array, int]:
+        y = function(x)
+        return y[0, row, column].sum(), -(-x.shape[1] // y.shape[1])
+
+    gradient, stride = jax.jit(jax.grad(at_position, has_aux=True))(x)
+    rows, columns = np.nonzero(np.abs(gradient[0]).sum(-1))
+    return {(int(r - stride * row), int(c - stride * column)) for r, c in zip(rows, columns, strict=True)}
+
+
+def square(*offsets: int) -> set[tuple[int, int]]:
+    return set(itertools.product(offsets, offsets))
+
+
+@pytest.mark.parametrize(
+    ("block", "stride", "dilation", "stride_in", "expected"),
+    [
+        (resnet.Bottleneck, 1, 1, "conv3x3", square(-1, 0, 1)),
+        (resnet.Bottleneck, 1, 2, "conv3x3", square(-2, 0, 2)),
+        (resnet.Bottleneck, 1, 4, "conv3x3", square(-4, 0, 4)),
+        (resnet.Bottleneck, 2, 1, "conv3x3", square(-1, 0, 1)),
+        (resnet.Bottleneck, 2, 1, "conv1x1", square(-2, 0, 2)),  # the 3x3 walks over every second pixel
+        (resnet.BasicBlock, 1, 2, "conv3x3", square(-3, -2, -1, 0, 1, 2, 3)),  # {-2, 0, 2} + {-1, 0, 1}
+        (resnet.BasicBlock, 1, 4, "conv3x3", square(-5, -4, -3, -1, 0, 1, 3, 4, 5)),
+    ],
+)
+def test_a_block_reads_the_positions_of_its_stride_and_dilation(block, stride, dilation, stride_in, expected):
+    module, x = block(4, stride, dilation, stride_in, ConvNorm), jnp.ones((1, 17, 19, 8))
+    variables = positive_variables(module, x)
+    assert reads(lambda x: module.apply(variables, x, False), x, 8 // stride, 8 // stride) == expected
+
+
+@pytest.mark.parametrize(
+    ("output_stride", "first_block_dilation", "third", "fourth"),
+    [
+        (8, "full", range(-12, 13, 2), range(-12, 13, 4)),  # six blocks of dilation 2, three of dilation 4
+        (8, "half", range(-11, 12), range(-10, 11, 2)),  # the first of them 1 and 2
+        (16, "half", None, range(-5, 6)),  # three blocks of dilations 1, 2, 2
+    ],
+)
+def test_a_stage_reads_the_positions_of_its_dilations(output_stride, first_block_dilation, third, fourth):
+    module = backbone(output_stride=output_stride, first_block_dilation=first_block_dilation)
+    images = jnp.ones((1, 25 * output_stride, 27 * output_stride, 3))
+    variables = positive_variables(module, images)
+
+    def stage(index: int, features: jax.Array) -> jax.Array:
+        """Output 0 or 1 of the backbone when the last block before that stage gives these features."""
+        before = ("layer2_block3", "layer3_block5")[index]
+
+        def interceptor(call, args, kwargs, context):
+            return features if context.module.name == before and context.method_name == "__call__" else call(*args, **kwargs)
+
+        with nn.intercept_methods(interceptor):
+            return module.apply(variables, images, False)[index]
+
+    for index, channels, expected in ((0, 64, third), (1, 128, fourth)):
+        if expected is not None:
+            features = jnp.ones((1, 25, 27, channels))
+            assert reads(lambda x, i=index: stage(i, x), features, 12, 13) == square(*expected)
+
+
+@pytest.mark.parametrize("stem", resnet.STEMS)
+@pytest.mark.parametrize(
+    ("output_stride", "sizes"),
+    [
+        (8, {33: 5, 47: 6, 320: 40, 473: 60, 512: 64, 713: 90}),
+        (16, {33: 3, 47: 3, 320: 20, 473: 30, 512: 32, 713: 45}),
+        (32, {33: 2, 47: 2, 320: 10, 473: 15, 512: 16, 713: 23}),
+    ],
+)
+def test_every_stride_halves_and_rounds_up(stem, output_stride, sizes):
+    module = backbone(depth=18, stem=stem, output_stride=output_stride)
+    for height, width in ((33, 47), (473, 320), (512, 713)):
+        images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+        (third, fourth), _ = jax.eval_shape(lambda x: module.init_with_output(jax.random.key(0), x, False), images)
+        assert fourth.shape == (1, sizes[height], sizes[width], 64)
+        scale = min(output_stride, 16)
+        assert third.shape == (1, -(-height // scale), -(-width // scale), 32)
+
+
+def test_the_config_offers_exactly_what_the_tables_hold():
+    tables = {"depth": resnet.BLOCKS, "stem": resnet.STEMS, "output_stride": resnet.STAGES}
+    assert {field: config.CHOICES[f"model.{field}"] for field in tables} == {field: tuple(t) for field, t in tables.items()}
