@@ -137,6 +137,7 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     info = datasets.describe(config.dataset)
     report = _score(_predictor(config), variables, config, info)
     rich.print(report.table())
+    print(report)
     path = workdir / "evaluation" / f"{config.eval.split}_{step}.json"
     if jax.process_index() == 0:
         report.write(path)

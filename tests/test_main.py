@@ -61,6 +61,11 @@ def error(capsys, *arguments: str) -> str:
     return said
 
 
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
 def records(workdir: Path, kind: str) -> list[dict]:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
@@ -100,8 +105,8 @@ def test_predict_writes_three_pictures_an_image_at_its_size(run, tmp_path):
     images = root / "images" / "val"
     assert main(["--mode=predict", f"--workdir={workdir}", f"--input={images}", f"--output={tmp_path}"]) == 0
     for image in images.iterdir():
-        index = np.asarray(Image.open(tmp_path / "index" / f"{image.stem}.png"))
-        assert index.shape == Image.open(image).size[::-1]
+        index = pixels(tmp_path / "index" / f"{image.stem}.png")
+        assert index.shape == pixels(image).shape[:2]
         assert index.max() < 3
         assert (tmp_path / "color" / f"{image.stem}.png").exists()
         assert (tmp_path / "overlay" / f"{image.stem}.jpg").exists()

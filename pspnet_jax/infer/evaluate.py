@@ -12,7 +12,6 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from PIL import Image
-from rich.console import Group
 from rich.table import Column, Table
 
 from pspnet_jax import files
@@ -60,13 +59,13 @@ class Report:
             f"{self.images_per_second:.2f} images/s on {self.device}"
         )
 
-    def table(self) -> Group:
-        """Returns what rich prints: a line for each class, and the report's own."""
+    def table(self) -> Table:
+        """A line for each class, for rich to print."""
         table = Table(Column("class"), *(Column(name, justify="right") for name in ("IoU", "accuracy", "share of pixels")))
         shares = self.pixels / self.pixels.sum()
         for name, *fractions in zip(self.info.class_names, self.metrics.iou, self.metrics.accuracy, shares, strict=True):
             table.add_row(name, *("-" if math.isnan(fraction) else f"{fraction:.2%}" for fraction in fractions))
-        return Group(table, str(self))
+        return table
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; None where there was nothing to divide by."""

@@ -60,6 +60,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), best]),
                 best_fn=lambda metrics: metrics[BEST_METRIC],
+                cleanup_tmp_directories=not read_only,  # what a killed process left
                 create=not read_only,
                 read_only=read_only,
             ),
