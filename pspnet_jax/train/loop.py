@@ -62,6 +62,9 @@ def fit(
             stopping = stop.requested(step)
             if due(step, every.log, total):
                 recorder.train(step, scalars)
+            if step == start + 1:  # this one has compiled the step; the rates are those of the others
+                jax.block_until_ready(scalars)
+                recorder.restart_clock(step)
             values = None
             if evaluate and due(step, every.eval, total) and not stopping:
                 values = _evaluate(evaluate, state, step, recorder)
@@ -115,12 +118,13 @@ def _announce(config: ConfigDict, state: TrainState, mesh: Mesh, workdir: epath.
         logger.info("BatchNorm uses its running statistics and does not update them")
     else:
         images = configs.bn_images(config)
-        logger.info(f"BatchNorm sees {images} images")
+        advice = (
+            "; under 16 the result suffers: raise batch_size (the published runs had 16), or fine-tune with model.norm='frozen'"
+        )
         if images < 16:
-            logger.warning(
-                f"BatchNorm sees {images} images; under 16 the result suffers (the published ones used 16): "
-                "raise batch_size, or fine-tune with model.norm='frozen'"
-            )
+            logger.warning(f"BatchNorm sees {images} images{advice}")
+        else:
+            logger.info(f"BatchNorm sees {images} images")
     logger.info(f"training from step {start} to {config.total_steps}; writing to {workdir}")
 
 

@@ -30,21 +30,23 @@ class Recorder:
         self._config = config
         lines = self._jsonl.read_text().splitlines() if self._jsonl.exists() else []
         self._lines = [line for line in lines if json.loads(line)["step"] <= start]  # the rest will be made again
-        self._since, self._step = time.perf_counter(), start
-        self._paused = 0.0
+        self.restart_clock(start)
         if self._active:
             from clu.metric_writers import SummaryWriter  # imports TensorFlow
 
             self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
 
+    def restart_clock(self, step: int) -> None:
+        """Makes images/s count from now, after `step` steps."""
+        self._since, self._step, self._paused = time.perf_counter(), step, 0.0
+
     def train(self, step: int, scalars: Mapping[str, jax.Array]) -> None:
         """Prints the progress line of a step and records its scalars; images/s are those since the last line."""
         values = {k: float(v) for k, v in scalars.items() if k != "confusion"}
         values["mean_iou"] = summarize(np.asarray(scalars["confusion"])).mean_iou
-        now = time.perf_counter()
-        seconds_a_step = (now - self._since - self._paused) / (step - self._step)
+        seconds_a_step = (time.perf_counter() - self._since - self._paused) / (step - self._step)
         values["images_per_second"] = self._config.batch_size / seconds_a_step
-        self._since, self._step, self._paused = now, step, 0.0
+        self.restart_clock(step)
         left = duration(seconds_a_step * (self._config.total_steps - step))
         logger.info(
             f"step {step}/{self._config.total_steps}  loss {values['loss']:.3f}  batch mIoU {values['mean_iou']:.1%}  "

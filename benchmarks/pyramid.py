@@ -1,0 +1,43 @@
+"""What the pyramid is worth on the built-in scenes: the quickstart without it, with 1x1, and with 1, 2, 3, 6, at one budget.
+
+python -m benchmarks.pyramid [--seeds 0 1 2] [--workdir DIR]
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+
+VARIANTS = ("none", "1", "1236")
+SHOWN = ("boat", "car", "pole", "bird")
+
+
+def train(variant: str, seed: int, workdir: pathlib.Path) -> dict[str, float]:
+    """Trains one variant (or finds it trained) and returns its last evaluation, in percent."""
+    recipe = f"configs/quickstart.py:{variant}"
+    command = [sys.executable, "-m", "pspnet_jax.main", "--config", recipe, "--workdir", str(workdir), f"--config.seed={seed}"]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    classes = {c["name"]: 100 * c["iou"] for c in last["classes"]}
+    return {"mIoU": 100 * last["mean_iou"]} | {name: classes[name] for name in SHOWN}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/pyramid"))
+    arguments = parser.parse_args()
+    print(f"| pyramid | mIoU, by seed {arguments.seeds} | mean | {' | '.join(SHOWN)} |")
+    print("| --- " * (3 + len(SHOWN)) + "|")
+    for variant in VARIANTS:
+        scores = [train(variant, seed, arguments.workdir / f"{variant}_{seed}") for seed in arguments.seeds]
+        mean = {key: np.mean([s[key] for s in scores]) for key in scores[0]}
+        each = ", ".join(f"{s['mIoU']:.1f}" for s in scores)
+        print(f"| {variant} | {each} | {' | '.join(f'{value:.1f}' for value in mean.values())} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
