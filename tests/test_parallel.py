@@ -1,0 +1,152 @@
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from pspnet_jax import models, parallel
+from pspnet_jax.train import checkpoint
+from pspnet_jax.train.loop import fit
+from tests.train import OneLayer, make_batches, tiny_config
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_mesh_has_all_devices_along_data():
+    mesh = parallel.make_mesh()
+    assert dict(mesh.shape) == {"data": 8, "spatial": 1}
+    assert mesh.axis_names == ("data", "spatial")
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert dict(parallel.make_mesh(jax.devices()[:3]).shape) == {"data": 3, "spatial": 1}
+
+
+def test_each_device_has_its_share_of_the_batch():
+    mesh = parallel.make_mesh(jax.devices()[:4])
+    batch = {"image": np.arange(8 * 3, dtype=np.uint8).reshape(8, 3), "label": np.arange(8, dtype=np.uint8)}
+    (placed,) = parallel.to_devices([batch], mesh)
+    for name, array in batch.items():
+        assert placed[name].sharding.is_equivalent_to(parallel.batch_sharding(mesh), array.ndim)
+        assert placed[name].dtype == np.uint8
+        np.testing.assert_array_equal(placed[name], array)
+        for device, rows in zip(mesh.devices.flat, np.split(array, 4), strict=True):
+            (shard,) = [s.data for s in placed[name].addressable_shards if s.device == device]
+            np.testing.assert_array_equal(shard, rows)
+    everywhere = jax.device_put(batch["label"], parallel.replicated(mesh))
+    assert [shard.data.shape for shard in everywhere.addressable_shards] == [(8,)] * 4
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2, 9])
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_batches_keep_their_order_and_are_taken_only_so_far_ahead(ahead, count):
+    taken = []
+
+    def batches():
+        for i in range(count):
+            taken.append(i)
+            yield {"label": np.full(8, i, np.uint8)}
+
+    for i, batch in enumerate(parallel.to_devices(batches(), parallel.make_mesh(), ahead)):
+        np.testing.assert_array_equal(batch["label"], np.full(8, i))
+        assert taken == list(range(min(count, i + 1 + ahead)))
+    assert len(taken) == count
+
+
+def test_joining_too_late_is_one_sentence(monkeypatch):
+    """JAX is at work already, so it cannot join others any more."""
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    jax.devices()
+    with pytest.raises(
+        ValueError, match=r"^--distributed: the processes of this job could not be joined .*same command on every"
+    ):
+        parallel.start_processes()
+
+
+@pytest.mark.parametrize("variable", ["JAX_NUM_PROCESSES", "JAX_PROCESS_ID"])
+def test_a_variable_that_is_no_number_is_one_sentence(monkeypatch, variable):
+    monkeypatch.setenv(variable, "two")
+    with pytest.raises(ValueError, match=r"--distributed: .*'two'"):
+        parallel.start_processes()
+
+
+# One of two processes with a device each; the network is small, to compile quickly. At the batch named, the second sends
+# itself SIGTERM, and both are slow from there on: they have to agree on the step at which they stop.
+SCRIPT = """
+import os, signal, sys, time
+import jax
+from pspnet_jax import parallel
+
+parallel.start_processes()
+from pspnet_jax import models
+from pspnet_jax.train.loop import fit
+from tests.train import OneLayer, make_batches, tiny_config
+
+models.build = lambda model, num_classes: OneLayer()
+workdir, at = sys.argv[1], int(sys.argv[2])
+host = jax.process_index()
+assert jax.process_count() == 2 and jax.local_device_count() == 1
+
+def batches(start):
+    for step, batch in enumerate(make_batches(start), start):
+        if step == at and host == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if at and step >= at:
+            time.sleep(1)
+        yield {name: array[4 * host : 4 * host + 4] for name, array in batch.items()}
+
+fit(tiny_config(), batches, None, workdir)
+"""
+
+
+def run_two_processes(workdir, at):
+    """Exit codes and what was said on stderr."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "",
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+    }
+    command = [sys.executable, "-c", SCRIPT, str(workdir), str(at)]
+    processes = [
+        subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], said
+
+
+@pytest.mark.slow
+def test_two_processes_stop_and_resume_together_and_equal_one(tmp_path, monkeypatch):
+    """Twelve steps by two processes, which SIGTERM to one of them interrupts, against one process with two devices."""
+    codes, said = run_two_processes(tmp_path / "two", at=3)
+    assert codes == [143, 143], "\n".join(said)
+    stopped = checkpoint.Checkpoints(tmp_path / "two", read_only=True).steps[-1]
+    assert 1 <= stopped < 12
+    assert f"stopped by SIGTERM; step {stopped} is saved" in said[0]
+    codes, said = run_two_processes(tmp_path / "two", at=0)
+    assert codes == [0, 0], "\n".join(said)
+
+    mesh = parallel.make_mesh(jax.devices()[:2])
+    monkeypatch.setattr(parallel, "make_mesh", lambda: mesh)
+    monkeypatch.setattr(models, "build", lambda model, num_classes: OneLayer())
+    alone = fit(tiny_config(), make_batches, None, tmp_path / "one")
+    target = checkpoint.abstract_state(tiny_config(), OneLayer(), mesh)
+    together = checkpoint.Checkpoints(tmp_path / "two", read_only=True).restore(12, target)
+    differences = jax.tree.map(lambda x, y: float(np.max(np.abs(np.asarray(x) - np.asarray(y)), initial=0)), together, alone)
+    largest = max(jax.tree.leaves(differences))
+    print(f"\nlargest difference between two processes and one, after 12 steps: {largest}")
+    assert largest < 1e-5
+    lines = [(tmp_path / run / "metrics.jsonl").read_text().count("\n") for run in ("one", "two")]
+    assert lines == [12, 12]

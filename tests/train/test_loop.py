@@ -1,0 +1,213 @@
+import json
+import logging
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pspnet_jax import config as configs
+from pspnet_jax import parallel
+from pspnet_jax.train.checkpoint import Checkpoints, load
+from pspnet_jax.train.loop import Watch, due, fit
+from tests.train import make_batches, score, tiny_config
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# Trains the tiny run in a process of its own. At the batch named, which is two ahead of the step that runs, it waits (to be
+# killed) or sends itself SIGTERM.
+SCRIPT = """
+import os, signal, sys, time
+from pspnet_jax.train.loop import fit
+from tests.train import make_batches, score, tiny_config
+
+workdir, event, at = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+def batches(start):
+    for step, batch in enumerate(make_batches(start), start):
+        if step == at:
+            time.sleep(600) if event == "wait" else os.kill(os.getpid(), signal.SIGTERM)
+        yield batch
+
+fit(tiny_config(), batches, score, workdir)
+"""
+
+
+def read_metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_steps(workdir):
+    return [line["step"] for line in read_metrics(workdir) if line["kind"] == "train"]
+
+
+def saved_steps(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def assert_equal(state, other):
+    assert jax.tree.structure(state) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, state, other)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """All 12 steps in one go."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    return SimpleNamespace(workdir=workdir, state=fit(tiny_config(), make_batches, score, workdir))
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory, compilation_cache, uninterrupted):
+    """The same run, killed after step 5 (saved: 4), resumed, stopped by SIGTERM in step 7, resumed, finished."""
+    workdir = tmp_path_factory.mktemp("interrupted")
+    environment = os.environ | compilation_cache | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SCRIPT, str(workdir)]
+    story = SimpleNamespace(workdir=workdir)
+
+    with subprocess.Popen([*command, "wait", "7"], env=environment, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 300
+        while not ((workdir / "checkpoints" / "4").exists() and 5 in train_steps(workdir)):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.kill()
+    story.saved_when_killed, story.steps_when_killed = saved_steps(workdir), train_steps(workdir)
+
+    stopped = subprocess.run([*command, "terminate", "8"], env=environment, capture_output=True, text=True, timeout=300)
+    story.exit_code, story.said = stopped.returncode, stopped.stderr
+    story.saved_when_stopped, story.steps_when_stopped = saved_steps(workdir), train_steps(workdir)
+
+    story.state = fit(tiny_config(), make_batches, score, workdir)
+    return story
+
+
+def test_due():
+    assert [step for step in range(1, 11) if due(step, 4, total=10)] == [4, 8, 10]
+    assert [step for step in range(1, 11) if due(step, 5, total=10)] == [5, 10]
+    assert [step for step in range(1, 11) if due(step, 0, total=10)] == [10]
+
+
+@pytest.mark.slow
+def test_kill_and_resume_give_the_parameters_of_an_uninterrupted_run(interrupted, uninterrupted):
+    """Bit for bit, and so do statistics, momentum and moving average."""
+    assert interrupted.saved_when_killed == [4]
+    assert interrupted.steps_when_killed[:5] == [1, 2, 3, 4, 5]
+    assert_equal(interrupted.state, uninterrupted.state)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_the_step_and_exits(interrupted):
+    assert interrupted.exit_code == 143, interrupted.said
+    assert interrupted.saved_when_stopped[-1] == interrupted.steps_when_stopped[-1] == 7  # where nothing else was due
+    assert "stopped by SIGTERM; step 7 is saved, the same command goes on from there" in interrupted.said
+
+
+@pytest.mark.slow
+def test_metrics_have_each_step_once_however_often_the_run_was_interrupted(interrupted, uninterrupted):
+    def values(workdir):
+        return [{k: v for k, v in line.items() if k != "images_per_second"} for line in read_metrics(workdir)]
+
+    assert values(interrupted.workdir) == values(uninterrupted.workdir)
+
+
+def test_what_a_run_writes(uninterrupted):
+    workdir = uninterrupted.workdir
+    expected = [
+        ("train", step) if kind else ("eval", step) for step in range(1, 13) for kind in (1, 0) if kind or step in (8, 12)
+    ]
+    lines = read_metrics(workdir)
+    assert [(line["kind"], line["step"]) for line in lines] == expected
+    assert {path.name for path in workdir.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "parameters.txt",
+        "pictures",
+        "tensorboard",
+    }
+    assert configs.read(workdir / "config.json").to_dict() == tiny_config().to_dict()
+    assert "backbone/stem_conv1/conv/kernel" in (workdir / "parameters.txt").read_text()
+
+
+def test_evaluation_sees_the_moving_average_and_decides_which_checkpoint_is_best(uninterrupted):
+    scores = {line["step"]: line["mean_iou"] for line in read_metrics(uninterrupted.workdir) if line["kind"] == "eval"}
+    assert scores[12] == score(uninterrupted.state.average).metrics.mean_iou
+    best = max(scores, key=lambda step: scores[step])
+    assert Checkpoints(uninterrupted.workdir).find("best") == best
+    assert saved_steps(uninterrupted.workdir) == [8, 12]
+
+
+def test_a_finished_run_stays_as_it_is_and_the_images_that_batchnorm_sees_are_named(uninterrupted, tmp_path, caplog):
+    shutil.copytree(uninterrupted.workdir, tmp_path, dirs_exist_ok=True)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    said = {}
+    for images in (8, 16):
+        config = tiny_config()
+        config.batch_size = images
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "pspnet_jax"):
+            state = fit(config, make_batches, score, tmp_path)
+        said[images] = [record for record in caplog.records if "BatchNorm sees" in record.message]
+        assert_equal(state, uninterrupted.state)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    (enough,), (few,) = said[16], said[8]
+    assert (enough.message, enough.levelno) == ("BatchNorm sees 16 images", logging.INFO)
+    assert few.message.startswith("BatchNorm sees 8 images; under 16 the result suffers")
+    assert few.levelno == logging.WARNING
+    assert "resuming with a changed config: batch_size: 8 -> 16" in caplog.messages
+
+
+def test_another_network_in_the_same_workdir_is_refused_and_nothing_is_touched(uninterrupted):
+    config = tiny_config()
+    config.model.stem = "conv7"
+    with pytest.raises(ValueError, match=r"model\.stem: 'deep' -> 'conv7'"):
+        fit(config, make_batches, score, uninterrupted.workdir)
+    assert configs.read(uninterrupted.workdir / "config.json").model.stem == "deep"
+    assert saved_steps(uninterrupted.workdir)[-1] == 12
+
+
+def test_nan_stops_the_run_and_is_never_saved(tmp_path):
+    """The loss is NaN at step 4, where a label is no class and a checkpoint is due."""
+    config = tiny_config()
+    config.every.save = 2
+
+    def batches(start):
+        for step, batch in enumerate(make_batches(start), start + 1):
+            yield batch if step != 4 else batch | {"label": np.full_like(batch["label"], 200)}
+
+    message = "the loss is nan, .* at step 4; the last good checkpoint is that of step 2; try a lower optimizer.learning_rate"
+    with pytest.raises(FloatingPointError, match=message):
+        fit(config, batches, None, tmp_path)
+    assert saved_steps(tmp_path) == [2]
+    _, _, variables = load(tmp_path, "latest", parallel.make_mesh(jax.devices()[:1]))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
+
+
+@pytest.mark.parametrize(("loss", "norm", "said"), [(np.inf, 1.0, "loss is inf.*"), (1.0, np.nan, "loss is 1.0.* norm nan")])
+def test_watch_looks_one_step_late_at_loss_and_gradient(loss, norm, said):
+    watch = Watch(SimpleNamespace(steps=[]))
+    for step in (1, 2):
+        watch.see(step, {"loss": jnp.float32(1.0), "gradient_norm": jnp.float32(1.0)})
+    watch.see(3, {"loss": jnp.float32(loss), "gradient_norm": jnp.float32(norm)})
+    with pytest.raises(FloatingPointError, match=f"{said} at step 3; no checkpoint was saved before"):
+        watch.finish()
+    watch.finish()  # once
+
+
+def test_sigterm_means_what_it_did_once_the_run_is_over(uninterrupted):
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_model_and_loop_load_no_tensorflow():
+    code = "import sys, pspnet_jax.train.loop, pspnet_jax.models; print([m for m in sys.modules if m.startswith('tensorflow')])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
+    assert result.stdout == "[]\n"

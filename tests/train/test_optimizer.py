@@ -1,0 +1,142 @@
+import pathlib
+from decimal import Decimal, localcontext
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from pspnet_jax import models
+from pspnet_jax.config import load_recipe
+from pspnet_jax.train import optimizer as optimizers
+from tests.train import tiny_config
+
+RECIPES = {path.stem: path for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py")}
+
+# 0.01 * (1 - s / total)^0.9 for s = 0..9: 1 - 0.9 x - 0.045 x^2 - 0.0165 x^3 with x = s / total, rounded to 11 places
+PUBLISHED = {
+    "ade20k": """0.01000000000 0.00999994000 0.00999988000 0.00999982000 0.00999976000
+        0.00999970000 0.00999964000 0.00999958000 0.00999952000 0.00999946000""",  # 150,000 steps
+    "cityscapes": """0.01000000000 0.00999990000 0.00999980000 0.00999970000 0.00999960000
+        0.00999950000 0.00999940000 0.00999930000 0.00999920000 0.00999910000""",  # 90,000 steps
+    "voc2012": """0.01000000000 0.00999970000 0.00999940000 0.00999910000 0.00999879999
+        0.00999849999 0.00999819998 0.00999789998 0.00999759997 0.00999729996""",  # 30,000 steps
+}
+
+
+def first_rates(recipe):
+    config = load_recipe(str(RECIPES[recipe]))
+    rate = optimizers.learning_rate(config.optimizer, config.total_steps)
+    return config, [float(rate(step)) for step in range(10)]
+
+
+# One step moves the rate of the longest schedule by 6e-8, float32 near 0.01 is exact to 5e-10
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_first_ten_rates_of_the_published_recipes(recipe):
+    _, rates = first_rates(recipe)
+    np.testing.assert_allclose(rates, np.array(PUBLISHED[recipe].split(), np.float64), rtol=2e-7)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_first_ten_rates_of_each_recipe_with_forty_digits(recipe):
+    config, rates = first_rates(recipe)
+    base, total, power = (Decimal(str(x)) for x in (config.optimizer.learning_rate, config.total_steps, config.optimizer.power))
+    with localcontext(prec=40):
+        expected = [float(base * (1 - step / total) ** power) for step in range(10)]
+    np.testing.assert_allclose(rates, expected, rtol=2e-7)
+
+
+def test_poly_ends_at_zero_and_warm_up_multiplies_it():
+    config = tiny_config().optimizer
+    config.update(learning_rate=0.01, power=1.0, warmup_steps=4)
+    rate = optimizers.learning_rate(config, 10)
+    # 0.01 x (1, 0.9, 0.8, 0.7, 0.6, 0.5) x (1/4, 2/4, 3/4, 1, 1, 1), and 0 at the last
+    expected = [0.0025, 0.0045, 0.006, 0.007, 0.006, 0.005]
+    np.testing.assert_allclose([rate(step) for step in range(6)], expected, rtol=1e-6)
+    assert rate(10) == 0
+
+
+PARAMS = {
+    "backbone": {"stem_conv1": {"conv": {"kernel": [0.3, -0.2]}, "bn": {"scale": [1.0, 0.9], "bias": [0.1, -0.1]}}},
+    "head_bn": {"scale": [1.1, 0.8], "bias": [0.2, 0.0]},
+    "classifier": {"kernel": [0.5, -0.4], "bias": [0.05, -0.05]},
+}
+
+
+def torch_sgd(params, gradients, config, total_steps):
+    """torch.optim.SGD after clip_grad_norm_, with two parameter groups and the poly schedule, in float64 (flat dicts)."""
+    params, buffers = dict(params), {name: 0.0 for name in params}
+    for step, gradient in enumerate(gradients):
+        norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
+        clip = min(1.0, config.clip_norm / norm) if config.clip_norm else 1.0
+        rate = config.learning_rate * (1 - step / total_steps) ** config.power
+        for name, p in params.items():
+            d = clip * gradient[name]
+            if config.decay_norm or not name.split("/")[-2].endswith("bn"):
+                d = d + config.weight_decay * p
+            buffers[name] = config.momentum * buffers[name] + d
+            params[name] = p - (rate if name.startswith("backbone") else config.head_multiplier * rate) * buffers[name]
+    return params
+
+
+@pytest.mark.parametrize("decay_norm", [False, True])
+@pytest.mark.parametrize("clip_norm", [0.0, 2.0])
+def test_sgd_equals_torchs_rule(decay_norm, clip_norm):
+    config = tiny_config().optimizer
+    config.update(weight_decay=0.05, decay_norm=decay_norm, clip_norm=clip_norm, warmup_steps=0)
+    flat = {k: np.array(v) for k, v in traverse_util.flatten_dict(PARAMS, sep="/").items()}
+    random = np.random.default_rng(0)
+    gradients = [{k: scale * random.normal(size=2) for k in flat} for scale in (0.2, 0.5, 0.8, 1.4, 1.8)]
+    norms = [np.linalg.norm(list(g.values())) for g in gradients]
+    assert min(norms) < 2 < max(norms)  # some are clipped and some are not
+
+    optimizer = optimizers.build(config, total_steps=8)
+    params = traverse_util.unflatten_dict({k: jnp.array(v, jnp.float32) for k, v in flat.items()}, sep="/")
+    state = optimizer.init(params)
+    for gradient in gradients:
+        tree = traverse_util.unflatten_dict({k: jnp.array(v, jnp.float32) for k, v in gradient.items()}, sep="/")
+        updates, state = optimizer.update(tree, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+
+    ours, expected = traverse_util.flatten_dict(params, sep="/"), torch_sgd(flat, gradients, config, 8)
+    for name in flat:
+        np.testing.assert_allclose(ours[name], expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("decay_norm", [False, True])
+def test_groups_of_the_whole_network(decay_norm):
+    """Where the gradient is 0 and all parameters are 1, a step is -rate * multiplier * decay."""
+    config = tiny_config()
+    config.optimizer.update(learning_rate=0.5, weight_decay=0.25, decay_norm=decay_norm, clip_norm=0.0, warmup_steps=0)
+    images = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
+    model = models.build(config.model, 3)
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    params = jax.tree.map(lambda x: np.ones(1, np.float32), variables["params"])  # the path alone decides
+    optimizer = optimizers.build(config.optimizer, config.total_steps)
+    updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
+
+    normalized = {path[:-1] for path in traverse_util.flatten_dict(variables["batch_stats"])}
+    expected = {
+        path: -0.125 * (1 if path[0] == "backbone" else 10) * (decay_norm or path[:-1] not in normalized)
+        for path in traverse_util.flatten_dict(params)
+    }
+    assert {path: float(u[0]) for path, u in traverse_util.flatten_dict(updates).items()} == expected
+
+
+def test_state_has_one_form_whatever_the_options_so_that_a_run_can_go_on_with_others():
+    params = jax.tree.map(jnp.asarray, PARAMS, is_leaf=lambda x: isinstance(x, list))
+    config = tiny_config().optimizer
+    structures = set()
+    for changed in (
+        {},
+        {"decay_norm": True},
+        {"clip_norm": 0.0},
+        {"warmup_steps": 0},
+        {"momentum": 0.0},
+        {"weight_decay": 0.0},
+    ):
+        options = config.copy_and_resolve_references()
+        options.update(changed)
+        structures.add(jax.tree.structure(optimizers.build(options, 8).init(params)))
+    assert len(structures) == 1

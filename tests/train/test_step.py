@@ -1,0 +1,212 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pspnet_jax import models, parallel
+from pspnet_jax.models.layers import convolve
+from pspnet_jax.train.step import init_state, make_train_step
+from tests.train import OneLayer, make_batch, tiny_config
+
+# float32 rounds to 6e-8; here sums have another order, through some twenty normalized layers, three times over (seen: 3e-6)
+TOLERANCE = 3e-5
+
+
+def mesh_of(devices):
+    return parallel.make_mesh(jax.devices()[:devices])
+
+
+def prepare(config, devices=8):
+    """A step and its first state for a mesh of some devices."""
+    mesh = mesh_of(devices)
+    model = models.build(config.model, len(config.dataset.class_names))
+    return make_train_step(config, model, mesh), init_state(config, model, mesh)()
+
+
+def place(batch, devices=8):
+    return next(parallel.to_devices([batch], mesh_of(devices)))
+
+
+def copied(tree):
+    """To the host, before the buffers are donated."""
+    return jax.tree.map(np.array, tree)
+
+
+def largest_difference(tree, other):
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: np.max(np.abs(x - y), initial=0), tree, other)))
+
+
+def train(devices, steps=3):
+    step, state = prepare(tiny_config(), devices)
+    states, scalars = [copied(state)], []
+    for i in range(steps):
+        state, values = step(state, place(make_batch(i), devices))
+        states.append(copied(state))
+        scalars.append(copied(values))
+    return step, states, scalars
+
+
+@pytest.fixture(scope="module")
+def run():
+    """Three steps on 8 devices: the compiled step, the four states, the scalars of the three steps."""
+    return train(8)
+
+
+def again(run, batch, index=0, **changes):
+    """One more use of the compiled step, from one of the states, changed."""
+    step, states, _ = run
+    state = states[index].replace(**changes)
+    state = jax.device_put(jax.tree.map(jnp.array, state), parallel.replicated(mesh_of(8)))
+    return copied(step(state, place(batch)))
+
+
+def test_one_device_equals_eight(run):
+    """Dropout is on, so its masks do not depend on the devices; BatchNorm's statistics are those of all 8 images."""
+    _, eight, eight_scalars = run
+    _, one, one_scalars = train(1)
+    assert largest_difference(one[0], eight[0]) == 0  # the same initial weights, bit for bit
+    parts = {
+        "loss": largest_difference(one_scalars, eight_scalars),
+        "parameters": largest_difference(one[3].params, eight[3].params),
+        "gradients (momentum)": largest_difference(one[1].opt_state, eight[1].opt_state),
+        "BatchNorm statistics": largest_difference(one[3].batch_stats, eight[3].batch_stats),
+        "moving average": largest_difference(one[3].average, eight[3].average),
+    }
+    moved = largest_difference(eight[3].params, eight[0].params)
+    print(f"\nlargest differences, 1 device and 8, after 3 steps (parameters moved up to {moved:.3f}): {parts}")
+    assert moved > 1000 * TOLERANCE
+    assert max(parts.values()) < TOLERANCE
+
+
+def test_dropout_follows_from_seed_and_step(run):
+    _, same = again(run, make_batch(2), index=2)
+    _, other = again(run, make_batch(2), index=2, step=jnp.int32(7))
+    assert same["loss"] == run[2][2]["loss"]
+    assert abs(same["loss"] - other["loss"]) > 1e-4  # nothing but the masks differs
+
+
+def test_the_step_is_deterministic(run):
+    _, states, _ = run
+    state, _ = again(run, make_batch(2), index=2)
+    assert largest_difference(state, states[3]) == 0
+
+
+def test_one_compilation_for_all_steps(run):
+    step, *_ = run
+    again(run, make_batch(0))
+    assert step._cache_size() == 1
+
+
+def test_the_state_is_donated():
+    step, state = prepare(tiny_config())
+    step(state, place(make_batch(0)))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_loss_is_the_mean_over_labeled_pixels_of_main_and_weighted_auxiliary_loss(run):
+    """Half the crops are ignored altogether. The step against a plain forward pass and NumPy."""
+    config, batch = tiny_config(), make_batch(0)
+    batch["label"][4:] = 255
+    model = models.build(config.model, 3)
+    state, scalars = again(run, batch)
+    before = run[1][0]
+
+    @jax.jit
+    def forward(images):
+        key = jax.random.fold_in(jax.random.key(config.seed), before.step)
+        variables = {"params": before.params, "batch_stats": before.batch_stats}
+        return model.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": key})
+
+    (logits, auxiliary), updates = forward(models.normalize(batch["image"], config.normalize))
+
+    def mean_loss(logits):
+        logits = np.asarray(logits[:4], np.float64)
+        labels = batch["label"][:4].astype(int)
+        chosen = np.take_along_axis(logits, np.where(labels == 255, 0, labels)[..., None], -1)[..., 0]
+        return (np.log(np.exp(logits).sum(-1)) - chosen)[labels != 255].mean()
+
+    np.testing.assert_allclose(scalars["auxiliary_loss"], mean_loss(auxiliary), rtol=1e-5)
+    np.testing.assert_allclose(scalars["loss"], mean_loss(logits) + 0.4 * mean_loss(auxiliary), rtol=1e-5)
+    assert largest_difference(state.batch_stats, copied(updates["batch_stats"])) < 1e-5
+    truth = np.bincount(batch["label"].ravel(), minlength=256)[:3]
+    np.testing.assert_array_equal(scalars["confusion"].sum(1), truth)
+
+
+def test_batch_without_any_labeled_pixel_only_decays_the_weights(run):
+    before = run[1][0]
+    batch = make_batch(0) | {"label": np.full((8, 33, 33), 255, np.uint8)}
+    state, scalars = again(run, batch)
+    assert scalars["loss"] == scalars["auxiliary_loss"] == scalars["gradient_norm"] == scalars["confusion"].sum() == 0
+    # rate 0.5 x 1/2 (warm-up), 10 times as much outside the backbone; decay 1e-4; none for BatchNorm
+    kernel = before.params["classifier"]["kernel"]
+    np.testing.assert_allclose(state.params["classifier"]["kernel"], kernel * (1 - 0.25 * 10 * 1e-4), rtol=1e-6)
+    scale = before.params["backbone"]["stem_conv1"]["bn"]["scale"]
+    np.testing.assert_array_equal(state.params["backbone"]["stem_conv1"]["bn"]["scale"], scale)
+
+
+def test_learning_rate_and_step_of_the_scalars(run):
+    _, states, scalars = run
+    # 0.5 x (1 - s/12)^0.9 x min(1, (s + 1) / 2)
+    np.testing.assert_allclose([s["learning_rate"] for s in scalars], [0.25, 0.4623387554, 0.4243330734], rtol=1e-6)
+    assert [int(s.step) for s in states] == [0, 1, 2, 3]
+
+
+def test_moving_average_equals_its_formula(run):
+    _, states, _ = run
+    assert largest_difference(states[0].average, {"params": states[0].params, "batch_stats": states[0].batch_stats}) == 0
+    for before, after in itertools.pairwise(states):
+        new = {"params": after.params, "batch_stats": after.batch_stats}
+        expected = jax.tree.map(lambda average, x: 0.75 * average + 0.25 * x, before.average, new)
+        assert largest_difference(after.average, expected) < 1e-6
+        assert after.variables is after.average
+
+
+def one_step_in_parts(parts, frozen):
+    """The state before, and the state and scalars after a step on 16 images.
+
+    Those of every second place, of which a part is made, have a tenth of the labels of the others.
+    """
+    config, batch = tiny_config(), make_batch(0, size=16)
+    batch["label"][1::2, 3:] = 255
+    config.optimizer.update(accumulate=parts, ema_decay=0.0)
+    mesh, model = parallel.make_mesh(), OneLayer(frozen)
+    state = init_state(config, model, mesh)()
+    before = copied(state)
+    return batch, before, *copied(make_train_step(config, model, mesh)(state, place(batch)))
+
+
+def test_accumulation_equals_the_whole_batch_with_frozen_statistics():
+    """The parts have unlike numbers of labeled pixels, so that a mean of their means would not do."""
+    _, before, whole, whole_scalars = one_step_in_parts(1, frozen=True)
+    _, _, summed, summed_scalars = one_step_in_parts(2, frozen=True)
+    difference = largest_difference(whole.params, summed.params)
+    moved = largest_difference(whole.params, before.params)
+    print(f"\nlargest difference, 1 part and 2 (parameters moved up to {moved:.4f}): {difference}")
+    assert difference < 1e-6 < 1e-3 < moved
+    np.testing.assert_array_equal(whole_scalars["confusion"], summed_scalars["confusion"])
+    for name in ("loss", "gradient_norm", "learning_rate"):
+        np.testing.assert_allclose(whole_scalars[name], summed_scalars[name], rtol=1e-5)
+    assert largest_difference(whole.batch_stats, before.batch_stats) == 0
+
+
+def test_accumulation_updates_the_running_statistics_once_a_part_by_the_parts_own():
+    batch, before, after, _ = one_step_in_parts(2, frozen=False)
+    mean, variance = np.zeros(8), np.ones(8)
+    for part in (batch["image"][0::2], batch["image"][1::2]):
+        images = models.normalize(part, tiny_config().normalize)
+        features = convolve(images, before.params["layer"]["conv"]["kernel"])
+        mean = 0.9 * mean + 0.1 * np.mean(features, (0, 1, 2))
+        variance = 0.9 * variance + 0.1 * np.var(features, (0, 1, 2))
+    statistics = after.batch_stats["layer"]["bn"]
+    np.testing.assert_allclose(statistics["mean"], mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(statistics["var"], variance, rtol=1e-4)
+
+
+def test_batch_of_one_image_is_refused():
+    config = tiny_config()
+    config.batch_size = 1
+    step, state = prepare(config, devices=1)
+    with pytest.raises(ValueError, match="pyramid/level0/bn sees one value per channel, whose variance is 0"):
+        step(state, place(make_batch(0, size=1), devices=1))
