@@ -59,7 +59,7 @@ def fit(
         for step, batch in zip(range(start + 1, total + 1), global_batches, strict=False):
             state, scalars = train_step(state, batch)
             watch.see(step, scalars)
-            stopping = stop.requested(step)
+            stopping = stop.requested(step) and step < total
             if due(step, every.log, total):
                 recorder.train(step, scalars)
             if step == start + 1:  # this one has compiled the step; the rates are those of the others
@@ -67,6 +67,7 @@ def fit(
                 recorder.restart_clock(step)
             values = None
             if evaluate and due(step, every.eval, total) and not stopping:
+                watch.finish()
                 values = _evaluate(evaluate, state, step, recorder)
             if values or stopping or due(step, every.save, total):
                 watch.finish()
@@ -74,7 +75,7 @@ def fit(
             if stopping:
                 logger.warning(f"stopped by SIGTERM; step {step} is saved, the same command goes on from there")
                 raise SystemExit(143)
-        watch.finish()
+        assert int(state.step) == total, f"the batches ended after step {state.step}, before {total}"
     finally:
         stop.close()
         checkpoints.close()

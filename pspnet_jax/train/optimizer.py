@@ -36,11 +36,8 @@ def _everything(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _outside_backbone(params: dict[str, Any]) -> dict[str, Any]:
-    return {name: jax.tree.map(lambda _: name != "backbone", tree) for name, tree in params.items()}  # noqa: B023
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key != "backbone", params)
 
 
 def _outside_norm(params: dict[str, Any]) -> dict[str, Any]:
-    def module(path: tuple[jax.tree_util.DictKey, ...]) -> str:
-        return str(path[-2].key)
-
-    return jax.tree_util.tree_map_with_path(lambda path, _: not module(path).endswith("bn"), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-2].key.endswith("bn"), params)

@@ -43,7 +43,7 @@ class Recorder:
     def train(self, step: int, scalars: Mapping[str, jax.Array]) -> None:
         """Prints the progress line of a step and records its scalars; images/s are those since the last line."""
         values = {k: float(v) for k, v in scalars.items() if k != "confusion"}
-        values["mean_iou"] = summarize(np.asarray(scalars["confusion"])).mean_iou
+        values["mean_iou"] = np.nan_to_num(summarize(np.asarray(scalars["confusion"])).mean_iou).item()  # 0: nothing labeled
         seconds_a_step = (time.perf_counter() - self._since - self._paused) / (step - self._step)
         values["images_per_second"] = self._config.batch_size / seconds_a_step
         self.restart_clock(step)
