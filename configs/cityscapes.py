@@ -3,6 +3,7 @@
 `configs/cityscapes.py:50` trains another depth. Targets on the 500 validation images, mIoU at one scale / six scales,
 with flip: depth 101 79.70 / 80.91 (Caffe), 78.63 / 79.29 (semseg); depth 50 77.30 / 78.38 (semseg); on the test server 78.4
 (paper).
+All of them start from ImageNet weights of the backbone.
 Six scales: --mode evaluate --config.eval.scales=0.5,0.75,1.0,1.25,1.5,1.75
 """
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One process a node, with all of its GPUs: sbatch [--nodes=2] launch/slurm.sh [arguments of pspnet_jax.main]
+# One process a GPU, which is what JAX expects under SLURM: sbatch [--nodes=2] launch/slurm.sh [arguments of pspnet_jax.main]
 #SBATCH --job-name=pspnet_jax
 #SBATCH --nodes=2
-#SBATCH --ntasks-per-node=1
+#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=64
+#SBATCH --cpus-per-task=8
 #SBATCH --signal=TERM@120
 set -euo pipefail
 srun python -m pspnet_jax.main --distributed "$@"

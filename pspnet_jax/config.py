@@ -19,7 +19,7 @@ CHOICES = {
     "model.pool": ("average", "max"),
     "model.head_kernel": (3, 1),
     "model.norm": ("batch", "frozen"),
-    "model.dtype": ("float32", "bfloat16", "float16"),
+    "model.dtype": ("float32", "bfloat16"),
     "loss.auxiliary_schedule": ("constant", "linear"),
     "dataset.name": ("folder", "scenes", "tfds", "ade20k", "voc2012", "cityscapes"),
     "eval.inference": ("windows", "whole"),
@@ -65,7 +65,8 @@ def base_config() -> ConfigDict:
     model.auxiliary = True  # auxiliary head on the third stage, in training only
     model.dropout = 0.1  # rate, whole channels, before each classifier
     model.norm = "batch"  # batch: statistics of the whole global batch; frozen: running statistics, also in training
-    model.dtype = "float32"  # of convolutions and activations; parameters, statistics, logits and loss stay float32
+    model.dtype = "float32"  # of convolutions and activations; parameters, statistics, logits and loss stay float32.
+    # GPUs and TPUs compute float32 products in TF32 or bfloat16 unless JAX_DEFAULT_MATMUL_PRECISION=highest
 
     config.normalize = normalize = ConfigDict()  # (pixel - mean) / std, in RGB order, on the 0..255 scale
     normalize.mean = (123.675, 116.28, 103.53)  # ImageNet
@@ -81,7 +82,7 @@ def base_config() -> ConfigDict:
 
     config.augment = augment = ConfigDict()  # in this order; each is off at its neutral value
     augment.scale = (0.5, 2.0)  # uniform
-    augment.rotate_degrees = 10.0  # uniform in [-this, this] about the centre
+    augment.rotate_degrees = 10.0  # uniform in [-this, this] about the center
     augment.rotate_probability = 0.5
     augment.blur_probability = 0.5  # 5x5 Gaussian, sigma 1.1
     augment.mirror_probability = 0.5
@@ -165,8 +166,15 @@ def from_dict(saved: dict) -> ConfigDict:
 
 
 def read(path: epath.Path) -> ConfigDict:
-    """Reads a run's config.json."""
-    return from_dict(json.loads(path.read_text()))
+    """Reads a run's config.json.
+
+    Raises:
+      ValueError: it is missing or damaged.
+    """
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); restore it, or choose another --workdir") from error
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -209,6 +217,12 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
 
 def _tuple_problems(config: ConfigDict) -> list[str]:
     problems, values = [], dict(leaves(config))
+    if not all(isinstance(name, str) for name in config.dataset.class_names):
+        problems.append(f"dataset.class_names={config.dataset.class_names}: expected names, such as ('road', 'sky')")
+    if not all(isinstance(color, tuple | list) for color in config.dataset.colors):
+        problems.append(
+            f"dataset.colors={config.dataset.colors}: expected (R, G, B) triples, such as ((128, 64, 128), (0, 0, 0))"
+        )
     for field, (kind, count) in TUPLES.items():
         value, kinds = values[field], (int, float) if kind is float else int
         if not all(isinstance(v, kinds) for v in value) or len(value) != (count or len(value)):
@@ -247,7 +261,7 @@ def _range_problems(config: ConfigDict) -> list[str]:
             problems.append(f"{field}={values[field]}: expected a value from 0 up to, not including, 1")
     if min(config.normalize.std) <= 0:
         problems.append(f"normalize.std={config.normalize.std}: expected values above 0")
-    for field in ("weight_decay", "clip_norm", "warmup_steps", "head_multiplier"):
+    for field in ("power", "weight_decay", "clip_norm", "warmup_steps", "head_multiplier"):
         if config.optimizer[field] < 0:
             problems.append(f"optimizer.{field}={config.optimizer[field]}: expected 0 or more")
     for field in ("every.eval", "loss.auxiliary_weight", "eval.base_size", "augment.rotate_degrees"):
@@ -262,8 +276,10 @@ def _range_problems(config: ConfigDict) -> list[str]:
 
 
 def _size_problems(config: ConfigDict) -> list[str]:
-    problems = []
-    for field, crop in (("augment.crop", config.augment.crop), ("eval.crop", config.eval.crop)):
+    problems, crops = [], {"augment.crop": config.augment.crop}
+    if config.eval.inference == "windows":
+        crops["eval.crop"] = config.eval.crop
+    for field, crop in crops.items():
         if min(crop) < 33:
             problems.append(f"{field}={crop}: expected (height, width), each at least 33 pixels")
             continue

@@ -104,7 +104,7 @@ class DatasetInfo:
 
 
 def describe(dataset: ConfigDict) -> DatasetInfo:
-    """Returns the classes that a recipe's dataset is labelled with.
+    """Returns the classes that a recipe's dataset is labeled with.
 
     Names are dataset.class_names or, where that is empty, those of the known dataset's table or of a folder's classes.txt.
     Colors are dataset.colors, or come with the names, or are `voc_palette`'s.

@@ -1,7 +1,7 @@
 """Writing a file so that a killed process never leaves half of it."""
 
 import contextlib
-import os
+import secrets
 from collections.abc import Iterator
 
 from etils import epath
@@ -12,7 +12,7 @@ def atomic(path: epath.PathLike) -> Iterator[epath.Path]:
     """Yields a temporary path beside `path` to write to, with the same ending; it becomes `path` when the block ends well."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
         temporary.replace(path)

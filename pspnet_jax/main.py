@@ -4,6 +4,7 @@ import argparse
 import difflib
 import logging
 import os
+import pathlib
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -42,11 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if jax.process_index():
                 logger.setLevel(logging.WARNING)  # the first process speaks for all
         JOBS[arguments.mode](arguments, overrides)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        if not _raised_here(error):
+    except (ValueError, OSError, FloatingPointError) as error:
+        if not (_raised_here(error) or getattr(error, "filename", None)):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -75,9 +78,9 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _raised_here(error: BaseException) -> bool:
-    """Whether our code raised it, with a sentence for the user; anything else is a bug and keeps its traceback."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return frames[-1][0].f_globals.get("__name__", "").startswith(("pspnet_jax", "__main__"))
+    """Whether a raise of ours made it, with a sentence for the user; anything else is a bug and keeps its traceback."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return last.filename.startswith(str(pathlib.Path(__file__).parent)) and (last.line or "").startswith("raise")
 
 
 def _override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
@@ -108,10 +111,15 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if not arguments.config:
         raise ValueError("--config is missing: name a recipe, such as --config configs/quickstart.py")
     config = _override(configs.load_recipe(arguments.config), overrides)
-    workdir = epath.Path(arguments.workdir or f"runs/{config.name}").resolve()
+    configs.validate(config, jax.device_count())
+    workdir = _absolute(arguments.workdir or f"runs/{config.name}")
+    if config.dataset.root:
+        config.dataset.root = str(_absolute(config.dataset.root))
+    if config.init_from:
+        config.init_from = str(_absolute(config.init_from))
+        checkpoint.Checkpoints(config.init_from, read_only=True).find("latest")
     info = datasets.describe(config.dataset)
     config.dataset.class_names, config.dataset.colors = info.class_names, info.colors
-    configs.validate(config, jax.device_count())
     from pspnet_jax.data import pipeline, sources  # these import TensorFlow
     from pspnet_jax.train import loop
 
@@ -128,19 +136,20 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         return report
 
     loop.fit(config, batches, evaluate, workdir)
-    logger.info(f"done: {workdir} has checkpoints/, metrics.jsonl, pictures/ and tensorboard/")
+    logger.info(f"{workdir} has checkpoints/, metrics.jsonl, pictures/ and tensorboard/")
 
 
 def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """--mode evaluate: scores a checkpoint with its saved config, and writes WORKDIR/evaluation/SPLIT_STEP.json."""
+    """--mode evaluate: scores a checkpoint with its saved config, and writes WORKDIR/evaluation/SPLIT_STEP_PROTOCOL.json."""
     config, step, variables, workdir = _restore(arguments, overrides)
     info = datasets.describe(config.dataset)
     report = _score(_predictor(config), variables, config, info)
-    rich.print(report.table())
-    print(report)
-    path = workdir / "evaluation" / f"{config.eval.split}_{step}.json"
     if jax.process_index() == 0:
+        how = [config.eval.inference, *map(str, config.eval.scales), *["flip"] * config.eval.flip]
+        path = workdir / "evaluation" / f"{config.eval.split}_{step}_{'_'.join(how)}.json"
         report.write(path)
+        rich.print(report.table())
+        print(report)
         logger.info(f"step {step} of {workdir}; written to {path}")
 
 
@@ -148,6 +157,8 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode predict: segments an image or a folder of images with a checkpoint."""
     if not (arguments.input and arguments.output):
         raise ValueError("--mode predict needs --input (an image or a folder of images) and --output (a directory)")
+    if jax.process_count() > 1:
+        raise ValueError("--mode predict runs in one process: leave --distributed out")
     config, _, variables, _ = _restore(arguments, overrides)
     info = datasets.describe(config.dataset)
     images = prediction.predict(_predictor(config), variables, arguments.input, arguments.output, info)
@@ -158,11 +169,17 @@ def _restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[C
     """The checkpoint's config with the command line's overrides, its step, its variables, and the workdir."""
     if not (arguments.workdir or arguments.config):
         raise ValueError("--workdir is missing: name the directory of a training run")
-    workdir = epath.Path(arguments.workdir or f"runs/{configs.load_recipe(arguments.config).name}").resolve()
-    config, step, variables = checkpoint.load(workdir, arguments.checkpoint, parallel.make_mesh())
-    config = _override(config, overrides)
+    workdir = _absolute(arguments.workdir or f"runs/{configs.load_recipe(arguments.config).name}")
+    saved, step, variables = checkpoint.load(workdir, arguments.checkpoint, parallel.make_mesh())
+    config = _override(saved.copy_and_resolve_references(), overrides)
     configs.validate(config)
+    if changed := [c for c in checkpoint.differences(saved, config) if c.startswith("model.")]:
+        raise ValueError(f"{'; '.join(changed)}: the network is the one that was trained; leave --config.model out")
     return config, step, variables, workdir
+
+
+def _absolute(path: str) -> epath.Path:
+    return epath.Path(path).expanduser().resolve()
 
 
 def _predictor(config: ConfigDict) -> Predictor:

@@ -41,9 +41,12 @@ def _variable(name: str) -> int | None:
 
 
 def make_mesh(devices: Iterable[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes ("data", "spatial") over the devices given, or over all devices of the job."""
-    devices = list(devices or jax.devices())
-    return jax.make_mesh((len(devices), 1), ("data", "spatial"), (AxisType.Auto, AxisType.Auto), devices=devices)
+    """A mesh with axes ("data", "spatial") over the devices given, or over all devices of the job.
+
+    In the order of processes, so that an example's place in the batch does not depend on how the devices are wired.
+    """
+    ordered = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(ordered).reshape(-1, 1), ("data", "spatial"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

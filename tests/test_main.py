@@ -85,7 +85,7 @@ def test_evaluate_prints_the_number_training_ended_with(run, capsys):
     workdir, _ = run
     assert main(["--mode", "evaluate", "--workdir", str(workdir)]) == 0
     trained = records(workdir, "eval")[-1]
-    scored = json.loads((workdir / "evaluation" / "val_3.json").read_text())
+    scored = json.loads((workdir / "evaluation" / "val_3_windows_1.0_flip.json").read_text())
     assert scored["mean_iou"] == trained["mean_iou"]
     assert scored["images"] == 3
     printed = capsys.readouterr().out
@@ -96,7 +96,7 @@ def test_evaluate_prints_the_number_training_ended_with(run, capsys):
 def test_evaluate_takes_another_split_and_other_scales(run):
     workdir, _ = run
     assert main(["--mode=evaluate", f"--workdir={workdir}", "--config.eval.split=train", "--config.eval.scales=0.5,1.0"]) == 0
-    scored = json.loads((workdir / "evaluation" / "train_3.json").read_text())
+    scored = json.loads((workdir / "evaluation" / "train_3_windows_0.5_1.0_flip.json").read_text())
     assert (scored["images"], scored["scales"], scored["split"]) == (9, [0.5, 1.0], "train")
 
 
@@ -144,6 +144,9 @@ def test_another_network_in_the_same_workdir_is_refused(run, capsys):
         (["--config=configs/camvid.py"], "dataset.root"),
         (["--config=configs/ade20k.py:7"], "model.depth=7: expected one of"),
         (["--config=configs/ade20k.py:fifty"], "configs/ade20k.py:fifty"),
+        (["--config=configs/camvid.py", "--config.dataset.name=camvod"], "dataset.name='camvod': expected one of 'folder'"),
+        (["--config=configs/camvid.py", "--config.dataset.colors=(1, 2)"], "dataset.colors=(1, 2): expected"),
+        (["--config=configs/quickstart.py", "--config.init_from=nowhere"], "nowhere: is no run with checkpoints"),
         (["--mode=evaluate", "--workdir=nowhere"], "nowhere"),
         (["--mode=evaluate"], "--workdir is missing"),
         (["--mode=predict", "--workdir=nowhere"], "--input"),
@@ -152,6 +155,26 @@ def test_another_network_in_the_same_workdir_is_refused(run, capsys):
 def test_a_mistake_ends_in_one_sentence(arguments, words, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert words in error(capsys, *arguments)
+
+
+def test_a_run_cannot_be_shortened_below_where_it_is(run, capsys):
+    workdir, root = run
+    own = recipe(workdir.parent / "own.py", root)
+    said = error(capsys, "--config", str(own), "--workdir", str(workdir), *SMALL, "--config.total_steps=2")
+    assert "total_steps=2: the run in" in said
+    assert json.loads((workdir / "config.json").read_text())["total_steps"] == 3
+
+
+def test_the_network_of_a_checkpoint_cannot_be_overridden(run, capsys):
+    said = error(capsys, "--mode=evaluate", f"--workdir={run[0]}", "--config.model.depth=50")
+    assert "model.depth: 18 -> 50" in said
+
+
+def test_a_workdir_that_cannot_be_written_is_named(run, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    own = recipe(tmp_path / "own.py", run[1])
+    said = error(capsys, "--config", str(own), f"--workdir={tmp_path / 'file' / 'run'}", *SMALL)
+    assert str(tmp_path / "file") in said
 
 
 def test_a_missing_input_is_named(run, capsys, tmp_path):

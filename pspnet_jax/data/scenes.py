@@ -66,7 +66,7 @@ def scene(split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
     if split not in SPLITS or not 0 <= index < SPLITS[split]:
         sizes = ", ".join(f"{name} 0..{size - 1}" for name, size in SPLITS.items())
         raise ValueError(f"no scene {index} in split {split!r}: expected one of {sizes}")
-    rng = np.random.default_rng([list(SPLITS).index(split), index])
+    rng = np.random.default_rng([list(SPLITS).index(split), index])  # the split's number is its seed
     return draw(rng, water=bool(rng.integers(2)))
 
 

@@ -29,7 +29,7 @@ CHECK_SOME = 1000  # of a larger folder, about this many, evenly spread; the oth
 
 
 class Source(Protocol):
-    """Random access to labelled images."""
+    """Random access to labeled images."""
 
     @property
     def names(self) -> Sequence[str]:

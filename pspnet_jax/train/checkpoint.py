@@ -23,7 +23,9 @@ from pspnet_jax.train.step import TrainState, Variables, init_state
 
 logger = logging.getLogger(__name__)
 BEST_METRIC = "mean_iou"
-FIXED = ("model", "normalize", "dataset.name", "dataset.class_names")  # what a resumed run has to share
+# What a resumed run has to share with its past, and what of it may change, because the parameters mean the same.
+FIXED = ("model.", "normalize.", "dataset.name", "dataset.class_names")
+FREE = ("model.dtype", "model.dropout", "model.norm", "model.factored_head")
 
 
 def abstract_state(config: ConfigDict, model: models.PSPNet, mesh: Mesh) -> TrainState:
@@ -34,6 +36,8 @@ def abstract_state(config: ConfigDict, model: models.PSPNet, mesh: Mesh) -> Trai
 
 
 class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which a damaged metrics file does not stop."""
+
     def metrics(self, step: int) -> Any:
         try:
             return super().metrics(step)
@@ -52,7 +56,7 @@ class Checkpoints:
     def __init__(self, workdir: epath.PathLike, *, read_only: bool = False):
         self._directory = epath.Path(workdir).resolve() / "checkpoints"
         if read_only and not self._directory.exists():
-            raise FileNotFoundError(f"--workdir {workdir}: has no checkpoints; train there first, or name another directory")
+            raise FileNotFoundError(f"{workdir}: is no run with checkpoints; train there first, or name another directory")
         policies = checkpoint_managers
         best = policies.BestN(get_metric_fn=lambda metrics: metrics[BEST_METRIC], n=1, keep_checkpoints_without_metrics=False)
         self._manager = _Manager(
@@ -109,6 +113,8 @@ class Checkpoints:
         for step in reversed(self.steps):
             try:
                 state = self.restore(step, target)
+            except (MemoryError, jax.errors.JaxRuntimeError):
+                raise  # not the file's fault
             except Exception as error:  # whatever a damaged file makes orbax raise
                 problems[step] = _reason(error)
                 continue
@@ -204,7 +210,7 @@ def check_resumable(saved: ConfigDict, current: ConfigDict) -> None:
       ValueError: lists the fields that differ.
     """
     changed = differences(saved, current)
-    fatal = [c for c in changed if c.startswith(tuple(FIXED))]
+    fatal = [c for c in changed if c.startswith(FIXED) and not c.startswith(FREE)]
     if (saved.optimizer.ema_decay > 0) != (current.optimizer.ema_decay > 0):
         fatal += [c for c in changed if c.startswith("optimizer.ema_decay")]
     if fatal:

@@ -1,5 +1,6 @@
 """The training loop: resume, step, log, evaluate, save, stop."""
 
+import contextlib
 import logging
 import signal
 import time
@@ -41,46 +42,49 @@ def fit(
       workdir: where checkpoints, metrics and pictures go.
 
     Raises:
-      ValueError: the workdir holds a run of another model or other classes.
+      ValueError: the workdir holds a run of another model or other classes, or one that is further than total_steps.
       FloatingPointError: the loss is not finite.
-      SystemExit: 143, after SIGTERM, when the state is saved.
+      SystemExit: after SIGTERM (143) or Ctrl-C (130), when the state is saved.
     """
     workdir = epath.Path(workdir).resolve()
     mesh = parallel.make_mesh()
     model = models.build(config.model, len(config.dataset.class_names))
-    checkpoints = checkpoint.Checkpoints(workdir)
-    state = _start(config, model, mesh, checkpoints, workdir)
-    start, total, every = int(state.step), config.total_steps, config.every
-    _announce(config, state, mesh, workdir, start)
-    train_step = make_train_step(config, model, mesh)
-    recorder, watch, stop = Recorder(workdir, config, start), Watch(checkpoints), StopSignal()
-    try:
+    with contextlib.ExitStack() as closing:  # in reverse order: signals are caught until everything is written
+        stop = StopSignal()
+        closing.callback(stop.close)
+        checkpoints = checkpoint.Checkpoints(workdir)
+        closing.callback(checkpoints.close)
+        state = _start(config, model, mesh, checkpoints, workdir)
+        start, total, every = int(state.step), config.total_steps, config.every
+        if start == total:
+            logger.info(f"{workdir} holds the finished run, step {start} of {total}; delete it to start over")
+            return state
+        _announce(config, state, mesh, workdir, start)
+        recorder, watch = Recorder(workdir, config, start), Watch(checkpoints)
+        closing.callback(recorder.close)
+        train_step = make_train_step(config, model, mesh)
         global_batches = parallel.to_devices(batches(start), mesh)
         for step, batch in zip(range(start + 1, total + 1), global_batches, strict=False):
             state, scalars = train_step(state, batch)
             watch.see(step, scalars)
             stopping = stop.requested(step) and step < total
-            if due(step, every.log, total):
+            log, save = due(step, every.log, total), stopping or due(step, every.save, total)
+            score = evaluate if due(step, every.eval, total) and not stopping else None
+            if log or save or score:
+                watch.finish()
+            if log:
                 recorder.train(step, scalars)
             if step == start + 1:  # this one has compiled the step; the rates are those of the others
                 jax.block_until_ready(scalars)
                 recorder.restart_clock(step)
-            values = None
-            if evaluate and due(step, every.eval, total) and not stopping:
-                watch.finish()
-                values = _evaluate(evaluate, state, step, recorder)
-            if values or stopping or due(step, every.save, total):
-                watch.finish()
+            values = _evaluate(score, state, step, recorder) if score else None
+            if save or score:
                 checkpoints.save(step, state, config, values)
             if stopping:
-                logger.warning(f"stopped by SIGTERM; step {step} is saved, the same command goes on from there")
-                raise SystemExit(143)
+                logger.warning(f"stopped by {stop.name}; step {step} is saved, the same command goes on from there")
+                raise SystemExit(128 + stop.number)
         assert int(state.step) == total, f"the batches ended after step {state.step}, before {total}"
-    finally:
-        stop.close()
-        checkpoints.close()
-        recorder.close()
-    return state
+        return state
 
 
 def due(step: int, every: int, total: int) -> bool:
@@ -93,6 +97,10 @@ def _start(
 ) -> TrainState:
     if checkpoints.steps:
         checkpoint.check_resumable(configs.read(workdir / "config.json"), config)
+        if checkpoints.steps[-1] > config.total_steps:
+            raise ValueError(
+                f"total_steps={config.total_steps}: the run in {workdir} is at step {checkpoints.steps[-1]} already"
+            )
     if jax.process_index() == 0:
         with files.atomic(workdir / "config.json") as path:
             path.write_text(configs.to_json(config))
@@ -172,20 +180,26 @@ class Watch:
 
 
 class StopSignal:
-    """Asks for a stop after SIGTERM; with several processes they agree on the step."""
+    """Asks for a stop after SIGTERM or Ctrl-C; the second one ends the process. Several processes agree on the step."""
 
     def __init__(self) -> None:
+        self.number = signal.SIGTERM
         self._received = False
-        self._alone = jax.process_count() == 1
-        if self._alone:
-            self._previous = signal.signal(signal.SIGTERM, self._receive)
+        self._alone = jax.process_count() == 1  # else JAX catches SIGTERM
+        caught = (signal.SIGTERM, signal.SIGINT) if self._alone else ()
+        self._previous = {number: signal.signal(number, self._receive) for number in caught}
 
-    def _receive(self, *_: Any) -> None:
-        self._received = True
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.number).name
+
+    def _receive(self, number: int, _: Any) -> None:
+        self.number, self._received = signal.Signals(number), True
+        self.close()
 
     def requested(self, step: int) -> bool:
         return self._received if self._alone else multihost_utils.reached_preemption_sync_point(step)
 
     def close(self) -> None:
-        if self._alone:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
