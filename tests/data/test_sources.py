@@ -5,7 +5,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from pspnet_jax.config import base_config
-from pspnet_jax.data import scenes, sources
+from pspnet_jax.data import checks, scenes, sources
 from tests import fakes
 
 
@@ -98,7 +98,7 @@ def _truncate(path):
 
 def _turned(path):
     exif = Image.Exif()
-    exif[sources.EXIF_ORIENTATION] = 6
+    exif[checks.EXIF_ORIENTATION] = 6
     path.unlink()
     fakes.write_image(path.with_suffix(".jpg"), fakes.pair("train", 1)[0], exif=exif)
 

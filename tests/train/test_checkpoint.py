@@ -266,7 +266,7 @@ def test_evaluating_an_unreadable_checkpoint_ends_in_one_sentence(trained, tmp_p
 
 
 def test_evaluating_where_there_is_no_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"--workdir .*nowhere: has no checkpoints; train there first"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: is no run with checkpoints; train there first"):
         checkpoint.load(tmp_path / "nowhere", "latest", mesh_of(1))
     assert not (tmp_path / "nowhere").exists()
 
