@@ -16,6 +16,7 @@ import pytest
 
 from pspnet_jax import config as configs
 from pspnet_jax import parallel
+from pspnet_jax.train import loop
 from pspnet_jax.train.checkpoint import Checkpoints, load
 from pspnet_jax.train.loop import Watch, due, fit
 from tests.train import make_batches, score, tiny_config
@@ -146,24 +147,28 @@ def test_evaluation_sees_the_moving_average_and_decides_which_checkpoint_is_best
     assert saved_steps(uninterrupted.workdir) == [8, 12]
 
 
-def test_a_finished_run_stays_as_it_is_and_the_images_that_batchnorm_sees_are_named(uninterrupted, tmp_path, caplog):
+def test_a_finished_run_stays_as_it_is(uninterrupted, tmp_path, caplog):
     shutil.copytree(uninterrupted.workdir, tmp_path, dirs_exist_ok=True)
     before = (tmp_path / "metrics.jsonl").read_text()
-    said = {}
-    for images in (8, 16):
-        config = tiny_config()
-        config.batch_size = images
-        caplog.clear()
-        with caplog.at_level(logging.INFO, "pspnet_jax"):
-            state = fit(config, make_batches, score, tmp_path)
-        said[images] = [record for record in caplog.records if "BatchNorm sees" in record.message]
-        assert_equal(state, uninterrupted.state)
+    config = tiny_config()
+    config.batch_size = 16
+    with caplog.at_level(logging.INFO, "pspnet_jax"):
+        assert_equal(fit(config, make_batches, score, tmp_path), uninterrupted.state)
     assert (tmp_path / "metrics.jsonl").read_text() == before
-    (enough,), (few,) = said[16], said[8]
-    assert (enough.message, enough.levelno) == ("BatchNorm sees 16 images", logging.INFO)
-    assert few.message.startswith("BatchNorm sees 8 images; under 16 the result suffers")
-    assert few.levelno == logging.WARNING
     assert "resuming with a changed config: batch_size: 8 -> 16" in caplog.messages
+    assert f"{tmp_path} holds the finished run, step 12 of 12; delete it to start over" in caplog.messages
+
+
+@pytest.mark.parametrize(("images", "level"), [(16, logging.INFO), (8, logging.WARNING)])
+def test_the_images_that_batchnorm_sees_are_named(uninterrupted, tmp_path, caplog, images, level):
+    config = tiny_config()
+    config.batch_size = images
+    with caplog.at_level(logging.INFO, "pspnet_jax"):
+        loop._announce(config, uninterrupted.state, parallel.make_mesh(), tmp_path, 0)
+    (said,) = [record for record in caplog.records if "BatchNorm sees" in record.message]
+    assert said.levelno == level
+    assert said.message.startswith(f"BatchNorm sees {images} images")
+    assert ("under 16 the result suffers" in said.message) == (images < 16)
 
 
 def test_another_network_in_the_same_workdir_is_refused_and_nothing_is_touched(uninterrupted):
