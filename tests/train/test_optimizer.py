@@ -14,7 +14,7 @@ from tests.train import tiny_config
 
 RECIPES = {path.stem: path for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py")}
 
-# base * (1 - s / total)^0.9 for s = 0..9: base times 1 - 0.9 x - 0.045 x^2 - 0.0165 x^3 with x = s / total, rounded to 11 places
+# base * (1 - x)^0.9, x = s / total, for s = 0..9: base * (1 - 0.9 x - 0.045 x^2 - 0.0165 x^3), rounded to 11 places
 BY_HAND = {
     "ade20k": """0.01000000000 0.00999994000 0.00999988000 0.00999982000 0.00999976000
         0.00999970000 0.00999964000 0.00999958000 0.00999952000 0.00999946000""",  # 150,000 steps
