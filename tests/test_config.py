@@ -55,8 +55,10 @@ def changed(overrides: dict[str, object]) -> ConfigDict:
     return config
 
 
-def test_the_default_config_is_possible():
+def test_the_default_config_is_possible_on_as_many_devices_as_divide_its_batch():
     configs.validate(configs.base_config(), num_devices=16)
+    with pytest.raises(ValueError, match="batch_size=16: expected a multiple of 32"):
+        configs.validate(configs.base_config(), num_devices=32)
 
 
 @pytest.mark.parametrize("field", configs.CHOICES)
