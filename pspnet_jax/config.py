@@ -23,7 +23,8 @@ CHOICES = {
     "loss.auxiliary_schedule": ("constant", "linear"),
     "dataset.name": ("folder", "scenes", "tfds", "ade20k", "voc2012", "cityscapes"),
     "eval.inference": ("windows", "whole"),
-    "eval.protocol": ("semseg",),
+    "eval.protocol": ("semseg", "caffe", "mmseg"),
+    "normalize.order": ("RGB", "BGR"),
 }
 TUPLES = {  # type and number of the values in a tuple; None: any number
     "model.bins": (int, None),
@@ -32,6 +33,7 @@ TUPLES = {  # type and number of the values in a tuple; None: any number
     "augment.scale": (float, 2),
     "augment.crop": (int, 2),
     "eval.crop": (int, 2),
+    "eval.stride": (int, 2),
     "eval.scales": (float, None),
 }
 
@@ -68,9 +70,10 @@ def base_config() -> ConfigDict:
     model.dtype = "float32"  # of convolutions and activations; parameters, statistics, logits and loss stay float32.
     # GPUs and TPUs compute float32 products in TF32 or bfloat16 unless JAX_DEFAULT_MATMUL_PRECISION=highest
 
-    config.normalize = normalize = ConfigDict()  # (pixel - mean) / std, in RGB order, on the 0..255 scale
-    normalize.mean = (123.675, 116.28, 103.53)  # ImageNet
+    config.normalize = normalize = ConfigDict()  # (pixel - mean) / std, on the 0..255 scale
+    normalize.mean = (123.675, 116.28, 103.53)  # of red, green and blue in ImageNet
     normalize.std = (58.395, 57.12, 57.375)
+    normalize.order = "RGB"  # in which the network takes the channels: RGB, or BGR (Caffe)
 
     config.dataset = dataset = ConfigDict()
     dataset.name = "folder"
@@ -106,10 +109,12 @@ def base_config() -> ConfigDict:
 
     config.eval = evaluation = ConfigDict()
     evaluation.split = "val"
-    evaluation.protocol = "semseg"  # sizes, resizes, padding and flip of the authors' PyTorch code
+    evaluation.protocol = "semseg"  # whose sizes, resizes, padding, flip and averages: semseg, caffe or mmseg
     evaluation.inference = "windows"  # overlapping crops, or the whole image at once
     evaluation.crop = (473, 473)  # window height, width
+    evaluation.stride = (0, 0)  # from window to window; 0: two thirds of the crop, rounded up
     evaluation.base_size = 512  # long side in pixels at scale 1; 0: the image's own
+    evaluation.short_size = 0  # mmseg: the most that the short side has at scale 1; 0: no bound
     evaluation.scales = (1.0,)  # the paper's multi-scale: (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
     evaluation.flip = True  # average with the mirrored image
     evaluation.batch_size = 8  # windows (or whole images) that go through the network together
@@ -208,7 +213,7 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     if problems := _tuple_problems(config):
         raise ValueError("\n".join(problems))
     problems = model_problems(config.model)
-    for section in ("loss", "dataset", "eval"):
+    for section in ("normalize", "loss", "dataset", "eval"):
         problems += _choice_problems(config[section], f"{section}.")
     problems += _range_problems(config) + _size_problems(config) + _batch_problems(config, num_devices)
     if problems:
@@ -264,7 +269,7 @@ def _range_problems(config: ConfigDict) -> list[str]:
     for field in ("power", "weight_decay", "clip_norm", "warmup_steps", "head_multiplier"):
         if config.optimizer[field] < 0:
             problems.append(f"optimizer.{field}={config.optimizer[field]}: expected 0 or more")
-    for field in ("every.eval", "loss.auxiliary_weight", "eval.base_size", "augment.rotate_degrees"):
+    for field in ("every.eval", "loss.auxiliary_weight", "eval.base_size", "eval.short_size", "augment.rotate_degrees"):
         if values[field] < 0:
             problems.append(f"{field}={values[field]}: expected 0 or more")
     low, high = config.augment.scale
@@ -272,6 +277,10 @@ def _range_problems(config: ConfigDict) -> list[str]:
         problems.append(f"augment.scale={config.augment.scale}: expected (low, high) with 0 < low <= high")
     if not config.eval.scales or min(config.eval.scales) <= 0:
         problems.append(f"eval.scales={config.eval.scales}: expected one or more scales above 0")
+    if not all(0 <= stride <= crop for stride, crop in zip(config.eval.stride, config.eval.crop, strict=True)):
+        problems.append(f"eval.stride={config.eval.stride}: expected values from 0 to eval.crop={config.eval.crop}")
+    if config.eval.short_size and config.eval.protocol != "mmseg":
+        problems.append(f"eval.short_size={config.eval.short_size}: expected 0, or eval.protocol='mmseg', whose rule it is")
     return problems
 
 

@@ -1,9 +1,10 @@
-"""What a dataset is: its class names and colors."""
+"""What a dataset is: its class names and colors, and the values that stand for the classes in its files."""
 
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -61,6 +62,13 @@ TABLES = {
     """,
 }
 TABLES["pspnet_scenes"] = TABLES["scenes"]  # the same scenes through TFDS
+
+# The value of each class 0..K-1 in a benchmark's label files and submissions; other values in the files are not scored.
+RAW_VALUES = {
+    "cityscapes": (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33),  # labelIds
+    "voc2012": tuple(range(21)),
+    "ade20k": tuple(range(1, 151)),
+}
 
 # Benchmarks that have no reader yet: what their users have on disk.
 LAYOUTS = {
@@ -142,6 +150,13 @@ def voc_palette(num_classes: int) -> tuple[Color, ...]:
         return sum((label >> (3 * i + channel) & 1) << (7 - i) for i in range(3))
 
     return tuple((value(label, 0), value(label, 1), value(label, 2)) for label in range(num_classes))
+
+
+def classes_of_raw_values(name: str) -> np.ndarray:
+    """Returns uint8[256]: the class of each value in a benchmark's label files, or IGNORE; the inverse of `RAW_VALUES`."""
+    table = np.full(256, IGNORE, np.uint8)
+    table[list(RAW_VALUES[name])] = np.arange(len(RAW_VALUES[name]))
+    return table
 
 
 def label_problem(histogram: Sequence[int], num_classes: int) -> str | None:

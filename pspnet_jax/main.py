@@ -70,6 +70,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--checkpoint", default="latest", metavar="WHICH", help="evaluate, predict: latest, best or a step")
     parser.add_argument("--input", metavar="PATH", help="predict: an image or a folder of images")
     parser.add_argument("--output", metavar="DIR", help="predict: where the results go")
+    parser.add_argument("--format", metavar="FORM", help="predict: cityscapes, ade20k or voc, for the benchmark's server")
     parser.add_argument("--distributed", action="store_true", help="join the other processes of this job (see launch/)")
     arguments, overrides = parser.parse_known_args(argv)
     if unknown := [o for o in overrides if o.startswith("-") and not o.startswith("--config.")]:
@@ -161,8 +162,10 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise ValueError("--mode predict runs in one process: leave --distributed out")
     config, _, variables, _ = _restore(arguments, overrides)
     info = datasets.describe(config.dataset)
-    images = prediction.predict(_predictor(config), variables, arguments.input, arguments.output, info)
-    logger.info(f"{images} images segmented: index/, color/ and overlay/ in {arguments.output}")
+    form = arguments.format or ""
+    images = prediction.predict(_predictor(config), variables, arguments.input, arguments.output, info, form)
+    what = f"the {form} server's form" if form else "index/, color/ and overlay/"
+    logger.info(f"{images} images segmented: {what} in {arguments.output}")
 
 
 def _restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[ConfigDict, int, Any, epath.Path]:

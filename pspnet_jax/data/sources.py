@@ -87,6 +87,12 @@ class Folder:
         if not root:
             raise ValueError("dataset.root is empty: set --config.dataset.root to the directory that holds images/ and labels/")
         images = _files(f"{root}/images/{split}", (".jpg", ".jpeg", ".png"))
+        if not tf.io.gfile.isdir(f"{root}/labels/{split}"):
+            raise ValueError(
+                f"{root}/labels/{split}: no such directory, so split {split!r} has no labels to train with or to be scored by; "
+                f"--mode predict --input {root}/images/{split} segments its images, and --format writes what a benchmark's "
+                "server scores"
+            )
         labels = _files(f"{root}/labels/{split}", (".png",))
         for found, others, kind, partner in ((images, labels, "image", "label"), (labels, images, "label", "image")):
             if alone := sorted(found.keys() - others.keys()):

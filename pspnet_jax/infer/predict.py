@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 
 from pspnet_jax import files
 from pspnet_jax.datasets import DatasetInfo
+from pspnet_jax.infer import submission
 from pspnet_jax.infer.draw import overlay, palette_image
 from pspnet_jax.infer.progress import progress
 from pspnet_jax.infer.windows import Example, Predictor
@@ -16,48 +17,64 @@ from pspnet_jax.infer.windows import Example, Predictor
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 
-def predict(predictor: Predictor, variables: Any, source: epath.PathLike, output: epath.PathLike, info: DatasetInfo) -> int:
+def predict(
+    predictor: Predictor,
+    variables: Any,
+    source: epath.PathLike,
+    output: epath.PathLike,
+    info: DatasetInfo,
+    form: str = "",
+) -> int:
     """Predicts one image, or each in a folder, at its own size.
 
     Writes output/index/NAME.png (gray, the values are class indices), output/color/NAME.png (the same in a palette of the
-    classes' colors) and output/overlay/NAME.jpg (half color, half image).
+    classes' colors) and output/overlay/NAME.jpg (half color, half image); or, given a form, only what that server takes.
 
     Args:
       predictor: for the classes of `info`.
       variables: weights, see `Predictor.place`.
-      source: an image, or a folder whose images are taken, not those of its subfolders.
+      source: an image, or a folder whose images are taken; those of its subfolders, too, if a form is given.
       output: a folder, made if need be.
       info: the classes.
+      form: "cityscapes", "ade20k" or "voc" for a submission to the benchmark's server.
 
     Returns:
       The number of images.
 
     Raises:
       FileNotFoundError: `source` does not exist, or has no images.
-      ValueError: an image cannot be read, or two have the same name.
+      ValueError: an image cannot be read, two have the same name, or the form is of other classes.
     """
-    paths = find_images(source)
+    server = submission.choose(form, info) if form else None
+    paths = find_images(source, subfolders=bool(form))
     output = epath.Path(output)
     with progress("predicting", len(paths)) as advance:
         for group, labels in predictor.stream(predictor.place(variables), _examples(paths)):
             for example, label in zip(group, np.asarray(labels), strict=False):
-                image = example["image"]
-                write(output, example["name"], image, label[: image.shape[0], : image.shape[1]], info)
+                image, name = example["image"], example["name"]
+                label = label[: image.shape[0], : image.shape[1]]
+                if server:
+                    _save(server.encode(label), output / server.folder / f"{name}.png", "PNG")
+                else:
+                    write(output, name, image, label, info)
             advance(len(group))
     return len(paths)
 
 
 def write(output: epath.Path, name: str, image: np.ndarray, label: np.ndarray, info: DatasetInfo) -> None:
     """Writes the three pictures of uint8[H, W, 3] and its prediction uint8[H, W]."""
-    with files.atomic(output / "index" / f"{name}.png") as path, path.open("wb") as file:
-        Image.fromarray(label).save(file, "PNG")
-    with files.atomic(output / "color" / f"{name}.png") as path, path.open("wb") as file:
-        palette_image(label, info.colors).save(file, "PNG")
-    with files.atomic(output / "overlay" / f"{name}.jpg") as path, path.open("wb") as file:
-        Image.fromarray(overlay(image, label, info.colors)).save(file, "JPEG", quality=95, subsampling=0)  # crisp edges
+    _save(Image.fromarray(label), output / "index" / f"{name}.png", "PNG")
+    _save(palette_image(label, info.colors), output / "color" / f"{name}.png", "PNG")
+    mixed = Image.fromarray(overlay(image, label, info.colors))
+    _save(mixed, output / "overlay" / f"{name}.jpg", "JPEG", quality=95, subsampling=0)  # crisp edges
 
 
-def find_images(source: epath.PathLike) -> list[epath.Path]:
+def _save(picture: Image.Image, path: epath.Path, kind: str, **options: Any) -> None:
+    with files.atomic(path) as temporary, temporary.open("wb") as file:
+        picture.save(file, kind, **options)
+
+
+def find_images(source: epath.PathLike, subfolders: bool = False) -> list[epath.Path]:
     """Returns the images that `predict` takes, in the order of their names.
 
     Raises:
@@ -69,7 +86,8 @@ def find_images(source: epath.PathLike) -> list[epath.Path]:
         raise FileNotFoundError(f"--input {source}: no such file or folder")
     if not source.is_dir():
         return [source]
-    paths = sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    found = _files_below(source) if subfolders else source.iterdir()
+    paths = sorted(p for p in found if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
     if not paths:
         raise FileNotFoundError(f"--input {source}: no images in this folder; expected files ending in {', '.join(SUFFIXES)}")
     by_name: dict[str, epath.Path] = {}
@@ -81,6 +99,11 @@ def find_images(source: epath.PathLike) -> list[epath.Path]:
             )
         by_name[path.stem] = path
     return paths
+
+
+def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        yield from _files_below(path) if path.is_dir() else [path]
 
 
 def read_image(path: epath.PathLike) -> np.ndarray:

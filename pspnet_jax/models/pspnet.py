@@ -105,6 +105,10 @@ def build(model: ConfigDict, num_classes: int) -> PSPNet:
 
 
 def normalize(images: jax.Array, statistics: ConfigDict) -> jax.Array:
-    """(images - mean) / std per channel: uint8[..., 3] in RGB order -> f32[..., 3]; `statistics` is `config.normalize`."""
+    """(images - mean) / std per channel: uint8[..., 3] in RGB order -> f32[..., 3] in `statistics.order`.
+
+    `statistics` is `config.normalize`; its mean and std are in RGB order.
+    """
     mean, std = jnp.asarray(statistics.mean, jnp.float32), jnp.asarray(statistics.std, jnp.float32)
-    return (images.astype(jnp.float32) - mean) / std
+    normalized = (images.astype(jnp.float32) - mean) / std
+    return normalized[..., ::-1] if statistics.order == "BGR" else normalized

@@ -1,0 +1,57 @@
+"""What the benchmarks' evaluation servers take: one PNG an image, with names and values of their own.
+
+Cityscapes wants its label ids, in files named like the images; ADE20K indices that count from 1; VOC palette PNGs in the folder
+of its sixth competition (any training data), which go to the server as an archive of results/.
+"""
+
+import dataclasses
+
+import numpy as np
+from PIL import Image
+
+from pspnet_jax import datasets
+from pspnet_jax.infer.draw import palette_image
+
+
+@dataclasses.dataclass(frozen=True)
+class Submission:
+    """One server's form.
+
+    Attributes:
+      dataset: whose classes are predicted, and whose values are written (see `datasets.RAW_VALUES`).
+      folder: where the files go under the output.
+      palette: whether they have VOC's colors.
+    """
+
+    dataset: str
+    folder: str = ""
+    palette: bool = False
+
+    def encode(self, label: np.ndarray) -> Image.Image:
+        """Returns the classes uint8[H, W], each from 0 to K-1, as the picture to send."""
+        raw = np.array(datasets.RAW_VALUES[self.dataset], np.uint8)[label]
+        return palette_image(raw, datasets.voc_palette(256)) if self.palette else Image.fromarray(raw)
+
+
+SUBMISSIONS = {
+    "cityscapes": Submission("cityscapes"),
+    "ade20k": Submission("ade20k"),
+    "voc": Submission("voc2012", "results/VOC2012/Segmentation/comp6_test_cls", palette=True),
+}
+
+
+def choose(form: str, info: datasets.DatasetInfo) -> Submission:
+    """Returns the server's form, if the network predicts its classes.
+
+    Raises:
+      ValueError: there is no such form, or the number of classes is another.
+    """
+    if form not in SUBMISSIONS:
+        raise ValueError(f"--format {form}: expected one of {', '.join(SUBMISSIONS)}")
+    submission = SUBMISSIONS[form]
+    if info.num_classes != len(datasets.RAW_VALUES[submission.dataset]):
+        raise ValueError(
+            f"--format {form}: its server scores {len(datasets.RAW_VALUES[submission.dataset])} classes, but this network "
+            f"predicts the {info.num_classes} of {info.name!r}"
+        )
+    return submission

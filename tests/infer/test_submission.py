@@ -1,0 +1,83 @@
+"""Submissions: what the servers take, and back again."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pspnet_jax import datasets
+from pspnet_jax.infer import submission
+from pspnet_jax.infer.predict import find_images, predict
+from tests.infer.test_evaluate import INFO, STRONGEST, predictor
+
+FORMS = {form: datasets.table(server.dataset) for form, server in submission.SUBMISSIONS.items()}
+
+
+def sent(tmp_path, form, label):
+    """The pixels of a submission, as a server reads them from the file."""
+    path = tmp_path / "sent.png"
+    submission.choose(form, FORMS[form]).encode(label).save(path)
+    with Image.open(path) as image:
+        return image.mode, np.asarray(image)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_class_comes_back_from_a_submission(tmp_path, form):
+    label = np.arange(FORMS[form].num_classes, dtype=np.uint8).reshape(1, -1)
+    mode, raw = sent(tmp_path, form, label)
+    assert mode == ("P" if form == "voc" else "L")
+    np.testing.assert_array_equal(datasets.classes_of_raw_values(submission.SUBMISSIONS[form].dataset)[raw], label)
+
+
+@pytest.mark.parametrize(
+    ("form", "classes", "values"),
+    [
+        ("cityscapes", ["road", "sidewalk", "rider", "train", "bicycle"], [7, 8, 25, 31, 33]),  # cityscapesScripts, labels.py
+        ("ade20k", ["wall", "sky", "flag"], [1, 3, 150]),  # objectInfo150.txt
+        ("voc", ["background", "person", "tvmonitor"], [0, 15, 20]),
+    ],
+)
+def test_values_that_the_servers_document(tmp_path, form, classes, values):
+    label = np.array([[FORMS[form].class_names.index(name) for name in classes]], np.uint8)
+    np.testing.assert_array_equal(sent(tmp_path, form, label)[1], [values])
+
+
+def test_voc_submissions_have_vocs_colors(tmp_path):
+    sent(tmp_path, "voc", np.array([[0, 1, 15, 20]], np.uint8))
+    with Image.open(tmp_path / "sent.png") as image:  # black, dark red, the person's and the monitor's colors
+        np.testing.assert_array_equal(
+            np.asarray(image.convert("RGB"))[0], [[0, 0, 0], [128, 0, 0], [192, 128, 128], [0, 64, 128]]
+        )
+
+
+def test_files_are_named_like_the_images_of_all_subfolders(tmp_path, monkeypatch):
+    monkeypatch.setitem(submission.SUBMISSIONS, "own", submission.Submission("own", "results/here"))
+    monkeypatch.setitem(datasets.RAW_VALUES, "own", tuple(range(10, 10 + INFO.num_classes)))
+    picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    for name in ("berlin/berlin_000000_000019_leftImg8bit", "bonn/bonn_000001_000019_leftImg8bit"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        Image.fromarray(picture).save(tmp_path / "in" / f"{name}.png")
+    assert predict(predictor(), STRONGEST, tmp_path / "in", tmp_path / "out", INFO, "own") == 2
+    assert sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png")) == [
+        "results/here/berlin_000000_000019_leftImg8bit.png",
+        "results/here/bonn_000001_000019_leftImg8bit.png",
+    ]
+    run = predictor()
+    label = np.asarray(run.labels(run.place(STRONGEST), [picture]))[0, :20, :30]
+    with Image.open(tmp_path / "out/results/here/bonn_000001_000019_leftImg8bit.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), label + 10)
+
+
+def test_a_folder_without_images_in_its_subfolders(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(FileNotFoundError, match="no images in this folder"):
+        find_images(tmp_path, subfolders=True)
+
+
+def test_a_form_for_other_classes_is_refused():
+    with pytest.raises(ValueError, match=r"--format ade20k: its server scores 150 classes, .* predicts the 19 of 'cityscapes'"):
+        submission.choose("ade20k", datasets.table("cityscapes"))
+
+
+def test_an_unknown_form_lists_the_known_ones():
+    with pytest.raises(ValueError, match="--format kitti: expected one of cityscapes, ade20k, voc"):
+        submission.choose("kitti", datasets.table("cityscapes"))
