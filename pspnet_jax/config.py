@@ -1,4 +1,4 @@
-"""Every field a recipe can set, with its default, and the check that refuses wrong values before anything compiles."""
+"""Every field a recipe can set, with its default; reading recipes, and saving what a run was made with."""
 
 import importlib.util
 import json
@@ -8,34 +8,6 @@ from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
-
-DEPTHS = (18, 34, 50, 101, 152, 269)
-CHOICES = {
-    "model.depth": DEPTHS,
-    "model.stem": ("deep", "deep32", "conv7"),
-    "model.stride_in": ("conv3x3", "conv1x1"),
-    "model.first_block_dilation": ("full", "half"),
-    "model.output_stride": (8, 16, 32),
-    "model.pool": ("average", "max"),
-    "model.head_kernel": (3, 1),
-    "model.norm": ("batch", "frozen"),
-    "model.dtype": ("float32", "bfloat16"),
-    "loss.auxiliary_schedule": ("constant", "linear"),
-    "dataset.name": ("folder", "scenes", "tfds", "ade20k", "voc2012", "cityscapes"),
-    "eval.inference": ("windows", "whole"),
-    "eval.protocol": ("semseg", "caffe", "mmseg"),
-    "normalize.order": ("RGB", "BGR"),
-}
-TUPLES = {  # type and number of the values in a tuple; None: any number
-    "model.bins": (int, None),
-    "normalize.mean": (float, 3),
-    "normalize.std": (float, 3),
-    "augment.scale": (float, 2),
-    "augment.crop": (int, 2),
-    "eval.crop": (int, 2),
-    "eval.stride": (int, 2),
-    "eval.scales": (float, None),
-}
 
 
 def base_config() -> ConfigDict:
@@ -78,10 +50,16 @@ def base_config() -> ConfigDict:
     config.dataset = dataset = ConfigDict()
     dataset.name = "folder"
     dataset.root = ""  # local directory or gs:// path
+    dataset.extra_root = ""  # voc2012: SBD's directory, with img/, cls/, train.txt and val.txt; empty: looked for beside root
     dataset.tfds_name = ""  # for name="tfds": the builder's name, root is its data_dir
     dataset.train_split = "train"
     dataset.class_names = ()  # empty: from the dataset's table, or a folder's classes.txt
     dataset.colors = ()  # one (R, G, B) a class; empty: as class_names
+    dataset.on_error = "stop"  # at a wrong or damaged file: stop, or skip it, count it and say so
+    dataset.cache = ""  # decoded images: "memory" or "disk" keeps them after the first epoch; empty: decode each time
+    dataset.cache_dir = ""  # for cache="disk" and balance; empty: pspnet_jax in the system's temporary directory
+    dataset.balance = 0.0  # share of the examples drawn so that every class comes equally often, from images that have it
+    dataset.mixture = ()  # further training data, ("name", "root", "split", weight) each; the dataset above has weight 1
 
     config.augment = augment = ConfigDict()  # in this order; each is off at its neutral value
     augment.scale = (0.5, 2.0)  # uniform
@@ -198,124 +176,3 @@ def _tuples(value: object) -> object:
 def bn_images(config: ConfigDict) -> int:
     """Number of images over which one BatchNorm statistic is taken."""
     return config.batch_size // config.optimizer.accumulate
-
-
-def validate(config: ConfigDict, num_devices: int = 1) -> None:
-    """Refuses impossible values.
-
-    Args:
-      config: a recipe with the command line's overrides.
-      num_devices: devices of the whole job; the batch is shared out among them.
-
-    Raises:
-      ValueError: names every wrong field, its value and what is allowed, one a line.
-    """
-    if problems := _tuple_problems(config):
-        raise ValueError("\n".join(problems))
-    problems = model_problems(config.model)
-    for section in ("normalize", "loss", "dataset", "eval"):
-        problems += _choice_problems(config[section], f"{section}.")
-    problems += _range_problems(config) + _size_problems(config) + _batch_problems(config, num_devices)
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
-def _tuple_problems(config: ConfigDict) -> list[str]:
-    problems, values = [], dict(leaves(config))
-    if not all(isinstance(name, str) for name in config.dataset.class_names):
-        problems.append(f"dataset.class_names={config.dataset.class_names}: expected names, such as ('road', 'sky')")
-    if not all(isinstance(color, tuple | list) for color in config.dataset.colors):
-        problems.append(
-            f"dataset.colors={config.dataset.colors}: expected (R, G, B) triples, such as ((128, 64, 128), (0, 0, 0))"
-        )
-    for field, (kind, count) in TUPLES.items():
-        value, kinds = values[field], (int, float) if kind is float else int
-        if not all(isinstance(v, kinds) for v in value) or len(value) != (count or len(value)):
-            problems.append(f"{field}={value}: expected {count or 'any number of'} values of type {kind.__name__}")
-    return problems
-
-
-def _choice_problems(config: ConfigDict, prefix: str) -> list[str]:
-    return [
-        f"{field}={value!r}: expected one of {', '.join(map(repr, CHOICES[field]))}"
-        for field, value in leaves(config, prefix)
-        if field in CHOICES and value not in CHOICES[field]
-    ]
-
-
-def model_problems(model: ConfigDict) -> list[str]:
-    """What is impossible in `config.model` by itself, one sentence a field; empty when all is well."""
-    problems = _choice_problems(model, "model.")
-    if model.width < 8 or model.width % 8:
-        problems.append(f"model.width={model.width}: expected a multiple of 8 (64 is ResNet's)")
-    if any(b < 1 for b in model.bins):
-        problems.append(f"model.bins={model.bins}: expected bins of 1 or more")
-    if not 0 <= model.dropout < 1:
-        problems.append(f"model.dropout={model.dropout}: expected a value from 0 up to, not including, 1")
-    return problems
-
-
-def _range_problems(config: ConfigDict) -> list[str]:
-    positive = "batch_size total_steps optimizer.learning_rate optimizer.accumulate every.log every.save eval.batch_size"
-    fractions = "augment.rotate_probability augment.blur_probability augment.mirror_probability"
-    values = dict(leaves(config))
-    problems = [f"{f}={values[f]}: expected more than 0" for f in positive.split() if not values[f] > 0]
-    problems += [f"{f}={values[f]}: expected a value from 0 to 1" for f in fractions.split() if not 0 <= values[f] <= 1]
-    for field in ("optimizer.momentum", "optimizer.ema_decay"):
-        if not 0 <= values[field] < 1:
-            problems.append(f"{field}={values[field]}: expected a value from 0 up to, not including, 1")
-    if min(config.normalize.std) <= 0:
-        problems.append(f"normalize.std={config.normalize.std}: expected values above 0")
-    for field in ("power", "weight_decay", "clip_norm", "warmup_steps", "head_multiplier"):
-        if config.optimizer[field] < 0:
-            problems.append(f"optimizer.{field}={config.optimizer[field]}: expected 0 or more")
-    for field in ("every.eval", "loss.auxiliary_weight", "eval.base_size", "eval.short_size", "augment.rotate_degrees"):
-        if values[field] < 0:
-            problems.append(f"{field}={values[field]}: expected 0 or more")
-    low, high = config.augment.scale
-    if not 0 < low <= high:
-        problems.append(f"augment.scale={config.augment.scale}: expected (low, high) with 0 < low <= high")
-    if not config.eval.scales or min(config.eval.scales) <= 0:
-        problems.append(f"eval.scales={config.eval.scales}: expected one or more scales above 0")
-    if not all(0 <= stride <= crop for stride, crop in zip(config.eval.stride, config.eval.crop, strict=True)):
-        problems.append(f"eval.stride={config.eval.stride}: expected values from 0 to eval.crop={config.eval.crop}")
-    if config.eval.short_size and config.eval.protocol != "mmseg":
-        problems.append(f"eval.short_size={config.eval.short_size}: expected 0, or eval.protocol='mmseg', whose rule it is")
-    return problems
-
-
-def _size_problems(config: ConfigDict) -> list[str]:
-    problems, crops = [], {"augment.crop": config.augment.crop}
-    if config.eval.inference == "windows":
-        crops["eval.crop"] = config.eval.crop
-    for field, crop in crops.items():
-        if min(crop) < 33:
-            problems.append(f"{field}={crop}: expected (height, width), each at least 33 pixels")
-            continue
-        if config.model.output_stride not in CHOICES["model.output_stride"]:
-            continue
-        features = -(-min(crop) // config.model.output_stride)
-        if max(config.model.bins, default=1) > features:
-            problems.append(
-                f"model.bins={config.model.bins}: the largest bin exceeds the feature map of {features} rows or columns "
-                f"({field}={crop} / model.output_stride={config.model.output_stride})"
-            )
-    return problems
-
-
-def _batch_problems(config: ConfigDict, num_devices: int) -> list[str]:
-    accumulate, batch = config.optimizer.accumulate, config.batch_size
-    if accumulate < 1:
-        return []
-    if batch % (num_devices * accumulate):
-        return [
-            f"batch_size={batch}: expected a multiple of {num_devices * accumulate} "
-            f"({num_devices} device(s) x optimizer.accumulate={accumulate})"
-        ]
-    if bn_images(config) == 1 and 1 in config.model.bins and config.model.norm == "batch":
-        return [
-            f"batch_size={batch} with optimizer.accumulate={accumulate}: a 1x1 pyramid bin of a single image is one value per "
-            "channel, whose variance is 0, so BatchNorm cannot train; use 2 or more images, model.norm='frozen', or model.bins "
-            "without 1"
-        ]
-    return []

@@ -21,7 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from pspnet_jax import config as configs
-from pspnet_jax import datasets, models, parallel
+from pspnet_jax import datasets, models, parallel, validation
 from pspnet_jax.infer import evaluate as evaluation
 from pspnet_jax.infer import predict as prediction
 from pspnet_jax.infer.windows import Predictor
@@ -112,7 +112,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if not arguments.config:
         raise ValueError("--config is missing: name a recipe, such as --config configs/quickstart.py")
     config = _override(configs.load_recipe(arguments.config), overrides)
-    configs.validate(config, jax.device_count())
+    validation.validate(config, jax.device_count())
     workdir = _absolute(arguments.workdir or f"runs/{config.name}")
     if config.dataset.root:
         config.dataset.root = str(_absolute(config.dataset.root))
@@ -175,7 +175,7 @@ def _restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[C
     workdir = _absolute(arguments.workdir or f"runs/{configs.load_recipe(arguments.config).name}")
     saved, step, variables = checkpoint.load(workdir, arguments.checkpoint, parallel.make_mesh())
     config = _override(saved.copy_and_resolve_references(), overrides)
-    configs.validate(config)
+    validation.validate(config)
     if changed := [c for c in checkpoint.differences(saved, config) if c.startswith("model.")]:
         raise ValueError(f"{'; '.join(changed)}: the network is the one that was trained; leave --config.model out")
     return config, step, variables, workdir

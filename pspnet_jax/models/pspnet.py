@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from pspnet_jax.config import model_problems
 from pspnet_jax.models.layers import BatchNorm, ConvNorm, resize
 from pspnet_jax.models.pyramid import Pyramid, PyramidConv
 from pspnet_jax.models.resnet import ResNet
+from pspnet_jax.validation import model_problems
 
 
 class Classifier(nn.Module):

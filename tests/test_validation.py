@@ -1,0 +1,96 @@
+"""Impossible values are refused before anything compiles, each by name and with what is allowed."""
+
+import pytest
+
+from pspnet_jax import validation
+from pspnet_jax.config import base_config
+from tests.test_config import changed
+
+
+def test_the_default_config_is_possible_on_as_many_devices_as_divide_its_batch():
+    validation.validate(base_config(), num_devices=16)
+    with pytest.raises(ValueError, match="batch_size=16: expected a multiple of 32"):
+        validation.validate(base_config(), num_devices=32)
+
+
+@pytest.mark.parametrize("field", validation.CHOICES)
+def test_a_value_outside_its_choices_is_refused_with_all_of_them(field):
+    choices = validation.CHOICES[field]
+    value = 7 if isinstance(choices[0], int) else "other"
+    with pytest.raises(ValueError) as error:
+        validation.validate(changed({field: value}))
+    assert str(error.value) == f"{field}={value!r}: expected one of {', '.join(map(repr, choices))}"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("batch_size", 0, "more than 0"),
+        ("total_steps", 0, "more than 0"),
+        ("model.width", 12, "a multiple of 8"),
+        ("model.output_stride", 0, "one of 8, 16, 32"),
+        ("model.bins", (0, 1), "bins of 1 or more"),
+        ("model.bins", (1.5, 2), "values of type int"),
+        ("model.dropout", 1.0, "a value from 0 up to, not including, 1"),
+        ("augment.scale", (2.0, 0.5), "0 < low <= high"),
+        ("augment.scale", (0.5,), "2 values of type float"),
+        ("augment.mirror_probability", 1.5, "a value from 0 to 1"),
+        ("augment.crop", (32, 473), "each at least 33 pixels"),
+        ("augment.crop", (473,), "2 values of type int"),
+        ("augment.crop", ("473", "473"), "2 values of type int"),
+        ("eval.crop", (473, 32), "each at least 33 pixels"),
+        ("eval.scales", (), "one or more scales above 0"),
+        ("normalize.std", (58.0, 57.0), "3 values of type float"),
+        ("optimizer.learning_rate", 0.0, "more than 0"),
+        ("optimizer.accumulate", 0, "more than 0"),
+        ("optimizer.momentum", 1.0, "a value from 0 up to, not including, 1"),
+        ("optimizer.weight_decay", -1e-4, "0 or more"),
+        ("every.eval", -1, "0 or more"),
+        ("eval.stride", (474, 0), "values from 0 to eval.crop=(473, 473)"),
+        ("eval.short_size", 512, "0, or eval.protocol='mmseg'"),
+        ("dataset.balance", 1.5, "a value from 0 to 1"),
+    ],
+)
+def test_an_impossible_value_is_refused_with_what_is_allowed(field, value, allowed):
+    with pytest.raises(ValueError) as error:
+        validation.validate(changed({field: value}))
+    problem = str(error.value)
+    assert problem.startswith(f"{field}={value}: expected ")
+    assert allowed in problem
+    assert "\n" not in problem
+
+
+@pytest.mark.parametrize("field", ["augment.crop", "eval.crop"])
+def test_bins_may_not_exceed_the_feature_map(field):
+    for output_stride, crop in ((8, 40), (16, 80), (32, 160)):  # 5 features
+        with pytest.raises(ValueError, match=r"model\.bins=\(1, 2, 3, 6\): the largest bin exceeds the feature map of 5 "):
+            validation.validate(changed({field: (473, crop), "model.output_stride": output_stride}))
+        validation.validate(changed({field: (473, crop + 1), "model.output_stride": output_stride}))
+        validation.validate(changed({field: (crop, 473), "model.output_stride": output_stride, "model.bins": (1, 2, 3)}))
+    validation.validate(changed({field: (33, 33), "model.bins": ()}))
+
+
+def test_a_batch_is_shared_out_over_devices_and_parts():
+    for batch, devices, accumulate, unit in ((12, 8, 1, 8), (16, 8, 4, 32), (16, 1, 3, 3)):
+        config = changed({"batch_size": batch, "optimizer.accumulate": accumulate})
+        with pytest.raises(ValueError, match=rf"^batch_size={batch}: expected a multiple of {unit} \({devices} device"):
+            validation.validate(config, devices)
+        config.batch_size = 2 * unit
+        validation.validate(config, devices)
+
+
+def test_batch_norm_over_one_image_is_refused_unless_it_can_work():
+    for one_image in ({"batch_size": 1}, {"optimizer.accumulate": 16}):
+        with pytest.raises(
+            ValueError, match=r"variance is 0.*2 or more images, model\.norm='frozen', or model\.bins without 1"
+        ):
+            validation.validate(changed(one_image))
+        validation.validate(changed(one_image | {"model.norm": "frozen"}))
+        validation.validate(changed(one_image | {"model.bins": (2, 3, 6)}))
+
+
+def test_all_problems_are_listed_at_once():
+    wrong = {"batch_size": 3, "model.depth": 51, "augment.crop": (1, 1), "eval.protocol": "other", "every.log": 0}
+    with pytest.raises(ValueError) as error:
+        validation.validate(changed(wrong), num_devices=2)
+    assert {line.split("=")[0] for line in str(error.value).splitlines()} == set(wrong)
