@@ -124,8 +124,8 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from pspnet_jax.data import pipeline, sources  # these import TensorFlow
     from pspnet_jax.train import loop
 
-    for split in (config.dataset.train_split, config.eval.split):
-        sources.open_source(config.dataset, split)
+    examples = len(sources.open_source(config.dataset, config.dataset.train_split))
+    sources.open_source(config.dataset, config.eval.split)
     predictor = _predictor(config)
 
     def batches(start: int) -> Iterator[dict[str, np.ndarray]]:
@@ -136,7 +136,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         logger.info(report)
         return report
 
-    loop.fit(config, batches, evaluate, workdir)
+    loop.fit(config, batches, evaluate, workdir, examples)
     logger.info(f"{workdir} has checkpoints/, metrics.jsonl, pictures/ and tensorboard/")
 
 

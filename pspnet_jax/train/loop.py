@@ -19,6 +19,7 @@ from pspnet_jax import config as configs
 from pspnet_jax import files, models, parallel
 from pspnet_jax.infer.evaluate import Report
 from pspnet_jax.train import checkpoint
+from pspnet_jax.train.clock import DataWait
 from pspnet_jax.train.record import Recorder
 from pspnet_jax.train.step import TrainState, Variables, init_state, make_train_step
 
@@ -31,6 +32,7 @@ def fit(
     batches: Callable[[int], Iterable[Mapping[str, np.ndarray]]],
     evaluate: Evaluate | None,
     workdir: epath.PathLike,
+    examples: int = 0,
 ) -> TrainState:
     """Trains to config.total_steps, from the newest checkpoint in workdir if there is one.
 
@@ -40,6 +42,7 @@ def fit(
         {"image": uint8[N, H, W, 3], "label": uint8[N, H, W]}.
       evaluate: scores the variables on the validation split; None: no evaluation.
       workdir: where checkpoints, metrics and pictures go.
+      examples: in the training split, for the metrics at the end of each epoch; 0: none.
 
     Raises:
       ValueError: the workdir holds a run of another model or other classes, or one that is further than total_steps.
@@ -60,12 +63,15 @@ def fit(
             logger.info(f"{workdir} holds the finished run, step {start} of {total}; delete it to start over")
             return state
         _announce(config, state, mesh, workdir, start)
-        recorder, watch = Recorder(workdir, config, start), Watch(checkpoints)
+        wait, watch = DataWait(), Watch(checkpoints)
+        closing.callback(wait.close)
+        recorder = Recorder(workdir, config, start, wait, examples)
         closing.callback(recorder.close)
         train_step = make_train_step(config, model, mesh)
-        global_batches = parallel.to_devices(batches(start), mesh)
+        global_batches = parallel.to_devices(wait.timed(batches(start)), mesh)
         for step, batch in zip(range(start + 1, total + 1), global_batches, strict=False):
             state, scalars = train_step(state, batch)
+            wait.started(scalars["loss"])
             watch.see(step, scalars)
             stopping = stop.requested(step) and step < total
             log, save = due(step, every.log, total), stopping or due(step, every.save, total)
@@ -77,6 +83,8 @@ def fit(
             if step == start + 1:  # this one has compiled the step; the rates are those of the others
                 jax.block_until_ready(scalars)
                 recorder.restart_clock(step)
+            else:
+                recorder.end_of_epoch(step)
             values = _evaluate(score, state, step, recorder) if score else None
             if save or score:
                 checkpoints.save(step, state, config, values)

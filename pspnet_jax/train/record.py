@@ -2,7 +2,6 @@
 
 import json
 import logging
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict
 from pspnet_jax import files
 from pspnet_jax.infer.evaluate import Report
 from pspnet_jax.infer.metrics import summarize
+from pspnet_jax.train.clock import Clock, DataWait
 
 logger = logging.getLogger(__name__)
 
@@ -24,39 +24,53 @@ class Recorder:
     Layout: WORKDIR/metrics.jsonl (one JSON object a line, in the order of steps), WORKDIR/tensorboard, WORKDIR/pictures.
     """
 
-    def __init__(self, workdir: epath.Path, config: ConfigDict, start: int):
+    def __init__(self, workdir: epath.Path, config: ConfigDict, start: int, wait: DataWait, epoch: int = 0):
+        """Goes on after `start` steps; `epoch` is the number of training examples, 0 for unknown."""
         self._active = jax.process_index() == 0
         self._pictures, self._jsonl = workdir / "pictures", workdir / "metrics.jsonl"
         self._config = config
         lines = self._jsonl.read_text().splitlines() if self._jsonl.exists() else []
         self._lines = [line for line in lines if json.loads(line)["step"] <= start]  # the rest will be made again
-        self.restart_clock(start)
+        self._clock, self._epoch_clock, self._epoch = Clock(start, wait), Clock(start, wait), epoch
         if self._active:
             from clu.metric_writers import SummaryWriter  # imports TensorFlow
 
             self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
 
     def restart_clock(self, step: int) -> None:
-        """Makes images/s count from now, after `step` steps."""
-        self._since, self._step, self._paused = time.perf_counter(), step, 0.0
+        """Makes the rates count from now, after `step` steps."""
+        self._clock.restart(step)
+        self._epoch_clock.restart(step)
 
     def train(self, step: int, scalars: Mapping[str, jax.Array]) -> None:
-        """Prints the progress line of a step and records its scalars; images/s are those since the last line."""
+        """Prints the progress line of a step and records its scalars; images/s and data wait are those since the last line."""
         values = {k: float(v) for k, v in scalars.items() if k != "confusion"}
         values["mean_iou"] = np.nan_to_num(summarize(np.asarray(scalars["confusion"])).mean_iou).item()  # 0: nothing labeled
-        seconds_a_step = (time.perf_counter() - self._since - self._paused) / (step - self._step)
+        seconds_a_step, values["data_wait"] = self._clock.read(step)
         values["images_per_second"] = self._config.batch_size / seconds_a_step
-        self.restart_clock(step)
+        self._clock.restart(step)
         left = duration(seconds_a_step * (self._config.total_steps - step))
         logger.info(
             f"step {step}/{self._config.total_steps}  loss {values['loss']:.3f}  batch mIoU {values['mean_iou']:.1%}  "
-            f"lr {values['learning_rate']:.5f}  {values['images_per_second']:.1f} images/s  {left} left"
+            f"lr {values['learning_rate']:.5f}  {values['images_per_second']:.1f} images/s  "
+            f"data wait {values['data_wait']:.0%}  {left} left"
         )
         self._write("train", step, values)
 
+    def end_of_epoch(self, step: int) -> None:
+        """Records the rates of an epoch if this step ends one."""
+        seen = step * self._config.batch_size
+        if not self._epoch or seen // self._epoch == (seen - self._config.batch_size) // self._epoch:
+            return
+        seconds_a_step, data_wait = self._epoch_clock.read(step)
+        self._epoch_clock.restart(step)
+        rates = {"data_wait": data_wait, "images_per_second": self._config.batch_size / seconds_a_step}
+        self._write("epoch", step, {"epoch": seen // self._epoch, **rates})
+
     def evaluation(self, step: int, report: Report, seconds: float) -> None:
         """Records an evaluation, which took `seconds` from training, and saves its pictures."""
-        self._paused += seconds
+        self._clock.pause(seconds)
+        self._epoch_clock.pause(seconds)
         self._write("eval", step, report.to_json())
         if not self._active:
             return

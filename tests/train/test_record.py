@@ -7,7 +7,8 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from pspnet_jax.train import record
+from pspnet_jax.train import clock as clocks
+from pspnet_jax.train.clock import DataWait
 from pspnet_jax.train.record import Recorder, duration
 from tests.train import score, tiny_config
 
@@ -25,7 +26,7 @@ SCALARS = {
 def clock(monkeypatch):
     """A clock that stands still until it is set."""
     now = [100.0]
-    monkeypatch.setattr(record.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: now[0])
     return now
 
 
@@ -42,12 +43,12 @@ def test_duration(seconds, text):
 
 
 def test_progress_line_and_its_values(tmp_path, clock, caplog):
-    recorder = Recorder(tmp_path, tiny_config(), start=0)
+    recorder = Recorder(tmp_path, tiny_config(), 0, DataWait())
     clock[0] += 4.0  # for 2 steps of 8 images
     with caplog.at_level(logging.INFO, "pspnet_jax"):
         recorder.train(2, SCALARS)
     recorder.close()
-    assert caplog.messages == ["step 2/12  loss 1.500  batch mIoU 46.7%  lr 0.12500  4.0 images/s  0:20 left"]
+    assert caplog.messages == ["step 2/12  loss 1.500  batch mIoU 46.7%  lr 0.12500  4.0 images/s  data wait 0%  0:20 left"]
     assert lines(tmp_path) == [
         {
             "step": 2,
@@ -58,12 +59,31 @@ def test_progress_line_and_its_values(tmp_path, clock, caplog):
             "learning_rate": 0.125,
             "mean_iou": pytest.approx((3 / 5 + 1 / 3) / 2),
             "images_per_second": 4.0,
+            "data_wait": 0.0,
         }
     ]
 
 
+def test_rates_at_the_end_of_each_epoch(tmp_path, clock):
+    """20 examples, 8 a step: epochs end in the steps 3, 5, 8 and 10."""
+    wait = DataWait()
+    recorder = Recorder(tmp_path, tiny_config(), 0, wait, epoch=20)
+    for step in range(1, 11):
+        clock[0] += 2.0
+        wait.seconds += 0.5 if step < 4 else 1.5
+        if step == 2:
+            clock[0] += 50.0
+            recorder.evaluation(step, score({"params": {"classifier": {"kernel": np.ones(3)}}}), seconds=50.0)
+        recorder.end_of_epoch(step)
+    recorder.close()
+    assert [line for line in lines(tmp_path) if line["kind"] == "epoch"] == [
+        {"step": step, "kind": "epoch", "epoch": epoch, "data_wait": share, "images_per_second": 4.0}
+        for step, epoch, share in ((3, 1, 0.25), (5, 2, 0.75), (8, 3, 0.75), (10, 4, 0.75))
+    ]
+
+
 def test_time_of_an_evaluation_is_not_the_steps(tmp_path, clock):
-    recorder = Recorder(tmp_path, tiny_config(), start=4)
+    recorder = Recorder(tmp_path, tiny_config(), 4, DataWait())
     clock[0] += 1.0
     recorder.train(5, SCALARS)
     clock[0] += 31.0  # 30 of them for the evaluation
@@ -74,7 +94,7 @@ def test_time_of_an_evaluation_is_not_the_steps(tmp_path, clock):
 
 
 def test_the_compiling_step_does_not_count_in_the_rate(tmp_path, clock):
-    recorder = Recorder(tmp_path, tiny_config(), start=4)
+    recorder = Recorder(tmp_path, tiny_config(), 4, DataWait())
     clock[0] += 60.0
     recorder.restart_clock(5)
     clock[0] += 6.0  # for 3 steps of 8 images
@@ -85,7 +105,7 @@ def test_the_compiling_step_does_not_count_in_the_rate(tmp_path, clock):
 
 def test_evaluation_is_recorded_with_its_pictures(tmp_path):
     report = score({"params": {"classifier": {"kernel": np.array([0.25, 0.75])}}})
-    recorder = Recorder(tmp_path, tiny_config(), start=0)
+    recorder = Recorder(tmp_path, tiny_config(), 0, DataWait())
     recorder.evaluation(4, report, seconds=1.0)
     recorder.close()
     (line,) = lines(tmp_path)
@@ -100,7 +120,7 @@ def test_evaluation_is_recorded_with_its_pictures(tmp_path):
 def test_a_resumed_run_forgets_the_lines_after_its_checkpoint(tmp_path):
     """Also where it starts anew, with no checkpoint at all."""
     for start, expected in ((0, [1, 2, 3]), (2, [1, 2, 3, 4]), (0, [1])):
-        recorder = Recorder(tmp_path, tiny_config(), start)
+        recorder = Recorder(tmp_path, tiny_config(), start, DataWait())
         for step in range(start + 1, expected[-1] + 1):
             recorder.train(step, SCALARS)
         recorder.close()
@@ -108,7 +128,7 @@ def test_a_resumed_run_forgets_the_lines_after_its_checkpoint(tmp_path):
 
 
 def test_the_file_of_metrics_is_whole_at_any_time(tmp_path, monkeypatch):
-    recorder = Recorder(tmp_path, tiny_config(), start=0)
+    recorder = Recorder(tmp_path, tiny_config(), 0, DataWait())
     recorder.train(1, SCALARS)
     before = (tmp_path / "metrics.jsonl").read_bytes()
 
