@@ -25,7 +25,7 @@ def base_config() -> ConfigDict:
     model.stem = (
         "deep"  # deep: 3x3 64, 64, 128 (Caffe, semseg); deep32: 3x3 32, 32, 64 (mmseg V1c); conv7: 7x7 64 (torchvision)
     )
-    model.stride_in = "conv3x3"  # where a bottleneck takes its stride: conv3x3 (semseg, torchvision) or conv1x1 (Caffe)
+    model.stride_in = "conv3x3"  # where a bottleneck takes its stride: conv3x3 (semseg, Caffe's R101) or conv1x1 (Caffe's R50)
     model.first_block_dilation = (
         "full"  # of a dilated stage's first block: full (Caffe, semseg) or half (mmseg contract_dilation)
     )

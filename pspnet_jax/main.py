@@ -21,7 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from pspnet_jax import config as configs
-from pspnet_jax import datasets, models, parallel, validation
+from pspnet_jax import datasets, models, parallel, validation, weights
 from pspnet_jax.infer import evaluate as evaluation
 from pspnet_jax.infer import predict as prediction
 from pspnet_jax.infer.windows import Predictor
@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments, overrides = _parse(argv)
         if arguments.distributed:
+            if arguments.mode not in SHARED_JOBS:
+                raise ValueError(f"--mode {arguments.mode} runs in one process: leave --distributed out")
             parallel.start_processes()
             if jax.process_index():
                 logger.setLevel(logging.WARNING)  # the first process speaks for all
@@ -67,10 +69,12 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--mode", choices=sorted(JOBS), default="train")
     parser.add_argument("--config", metavar="FILE[:ARG]", help="a recipe, such as configs/cityscapes.py")
     parser.add_argument("--workdir", metavar="DIR", help="where the run lives; default: runs/<recipe name>")
-    parser.add_argument("--checkpoint", default="latest", metavar="WHICH", help="evaluate, predict: latest, best or a step")
-    parser.add_argument("--input", metavar="PATH", help="predict: an image or a folder of images")
-    parser.add_argument("--output", metavar="DIR", help="predict: where the results go")
-    parser.add_argument("--format", metavar="FORM", help="predict: cityscapes, ade20k or voc, for the benchmark's server")
+    parser.add_argument(
+        "--checkpoint", default="latest", metavar="WHICH", help="evaluate, predict, export: latest, best or a step"
+    )
+    parser.add_argument("--input", metavar="PATH", help="predict: an image or a folder; import: a checkpoint file")
+    parser.add_argument("--output", metavar="PATH", help="predict: where the results go; export: the file to write")
+    parser.add_argument("--format", help="predict: cityscapes, ade20k or voc, for that server; export: torch or safetensors")
     parser.add_argument("--distributed", action="store_true", help="join the other processes of this job (see launch/)")
     arguments, overrides = parser.parse_known_args(argv)
     if unknown := [o for o in overrides if o.startswith("-") and not o.startswith("--config.")]:
@@ -118,7 +122,8 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         config.dataset.root = str(_absolute(config.dataset.root))
     if config.init_from:
         config.init_from = str(_absolute(config.init_from))
-        checkpoint.Checkpoints(config.init_from, read_only=True).find("latest")
+        if not _absolute(config.init_from).is_file():
+            checkpoint.Checkpoints(config.init_from, read_only=True).find("latest")
     info = datasets.describe(config.dataset)
     config.dataset.class_names, config.dataset.colors = info.class_names, info.colors
     from pspnet_jax.data import pipeline, sources  # these import TensorFlow
@@ -158,14 +163,48 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode predict: segments an image or a folder of images with a checkpoint."""
     if not (arguments.input and arguments.output):
         raise ValueError("--mode predict needs --input (an image or a folder of images) and --output (a directory)")
-    if jax.process_count() > 1:
-        raise ValueError("--mode predict runs in one process: leave --distributed out")
     config, _, variables, _ = _restore(arguments, overrides)
     info = datasets.describe(config.dataset)
     form = arguments.format or ""
     images = prediction.predict(_predictor(config), variables, arguments.input, arguments.output, info, form)
     what = f"the {form} server's form" if form else "index/, color/ and overlay/"
     logger.info(f"{images} images segmented: {what} in {arguments.output}")
+
+
+def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """--mode import: turns a file of others' weights into a run that the other modes take as it is."""
+    if not (arguments.input and arguments.workdir):
+        raise ValueError("--mode import needs --input (a file of weights) and --workdir (a directory to make the run in)")
+    config = configs.load_recipe(arguments.config) if arguments.config else configs.base_config()
+    recipe = config.copy_and_resolve_references()
+    source = weights.inspect(_absolute(arguments.input))
+    weights.configure(config, source)
+    config.name = _absolute(arguments.input).stem
+    if arguments.config:  # the recipe knows better what the weights are for
+        config.name, config.dataset, config.eval = recipe.name, recipe.dataset, recipe.eval
+    config = _override(config, overrides)
+    validation.validate(config)
+    info = datasets.describe(config.dataset)
+    config.dataset.class_names, config.dataset.colors = info.class_names, info.colors
+    workdir = _absolute(arguments.workdir)
+    model = models.build(config.model, info.num_classes)
+    checkpoint.write_weights(workdir, config, weights.load(source.path, model), parallel.make_mesh())
+    logger.info(f"{source}\nwritten to {workdir}; --mode evaluate, predict and export take it with --workdir {workdir}")
+
+
+def export_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """--mode export: writes a checkpoint's weights under semseg's names."""
+    if not (arguments.output and arguments.format):
+        raise ValueError("--mode export needs --output (a file to write) and --format (torch or safetensors)")
+    config, step, variables, workdir = _restore(arguments, overrides)
+    if config.normalize.to_dict() != (usual := configs.base_config().normalize.to_dict()):
+        raise ValueError(
+            f"{workdir}: its network was trained on images normalized by {config.normalize.to_dict()}, but semseg's code, for "
+            f"which --mode export writes, has {usual}"
+        )
+    model = models.build(config.model, len(config.dataset.class_names))
+    weights.save(_absolute(arguments.output), variables, model, arguments.format)
+    logger.info(f"step {step} of {workdir} written to {arguments.output}, under semseg's names")
 
 
 def _restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[ConfigDict, int, Any, epath.Path]:
@@ -203,7 +242,8 @@ def _score(predictor: Predictor, variables: Any, config: ConfigDict, info: datas
     return evaluation.evaluate(predictor, variables, examples, info, count, split, pictures=PICTURES)
 
 
-JOBS = {"train": train, "evaluate": evaluate, "predict": predict}
+JOBS = {"train": train, "evaluate": evaluate, "predict": predict, "import": import_weights, "export": export_weights}
+SHARED_JOBS = ("train", "evaluate")  # those that several processes can do together
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from pspnet_jax import config as configs
-from pspnet_jax import models, parallel
+from pspnet_jax import files, models, parallel, weights
+from pspnet_jax.train import optimizer as optimizers
 from pspnet_jax.train.step import TrainState, Variables, init_state
 
 logger = logging.getLogger(__name__)
@@ -174,27 +175,71 @@ def load(workdir: epath.PathLike, which: str, mesh: Mesh) -> tuple[ConfigDict, i
     return config, step, state.variables
 
 
-def with_weights(state: TrainState, workdir: str, mesh: Mesh) -> TrainState:
-    """Starts a fresh state from another run's weights; classifiers of another class count stay as they are, and are named.
+def initial_weights(config: ConfigDict, model: models.PSPNet, mesh: Mesh) -> Variables:
+    """Reads config.init_from: the variables of another run, or those that a file of others' weights has for this model.
 
     Raises:
-      FileNotFoundError: there is no such run.
-      ValueError: the other run's network differs elsewhere too; lists where.
+      FileNotFoundError: there is no such run or file.
+      ValueError: it cannot be read; or the file's network is another, or was trained on otherwise normalized images.
     """
-    _, step, loaded = load(workdir, "latest", mesh)
-    given = flax.traverse_util.flatten_dict(loaded, sep="/")
+    if epath.Path(config.init_from).is_dir():
+        _, step, variables = load(config.init_from, "latest", mesh)
+        logger.info("starting from the weights of %s, step %s", config.init_from, step)
+        return variables
+    source = weights.inspect(config.init_from)
+    weights.check_normalize(config.normalize, source)
+    logger.info("starting from %s", source)
+    return weights.load(config.init_from, model, partial=True)
+
+
+def with_weights(state: TrainState, given: Variables, name: str) -> TrainState:
+    """Puts another network's weights into a fresh state; heads of another form, or absent, stay fresh and are named.
+
+    Args:
+      state: fresh.
+      given: a run's variables, or a part of them as others' files have it.
+      name: where they are from.
+
+    Raises:
+      ValueError: the backbone or the pyramid have another form; lists where.
+    """
+    flat = flax.traverse_util.flatten_dict(given, sep="/")
     fresh = flax.traverse_util.flatten_dict({"params": state.params, "batch_stats": state.batch_stats}, sep="/")
-    kept = [k for k, v in fresh.items() if k not in given or given[k].shape != v.shape]
-    if wrong := [k for k in kept if "classifier" not in k and "auxiliary" not in k]:
-        raise ValueError(
-            f"init_from={workdir}: its network has another form: {', '.join(wrong[:5])} differ ({len(wrong)} in all)"
-        )
+    kept = [k for k, v in fresh.items() if k not in flat or flat[k].shape != v.shape]
+    backbone_only = set(given["params"]) == {"backbone"}
+    if wrong := [k for k in kept if "/backbone/" in k or not (backbone_only or "classifier" in k or "auxiliary" in k)]:
+        raise ValueError(f"init_from={name}: its network has another form: {', '.join(wrong[:5])} differ ({len(wrong)} in all)")
     if kept:
-        logger.warning("not taken from %s, whose classes or heads differ: %s", workdir, ", ".join(kept))
-    merged = flax.traverse_util.unflatten_dict({k: v if k in kept else given[k] for k, v in fresh.items()}, sep="/")
-    logger.info("starting from the weights of %s, step %s", workdir, step)
+        modules = dict.fromkeys(k.split("/")[1] for k in kept)
+        logger.warning("not in %s, or of another form, and so drawn at random: %s", name, ", ".join(modules))
+    placed = {k: v if k in kept else jax.device_put(flat[k], v.sharding) for k, v in fresh.items()}
+    merged = flax.traverse_util.unflatten_dict(placed, sep="/")
     average = None if state.average is None else jax.tree.map(jnp.copy, merged)
     return state.replace(params=merged["params"], batch_stats=merged["batch_stats"], average=average)
+
+
+def write_weights(workdir: epath.PathLike, config: ConfigDict, variables: Variables, mesh: Mesh) -> None:
+    """Makes a run of complete weights alone, as checkpoint 0, to evaluate, predict with, export or train on.
+
+    Raises:
+      ValueError: the directory holds a run already.
+    """
+    workdir = epath.Path(workdir)
+    if (workdir / "config.json").exists() or (workdir / "checkpoints").exists():
+        raise ValueError(f"{workdir}: holds a run already; choose another --workdir, or delete it")
+    optimizer = optimizers.build(config.optimizer, config.total_steps)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        opt_state=optimizer.init(variables["params"]),
+        average=variables if config.optimizer.ema_decay else None,
+    )
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(0, jax.device_put(state, parallel.replicated(mesh)), config, None)
+    checkpoints.close()
+    with files.atomic(workdir / "config.json") as path:
+        path.write_text(configs.to_json(config))
 
 
 def differences(saved: ConfigDict, current: ConfigDict) -> list[str]:

@@ -116,7 +116,7 @@ def _start(
     if state is None:
         state = init_state(config, model, mesh)()
         if config.init_from:
-            state = checkpoint.with_weights(state, config.init_from, mesh)
+            state = checkpoint.with_weights(state, checkpoint.initial_weights(config, model, mesh), config.init_from)
     return state
 
 

@@ -1,0 +1,13 @@
+"""Other people's checkpoints in, and ours out under their names. Importing this loads neither torch nor TensorFlow.
+
+source = weights.inspect("pspnet_r50-d8_769x769.pth")   # whose file it is, and what network it holds
+weights.configure(config, source)                       # the same as fields of a config
+model = models.build(config.model, source.num_classes)
+variables = weights.load("pspnet_r50-d8_769x769.pth", model)
+"""
+
+from pspnet_jax.weights.settings import check_normalize, configure
+from pspnet_jax.weights.source import Source, inspect
+from pspnet_jax.weights.transfer import load, save
+
+__all__ = ["Source", "check_normalize", "configure", "inspect", "load", "save"]

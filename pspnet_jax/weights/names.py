@@ -1,0 +1,126 @@
+"""How others name our arrays, and what all networks of one family have in common.
+
+Our paths are those of the flattened variables, such as "params/backbone/layer1_block0/conv2/bn/scale".
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pspnet_jax.weights import caffe
+
+# One row a module, ours -> theirs; # stands for a number, {0} for the first of them.
+TORCHVISION = {  # timm's names too and, with a stem of three convolutions, those of semseg's ImageNet models
+    "backbone/stem_conv#/conv": "conv{0}",
+    "backbone/stem_conv#/bn": "bn{0}",
+    "backbone/layer#_block#/conv#/conv": "layer{0}.{1}.conv{2}",
+    "backbone/layer#_block#/conv#/bn": "layer{0}.{1}.bn{2}",
+    "backbone/layer#_block#/projection/conv": "layer{0}.{1}.downsample.0",
+    "backbone/layer#_block#/projection/bn": "layer{0}.{1}.downsample.1",
+}
+STEM_OF_THREE = {  # as a Sequential, whose every third module is the activation
+    "backbone/stem_conv1/conv": "0",
+    "backbone/stem_conv1/bn": "1",
+    "backbone/stem_conv2/conv": "3",
+    "backbone/stem_conv2/bn": "4",
+    "backbone/stem_conv3/conv": "6",
+    "backbone/stem_conv3/bn": "7",
+}
+SEMSEG = {
+    **TORCHVISION,
+    **{ours: f"layer0.{index}" for ours, index in STEM_OF_THREE.items()},
+    "pyramid/level#/conv": "ppm.features.{0}.1",
+    "pyramid/level#/bn": "ppm.features.{0}.2",
+    "head_conv": "cls.0",
+    "head_bn": "cls.1",
+    "classifier": "cls.4",
+    "auxiliary_conv/conv": "aux.0",
+    "auxiliary_conv/bn": "aux.1",
+    "auxiliary_classifier": "aux.4",
+}
+MMSEG_B = {  # the models whose names have a b, such as r50b: torchvision's stem
+    **{ours: f"backbone.{theirs}" for ours, theirs in TORCHVISION.items()},
+    "pyramid/level#/conv": "decode_head.psp_modules.{0}.1.conv",
+    "pyramid/level#/bn": "decode_head.psp_modules.{0}.1.bn",
+    "head_conv": "decode_head.bottleneck.conv",
+    "head_bn": "decode_head.bottleneck.bn",
+    "classifier": "decode_head.conv_seg",
+    "auxiliary_conv/conv": "auxiliary_head.convs.0.conv",
+    "auxiliary_conv/bn": "auxiliary_head.convs.0.bn",
+    "auxiliary_classifier": "auxiliary_head.conv_seg",
+}
+MMSEG = MMSEG_B | {ours: f"backbone.stem.{index}" for ours, index in STEM_OF_THREE.items()}
+TORCH_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+CAFFE_LEAVES = {"kernel": 0, "scale": 0, "bias": 1, "mean": 2, "var": 3}  # numbers of a layer's blobs
+
+
+def _torch_key(table: Mapping[str, str], path: str, bins: Sequence[int], depth: int) -> str | None:
+    module, leaf = path.split("/", 1)[1].rsplit("/", 1)
+    name = table.get(module) or table.get(re.sub(r"\d+", "#", module))
+    return name and f"{name.format(*re.findall('[0-9]+', module))}.{TORCH_LEAVES[leaf]}"
+
+
+def _caffe_key(path: str, bins: Sequence[int], depth: int) -> str | None:
+    module, leaf = path.split("/", 1)[1].rsplit("/", 1)
+    norm = "/bn" if module.endswith("bn") else ""
+    module = "head_conv" if module == "head_bn" else module.removesuffix("/conv").removesuffix("/bn")
+    return f"{caffe.layer_name(module, bins, depth)}{norm}:{CAFFE_LEAVES[leaf]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A family of files.
+
+    Attributes:
+      title: what it is to a user.
+      key: (our path, model.bins, model.depth) -> the array's key in the file; None where the family has no such array.
+      dropped: pattern of the keys that our network has no use for.
+      model: the fields of config.model that its networks share, unless the file tells otherwise; None: only the file tells.
+      protocol: config.eval.protocol of its published numbers; "" for backbones.
+      normalize: config.normalize, as its networks were trained.
+    """
+
+    title: str
+    key: Callable[[str, Sequence[int], int], str | None]
+    dropped: str
+    model: dict[str, Any]
+    protocol: str
+    normalize: dict[str, Any]
+
+
+_RESNET = {"width": 64, "stride_in": "conv3x3"}
+_PSPNET = _RESNET | {"output_stride": 8, "pool": "average", "reduce_channels": True, "head_kernel": 3}
+_SEMSEG = _PSPNET | {"first_block_dilation": "full", "align_corners": True}
+_MMSEG = _PSPNET | {"first_block_dilation": "half", "align_corners": None}  # its contract_dilation; the latter differs
+_IMAGENET = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375), "order": "RGB"}
+_CAFFE = {"mean": (123.68, 116.779, 103.939), "std": (1.0, 1.0, 1.0), "order": "BGR"}
+_COUNTS = r".*\.num_batches_tracked"  # of training steps, by torch's BatchNorm
+
+KINDS = {
+    "resnet": Kind(
+        title="an ImageNet ResNet",
+        key=functools.partial(_torch_key, TORCHVISION),
+        dropped=_COUNTS + r"|(fc|classifier)\.(weight|bias)",
+        model=_RESNET,
+        protocol="",
+        normalize=_IMAGENET,
+    ),
+    "semseg": Kind("a PSPNet of semseg", functools.partial(_torch_key, SEMSEG), _COUNTS, _SEMSEG, "semseg", _IMAGENET),
+    "mmseg": Kind("a PSPNet of mmseg", functools.partial(_torch_key, MMSEG), _COUNTS, _MMSEG, "mmseg", _IMAGENET),
+    "mmseg_b": Kind("a PSPNet of mmseg", functools.partial(_torch_key, MMSEG_B), _COUNTS, _MMSEG, "mmseg", _IMAGENET),
+    "caffe": Kind("a PSPNet of Caffe", _caffe_key, "", _SEMSEG, "caffe", _CAFFE),
+}
+
+
+def to_theirs(array: np.ndarray) -> np.ndarray:
+    """Kernels HWIO -> OIHW; other arrays stay as they are."""
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
+
+
+def to_ours(array: np.ndarray) -> np.ndarray:
+    """Kernels OIHW -> HWIO; other arrays stay as they are."""
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array

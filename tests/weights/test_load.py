@@ -1,0 +1,282 @@
+"""Imported networks compute what they computed in torch; what does not fit is refused; export and import undo each other."""
+
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from pspnet_jax import models, weights
+from pspnet_jax.config import base_config
+from pspnet_jax.models.layers import ConvNorm
+from pspnet_jax.models.resnet import ResNet
+from tests.models.reference import random_variables
+
+torch = pytest.importorskip("torch")
+from safetensors.torch import save_file  # noqa: E402
+
+from tests.weights import reference_torch as reference  # noqa: E402
+
+TOLERANCE = 1e-4  # largest difference over the standard deviation; 5e-6 seen
+SIZES = ((97, 97), (90, 123))
+K = 5
+CONFIG_OF_MMENGINE = """
+    model=dict(backbone=dict(contract_dilation=True, dilations=(\n 1,\n 1,\n 2,\n 4,\n ), style='pytorch'),
+    decode_head=dict(align_corners=False, pool_scales=(\n 1,\n 2,\n 3,\n 6,\n )), test_cfg=dict(mode='whole'))
+"""
+CONFIG_OF_MMCV = "model = dict(backbone=dict(style='pytorch'), decode_head=dict(align_corners=True))"
+
+
+def semseg() -> tuple:
+    network = reference.randomized(reference.SemsegPSPNet(50, K))
+    state = {f"module.{key}": value for key, value in network.state_dict().items()}
+    return network, {"epoch": 100, "state_dict": state, "optimizer": {"param_groups": [{"lr": 0.01}]}}
+
+
+def mmseg(depth: int, stem: str, align_corners: bool, meta: dict) -> tuple:
+    network = reference.randomized(reference.MmsegPSPNet(depth, K, stem, align_corners))
+    return network, {"meta": meta, "state_dict": network.state_dict(), "message_hub": {}, "optimizer": {}}
+
+
+SEGMENTATION = {  # file name: what makes the network and the file's content
+    "train_epoch_100.pth": semseg,
+    "pspnet_r18-d8_769x769_80k.pth": lambda: mmseg(18, "deep32", True, {}),
+    "iter_1.pth": lambda: mmseg(18, "deep32", False, {"cfg": CONFIG_OF_MMENGINE}),
+    "pspnet_r18b-d8_512x1024_80k.pth": lambda: mmseg(18, "conv7", False, {}),
+    "iter_2.pth": lambda: mmseg(18, "conv7", True, {"config": CONFIG_OF_MMCV}),
+    "pspnet_r50-d8_512x1024_40k.pth": lambda: mmseg(50, "deep32", False, {}),
+}
+
+
+def configured(path: Path, **fields) -> tuple:
+    """The config and the network that a file's recognition leads to."""
+    config, source = base_config(), weights.inspect(path)
+    weights.configure(config, source)
+    config.model.update(fields)
+    return config, models.build(config.model, source.num_classes)
+
+
+def compiled(module: nn.Module) -> Callable:
+    """Inference; compiled without optimizations, which takes half the time."""
+    return jax.jit(functools.partial(module.apply, train=False), compiler_options={"xla_backend_optimization_level": 0})
+
+
+def relative_difference(ours: jax.Array, theirs: "torch.Tensor") -> float:
+    expected = theirs.numpy().transpose(0, 2, 3, 1)
+    assert ours.shape == expected.shape
+    return float(np.abs(np.asarray(ours) - expected).max() / expected.std())
+
+
+def images(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(1, height, width, 3)).astype(np.float32)
+
+
+@torch.no_grad()
+def check_logits(path: Path, network: "torch.nn.Module", size: tuple[int, int]) -> None:
+    _, model = configured(path)
+    x = images(*size)
+    logits = compiled(model)(weights.load(path, model), x)
+    difference = relative_difference(logits, network(torch.from_numpy(x.transpose(0, 3, 1, 2))))
+    print(f"{path.name}, {size[0]}x{size[1]}: {difference:.1e} of the logits' spread")
+    assert difference <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_an_imported_network_computes_the_same_logits(name, tmp_path):
+    network, content = SEGMENTATION[name]()
+    torch.save(content, tmp_path / name)
+    for size in SIZES:
+        check_logits(tmp_path / name, network, size)
+
+
+@pytest.mark.slow
+def test_depth_50_computes_the_same_logits_at_the_published_crop(tmp_path):
+    network, content = semseg()
+    torch.save(content, tmp_path / "train_epoch_100.pth")
+    check_logits(tmp_path / "train_epoch_100.pth", network, (473, 473))
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "stem"),
+    [("resnet18.pth", 18, "conv7"), ("model.safetensors", 34, "conv7"), ("resnet50_v2.pth", 50, "deep")],
+)
+@torch.no_grad()
+def test_an_imported_backbone_computes_the_same_features(name, depth, stem, tmp_path):
+    network = reference.randomized(reference.ResNet(depth, deep=stem == "deep"))
+    write(tmp_path / name, network.state_dict())
+    source = weights.inspect(tmp_path / name)
+    assert (source.num_classes, source.model["depth"], source.model["stem"]) == (None, depth, stem)
+    config = base_config()
+    config.model.update(source.model)
+    variables = weights.load(tmp_path / name, models.build(config.model, K))
+    assert {path[:2] for path in traverse_util.flatten_dict(variables)} == {("params", "backbone"), ("batch_stats", "backbone")}
+    backbone = ResNet(depth, 64, stem, "conv3x3", "full", 32, functools.partial(ConvNorm))
+    variables = {collection: tree["backbone"] for collection, tree in variables.items()}
+    for size in SIZES:
+        _, features = compiled(backbone)(variables, x := images(*size))
+        difference = relative_difference(features, network(torch.from_numpy(x.transpose(0, 3, 1, 2))))
+        print(f"{name}, {size[0]}x{size[1]}: {difference:.1e} of the features' spread")
+        assert difference <= TOLERANCE
+
+
+def write(path: Path, state: dict) -> Path:
+    """Saves a state_dict of tensors as the path's ending says."""
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+def flat(variables: dict) -> dict:
+    return traverse_util.flatten_dict(variables, sep="/")
+
+
+@pytest.fixture(scope="module")
+def state() -> dict:
+    """A PSPNet of mmseg, depth 18."""
+    return reference.randomized(reference.MmsegPSPNet(18, K, "deep32", False)).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"decode_head.extra.weight": torch.ones(3)}, "1 unexpected: decode_head.extra.weight"),
+        (
+            {f"fc{i}.weight": torch.ones(1) for i in range(7)},
+            "7 unexpected: fc0.weight, fc1.weight, fc2.weight, fc3.weight, ...",
+        ),
+        ({"fc.weight": torch.ones(1)}, "1 unexpected: fc.weight"),  # known to be droppable from ImageNet's networks only
+        ({"backbone.layer1.0.bn1.bias": None, "backbone.stem.4.running_var": None}, "2 missing: backbone."),
+        (
+            {"backbone.layer4.1.conv2.weight": torch.ones(512, 256, 3, 3)},
+            "1 of another shape: backbone.layer4.1.conv2.weight (512, 256, 3, 3), not (512, 512, 3, 3)",
+        ),
+        ({"decode_head.conv_seg.bias": torch.arange(K)}, "1 not floating point: decode_head.conv_seg.bias (int64)"),
+        ({"backbone.stem.1.bias": torch.full((32,), torch.nan)}, "1 not finite in float32: backbone.stem.1.bias"),
+        (
+            {"decode_head.conv_seg.bias": torch.full((K,), 1e300, dtype=torch.float64)},
+            "1 not finite in float32: decode_head.conv_seg.bias",
+        ),
+    ],
+)
+def test_every_key_is_accounted_for(state, change, words, tmp_path):
+    path = write(tmp_path / "net.safetensors", {k: v for k, v in (state | change).items() if v is not None})
+    _, model = configured(path)
+    with pytest.raises(ValueError) as refusal:
+        weights.load(path, model)
+    assert words in str(refusal.value)
+    assert str(path) in str(refusal.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["net.pth", "net.safetensors"])
+def test_other_precisions_become_float32(state, dtype, name, tmp_path):
+    path = write(tmp_path / name, {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()})
+    variables = weights.load(path, configured(path)[1])
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
+    theirs = state["decode_head.bottleneck.conv.weight"].to(dtype).float().numpy()
+    np.testing.assert_array_equal(variables["params"]["head_conv"]["kernel"].transpose(3, 2, 0, 1), theirs)
+
+
+@pytest.mark.parametrize(
+    ("fields", "flags"),
+    [
+        ({"depth": 34, "stem": "deep"}, "--config.model.depth=18 --config.model.stem=deep32"),
+        ({"stride_in": "conv1x1"}, "--config.model.stride_in=conv3x3"),
+        ({"first_block_dilation": "full"}, "--config.model.first_block_dilation=half"),
+        ({"width": 32, "bins": (6, 3, 2, 1)}, "--config.model.width=64 --config.model.bins=1,2,3,6"),
+        ({"output_stride": 16, "pool": "max"}, "--config.model.output_stride=8 --config.model.pool=average"),
+        ({"reduce_channels": False, "head_kernel": 1}, "--config.model.reduce_channels=true --config.model.head_kernel=3"),
+        ({"align_corners": True}, "--config.model.align_corners=false"),
+    ],
+)
+def test_another_network_is_refused_with_the_flags_to_set(state, fields, flags, tmp_path):
+    path = write(tmp_path / "pspnet_512x512.safetensors", state)
+    _, model = configured(path, **fields)
+    with pytest.raises(ValueError) as refusal:
+        weights.load(path, model)
+    assert sorted(str(refusal.value).split(": set ")[1].split()) == sorted(flags.split())
+
+
+def test_training_takes_all_but_the_classifiers_of_other_classes(state, tmp_path):
+    path = write(tmp_path / "net.safetensors", state)
+    config, same = configured(path)
+    other = models.build(config.model, 7)
+    with pytest.raises(ValueError, match="5 classes; the network has 7"):
+        weights.load(path, other)
+    whole, most = flat(weights.load(path, same)), flat(weights.load(path, other, partial=True))
+    left_out = {f"params/{name}/{leaf}" for name in ("classifier", "auxiliary_classifier") for leaf in ("kernel", "bias")}
+    assert whole.keys() - most.keys() == left_out
+    assert all(np.array_equal(whole[path], value) for path, value in most.items())
+    assert flat(weights.load(path, same, partial=True)).keys() == whole.keys()
+
+
+def test_an_auxiliary_head_that_one_side_lacks(state, tmp_path):
+    path = write(tmp_path / "net.safetensors", state)
+    without = write(tmp_path / "without.safetensors", {k: v for k, v in state.items() if not k.startswith("auxiliary_head")})
+    _, model = configured(without)
+    assert model.auxiliary is False
+    assert flat(weights.load(path, model)).keys() == flat(weights.load(without, model)).keys()
+    _, model = configured(path)
+    with pytest.raises(ValueError, match=r"set --config\.model\.auxiliary=false"):
+        weights.load(without, model)
+    missing = flat(weights.load(path, model)).keys() - flat(weights.load(without, model, partial=True)).keys()
+    assert {path.split("/")[1] for path in missing} == {"auxiliary_conv", "auxiliary_classifier"}
+
+
+@pytest.fixture(scope="module")
+def ours() -> tuple[models.PSPNet, dict]:
+    """A network of ours that semseg's code computes too, and random variables."""
+    model = models.build(base_config().model, K)
+    variables = random_variables(model, np.zeros((1, 64, 64, 3), np.float32), False)
+    return model, jax.tree.map(jax.numpy.asarray, variables)
+
+
+@pytest.mark.parametrize(("fmt", "name"), [("torch", "net.pth"), ("safetensors", "net.safetensors")])
+def test_import_after_export_is_the_identity(ours, fmt, name, tmp_path):
+    model, variables = ours
+    weights.save(tmp_path / name, variables, model, fmt)
+    back = flat(weights.load(tmp_path / name, model))
+    assert back.keys() == flat(variables).keys()
+    assert all(back[path].tobytes() == np.asarray(value).tobytes() for path, value in flat(variables).items())
+
+
+def test_semsegs_network_loads_an_export(ours, tmp_path):
+    """Every key and shape is that of the module which semseg wraps in DataParallel, and the logits are ours."""
+    model, variables = ours
+    weights.save(tmp_path / "net.pth", variables, model, "torch")
+    network = reference.SemsegPSPNet(50, K).eval()
+    checkpoint = torch.load(tmp_path / "net.pth", weights_only=True)
+    torch.nn.DataParallel(network).load_state_dict(checkpoint["state_dict"], strict=True)
+    check_logits(tmp_path / "net.pth", network, (97, 97))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"depth": 18},
+        {"width": 32},
+        {"stem": "conv7"},
+        {"stride_in": "conv1x1"},
+        {"first_block_dilation": "half"},
+        {"output_stride": 16},
+        {"bins": (6, 3, 2, 1)},
+        {"pool": "max"},
+        {"reduce_channels": False},
+        {"head_kernel": 1},
+        {"align_corners": False},
+    ],
+)
+def test_a_network_that_semseg_cannot_compute_is_not_exported(fields, ours, tmp_path):
+    config = base_config()
+    config.model.update(fields)
+    [(field, value)] = fields.items()
+    with pytest.raises(ValueError, match=re.escape(f"model.{field}={value}, not")):
+        weights.save(tmp_path / "net.safetensors", ours[1], models.build(config.model, K), "safetensors")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,194 @@
+"""Files of PyTorch and safetensors: every form of them is read, nothing in them is run, damaged ones end in one sentence."""
+
+import argparse
+import os
+import pickle
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pspnet_jax import weights
+from pspnet_jax.weights import pytorch
+
+torch = pytest.importorskip("torch")
+ARRAYS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.num_batches_tracked": np.array(7)}
+
+
+def tensors(prefix: str = "") -> dict[str, "torch.Tensor"]:
+    return {f"{prefix}{key}": torch.from_numpy(array) for key, array in ARRAYS.items()}
+
+
+def same(arrays: dict[str, np.ndarray]) -> bool:
+    return arrays.keys() == ARRAYS.keys() and all(
+        np.array_equal(arrays[key], array) and arrays[key].dtype == array.dtype for key, array in ARRAYS.items()
+    )
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "content",
+    [
+        tensors(),
+        tensors("module."),
+        {"a.weight": torch.nn.Parameter(tensors()["a.weight"]), "a.num_batches_tracked": torch.tensor(7)},
+        {"model": tensors(), "args": argparse.Namespace(rate=0.1)},
+        {"epoch": 3, "state_dict": tensors("module."), "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}}},
+    ],
+)
+def test_a_state_dict_is_found_in_every_form(content, zipped, tmp_path):
+    torch.save(content, tmp_path / "net.pth", _use_new_zipfile_serialization=zipped)
+    arrays, metadata = pytorch.read_torch(str(tmp_path / "net.pth"))
+    assert same(arrays)
+    assert metadata == {}
+
+
+def history_buffer() -> type:
+    """mmengine's class as far as a pickle knows it: its name, NumPy arrays, and methods that are found by getattr."""
+
+    class HistoryBuffer:
+        def __init__(self):
+            self._log_history = np.arange(3.0)
+            self._statistics_methods = {"min": HistoryBuffer.min}
+
+        def min(self):
+            return self._log_history.min()
+
+    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = "mmengine.logging.history_buffer", "HistoryBuffer"
+    HistoryBuffer.min.__module__, HistoryBuffer.min.__qualname__ = HistoryBuffer.__module__, "HistoryBuffer.min"
+    return HistoryBuffer
+
+
+def test_a_checkpoint_of_an_mmengine_run_is_read_without_mmengine(tmp_path, monkeypatch):
+    buffer, path = history_buffer(), tmp_path / "iter_80000.pth"
+    with monkeypatch.context() as patch:
+        for name in ("mmengine", "mmengine.logging", "mmengine.logging.history_buffer"):
+            patch.setitem(sys.modules, name, types.ModuleType(name))
+        sys.modules[buffer.__module__].HistoryBuffer = buffer
+        hub = {"log_scalars": {"train/loss": buffer()}, "runtime_info": {"lr": np.float64(0.01)}}
+        torch.save({"meta": {"cfg": "a=1"}, "state_dict": tensors(), "message_hub": hub, "param_schedulers": [{}]}, path)
+    named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    assert {"builtins.getattr", "mmengine.logging.history_buffer.HistoryBuffer", "numpy.ndarray"} <= named
+    arrays, metadata = pytorch.read_torch(str(path))
+    assert same(arrays)
+    assert metadata == {"cfg": "a=1"}
+    with pytest.raises(pickle.UnpicklingError, match="Unsupported global"):  # what it allowed it has taken back
+        torch.load(path, weights_only=True)
+
+
+class Hostile:
+    """Makes a file named `ran` wherever it is unpickled."""
+
+    def __init__(self, function: object, arguments: tuple):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+    def __call__(self) -> None:
+        """Pickle wants a function to be callable."""
+
+
+@pytest.mark.parametrize("save", ["zip", "legacy", "pickle"])
+@pytest.mark.parametrize("function", ["os.system", "builtins.exec", "builtins.getattr"])
+def test_a_hostile_pickle_is_refused_without_running_it(function, save, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hostile = {
+        "os.system": Hostile(os.system, ("touch ran",)),
+        "builtins.exec": Hostile(exec, ("open('ran', 'w').close()",)),
+        "builtins.getattr": Hostile(Hostile(getattr, (np.ndarray, "tofile")), (np.ones(1), "ran")),  # names that may be read
+    }[function]
+    content = {"state_dict": {} if save == "pickle" else tensors(), "extra": hostile}
+    if save == "pickle":
+        Path("net.pth").write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, "net.pth", _use_new_zipfile_serialization=save == "zip")
+    with pytest.raises(ValueError, match=r"net\.pth: (holds Python objects besides tensors|cannot be read)") as refusal:
+        weights.inspect("net.pth")
+    print(refusal.value)
+    assert sorted(os.listdir()) == ["net.pth"]
+    torch.load("net.pth", weights_only=False) if save != "pickle" else pickle.loads(Path("net.pth").read_bytes())
+    assert sorted(os.listdir()) == ["net.pth", "ran"]  # so it would have
+
+
+@pytest.mark.parametrize("ending", [".pth", ".pt", ".bin", ".tar", ".safetensors", ".caffemodel"])
+@pytest.mark.parametrize("damage", ["empty", "text", "zeros", "truncated", "other"])
+def test_a_damaged_file_ends_in_one_sentence(ending, damage, tmp_path):
+    whole, path = tmp_path / f"whole{ending}", tmp_path / f"net{ending}"
+    other = ".pth" if ending == ".safetensors" else ".safetensors"
+    for file, kind in ((whole, ending), (tmp_path / "other", other)):
+        pytorch.write_safetensors(file, ARRAYS) if kind == ".safetensors" else torch.save(tensors(), file)
+    content = whole.read_bytes()
+    path.write_bytes(
+        {
+            "empty": b"",
+            "text": b"<!DOCTYPE html>\n<html>404</html>\n",
+            "zeros": bytes(1000),
+            "truncated": content[: len(content) // 2],
+            "other": (tmp_path / "other").read_bytes(),
+        }[damage]
+    )
+    with pytest.raises(ValueError) as refusal:
+        weights.inspect(path)
+    said = str(refusal.value)
+    print(said)
+    assert said.startswith(f"{path}: ")
+    assert "\n" not in said
+    assert len(said) < 300
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([1, 2], "holds none of the networks that can be imported"),
+        ({"epoch": 3, "weights": tensors()}, "'epoch' is no dense tensor; expected a state_dict"),
+        ({"state_dict": {"a.weight": torch.eye(3).to_sparse()}}, "'a.weight' is no dense tensor"),
+        ({"state_dict": {"a.weight": np.float64(1)}}, "'a.weight' is no dense tensor"),
+    ],
+)
+def test_content_that_is_no_state_dict_is_refused(content, words, tmp_path):
+    torch.save(content, tmp_path / "net.pth")
+    with pytest.raises(ValueError) as refusal:
+        weights.inspect(tmp_path / "net.pth")
+    assert words in str(refusal.value)
+
+
+def test_a_file_that_is_missing_or_has_another_ending_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"net\.pth: no such file"):
+        weights.inspect(tmp_path / "net.pth")
+    (tmp_path / "net.ckpt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"net\.ckpt: .* end in one of \.pth, \.pt, \.bin, \.tar, \.safetensors"):
+        weights.inspect(tmp_path / "net.ckpt")
+
+
+def test_without_torch_the_sentence_says_what_to_do(tmp_path, monkeypatch):
+    (tmp_path / "net.pth").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match=r'needs PyTorch: pip install "\.\[torch\]", or use \.safetensors'):
+        weights.inspect(tmp_path / "net.pth")
+
+
+def test_importing_the_package_loads_neither_torch_nor_tensorflow():
+    code = "import sys, pspnet_jax.weights; print([m for m in ('torch', 'tensorflow', 'google.protobuf') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("write", [pytorch.write_torch, pytorch.write_safetensors])
+def test_a_failed_write_leaves_the_old_file(write, tmp_path, monkeypatch):
+    path = tmp_path / "net"
+    path.write_text("old")
+
+    def fail(content: object, file: os.PathLike) -> None:
+        Path(file).write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    monkeypatch.setattr(pytorch.safetensors.numpy, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write(path, ARRAYS)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["net"]

@@ -1,0 +1,248 @@
+"""What a file's keys, shapes, metadata and name tell, and what becomes of it in a config."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pspnet_jax import datasets, validation, weights
+from pspnet_jax.config import base_config
+
+torch = pytest.importorskip("torch")
+from tests.weights import reference_torch as reference  # noqa: E402
+
+# As mmengine 0.10 and mmcv 1.x print a config; in a published file it is some 8,000 characters.
+NEW_CONFIG = """crop_size = (\n    512,\n    512,\n)
+model = dict(
+    auxiliary_head=dict(\n        align_corners=True,\n        channels=256),
+    backbone=dict(
+        contract_dilation=True,
+        dilations=(\n            1,\n            1,\n            2,\n            4,\n        ),
+        strides=(\n            1,\n            2,\n            1,\n            1,\n        ),
+        style='pytorch',
+        type='ResNetV1c'),
+    decode_head=dict(
+        align_corners=True,
+        pool_scales=(\n            1,\n            2,\n            3,\n            6,\n        ),
+        type='PSPHead'),
+    data_preprocessor=dict(bgr_to_rgb=True, mean=[\n            123.0,\n            116,\n            103,\n        ]),
+    test_cfg=dict(
+        crop_size=(\n            512,\n            512,\n        ),
+        mode='slide',
+        stride=(\n            341,\n            341,\n        )))
+test_pipeline = [dict(keep_ratio=True, scale=(\n            1900,\n            950,\n        ), type='Resize')]
+train_pipeline = [dict(keep_ratio=True, ratio_range=(0.5, 2.0), scale=(700, 800), type='RandomResize')]
+"""
+OLD_CONFIG = """model = dict(
+    backbone=dict(
+        type='ResNet',
+        dilations=(1, 1, 1, 1),
+        strides=(1, 2, 2, 2),
+        style='caffe',
+        contract_dilation=False),
+    decode_head=dict(type='PSPHead', pool_scales=(1, 2, 4, 8), align_corners=False),
+    test_cfg=dict(mode='whole'))
+train_pipeline = [dict(type='Resize', img_scale=(500, 600), ratio_range=(0.5, 2.0))]
+test_pipeline = [dict(type='MultiScaleFlipAug', img_scale=(2000, 400), flip=False)]
+img_norm_cfg = dict(mean=[103.939, 116.779, 123.68], std=[1.0, 2.0, 3.0], to_rgb=False)
+"""
+
+
+def write(path: Path, build: Callable[[], "torch.nn.Module"], **others: object) -> Path:
+    """Saves a network as a file of few bytes, whose arrays have the true shapes and hold a single 0."""
+    with torch.device("meta"):
+        state = build().state_dict()
+    zeros = {key: torch.zeros((), dtype=value.dtype).expand(value.shape) for key, value in state.items()}
+    torch.save({"state_dict": zeros, **others}, path)
+    return path
+
+
+def mmseg(path: Path, depth: int = 18, classes: int = 19, stem: str = "deep32", **meta: object) -> Path:
+    return write(path, lambda: reference.MmsegPSPNet(depth, classes, stem, False), meta=meta)
+
+
+def configured(path: Path):
+    config = base_config()
+    weights.configure(config, weights.inspect(path))
+    validation.validate(config)
+    return config
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+def test_resnets_are_known_by_their_blocks(depth, tmp_path):
+    source = weights.inspect(write(tmp_path / "resnet.pth", lambda: reference.ResNet(depth)))
+    assert (source.num_classes, source.normalize["order"]) == (None, "RGB")
+    assert source.model == {"width": 64, "depth": depth, "stem": "conv7", "stride_in": "conv3x3"}
+    deep = weights.inspect(write(tmp_path / "resnet.pth", lambda: reference.ResNet(depth, deep=True)))
+    assert deep.model == {**source.model, "stem": "deep"}
+
+
+@pytest.mark.parametrize(
+    ("depth", "classes", "dataset", "crop", "base_size"),
+    [
+        (50, 150, "ade20k", 473, 512),
+        (101, 21, "voc2012", 473, 512),
+        (101, 19, "cityscapes", 713, 2048),
+        (50, 7, "folder", 473, 512),
+    ],
+)
+def test_a_network_of_semseg_becomes_a_config(depth, classes, dataset, crop, base_size, tmp_path):
+    config = configured(write(tmp_path / "train_epoch_100.pth", lambda: reference.SemsegPSPNet(depth, classes)))
+    expected = base_config()
+    expected.model.depth = depth
+    expected.eval.crop, expected.eval.base_size = (crop, crop), base_size
+    assert config.model.to_dict() == expected.model.to_dict()
+    assert config.normalize.to_dict() == expected.normalize.to_dict()
+    assert config.eval.to_dict() == expected.eval.to_dict()
+    info = datasets.describe(config.dataset)
+    assert (info.name, info.num_classes) == (dataset, classes)
+    assert info.class_names == (
+        tuple(f"class {i}" for i in range(7)) if dataset == "folder" else datasets.table(dataset).class_names
+    )
+
+
+def test_the_training_config_in_a_file_of_mmengine_counts(tmp_path):
+    config = configured(mmseg(tmp_path / "pspnet_r18-d8_512x1024.pth", cfg=NEW_CONFIG))
+    model = config.model
+    assert (model.depth, model.stem, model.stride_in, model.first_block_dilation) == (18, "deep32", "conv3x3", "half")
+    assert (model.align_corners, model.output_stride, model.bins) == (True, 8, (1, 2, 3, 6))
+    assert (config.eval.protocol, config.eval.inference, config.eval.flip) == ("mmseg", "windows", False)
+    assert (config.eval.crop, config.eval.stride) == ((512, 512), (341, 341))
+    assert (config.eval.base_size, config.eval.short_size) == (1900, 950)
+    assert config.normalize.to_dict() == base_config().normalize.to_dict() | {"mean": (123.0, 116.0, 103.0)}
+
+
+def test_the_training_config_in_a_file_of_mmcv_counts(tmp_path):
+    config = configured(mmseg(tmp_path / "pspnet_r50b-d8_769x769.pth", 50, stem="conv7", config=OLD_CONFIG))
+    model = config.model
+    assert (model.depth, model.stem, model.stride_in, model.first_block_dilation) == (50, "conv7", "conv1x1", "full")
+    assert (model.align_corners, model.output_stride, model.bins) == (False, 32, (1, 2, 4, 8))
+    assert (config.eval.inference, config.eval.base_size, config.eval.short_size) == ("whole", 2000, 400)
+    assert config.normalize.to_dict() == {"mean": (123.68, 116.779, 103.939), "std": (3.0, 2.0, 1.0), "order": "BGR"}
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "align_corners", "output_stride", "inference", "crop", "stride", "sizes"),
+    [
+        ("pspnet_r50-d8_769x769_40k_cityscapes_20200606.pth", 19, True, 8, "windows", 769, 513, (2049, 1025)),
+        ("pspnet_r50-d8_512x1024_40k_cityscapes_20200605.pth", 19, False, 8, "whole", 473, 0, (2048, 1024)),
+        ("pspnet_r50-d8_512x512_80k_ade20k_20200615.pth", 150, False, 8, "whole", 473, 0, (2048, 512)),
+        ("pspnet_r101-d8_4x4_512x512_20k_voc12aug_2020.pth", 21, False, 8, "whole", 473, 0, (2048, 512)),
+        ("pspnet_r50-d8_480x480_40k_pascal_context_2020.pth", 60, False, 8, "windows", 480, 320, (2048, 512)),
+    ],
+)
+def test_the_name_of_a_file_of_the_zoo_counts(
+    name, classes, align_corners, output_stride, inference, crop, stride, sizes, tmp_path, caplog
+):
+    config = configured(mmseg(tmp_path / name, classes=classes))
+    assert (config.model.align_corners, config.model.output_stride) == (align_corners, output_stride)
+    assert (config.eval.inference, config.eval.crop, config.eval.stride) == (inference, (crop, crop), (stride, stride))
+    assert (config.eval.base_size, config.eval.short_size) == sizes
+    assert not caplog.messages
+
+
+def test_what_nothing_tells_is_said(tmp_path, caplog):
+    path = mmseg(tmp_path / "latest.pth")
+    with caplog.at_level(logging.WARNING):
+        config = configured(path)
+    assert caplog.messages == [
+        f"{path} does not tell model.align_corners: it is False without --config.model.align_corners=true"
+    ]
+    assert config.model.align_corners is False
+    assert weights.inspect(path).model["align_corners"] is None
+
+
+CITYSCAPES = datasets.table("cityscapes")
+
+
+@pytest.mark.parametrize(
+    ("classes", "meta", "expected"),
+    [
+        (19, {"CLASSES": list(CITYSCAPES.class_names), "PALETTE": [[1, 2, 3]] * 19}, CITYSCAPES),
+        (
+            2,
+            {"dataset_meta": {"classes": ("sky", "sea "), "palette": [[1, 2, 3], [4, 5, 6]]}},
+            datasets.DatasetInfo("folder", ("sky", "sea"), ((1, 2, 3), (4, 5, 6))),
+        ),
+        (
+            19,  # as many as Cityscapes has, but others
+            {"dataset_meta": {"classes": [f"part {i}" for i in range(19)]}},
+            datasets.DatasetInfo("folder", tuple(f"part {i}" for i in range(19)), datasets.voc_palette(19)),
+        ),
+        (
+            2,  # nonsense is no metadata
+            {"CLASSES": ["sky"], "PALETTE": [[1, 2, 3], [4, 5, 256]]},
+            datasets.DatasetInfo("folder", ("class 0", "class 1"), datasets.voc_palette(2)),
+        ),
+    ],
+)
+def test_classes_are_those_that_the_file_names(classes, meta, expected, tmp_path):
+    config = configured(mmseg(tmp_path / "pspnet_512x512.pth", classes=classes, **meta))
+    assert datasets.describe(config.dataset) == expected
+
+
+class Grouped(reference.ResNet):
+    def __init__(self):
+        super().__init__(50)
+        self.layer1[0].conv2 = torch.nn.Conv2d(64, 64, 3, groups=32, bias=False)
+
+
+class Deeper(reference.ResNet):
+    def __init__(self):
+        super().__init__(50)
+        self.layer4.append(self.layer4[1])
+
+
+class TimmD(reference.ResNet):
+    def __init__(self):
+        super().__init__(50)
+        self.conv1 = torch.nn.Sequential(*reference.stem_of_three(32)[:-2])
+
+
+class OtherHead(reference.MmsegPSPNet):
+    def __init__(self):
+        super().__init__(18, 19, "deep32", False)
+        del self.decode_head.conv_seg
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (Grouped, "grouped or wide"),
+        (Deeper, r"\(3, 4, 6, 4\) bottlenecks .* expected a ResNet of depth 18, 34, 50"),
+        (TimmD, "not ResNet-C, -D, -T"),
+        (OtherHead, "without its classifier, decode_head.conv_seg.bias"),
+        (lambda: torch.nn.Linear(2, 3), "Its keys are bias, weight, ..."),
+    ],
+)
+def test_another_network_is_refused(build, words, tmp_path):
+    path = write(tmp_path / "net.pth", build)
+    with pytest.raises(ValueError, match=words) as refusal:
+        weights.inspect(path)
+    assert str(path) in str(refusal.value)
+
+
+def test_a_config_that_our_network_cannot_follow_is_refused(tmp_path):
+    stages = "strides=(1, 2, 1, 1), dilations=(1, 2, 4, 8)"
+    for path in (mmseg(tmp_path / "net.pth", cfg=stages), mmseg(tmp_path / "pspnet_r50-d32_512x1024_80k_cityscapes.pth")):
+        with pytest.raises(
+            ValueError, match=r"its stages have strides .* with dilations .*imported is 1,2,1,1 with 1,1,2,4 or"
+        ):
+            weights.inspect(path)
+
+
+def test_a_backbone_is_nothing_to_evaluate(tmp_path):
+    path = write(tmp_path / "resnet50.pth", lambda: reference.ResNet(50))
+    with pytest.raises(ValueError, match=f"train from it with --config.init_from={path}"):
+        weights.configure(base_config(), weights.inspect(path))
+
+
+def test_weights_want_the_preprocessing_they_were_trained_with(tmp_path):
+    source = weights.inspect(write(tmp_path / "resnet50.pth", lambda: reference.ResNet(50)))
+    normalize = base_config().normalize
+    weights.check_normalize(normalize, source)
+    normalize.std, normalize.order = (1.0, 1.0, 1.0), "BGR"
+    with pytest.raises(ValueError) as refusal:
+        weights.check_normalize(normalize, source)
+    assert str(refusal.value).endswith("set --config.normalize.std=58.395,57.12,57.375 --config.normalize.order=RGB")
