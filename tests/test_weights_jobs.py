@@ -1,0 +1,90 @@
+"""Others' weights through the command line: import, evaluate and predict as the network itself would; training from them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pspnet_jax import parallel
+from pspnet_jax.main import main
+from pspnet_jax.train import checkpoint
+from tests import fakes
+from tests.test_main import SMALL, error, recipe
+
+torch = pytest.importorskip("torch")
+from tests.weights import reference_torch as reference  # noqa: E402
+
+MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
+SIZE = (97, 113)
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory) -> tuple[Path, Path, "torch.nn.Module"]:
+    """A workdir imported from a PSPNet-18 of mmsegmentation for 3 classes, a folder of images, and the network itself."""
+    directory = tmp_path_factory.mktemp("import")
+    network = reference.randomized(reference.MmsegPSPNet(18, 3, "deep32", align_corners=True))
+    torch.save({"meta": {}, "state_dict": network.state_dict()}, directory / "net.pth")
+    fakes.write_folder(directory / "data", {"train": 8, "val": 2}, size=SIZE, num_classes=3)
+    arguments = ["--config.model.align_corners=true", "--config.eval.base_size=0", "--config.eval.short_size=0"]
+    assert main(["--mode=import", f"--input={directory}/net.pth", f"--workdir={directory}/run", *arguments]) == 0
+    return directory / "run", directory / "data", network
+
+
+def test_predictions_of_an_import_are_those_of_the_network(imported, tmp_path):
+    workdir, data, network = imported
+    assert main(["--mode=predict", f"--workdir={workdir}", f"--input={data}/images/val", f"--output={tmp_path}"]) == 0
+    for file in (data / "images/val").iterdir():
+        pixels = (np.asarray(Image.open(file)) - MEAN) / STD
+        with torch.no_grad():
+            logits = network(torch.tensor(pixels.transpose(2, 0, 1)[None], dtype=torch.float32))[0].numpy()
+        label = np.asarray(Image.open(tmp_path / "index" / f"{file.stem}.png"))
+        same = (label == logits.argmax(0)).mean()
+        print(f"{same:.4%} of the pixels have the same class; classes {np.unique(label)}")
+        assert same > 0.999
+        assert len(np.unique(label)) > 1
+
+
+def test_an_import_is_evaluated_with_its_own_protocol(imported, capsys):
+    workdir, data, _ = imported
+    assert main(["--mode=evaluate", f"--workdir={workdir}", f"--config.dataset.root={data}"]) == 0
+    assert "whole images, own size, scales 1.0, flip off, protocol mmseg" in capsys.readouterr().out
+    assert json.loads((workdir / "evaluation" / "val_0_whole_1.0.json").read_text())["images"] == 2
+
+
+def test_what_an_import_cannot_do_ends_in_one_sentence(imported, tmp_path, capsys):
+    workdir, _, _ = imported
+    net = f"--input={workdir.parent}/net.pth"
+    assert "holds a run already" in error(capsys, "--mode=import", net, f"--workdir={workdir}")
+    assert "needs --input" in error(capsys, "--mode=import", net)
+    said = error(capsys, "--mode=export", f"--workdir={workdir}", "--format=torch", f"--output={tmp_path}/x.pth")
+    assert "semseg's PSPNet is another network than this one, which has model." in said
+    assert "needs --output" in error(capsys, "--mode=export", f"--workdir={workdir}", "--format=torch")
+    said = error(capsys, "--mode=import", net, f"--workdir={tmp_path}/other", "--config.model.stem=conv7")
+    assert "set --config.model.stem=deep32" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_training_starts_from_a_backbone(imported, tmp_path, capsys):
+    """One step with next to no learning rate leaves the ImageNet weights what they were, and the batch statistics not."""
+    _, data, _ = imported
+    network = reference.randomized(reference.ResNet(18))
+    torch.save(network.state_dict(), tmp_path / "resnet18.pth")
+    own = recipe(tmp_path / "own.py", data)
+    wide = [argument for argument in SMALL if "width" not in argument]
+    command = [f"--config={own}", f"--workdir={tmp_path}/run", *wide, f"--config.init_from={tmp_path}/resnet18.pth"]
+    assert "set --config.model.stem=conv7" in error(capsys, *command)
+    command += ["--config.model.stem=conv7", "--config.total_steps=1", "--config.optimizer.learning_rate=1e-12"]
+    said = error(capsys, *command, "--config.normalize.order=BGR")
+    assert "set --config.normalize.order=RGB" in said
+    assert main(command) == 0
+    assert "not in" in capsys.readouterr().out
+    _, step, variables = checkpoint.load(tmp_path / "run", "latest", parallel.make_mesh())
+    kernel = np.asarray(variables["params"]["backbone"]["layer3_block1"]["conv2"]["conv"]["kernel"])
+    expected = network.state_dict()["layer3.1.conv2.weight"].numpy().transpose(2, 3, 1, 0)
+    print(f"step {step}: the kernel differs by {np.abs(kernel - expected).max():.1e}")
+    np.testing.assert_allclose(kernel, expected, atol=1e-6)
+    mean = np.asarray(variables["batch_stats"]["backbone"]["layer1_block0"]["conv1"]["bn"]["mean"])
+    assert not np.allclose(mean, network.state_dict()["layer1.0.bn1.running_mean"].numpy())
