@@ -1,9 +1,11 @@
 """Prediction of whole images on the devices: all scales, overlapping windows and mirror images.
 
-What an image's size decides comes as data (see protocol.py). The network is one compiled program for one batch of windows,
-whatever the images, scales or weights; what is around it takes a few programs for each bucket of longest sides.
+What an image's size decides comes as data (see plan.py), what a protocol decides as functions (see protocol.py). The network
+is one compiled program for one batch of windows, whatever the images, scales or weights; what is around it takes a few programs
+for each bucket of sizes.
 """
 
+import collections
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -15,17 +17,22 @@ from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from pspnet_jax import models, parallel
-from pspnet_jax.infer.protocol import PROTOCOLS, STRIP, Taps, plan_image, plan_images, power_of_two
+from pspnet_jax.infer.layout import lay_out
+from pspnet_jax.infer.plan import STRIP, Plan, Window, plan_images, power_of_two
+from pspnet_jax.infer.protocol import PROTOCOLS
+from pspnet_jax.infer.taps import Taps, along
 
 Example = dict[str, Any]  # image uint8[H, W, 3], and what else its source gives
 
 
 class Predictor:
-    """Runs a network over whole images, of any sizes together (eval.inference="whole": of one size together).
+    """Runs a network over whole images, of any sizes together.
 
     Images are shared out among the devices, and each takes the windows of its own through the network,
-    ceil(eval.batch_size / devices) at a time, or fewer where there are fewer; with eval.flip, the mirror images of these
-    follow as a second batch. Probabilities and their sums are float32 whatever the network computes in.
+    ceil(eval.batch_size / devices) at a time, or fewer where there are fewer; where a protocol mirrors windows, the mirror
+    images of these follow as a second batch. Windows of each size (all have eval.crop, but those of eval.inference="whole" and,
+    in protocol "mmseg", of images smaller than it) have their own batches and compile their own network. Probabilities
+    and their sums are float32 whatever the network computes in.
     """
 
     def __init__(
@@ -39,36 +46,38 @@ class Predictor:
 
         Args:
           apply: (variables, normalized images f32[N, H, W, 3]) -> logits [N, H, W, K], at any H and W.
-          config: of which eval and normalize are used.
+          config: of which eval, normalize and model.align_corners are used.
           num_classes: K.
           devices: of this process; None: all of them.
         """
-        self._settings = config.eval
+        self._config = config
         self._mesh = parallel.make_mesh(devices or jax.local_devices())
+        self._sharding = parallel.batch_sharding(self._mesh)
+        self._num_classes = num_classes
+        protocol = PROTOCOLS[config.eval.protocol]
+        self._mirror_windows = config.eval.flip and not protocol.mirror_views
         normalize = functools.partial(models.normalize, statistics=config.normalize)
-        merge = PROTOCOLS[config.eval.protocol].merge
-        self._network = jax.jit(apply, out_shardings=parallel.batch_sharding(self._mesh))
-        self._draw = self._on_each_device(functools.partial(_draw, normalize=normalize, num_classes=num_classes))
-        self._cut = self._on_each_device(functools.partial(_cut, flip=config.eval.flip), static_argnames="window")
-        self._add = self._on_each_device(functools.partial(_add, merge=merge), donate_argnums=0)
-        self._finish = self._on_each_device(_finish, static_argnames="finish")
+        self._draw = self._on_each_device(functools.partial(_draw, draw=protocol.draw, normalize=normalize))
+        self._network = jax.jit(apply, out_shardings=self._sharding)
+        self._mirror = self._on_each_device(lambda windows: windows[:, :, ::-1])
+        self._add = self._on_each_device(functools.partial(_add, merge=protocol.merge), donate_argnums=0)
+        self._accumulate = self._on_each_device(functools.partial(_accumulate, settle=protocol.settle), donate_argnums=0)
+        self._label_strips = self._on_each_device(functools.partial(_label_strips, settle=protocol.settle))
+        self._label = self._on_each_device(_most_probable)
 
     def _on_each_device(self, function: Callable, **jit_options: Any) -> Callable:
         """Compiles a function of arrays whose leading axis is shared out, to be run on each device's share."""
-
-        def sharded(*args: Any, **static: Any) -> Any:
-            # check_vma=False: it wants the zeros that a loop starts from marked as differing between devices
-            spec = PartitionSpec("data")
-            local = functools.partial(function, **static)
-            return jax.shard_map(local, mesh=self._mesh, in_specs=spec, out_specs=spec, check_vma=False)(*args)
-
+        # check_vma=False: it wants the zeros that a loop starts from marked as differing between devices
+        spec = PartitionSpec("data")
+        sharded = jax.shard_map(function, mesh=self._mesh, in_specs=spec, out_specs=spec, check_vma=False)
         return jax.jit(sharded, **jit_options)
 
     @property
     def description(self) -> dict[str, Any]:
         """What makes scores comparable: the fields of config.eval that decide them."""
-        irrelevant = {"split", "batch_size"} | ({"crop"} if self._settings.inference == "whole" else set())
-        fields = {field: value for field, value in self._settings.items() if field not in irrelevant}
+        settings = self._config.eval
+        irrelevant = {"split", "batch_size"} | ({"crop", "stride"} if settings.inference == "whole" else set())
+        fields = {field: value for field, value in settings.items() if field not in irrelevant}
         return {field: list(value) if isinstance(value, tuple) else value for field, value in fields.items()}
 
     @property
@@ -99,111 +108,133 @@ class Predictor:
           images: uint8[H, W, 3] each.
 
         Returns:
-          uint8[M, S, S], on the devices: image i has [i, :H, :W], and the rest, up to compiled sizes, means nothing.
+          uint8[M, S, T], on the devices: image i has [i, :H, :W], and the rest, up to compiled sizes, means nothing.
         """
-        return self._predict(variables, images, _most_probable)
+        plan = self._plan(images)
+        if plan.together:
+            return self._label_strips(list(self._views(variables, plan)))
+        return self._label(self._total(variables, plan))
 
     def probabilities(self, variables: Any, images: Sequence[np.ndarray]) -> jax.Array:
-        """As `labels`, but returns probabilities f32[M, S, S, K]."""
-        return self._predict(variables, images, _unchanged)
+        """As `labels`, but returns probabilities f32[M, S, T, K]."""
+        plan = self._plan(images)
+        return self._total(variables, plan) / len(plan.outward)
 
     def stream(self, variables: Any, examples: Iterable[Example]) -> Iterator[tuple[list[Example], jax.Array]]:
         """Yields the examples in order, in groups that fill the network's batch, each with the `labels` of its images."""
         group: list[Example] = []
-        full = 0
+        windows: collections.Counter[tuple[int, int]] = collections.Counter()
         for example in examples:
-            size = example["image"].shape[:2]
-            if not group:
-                full = self._images_to_fill(*size)
-            elif self._settings.inference == "whole" and size != group[0]["image"].shape[:2]:
-                yield self._with_labels(variables, group)
+            before, windows = windows, self._windows(*example["image"].shape[:2])
+            if group and windows.keys() != before.keys():
+                yield group, self._group_labels(variables, group)
                 group = []
+            if not group:
+                full = self._images_to_fill(max(windows.values()))
             group.append(example)
             if len(group) == full:
-                yield self._with_labels(variables, group)
+                yield group, self._group_labels(variables, group)
                 group = []
         if group:
-            yield self._with_labels(variables, group)
+            yield group, self._group_labels(variables, group)
 
-    def _with_labels(self, variables: Any, group: list[Example]) -> tuple[list[Example], jax.Array]:
-        return group, self.labels(variables, [example["image"] for example in group])
+    def _group_labels(self, variables: Any, group: list[Example]) -> jax.Array:
+        return self.labels(variables, [example["image"] for example in group])
 
-    def _images_to_fill(self, height: int, width: int) -> int:
-        """Returns how many such images have enough windows for a full batch of the network."""
-        scales = [len(rows.starts) * len(columns.starts) for rows, columns in plan_image(height, width, self._settings)]
-        windows = 1 if self._settings.inference == "whole" else sum(scales)  # whole: each scale is a batch of its own
-        return self._mesh.size * power_of_two(-(-self._settings.batch_size // (self._mesh.size * windows)))
+    def _windows(self, height: int, width: int) -> collections.Counter[tuple[int, int]]:
+        """Counts the windows of each size."""
+        counts: collections.Counter[tuple[int, int]] = collections.Counter()
+        for rows, columns, _ in lay_out(height, width, self._config.eval):
+            counts[rows.window, columns.window] += len(rows.starts) * len(columns.starts)
+        return counts
 
-    def _predict(self, variables: Any, images: Sequence[np.ndarray], finish: Callable) -> jax.Array:
+    def _images_to_fill(self, windows: int) -> int:
+        """Returns how many images of so many windows of a size fill a batch of the network."""
+        return self._mesh.size * power_of_two(-(-self._config.eval.batch_size // (self._mesh.size * windows)))
+
+    def _plan(self, images: Sequence[np.ndarray]) -> Plan:
         assert all(image.dtype == np.uint8 and image.shape[2:] == (3,) for image in images)
-        assert self._settings.inference == "windows" or len({image.shape for image in images}) == 1, "sizes differ"
-        plan = plan_images(images, self._settings, self._mesh.size)
-        canvases, sums = self._draw(plan.images, plan.inward)
-        for run in plan.runs:
-            for entries, bounds in zip(run.entries, run.bounds, strict=True):
-                windows = self._cut(canvases[run.scales], entries, bounds, window=run.window)
-                logits = [self._network(variables, batch) for batch in windows]
-                sums[run.scales] = self._add(sums[run.scales], logits, entries, bounds)
-        return self._finish(sums, plan.outward, finish=finish)
+        return plan_images(images, self._config, self._mesh.size)
+
+    def _total(self, variables: Any, plan: Plan) -> jax.Array:
+        """Adds the views up at the images' size, f32[M, H, W, K], one by one as they are done."""
+        total = jnp.zeros((*plan.images.shape[:3], self._num_classes), device=self._sharding)
+        for view in self._views(variables, plan):
+            total = self._accumulate(total, *view)
+            del view  # here, not when the next one is done
+        return total
+
+    def _views(self, variables: Any, plan: Plan) -> Iterator[tuple[jax.Array, tuple[Taps, Taps]]]:
+        """Yields each view's sums over windows on its canvas, f32[M, h, w, K], and its taps, when it is done."""
+        images = jax.device_put(plan.images, self._sharding)
+        sums: dict[int, jax.Array] = {}
+        for batch in plan.batches:
+            windows = self._draw(images, batch.windows)
+            both = [windows, self._mirror(windows)] if self._mirror_windows else [windows]
+            logits = [self._network(variables, x) for x in both]
+            for view, bounds in batch.parts:
+                if view not in sums:
+                    shape = (len(images), *plan.canvases[view], self._num_classes)
+                    sums[view] = jnp.zeros(shape, device=self._sharding)
+                sums[view] = self._add(sums[view], logits, batch.windows.place, bounds)
+            del logits  # before the next, which are as large
+            for view in batch.finished:
+                yield sums.pop(view), plan.outward[view]
 
 
-def _draw(images: jax.Array, inward: list, normalize: Callable, num_classes: int) -> tuple[list, list]:
-    """Returns for each scale the canvases f32[m, s, s, 3] of images uint8[m, S, S, 3], and sums f32[m, s, s, K] of nothing."""
-    images = normalize(images)
-    each = jnp.arange(len(images))
-    canvases = [jax.vmap(functools.partial(_resample, images))(each, rows, columns) for rows, columns in inward]
-    return canvases, [jnp.zeros((*canvas.shape[:3], num_classes)) for canvas in canvases]
+def _draw(images: jax.Array, windows: Window, draw: Callable, normalize: Callable) -> jax.Array:
+    """Draws windows, normalized f32[n, h, w, 3], from images uint8[m, H, W, 3]."""
+
+    def one(window: Window) -> jax.Array:
+        inside = (window.rows.weight.sum(-1) > 0)[:, None, None] & (window.columns.weight.sum(-1) > 0)[:, None]
+        drawn = draw(images[window.place[0]], window.rows, window.columns, window.rows_first)
+        return normalize(jnp.where(inside, drawn, window.padding))
+
+    return jax.lax.map(one, windows)
 
 
-def _cut(canvases: list, entries: jax.Array, bounds: jax.Array, window: tuple[int, int], flip: bool) -> list:
-    """Returns the windows f32[n, h, w, 3] at the entries, and with flip their mirror images."""
-    batch = jnp.zeros((len(entries), *window, 3))
-    for scale, canvas in enumerate(canvases):
+def _add(sums: jax.Array, logits: list, places: jax.Array, bounds: jax.Array, merge: Callable) -> jax.Array:
+    """Adds what the network says of the windows of one view to its sums, where they were cut."""
 
-        def copy(i: jax.Array, batch: jax.Array, canvas: jax.Array = canvas) -> jax.Array:
-            piece = jax.lax.dynamic_slice(canvas, (*entries[i], 0), (1, *window, 3))
-            return jax.lax.dynamic_update_slice(batch, piece, (i, 0, 0, 0))
-
-        batch = jax.lax.fori_loop(bounds[0, scale], bounds[0, scale + 1], copy, batch)
-    return [batch, batch[:, :, ::-1]] if flip else [batch]
-
-
-def _add(sums: list, logits: list, entries: jax.Array, bounds: jax.Array, merge: Callable) -> list:
-    """Adds what the network says of each window to the sums, where the window was cut."""
-
-    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+    def add(i: jax.Array, sums: jax.Array) -> jax.Array:
         new = merge(*(jax.lax.dynamic_slice_in_dim(x, i, 1) for x in logits))
-        place = (*entries[i], 0)
-        return jax.lax.dynamic_update_slice(total, jax.lax.dynamic_slice(total, place, new.shape) + new, place)
+        place = (*places[i], 0)
+        return jax.lax.dynamic_update_slice(sums, jax.lax.dynamic_slice(sums, place, new.shape) + new, place)
 
-    return [jax.lax.fori_loop(bounds[0, s], bounds[0, s + 1], add, total) for s, total in enumerate(sums)]
+    return jax.lax.fori_loop(bounds[0, 0], bounds[0, 1], add, sums)
 
 
-def _finish(sums: list, outward: list, finish: Callable) -> jax.Array:
-    """Returns `finish` of the mean over scales, f32[..., K], at every pixel of images [m, S, S]; a strip of rows at a time,
-    so that K probabilities a pixel of the image never exist at once unless `finish` keeps them."""
-    count, side, _ = outward[0][0].pixel.shape
-    strips = [Taps(*(x.reshape(-1, STRIP, x.shape[-1]) for x in rows)) for rows, _ in outward]
+def _accumulate(total: jax.Array, sums: jax.Array, outward: tuple[Taps, Taps], settle: Callable) -> jax.Array:
+    """Adds a view, resized and settled, to the total f32[m, H, W, K]; in strips, for memory."""
+    strips = total.reshape(-1, STRIP, *total.shape[2:])
 
-    def strip(i: jax.Array, rows: list) -> jax.Array:
-        columns = [Taps(*(x[i] for x in scale)) for _, scale in outward]
-        return finish(sum(map(_resample, sums, [i] * len(sums), rows, columns)) / len(sums))
+    def add(i: jax.Array, strips: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(strips, strips[i] + settle(_strip(sums, outward, i)), i, 0)
 
-    finished = jax.lax.map(lambda x: strip(*x), (jnp.repeat(jnp.arange(count), side // STRIP), strips))
-    return finished.reshape(count, side, *finished.shape[2:])
+    return jax.lax.fori_loop(0, len(strips), add, strips).reshape(total.shape)
+
+
+def _label_strips(views: list, settle: Callable) -> jax.Array:
+    """Returns the labels uint8[m, H, W] that all views give together; K numbers a pixel exist for one strip at a time."""
+    rows, columns = views[0][1]
+    count, height, _ = rows.pixel.shape
+
+    def labels(i: jax.Array) -> jax.Array:
+        return _most_probable(sum(settle(_strip(sums, outward, i)) for sums, outward in views))
+
+    strips = jax.lax.map(labels, jnp.arange(count * height // STRIP))
+    return strips.reshape(count, height, columns.pixel.shape[1])
+
+
+def _strip(sums: jax.Array, outward: tuple[Taps, Taps], i: jax.Array) -> jax.Array:
+    """Resizes to the i-th strip of the images: f32[m, h, w, K] -> f32[STRIP, W, K]."""
+    rows, columns = outward
+    image, first = jnp.divmod(i * STRIP, rows.pixel.shape[1])
+    pixel, weight = (jax.lax.dynamic_slice(x, (image, first, 0), (1, STRIP, x.shape[-1]))[0] for x in rows)
+    below = image * sums.shape[1]  # gathers from the whole array, so that no image of it has to be copied
+    strip = along(sums.reshape(-1, *sums.shape[2:]), Taps(pixel + below, weight), 0)
+    return along(strip, Taps(*(x[image] for x in columns)), 1)
 
 
 def _most_probable(probabilities: jax.Array) -> jax.Array:
     return jnp.argmax(probabilities, -1).astype(jnp.uint8)
-
-
-def _unchanged(probabilities: jax.Array) -> jax.Array:
-    return probabilities
-
-
-def _resample(images: jax.Array, i: jax.Array, rows: Taps, columns: Taps) -> jax.Array:
-    """Image i of f32[m, h, w, C] -> f32[H, W, C]. Gathers: products with dense matrices took 7 to 20 times longer on a CPU."""
-    taps = [images[i, rows.pixel[:, t]] * rows.weight[:, t, None, None] for t in range(rows.pixel.shape[-1])]
-    image = functools.reduce(jnp.add, taps)
-    taps = [image[:, columns.pixel[:, t]] * columns.weight[:, t, None] for t in range(columns.pixel.shape[-1])]
-    return functools.reduce(jnp.add, taps)

@@ -52,9 +52,7 @@ def model_fields(path: os.PathLike, text: str) -> dict[str, Any]:
         key = stages[0][1], stages[1][1]
         if key not in STAGES:
             supported = " or ".join(f"{strides} with {dilations}" for strides, dilations in STAGES)
-            raise ValueError(
-                f"{path}: its stages have strides {key[0]} with dilations {key[1]}; what can be imported is {supported}"
-            )
+            raise ValueError(f"{path}: its stages have strides {key[0]} with dilations {key[1]}; expected {supported}")
         fields["output_stride"] = STAGES[key]
     if found := re.search(r"pool_scales=\((\d{1,3}(?:,\d{1,3})*),?\)", text):
         fields["bins"] = tuple(map(int, found[1].split(",")))
