@@ -1,13 +1,16 @@
-"""Pictures of labels: palette PNGs, labels over an image, image and truth and prediction side by side."""
+"""Pictures of labels: palette PNGs, labels over images, image and truth and prediction side by side, class frequencies."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from pspnet_jax.datasets import IGNORE, Color, DatasetInfo
 
 PANEL = 240  # least width of a panel: smaller images are enlarged by a whole factor
+SHEET_PANEL = 400  # sides of an image in a contact sheet, at most
 LINE, MARGIN = 18, 6  # pixels
 
 
@@ -42,22 +45,77 @@ def side_by_side(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, i
     zoom = max(1, -(-PANEL // width))
     panels = {"image": image, "truth": colorize(truth, info.colors), "prediction": colorize(prediction, info.colors)}
     present = [k for k in range(info.num_classes) if (truth == k).any() or (prediction == k).any()]
-    font = ImageFont.load_default(size=12)
-    entry = LINE + 2 * MARGIN + max((round(font.getlength(info.class_names[k])) for k in present), default=0)
-    total = 3 * zoom * width + 2 * MARGIN
-    a_row = max(1, total // entry)
-    below = LINE + zoom * height + MARGIN
-    picture = Image.new("RGB", (total, below + LINE * -(-len(present) // a_row)), "white")
-    pen = ImageDraw.Draw(picture)
+    width, height = zoom * width, zoom * height
+    picture = Image.new("RGB", (3 * width + 2 * MARGIN, LINE + height), "white")
     for i, (caption, panel) in enumerate(panels.items()):
-        left = i * (zoom * width + MARGIN)
-        pen.text((left, 1), caption, "black", font)
-        picture.paste(Image.fromarray(panel).resize((zoom * width, zoom * height), Image.Resampling.NEAREST), (left, LINE))
-    for i, k in enumerate(present):
+        left = i * (width + MARGIN)
+        ImageDraw.Draw(picture).text((left, 1), caption, "black", _font())
+        picture.paste(Image.fromarray(panel).resize((width, height), Image.Resampling.NEAREST), (left, LINE))
+    return _over_legend(picture, present, info)
+
+
+def contact_sheet(examples: Sequence[Mapping[str, Any]], info: DatasetInfo, columns: int = 3) -> Image.Image:
+    """Returns images with their labels half over them, in rows under their names, over a legend of the classes in them.
+
+    Args:
+      examples: image uint8[H, W, 3], label uint8[H, W] and name each.
+      info: names and colors.
+      columns: how many side by side, each SHEET_PANEL pixels wide and at most as high.
+    """
+    panels = []
+    for example in examples:
+        panel = Image.fromarray(overlay(example["image"], example["label"], info.colors))
+        scale = SHEET_PANEL / max(panel.size)
+        size = max(1, round(panel.width * scale)), max(1, round(panel.height * scale))
+        panels.append(panel.resize(size, Image.Resampling.LANCZOS))
+    heights = [LINE + max(panel.height for panel in panels[i : i + columns]) for i in range(0, len(panels), columns)]
+    cell = SHEET_PANEL + MARGIN
+    picture = Image.new("RGB", (columns * cell - MARGIN, sum(heights)), "white")
+    for i, (example, panel) in enumerate(zip(examples, panels, strict=True)):
+        left, top = i % columns * cell, sum(heights[: i // columns])
+        ImageDraw.Draw(picture).text((left, top + 1), example["name"], "black", _font())
+        picture.paste(panel, (left, top + LINE))
+    present = np.unique(np.concatenate([np.unique(example["label"]) for example in examples]))
+    return _over_legend(picture, [int(k) for k in present if k < info.num_classes], info)
+
+
+def class_frequencies(pixels: np.ndarray, info: DatasetInfo) -> Figure:
+    """Returns a bar for each class in its color, by its share of the labeled pixels (logarithmic), most frequent first.
+
+    Args:
+      pixels: int[K], of each class.
+      info: names and colors.
+    """
+    order = np.argsort(-pixels, kind="stable")
+    shares = pixels[order] / max(1, pixels.sum())
+    figure = Figure(figsize=(8, 1 + 0.2 * len(order)), layout="constrained")
+    axes = figure.add_subplot()
+    rank = np.arange(len(order))
+    axes.barh(rank, shares, color=[np.array(info.colors[k]) / 255 for k in order], edgecolor="black", linewidth=0.5)
+    axes.set_yticks(rank, [f"{info.class_names[k]}  {share:.3%}" for k, share in zip(order, shares, strict=True)], fontsize=8)
+    axes.set_ylim(len(order) - 0.4, -0.6)
+    axes.set_xscale("log")
+    axes.set_xlabel("share of the labeled pixels")
+    return figure
+
+
+def _over_legend(picture: Image.Image, classes: Sequence[int], info: DatasetInfo) -> Image.Image:
+    """Returns the picture with the names and colors of some classes under it."""
+    entry = LINE + 2 * MARGIN + max((round(_font().getlength(info.class_names[k])) for k in classes), default=0)
+    a_row = max(1, picture.width // entry)
+    below = picture.height + MARGIN
+    extended = Image.new("RGB", (picture.width, below + LINE * -(-len(classes) // a_row)), "white")
+    extended.paste(picture)
+    pen = ImageDraw.Draw(extended)
+    for i, k in enumerate(classes):
         left, top = i % a_row * entry, below + i // a_row * LINE
         pen.rectangle((left, top + 2, left + LINE - 4, top + LINE - 3), info.colors[k], "black")
-        pen.text((left + LINE, top + 1), info.class_names[k], "black", font)
-    return picture
+        pen.text((left + LINE, top + 1), info.class_names[k], "black", _font())
+    return extended
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=12)
 
 
 def _table(colors: Sequence[Color]) -> np.ndarray:

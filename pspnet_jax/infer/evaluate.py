@@ -18,7 +18,7 @@ from pspnet_jax import files
 from pspnet_jax.datasets import IGNORE, DatasetInfo
 from pspnet_jax.infer.draw import side_by_side
 from pspnet_jax.infer.metrics import Metrics, confusion_matrix, summarize
-from pspnet_jax.infer.progress import progress
+from pspnet_jax.progress import progress
 from pspnet_jax.infer.windows import Example, Predictor
 
 

@@ -11,7 +11,7 @@ from pspnet_jax import files
 from pspnet_jax.datasets import DatasetInfo
 from pspnet_jax.infer import submission
 from pspnet_jax.infer.draw import overlay, palette_image
-from pspnet_jax.infer.progress import progress
+from pspnet_jax.progress import progress
 from pspnet_jax.infer.windows import Example, Predictor
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")

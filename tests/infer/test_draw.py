@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from pspnet_jax.datasets import DatasetInfo
-from pspnet_jax.infer.draw import colorize, overlay, palette_image, side_by_side
+from pspnet_jax.infer.draw import class_frequencies, colorize, contact_sheet, overlay, palette_image, side_by_side
 
 INFO = DatasetInfo("two", ("road", "car"), ((10, 20, 30), (200, 100, 50)))
 LABEL = np.array([[0, 1], [255, 0]], np.uint8)
@@ -43,3 +43,23 @@ def test_side_by_side_has_the_three_panels_enlarged_and_a_legend_of_present_clas
     assert (legend == INFO.colors[1]).all(-1).any()
     legend = np.asarray(side_by_side(image, without_car, without_car, INFO))[18 + 240 :].reshape(-1, 3)
     assert not (legend == INFO.colors[1]).all(-1).any()
+
+
+def test_a_contact_sheet_has_each_image_under_its_name_and_the_classes_that_occur():
+    wide = {"image": np.full((10, 20, 3), 100, np.uint8), "label": np.zeros((10, 20), np.uint8), "name": "wide"}
+    tall = {"image": np.full((20, 10, 3), 100, np.uint8), "label": np.full((20, 10), 255, np.uint8), "name": "tall"}
+    picture = np.asarray(contact_sheet([wide, tall, wide], INFO, columns=2))
+    road = [55, 60, 65]  # half of 10, 20, 30 and half of 100
+    np.testing.assert_array_equal(picture[18 + 100, 200], road)
+    np.testing.assert_array_equal(picture[18 + 300, 406 + 100], [100, 100, 100])  # ignored: the image alone
+    np.testing.assert_array_equal(picture[18 + 400 + 18 + 100, 200], road)
+    legend = picture[18 + 400 + 18 + 200 :].reshape(-1, 3)
+    assert (legend == INFO.colors[0]).all(-1).any()
+    assert not (legend == INFO.colors[1]).all(-1).any()
+
+
+def test_class_frequencies_are_bars_of_their_shares_in_order():
+    (axes,) = class_frequencies(np.array([1, 3]), INFO).axes
+    assert [bar.get_width() for bar in axes.patches] == [0.75, 0.25]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["car  75.000%", "road  25.000%"]
+    np.testing.assert_allclose(axes.patches[0].get_facecolor()[:3], np.array(INFO.colors[1]) / 255)

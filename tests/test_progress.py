@@ -2,7 +2,7 @@
 
 import logging
 
-from pspnet_jax.infer import progress
+from pspnet_jax import progress
 
 
 def test_lines_say_how_far_how_fast_and_how_long(monkeypatch, caplog):
