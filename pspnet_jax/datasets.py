@@ -9,6 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 IGNORE = 255  # label of the pixels that neither train nor count
+WRONG = 254  # stands for values that do not occur in a benchmark's label files
 MAX_CLASSES = 255  # labels are uint8, and 255 is IGNORE
 
 # One entry a class, in label order: "name R G B", or "name" for the color that voc_palette gives it; a folder's classes.txt
@@ -63,18 +64,19 @@ TABLES = {
 }
 TABLES["pspnet_scenes"] = TABLES["scenes"]  # the same scenes through TFDS
 
-# The value of each class 0..K-1 in a benchmark's label files and submissions; other values in the files are not scored.
+# The value of each class 0..K-1 in a benchmark's label files and submissions.
 RAW_VALUES = {
     "cityscapes": (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33),  # labelIds
     "voc2012": tuple(range(21)),
     "ade20k": tuple(range(1, 151)),
 }
-
-# Benchmarks that have no reader yet: what their users have on disk.
-LAYOUTS = {
-    "ade20k": "images/{training,validation} and annotations/{training,validation} of ADEChallengeData2016",
-    "voc2012": "JPEGImages, SegmentationClass and ImageSets/Segmentation of VOCdevkit/VOC2012",
-    "cityscapes": "leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and gtFine/{train,val}/CITY/*_labelIds.png",
+# Other values in these files, which are not scored: in ADE20K 0, in Cityscapes the ids of the remaining classes, to 33.
+VOID_VALUES = {"cityscapes": range(34), "voc2012": (IGNORE,), "ade20k": (0,)}
+# Number of images by split.
+COUNTS = {
+    "ade20k": {"training": 20_210, "validation": 2_000},
+    "voc2012": {"train": 1_464, "train_aug": 10_582, "trainval": 2_913, "val": 1_449, "test": 1_456},
+    "cityscapes": {"train": 2_975, "val": 500, "test": 1_525, "train_extra": 19_998},
 }
 
 Color = tuple[int, int, int]
@@ -153,10 +155,31 @@ def voc_palette(num_classes: int) -> tuple[Color, ...]:
 
 
 def classes_of_raw_values(name: str) -> np.ndarray:
-    """Returns uint8[256]: the class of each value in a benchmark's label files, or IGNORE; the inverse of `RAW_VALUES`."""
-    table = np.full(256, IGNORE, np.uint8)
+    """Returns uint8[256], the inverse of `RAW_VALUES`: the class of each value in a benchmark's label files, IGNORE for values
+    that are not scored, and WRONG for those that do not occur."""
+    table = np.full(256, WRONG, np.uint8)
+    table[list(VOID_VALUES[name])] = IGNORE
     table[list(RAW_VALUES[name])] = np.arange(len(RAW_VALUES[name]))
     return table
+
+
+def raw_label_problem(name: str, histogram: Sequence[int]) -> str | None:
+    """Describes values that do not occur in a benchmark's label files, if there are any.
+
+    Args:
+      name: of the benchmark.
+      histogram: number of pixels of each value 0..255 in the file.
+    """
+    table = classes_of_raw_values(name)
+    wrong = [value for value in range(256) if histogram[value] and table[value] == WRONG]
+    if not wrong:
+        return None
+    known = [value for value in range(256) if table[value] != WRONG]
+    cause = "instance or color labels" if wrong[0] != IGNORE else "labels that were mapped to classes before"
+    return (
+        f"value {wrong[0]} at {histogram[wrong[0]]} pixels does not occur in labels of {name}, which have {known[0]}.."
+        f"{known[-1]}; likely {cause}, to be read as classes with --config.dataset.name=folder, or to be unpacked again"
+    )
 
 
 def label_problem(histogram: Sequence[int], num_classes: int) -> str | None:
@@ -171,12 +194,22 @@ def label_problem(histogram: Sequence[int], num_classes: int) -> str | None:
         return None
     if wrong == [num_classes]:
         cause = "indices that count from 1 with 0 as void (subtract 1, and make 0 into 255), or one class name too few"
+    elif set(wrong) <= _voc_grays():
+        cause = "a palette picture of VOC turned gray (read the palette's indices instead)"
+    elif num_classes == len(RAW_VALUES["cityscapes"]) and wrong[-1] <= max(RAW_VALUES["cityscapes"]):
+        cause = "Cityscapes' raw labelIds (read them with --config.dataset.name=cityscapes, or map them to classes)"
     else:
         cause = "raw ids that were not mapped to classes, a color picture turned gray, or missing class names"
     return (
         f"label value {wrong[0]} at {histogram[wrong[0]]} pixels, expected 0..{num_classes - 1} for {num_classes} classes, or "
         f"{IGNORE} to ignore; likely {cause}"
     )
+
+
+def _voc_grays() -> set[int]:
+    """The brightness, by ITU-R 601, of VOC's 21 colors and of its border's."""
+    colors = (*voc_palette(21), (224, 224, 192))
+    return {round(0.299 * red + 0.587 * green + 0.114 * blue) for red, green, blue in colors}
 
 
 def _classes_file(root: str) -> epath.Path:

@@ -1,10 +1,13 @@
 """Tiny datasets in the layouts that users have, with contents that a test can work out again."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import scipy.io
 from PIL import Image
+
+from pspnet_jax import datasets
 
 
 def pair(split: str, index: int, size: tuple[int, int] = (40, 48), num_classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
@@ -39,3 +42,64 @@ def write_palette(path: pathlib.Path, label: np.ndarray) -> None:
     picture.putpalette([(7 * value + 100) % 256 for value in range(3 * 256)])
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
+
+
+def write_ade20k(root: pathlib.Path, splits: Mapping[str, int], size: tuple[int, int] = (40, 48)) -> pathlib.Path:
+    """Writes `pair`s of 150 classes as images/SPLIT/ADE_SPLIT_0.png and annotations/..., 0 for void and classes from 1."""
+    for split, count in splits.items():
+        for index in range(count):
+            image, label = pair(split, index, size, 150)
+            write_image(root / "images" / split / f"ADE_{split}_{index}.png", image)
+            raw = np.where(label == 255, 0, label + 1).astype(np.uint8)
+            write_image(root / "annotations" / split / f"ADE_{split}_{index}.png", raw)
+    return root
+
+
+def write_voc2012(root: pathlib.Path, splits: Mapping[str, Sequence[str]], size: tuple[int, int] = (40, 48)) -> pathlib.Path:
+    """Writes the named images, which are `pair("voc", int(name))`, as VOC does; those of the split "test" have no labels."""
+    for split, names in splits.items():
+        lists = root / "ImageSets/Segmentation"
+        lists.mkdir(parents=True, exist_ok=True)
+        (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+        for name in names:
+            image, label = pair("voc", int(name), size, 21)
+            write_image(root / f"JPEGImages/{name}.jpg", image)
+            if split != "test":
+                write_palette(root / f"SegmentationClass/{name}.png", label)
+    return root
+
+
+def write_sbd(root: pathlib.Path, splits: Mapping[str, Sequence[str]], size: tuple[int, int] = (40, 48)) -> pathlib.Path:
+    """Writes the named images, which are `pair("sbd", int(name))`, as SBD does: img/NAME.jpg and cls/NAME.mat, without 255."""
+    for split, names in splits.items():
+        root.mkdir(parents=True, exist_ok=True)
+        (root / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+        for name in names:
+            image, label = pair("sbd", int(name), size, 21)
+            write_image(root / f"img/{name}.jpg", image)
+            label = np.where(label == 255, 0, label).astype(np.uint8)
+            (root / "cls").mkdir(exist_ok=True)
+            boundaries = np.array([[np.eye(2)]] * 20, object)
+            content = {"Segmentation": label, "Boundaries": boundaries, "CategoriesPresent": np.unique(label)[:, None]}
+            scipy.io.savemat(root / f"cls/{name}.mat", {"GTcls": content}, do_compression=True)
+    return root
+
+
+def write_cityscapes(
+    root: pathlib.Path, splits: Mapping[str, int], size: tuple[int, int] = (40, 48), kind: str = "labelIds"
+) -> pathlib.Path:
+    """Writes `pair`s of 19 classes as leftImg8bit/SPLIT/CITY/..., in two cities, with labels of a kind (none for "test")."""
+    ids = np.full(256, 3, np.uint8)  # "out of roi", which is not scored
+    ids[:19] = datasets.RAW_VALUES["cityscapes"]
+    for split, count in splits.items():
+        truth = "gtCoarse" if split == "train_extra" else "gtFine"
+        for index in range(count):
+            image, label = pair(split, index, size, 19)
+            city = ("aachen", "bochum")[index % 2]
+            name = f"{split}/{city}/{city}_{index:06d}_000019"
+            write_image(root / f"leftImg8bit/{name}_leftImg8bit.png", image)
+            if split != "test":
+                raw = label if kind == "labelTrainIds" else ids[label]
+                write_image(root / f"{truth}/{name}_{truth}_{kind}.png", raw)
+                write_image(root / f"{truth}/{name}_{truth}_color.png", image)
+    return root

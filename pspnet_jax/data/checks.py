@@ -1,19 +1,65 @@
 """What can be wrong with an image and its label file, in one sentence that names the file, the fault and the likely cause."""
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
 
+import numpy as np
+import scipy.io
 import tensorflow as tf
 from PIL import Image, ImageFile
 
 from pspnet_jax import datasets
 
 EXIF_ORIENTATION = 0x0112
+Values = Callable[[Sequence[int]], str | None]  # histogram of a label's values 0..255 -> what is wrong with them
 
 
-def check_pair(image_file: str, label_file: str, num_classes: int, pixels: bool) -> None:
-    """Raises a ValueError about the first thing wrong with a pair; without pixels, only their headers are read."""
+def check_pair(image_file: str, label_file: str, num_classes: int, pixels: bool, benchmark: str | None) -> None:
+    """Raises a ValueError about the first thing wrong with a pair.
+
+    Args:
+      image_file: a JPEG or PNG.
+      label_file: a PNG, or a .mat of SBD.
+      num_classes: K.
+      pixels: look at all pixels; else read the headers only.
+      benchmark: whose raw values the label has; None: classes.
+    """
+
+    def values(histogram: Sequence[int]) -> str | None:
+        if benchmark:
+            return datasets.raw_label_problem(benchmark, histogram)
+        return datasets.label_problem(histogram, num_classes)
+
     size = _inspect(image_file, lambda image: _image_problem(image, pixels))
-    _inspect(label_file, lambda label: _label_problem(label, pixels, image_file, size, num_classes))
+    if label_file.endswith(".mat"):
+        _check_mat(label_file, image_file, size, values)
+    else:
+        _inspect(label_file, lambda label: _label_problem(label, pixels, image_file, size, values))
+
+
+def decode_label(contents: bytes) -> np.ndarray:
+    """Decodes a label file's contents to uint8[H, W]: a palette PNG by its indices, SBD's .mat by its GTcls.Segmentation.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    if contents.startswith(b"\x89PNG"):
+        return np.asarray(Image.open(io.BytesIO(contents)))
+    try:
+        return np.asarray(scipy.io.loadmat(io.BytesIO(contents))["GTcls"][0, 0]["Segmentation"], np.uint8)
+    except Exception as error:  # whatever scipy raises over a damaged file
+        raise ValueError(f"no palette PNG, and no .mat file with GTcls.Segmentation ({error})") from error
+
+
+def _check_mat(file: str, image_file: str, size: tuple[int, int], values: Values) -> None:
+    try:
+        with tf.io.gfile.GFile(file, "rb") as stream:
+            label = decode_label(stream.read())
+    except (ValueError, tf.errors.OpError) as error:
+        raise ValueError(f"{file}: cannot be read, damaged or cut short ({error}); replace it or remove the pair") from error
+    histogram = np.bincount(label.ravel(), minlength=256).tolist()
+    if problem := _size_problem(label.shape[::-1], image_file, size) or values(histogram):
+        raise ValueError(f"{file}: {problem}")
 
 
 def _inspect(file: str, find_problem: Callable[[ImageFile.ImageFile], str | None]) -> tuple[int, int]:
@@ -45,7 +91,7 @@ def _image_problem(image: ImageFile.ImageFile, pixels: bool) -> str | None:
 
 
 def _label_problem(
-    label: ImageFile.ImageFile, pixels: bool, image_file: str, size: tuple[int, int], num_classes: int
+    label: ImageFile.ImageFile, pixels: bool, image_file: str, size: tuple[int, int], values: Values
 ) -> str | None:
     if label.format != "PNG":
         return f"is a {label.format} file despite its name; labels must be PNGs of class indices"
@@ -57,7 +103,10 @@ def _label_problem(
     kind = label.tile[0][3]
     if label.mode != "P" and kind != "L":
         return f"has pixels of kind {kind!r}; expected an 8-bit gray or a palette PNG of class indices"
-    if label.size != size:
-        (width, height), (other_width, other_height) = label.size, size
-        return f"is {width}x{height}, but its image {image_file} is {other_width}x{other_height}; both must have one size"
-    return datasets.label_problem(label.histogram(), num_classes) if pixels else None
+    return _size_problem(label.size, image_file, size) or (values(label.histogram()) if pixels else None)
+
+
+def _size_problem(label: tuple[int, ...], image_file: str, image: tuple[int, int]) -> str | None:
+    if label == image:
+        return None
+    return f"is {label[0]}x{label[1]}, but its image {image_file} is {image[0]}x{image[1]}; both must have one size"

@@ -1,4 +1,4 @@
-"""Where the image and label pairs are: a folder of files, the built-in scenes, or a TFDS dataset.
+"""Examples by index: from files, the built-in scenes, or a TFDS dataset.
 
 A source hands out examples by index, in any order, and checks what it hands out: no wrong label reaches the network silently.
 """
@@ -6,7 +6,6 @@ A source hands out examples by index, in any order, and checks what it hands out
 import concurrent.futures
 import dataclasses
 import functools
-import io
 import logging
 import os
 import time
@@ -17,10 +16,9 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
-from PIL import Image
 
 from pspnet_jax import datasets
-from pspnet_jax.data import scenes
+from pspnet_jax.data import checks, layouts, scenes
 from pspnet_jax.data.checks import check_pair
 
 logger = logging.getLogger(__name__)
@@ -33,7 +31,7 @@ class Source(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """One per example; of a file, the image's path relative to images/SPLIT, without its ending."""
+        """One per example, see `layouts.Pair`."""
 
     def __len__(self) -> int: ...
 
@@ -49,62 +47,55 @@ class Source(Protocol):
 
 
 def open_source(dataset: ConfigDict, split: str) -> Source:
-    """Opens one split of a recipe's dataset. A folder is checked here, once per process (files added later are not seen).
+    """Opens one split of a recipe's dataset. Files are checked here, once per process (those added later are not seen).
 
     Args:
       dataset: config.dataset.
-      split: a subfolder of images/ and labels/, or a split of the scenes or the TFDS dataset.
+      split: see `layouts.list_pairs`; or a split of the scenes or the TFDS dataset.
 
     Raises:
       ValueError: the split is not there, or something in it is wrong: which file, and what to do.
     """
     num_classes = datasets.describe(dataset).num_classes
     root = os.path.expanduser(dataset.root).rstrip("/")
-    if dataset.name == "folder":
-        return _open_folder(root, split, num_classes)
+    if dataset.name in layouts.LAYOUTS:
+        skip = dataset.on_error == "skip"
+        return _open_files(dataset.name, root, os.path.expanduser(dataset.extra_root).rstrip("/"), split, num_classes, skip)
     if dataset.name == "scenes":
         return _open_scenes(split, num_classes)
     if dataset.name == "tfds":
         return _open_tfds(dataset.tfds_name, root, split, num_classes)
-    if not root or not tf.io.gfile.isdir(root):
-        raise ValueError(
-            f"dataset.name={dataset.name!r}: no files at --config.dataset.root={dataset.root!r}, expected a directory with "
-            f"{datasets.LAYOUTS[dataset.name]}"
-        )
-    raise ValueError(
-        f"dataset.name={dataset.name!r} at --config.dataset.root={dataset.root!r}: this version does not read "
-        f"{datasets.LAYOUTS[dataset.name]} yet, only images/SPLIT and labels/SPLIT with --config.dataset.name=folder"
-    )
+    raise ValueError(f"dataset.name={dataset.name!r}: expected one of {', '.join((*layouts.LAYOUTS, 'scenes', 'tfds'))}")
 
 
-class Folder:
-    """ROOT/images/SPLIT/NAME.{jpg,jpeg,png} with ROOT/labels/SPLIT/NAME.png, 8-bit gray or palette PNGs of class indices.
+class Files:
+    """Pairs of files: images JPEG or PNG; labels 8-bit gray or palette PNGs, or SBD's .mat files.
 
-    ROOT may be local or gs://; NAME may hold subfolders.
+    Attributes:
+      names: of the pairs, in order.
+      skipped: a sentence for each pair that was left out because something is wrong with it.
     """
 
-    def __init__(self, root: str, split: str, num_classes: int):
-        if not root:
-            raise ValueError("dataset.root is empty: set --config.dataset.root to the directory that holds images/ and labels/")
-        images = _files(f"{root}/images/{split}", (".jpg", ".jpeg", ".png"))
-        if not tf.io.gfile.isdir(f"{root}/labels/{split}"):
-            raise ValueError(
-                f"{root}/labels/{split}: no such directory, so split {split!r} has no labels to train with or to be scored by; "
-                f"--mode predict --input {root}/images/{split} segments its images, and --format writes what a benchmark's "
-                "server scores"
-            )
-        labels = _files(f"{root}/labels/{split}", (".png",))
-        for found, others, kind, partner in ((images, labels, "image", "label"), (labels, images, "label", "image")):
-            if alone := sorted(found.keys() - others.keys()):
-                raise ValueError(
-                    f"{found[alone[0]]}: this {kind} has no {partner}, expected {root}/{partner}s/{split}/{alone[0]}.png"
-                    f"{' (or .jpg)' if partner == 'image' else ''} ({len(alone)} of {len(found)} {kind}s have none)"
-                )
-        self.names = sorted(images)
-        self.num_classes = num_classes
-        self._images = tf.constant([images[name] for name in self.names])
-        self._labels = tf.constant([labels[name] for name in self.names])
-        self._files = [(images[name], labels[name]) for name in self.names]
+    def __init__(self, benchmark: str, pairs: Sequence[layouts.Pair], num_classes: int, skip: bool = False):
+        """Checks the pairs.
+
+        Args:
+          benchmark: whose values the raw labels have.
+          pairs: all with labels.
+          num_classes: K.
+          skip: leave wrong pairs out.
+
+        Raises:
+          ValueError: about the first wrong pair, and how many more there are; with skip, when most are wrong.
+        """
+        self.num_classes, self._benchmark = num_classes, benchmark
+        self._pairs = list(pairs)
+        self.skipped = self._check_all(skip)
+        self.names = [pair.name for pair in self._pairs]
+        self._images = tf.constant([pair.image for pair in self._pairs])
+        self._labels = tf.constant([pair.label for pair in self._pairs])
+        self._raw = tf.constant([pair.raw for pair in self._pairs])
+        self._classes = tf.constant(datasets.classes_of_raw_values(benchmark)) if any(pair.raw for pair in pairs) else None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -113,21 +104,26 @@ class Folder:
         # Reads PNGs as well. The default transform differs from other decoders' (OpenCV, Pillow) by up to 6 levels, this not.
         image = tf.io.decode_jpeg(tf.io.read_file(self._images[index]), channels=3, dct_method="INTEGER_ACCURATE")
         contents = tf.io.read_file(self._labels[index])
+        gray_png = (tf.strings.substr(contents, 1, 3) == "PNG") & (tf.strings.substr(contents, 25, 1) == "\x00")
         label = tf.cond(
-            tf.strings.substr(contents, 25, 1) == "\x03",  # the color type in a PNG's header: 3 is palette
-            lambda: tf.numpy_function(_palette_indices, [contents], tf.uint8, stateful=False),
+            gray_png,  # the color type in its header
             lambda: tf.io.decode_png(contents, channels=1)[..., 0],
+            lambda: tf.numpy_function(checks.decode_label, [contents], tf.uint8, stateful=False),
         )
+        if self._classes is not None:
+            classes = self._classes
+            label = tf.cond(self._raw[index], lambda: tf.gather(classes, tf.cast(label, tf.int32)), lambda: label)
         return _checked(image, label, self.num_classes)
 
     def check(self, index: int, pixels: bool = True) -> None:
         """Raises a ValueError that names the file and what is wrong; without pixels, from the headers only."""
-        image_file, label_file = self._files[index]
-        check_pair(image_file, label_file, self.num_classes, pixels)
+        pair = self._pairs[index]
+        check_pair(pair.image, pair.label, self.num_classes, pixels, self._benchmark if pair.raw else None)
 
-    def check_all(self) -> None:
-        """Raises a ValueError about the first wrong pair of files, and says how many more there are."""
-        stride = 1 if len(self) <= CHECK_ALL else len(self) // CHECK_SOME
+    def _check_all(self, skip: bool) -> list[str]:
+        """Returns a sentence for each pair that it left out."""
+        everything = skip or len(self._pairs) <= CHECK_ALL
+        stride = 1 if everything else len(self._pairs) // CHECK_SOME
 
         def problem(index: int) -> str | None:
             try:
@@ -137,18 +133,34 @@ class Folder:
             return None
 
         with concurrent.futures.ThreadPoolExecutor(32) as pool:
-            problems = [found for found in pool.map(problem, range(len(self))) if found]
-        if problems:
+            found = list(pool.map(problem, range(len(self._pairs))))
+        problems = [sentence for sentence in found if sentence]
+        if problems and not (skip and len(problems) <= len(found) // 2):
             raise ValueError(problems[0] + (f" ({len(problems) - 1} more pairs are wrong, too)" if problems[1:] else ""))
+        self._pairs = [pair for pair, sentence in zip(self._pairs, found, strict=True) if not sentence]
+        return problems
 
 
 @functools.lru_cache
-def _open_folder(root: str, split: str, num_classes: int) -> Folder:
+def _open_files(name: str, root: str, extra_root: str, split: str, num_classes: int, skip: bool) -> Files:
     start = time.monotonic()
-    folder = Folder(root, split, num_classes)
-    folder.check_all()
-    logger.info(f"{root}, {split}: {len(folder)} pairs of files checked in {time.monotonic() - start:.1f} s")
-    return folder
+    pairs = layouts.list_pairs(name, root, split, extra_root)
+    if unlabeled := [pair.image for pair in pairs if not pair.label]:
+        raise ValueError(
+            f"{unlabeled[0]}: split {split!r} has no labels to train with or to be scored by; "
+            f"--mode predict with --config.eval.split={split} segments its images, and --format writes what a benchmark's "
+            "server scores"
+        )
+    files = Files(name, pairs, num_classes, skip)
+    logger.info(f"{root}, {split}: {len(files)} pairs of files checked in {time.monotonic() - start:.1f} s")
+    for sentence in files.skipped[:5]:
+        logger.warning("skipped: %s", sentence)
+    if len(files.skipped) > 5:
+        logger.warning("skipped %s pairs in all", len(files.skipped))
+    counts = [datasets.COUNTS.get(name, {}).get(layouts.official(name, part)) for part in split.split("+")]
+    if None not in counts and len(files) != sum(counts):
+        logger.warning(f"{name} {split} has {sum(counts):,} images officially, here {len(files):,}")
+    return files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,29 +235,6 @@ def _open_tfds(name: str, root: str, split: str, num_classes: int) -> Examples:
 
 def _numbered(split: str, count: int) -> list[str]:
     return [f"{split}_{index:05d}" for index in range(count)]
-
-
-def _files(directory: str, endings: tuple[str, ...]) -> dict[str, str]:
-    """Returns {path relative to the directory, without ending: whole path} of the files with these endings."""
-    if not tf.io.gfile.isdir(directory):
-        raise ValueError(f"{directory}: no such directory; dataset.root must hold images/SPLIT and labels/SPLIT")
-    found: dict[str, str] = {}
-    for parent, _, files in tf.io.gfile.walk(directory):
-        for file in files:
-            path = f"{parent}/{file}"
-            name, ending = os.path.splitext(path[len(directory) + 1 :])
-            if ending.lower() not in endings or file.startswith("."):
-                continue
-            if name in found:
-                raise ValueError(f"{path} and {found[name]}: two files of one name, whose label is ambiguous; remove one")
-            found[name] = path
-    if not found:
-        raise ValueError(f"{directory}: holds no {', '.join(endings)} files")
-    return found
-
-
-def _palette_indices(contents: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(contents)))
 
 
 def _checked(image: tf.Tensor, label: tf.Tensor, num_classes: int) -> tuple[tf.Tensor, tf.Tensor]:

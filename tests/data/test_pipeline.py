@@ -148,7 +148,7 @@ def test_batches_before_the_wrong_one_arrive(spoiled):
 
 def test_an_error_that_no_check_explains_names_the_batch(spoiled, monkeypatch):
     config, image, _ = spoiled
-    monkeypatch.setattr(sources.Folder, "check", lambda self, index: None)
+    monkeypatch.setattr(sources.Files, "check", lambda self, index: None)
     image.write_bytes(b"")
     with pytest.raises(ValueError, match=r"one of the examples \d+, \d+ cannot be loaded: .*empty") as error:
         list(pipeline.train_batches(config))

@@ -85,7 +85,7 @@ def test_remote_root():
 def test_a_folder_is_checked_once(tmp_path, monkeypatch):
     root = fakes.write_folder(tmp_path, {"train": 1})
     first = open_folder(root)
-    monkeypatch.setattr(sources.Folder, "check_all", lambda self: pytest.fail("checked twice"))
+    monkeypatch.setattr(sources.Files, "_check_all", lambda *_: pytest.fail("checked twice"))
     assert open_folder(root) is first
 
 
@@ -124,7 +124,7 @@ def _set_label(path, *values):
     ("file", "spoil", "message"),
     [
         (LABEL, lambda p: p.unlink(), r"images/train/001.png: this image has no label, .*labels/train/001.png \(1 of 3 images"),
-        (IMAGE, lambda p: p.unlink(), r"labels/train/001.png: this label has no image, .*images/train/001.png"),
+        (IMAGE, lambda p: p.unlink(), r"labels/train/001.png: this label has no image \(1 of 3 labels"),
         (IMAGE, lambda p: fakes.write_image(p.with_suffix(".jpg"), fakes.pair("train", 1)[0]), r"001.* two files of one name"),
         (IMAGE, lambda p: p.write_bytes(b""), r"images/train/001.png: cannot be read"),
         (IMAGE, _truncate, r"images/train/001.png: cannot be read, damaged or cut short"),
@@ -176,7 +176,7 @@ def test_a_large_folder_is_sampled_but_every_header_is_read(tmp_path, monkeypatc
         load(source, 4)
     with pytest.raises(ValueError, match=r"labels/train/004.png: label value 9"):
         source.check(4)
-    sources._open_folder.cache_clear()
+    sources._open_files.cache_clear()
     fakes.write_image(root / "labels/train/005.png", np.zeros((40, 47), np.uint8))
     with pytest.raises(ValueError, match=r"005.png: is 47x40"):
         open_folder(root)
@@ -191,15 +191,6 @@ def test_missing_directories(tmp_path):
     (root / "images/val").mkdir()
     with pytest.raises(ValueError, match=r"images/val: holds no .jpg, .jpeg, .png files"):
         open_folder(root, "val")
-
-
-@pytest.mark.parametrize("name", ["ade20k", "voc2012", "cityscapes"])
-def test_benchmarks_without_reader_say_so(name, tmp_path):
-    for root, message in (("", "no files at"), ("/nowhere", "no files at"), (str(tmp_path), "does not read .* yet")):
-        with pytest.raises(ValueError, match=rf"dataset.name='{name}'.*{message}") as error:
-            sources.open_source(recipe(name=name, root=root), "train")
-        assert f"--config.dataset.root={root!r}" in str(error.value)
-        assert "\n" not in str(error.value)
 
 
 # Scenes and TFDS

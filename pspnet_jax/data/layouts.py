@@ -1,0 +1,195 @@
+"""Where each dataset keeps its images and labels, as its users unpack it. Directories may be local or gs://."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from pspnet_jax import datasets
+
+IMAGES = (".jpg", ".jpeg", ".png")
+ALIASES = {"ade20k": {"train": "training", "val": "validation"}}
+
+
+class Pair(NamedTuple):
+    """An image and its label.
+
+    Attributes:
+      name: what messages and predictions call it.
+      image: the file.
+      label: the file; "" where the split has no public labels.
+      raw: whether the label has the benchmark's own values (see `datasets.RAW_VALUES`), not classes.
+    """
+
+    name: str
+    image: str
+    label: str
+    raw: bool = False
+
+
+def list_pairs(name: str, root: str, split: str, extra_root: str = "") -> list[Pair]:
+    """Lists a split, or several in the form "train+train_extra", each in the order of names.
+
+    Args:
+      name: of the dataset, as in config.dataset.
+      root: its directory.
+      split: for "folder" a subfolder of images/ and labels/; ade20k: training (train), validation (val); voc2012: train,
+        train_aug, trainval, val, test; cityscapes: train, val, test, train_extra.
+      extra_root: SBD's directory, for voc2012.
+
+    Raises:
+      ValueError: a directory or a file's partner is missing: which, and what was expected.
+    """
+    if not root:
+        raise ValueError(f"dataset.root is empty: set --config.dataset.root to the directory with {EXPECTED[name]}")
+    if not tf.io.gfile.isdir(root):
+        raise ValueError(f"--config.dataset.root={root}: no such directory; expected one with {EXPECTED[name]}")
+    return [pair for part in split.split("+") for pair in LAYOUTS[name](root, official(name, part), extra_root)]
+
+
+def official(name: str, split: str) -> str:
+    """The dataset's own name of a split: "training" for ADE20K's "train"."""
+    return ALIASES.get(name, {}).get(split, split)
+
+
+def _folder(root: str, split: str, extra_root: str) -> list[Pair]:
+    """ROOT/images/SPLIT/NAME.{jpg,jpeg,png} with ROOT/labels/SPLIT/NAME.png; NAME may hold subfolders."""
+    images = _files(f"{root}/images/{split}", IMAGES)
+    return _paired(images, f"{root}/labels/{split}", raw=False)
+
+
+def _ade20k(root: str, split: str, extra_root: str) -> list[Pair]:
+    """images/SPLIT/NAME.jpg with annotations/SPLIT/NAME.png."""
+    root = _first_with("ade20k", "images", root, f"{root}/ADEChallengeData2016")
+    return _paired(_files(f"{root}/images/{split}", IMAGES), f"{root}/annotations/{split}", raw=True)
+
+
+def _paired(images: dict[str, str], directory: str, raw: bool) -> list[Pair]:
+    """Pairs images with the labels of the same names in a directory; all without labels if there is no such directory."""
+    if not tf.io.gfile.isdir(directory):
+        return [Pair(name, images[name], "", raw) for name in sorted(images)]
+    labels = _files(directory, (".png",))
+    if alone := sorted(images.keys() - labels.keys()):
+        raise ValueError(
+            f"{images[alone[0]]}: this image has no label, expected {directory}/{alone[0]}.png ({len(alone)} of {len(images)} "
+            "images have none)"
+        )
+    if alone := sorted(labels.keys() - images.keys()):
+        raise ValueError(f"{labels[alone[0]]}: this label has no image ({len(alone)} of {len(labels)} labels have none)")
+    return [Pair(name, images[name], labels[name], raw) for name in sorted(images)]
+
+
+def _voc2012(root: str, split: str, extra_root: str) -> list[Pair]:
+    """JPEGImages/NAME.jpg with SegmentationClass/NAME.png, for the names in ImageSets/Segmentation/SPLIT.txt."""
+    root = _first_with("voc2012", "JPEGImages", root, f"{root}/VOC2012", f"{root}/VOCdevkit/VOC2012")
+    if split == "train_aug":
+        return _voc2012_augmented(root, extra_root)
+    labeled = split != "test"
+    return [
+        Pair(name, f"{root}/JPEGImages/{name}.jpg", f"{root}/SegmentationClass/{name}.png" if labeled else "")
+        for name in sorted(_names(f"{root}/ImageSets/Segmentation/{split}.txt"))
+    ]
+
+
+def _voc2012_augmented(root: str, extra_root: str) -> list[Pair]:
+    """VOC's train, and SBD's train and val without VOC's val: 10,582 images in all.
+
+    The labels of SBD (Hariharan et al. 2011) are read from a folder SegmentationClassAug of PNGs that others have made of them,
+    or from its own .mat files, except where VOC train has better ones.
+    """
+    train, val = (set(_names(f"{root}/ImageSets/Segmentation/{split}.txt")) for split in ("train", "val"))
+    ready = f"{root}/SegmentationClassAug"
+    if tf.io.gfile.isdir(ready):
+        labels = {name: path for name, path in _files(ready, (".png",)).items() if name not in val}
+        return [Pair(name, f"{root}/JPEGImages/{name}.jpg", labels[name]) for name in sorted(labels)]
+    above = os.path.dirname(os.path.dirname(root))
+    places = (f"{place}/benchmark_RELEASE/dataset" for place in (above, os.path.dirname(root), root))
+    sbd = _first_with("voc2012", "cls", *((extra_root,) if extra_root else places))
+    added = {name for split in ("train", "val") for name in _names(f"{sbd}/{split}.txt")} - val - train
+    here = {file.removesuffix(".jpg") for file in tf.io.gfile.listdir(f"{root}/JPEGImages")}
+    return [
+        Pair(
+            name,
+            f"{root}/JPEGImages/{name}.jpg" if name in here else f"{sbd}/img/{name}.jpg",
+            f"{root}/SegmentationClass/{name}.png" if name in train else f"{sbd}/cls/{name}.mat",
+        )
+        for name in sorted(train | added)
+    ]
+
+
+def _cityscapes(root: str, split: str, extra_root: str) -> list[Pair]:
+    """leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png with gtFine (train_extra: gtCoarse) .../NAME_*_labelIds.png.
+
+    Where there are no labelIds, files *_labelTrainIds.png hold the classes themselves.
+    """
+    ground_truth = "gtCoarse" if split == "train_extra" else "gtFine"
+    found = _files(f"{root}/leftImg8bit/{split}", (".png",))
+    images = {os.path.basename(name).removesuffix("_leftImg8bit"): path for name, path in found.items()}
+    if split == "test":  # the labels that come with it are empty
+        return [Pair(f"{name}_leftImg8bit", path, "") for name, path in sorted(images.items())]
+    files = _files(f"{root}/{ground_truth}/{split}", (".png",))
+    for kind in ("labelIds", "labelTrainIds"):
+        ending = f"_{ground_truth}_{kind}"
+        labels = {os.path.basename(n).removesuffix(ending): p for n, p in files.items() if n.endswith(ending)}
+        if labels:
+            break
+    if alone := sorted(images.keys() - labels.keys()):
+        raise ValueError(
+            f"{images[alone[0]]}: this image has no label, expected {alone[0]}_{ground_truth}_labelIds.png in "
+            f"{root}/{ground_truth}/{split}/CITY ({len(alone)} of {len(images)} images have none)"
+        )
+    return [Pair(f"{name}_leftImg8bit", images[name], labels[name], kind == "labelIds") for name in sorted(images)]
+
+
+def _first_with(name: str, folder: str, *places: str) -> str:
+    """The first of some directories that has a folder."""
+    for place in places:
+        if tf.io.gfile.isdir(f"{place}/{folder}"):
+            return place
+    raise ValueError(f"dataset.name={name!r}: found no {folder}/ in {', '.join(places)}; expected {EXPECTED[name]}")
+
+
+def _names(file: str) -> list[str]:
+    """The first word of each line."""
+    if not tf.io.gfile.exists(file):
+        raise ValueError(f"{file}: no such file; it lists the names of the images of a split")
+    with tf.io.gfile.GFile(file) as lines:
+        return [line.split()[0] for line in lines if line.strip()]
+
+
+def _files(directory: str, endings: Sequence[str]) -> dict[str, str]:
+    """Returns {path relative to the directory, without ending: whole path} of the files with these endings."""
+    if not tf.io.gfile.isdir(directory):
+        parent = os.path.dirname(directory)
+        there = ", ".join(sorted(tf.io.gfile.listdir(parent))[:8]) if tf.io.gfile.isdir(parent) else ""
+        raise ValueError(f"{directory}: no such directory" + (f"; {parent} has {there}" if there else ""))
+    found: dict[str, str] = {}
+    for parent, _, files in tf.io.gfile.walk(directory):
+        for file in files:
+            path = f"{parent}/{file}"
+            name, ending = os.path.splitext(path[len(directory) + 1 :])
+            if ending.lower() not in endings or file.startswith("."):
+                continue
+            if name in found:
+                raise ValueError(f"{path} and {found[name]}: two files of one name, whose label is ambiguous; remove one")
+            found[name] = path
+    if not found:
+        raise ValueError(f"{directory}: holds no {', '.join(endings)} files")
+    return found
+
+
+LAYOUTS: dict[str, Callable[[str, str, str], list[Pair]]] = {
+    "folder": _folder,
+    "ade20k": _ade20k,
+    "voc2012": _voc2012,
+    "cityscapes": _cityscapes,
+}
+EXPECTED = {
+    "folder": "images/SPLIT and labels/SPLIT",
+    "ade20k": "images/{training,validation} and annotations/{training,validation}, as ADEChallengeData2016 has them",
+    "voc2012": "JPEGImages, SegmentationClass and ImageSets/Segmentation, as VOCdevkit/VOC2012 has them; for train_aug also "
+    "SegmentationClassAug, or SBD's benchmark_RELEASE/dataset beside it or as --config.dataset.extra_root",
+    "cityscapes": "leftImg8bit/{train,val}/CITY and gtFine/{train,val}/CITY (for train_extra gtCoarse)",
+}
+assert EXPECTED.keys() == LAYOUTS.keys() >= datasets.RAW_VALUES.keys()

@@ -1,0 +1,183 @@
+"""Each benchmark is read from the files as its users unpack them, and wrong ones are named."""
+
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pspnet_jax import datasets
+from pspnet_jax.data import layouts, sources
+from tests import fakes
+from tests.data.test_sources import assert_loads, recipe
+
+
+def open_split(name, root, split, **fields):
+    return sources.open_source(recipe(name=name, root=str(root), **fields), split)
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("split", ["validation", "val"])
+@pytest.mark.parametrize("below", ["", "ADEChallengeData2016"])
+def test_ade20k(tmp_path, split, below):
+    fakes.write_ade20k(tmp_path / below, {"training": 2, "validation": 3})
+    source = open_split("ade20k", tmp_path, split)
+    assert source.names == [f"ADE_validation_{index}" for index in range(3)]
+    for index in range(3):
+        assert_loads(source, index, *fakes.pair("validation", index, num_classes=150))
+
+
+@pytest.mark.parametrize("below", ["", "VOC2012", "VOCdevkit/VOC2012"])
+def test_voc2012(tmp_path, below):
+    root = fakes.write_voc2012(tmp_path / below, {"train": ["2", "1"], "val": ["3"], "test": ["4"]})
+    source = open_split("voc2012", tmp_path, "train")
+    assert source.names == ["1", "2"]
+    for index in range(2):
+        expected = fakes.pair("voc", index + 1, num_classes=21)[1]
+        assert_loads(source, index, pixels(root / f"JPEGImages/{index + 1}.jpg"), expected)
+
+
+@pytest.mark.parametrize("where", ["VOCdevkit's parent", "VOC2012", "extra_root"])
+def test_voc2012_augmented_from_sbd(tmp_path, where):
+    """SBD's 1 is VOC's val, 2 has a better label in VOC's train; 5 of VOC's train is not in SBD."""
+    root = fakes.write_voc2012(tmp_path / "VOCdevkit/VOC2012", {"train": ["2", "5"], "val": ["1", "7"]})
+    places = {"VOCdevkit's parent": tmp_path, "VOC2012": root, "extra_root": tmp_path / "elsewhere"}
+    sbd = fakes.write_sbd(places[where] / "benchmark_RELEASE/dataset", {"train": ["1", "2", "3"], "val": ["4"]})
+    extra_root = str(sbd) if where == "extra_root" else ""
+    source = open_split("voc2012", root, "train_aug", extra_root=extra_root)
+    assert source.names == ["2", "3", "4", "5"]
+    for index, name in enumerate(source.names):
+        ours = name in ("2", "5")
+        label = fakes.pair("voc" if ours else "sbd", int(name), num_classes=21)[1]
+        label = label if ours else np.where(label == 255, 0, label)
+        image = pixels(root / f"JPEGImages/{name}.jpg" if ours else sbd / f"img/{name}.jpg")
+        assert_loads(source, index, image, label)
+
+
+def test_voc2012_augmented_from_ready_labels(tmp_path):
+    root = fakes.write_voc2012(tmp_path, {"train": ["2"], "val": ["1"]})
+    for name in ("1", "2", "3"):
+        image, label = fakes.pair("aug", int(name), num_classes=21)
+        fakes.write_image(root / f"JPEGImages/{name}.jpg", image)
+        fakes.write_image(root / f"SegmentationClassAug/{name}.png", label)
+    source = open_split("voc2012", root, "train_aug")
+    assert source.names == ["2", "3"]
+    assert_loads(source, 1, pixels(root / "JPEGImages/3.jpg"), fakes.pair("aug", 3, num_classes=21)[1])
+
+
+@pytest.mark.parametrize("kind", ["labelIds", "labelTrainIds"])
+def test_cityscapes_fine_and_coarse_together(tmp_path, kind):
+    fakes.write_cityscapes(tmp_path, {"train": 3, "train_extra": 2, "val": 1}, kind=kind)
+    source = open_split("cityscapes", tmp_path, "train+train_extra")
+    assert source.names == [
+        "aachen_000000_000019_leftImg8bit",
+        "aachen_000002_000019_leftImg8bit",
+        "bochum_000001_000019_leftImg8bit",
+        "aachen_000000_000019_leftImg8bit",
+        "bochum_000001_000019_leftImg8bit",
+    ]
+    for place, (split, index) in enumerate([("train", 0), ("train", 2), ("train", 1), ("train_extra", 0), ("train_extra", 1)]):
+        assert_loads(source, place, *fakes.pair(split, index, num_classes=19))
+
+
+@pytest.mark.parametrize("name", ["voc2012", "cityscapes"])
+def test_a_test_split_lists_its_images_and_cannot_be_scored(tmp_path, name):
+    if name == "voc2012":
+        fakes.write_voc2012(tmp_path, {"test": ["8", "9"]})
+    else:
+        fakes.write_cityscapes(tmp_path, {"test": 2})
+    pairs = layouts.list_pairs(name, str(tmp_path), "test")
+    assert len(pairs) == 2
+    assert [pixels(pair.image).shape for pair in pairs] == [(40, 48, 3)] * 2
+    with pytest.raises(ValueError, match=r"split 'test' has no labels .*--mode predict with --config.eval.split=test"):
+        open_split(name, tmp_path, "test")
+
+
+@pytest.mark.parametrize("name", layouts.LAYOUTS)
+def test_a_root_that_is_not_there_or_holds_something_else(tmp_path, name):
+    for root, words in (
+        ("", "dataset.root is empty"),
+        (tmp_path / "nowhere", "nowhere: no such directory"),
+        (tmp_path, str(tmp_path)),
+    ):
+        with pytest.raises(ValueError, match=words) as error:
+            sources.open_source(recipe(name=name, root=str(root), class_names=("a", "b")), "train")
+        assert "\n" not in str(error.value)
+
+
+def test_a_missing_partner_is_named(tmp_path):
+    fakes.write_cityscapes(tmp_path, {"train": 3})
+    (tmp_path / "gtFine/train/bochum/bochum_000001_000019_gtFine_labelIds.png").unlink()
+    with pytest.raises(ValueError, match=r"bochum_000001_000019_leftImg8bit.png: this image has no label, .* \(1 of 3 images"):
+        open_split("cityscapes", tmp_path, "train")
+    voc = fakes.write_voc2012(tmp_path / "voc", {"train": ["1", "2"]})
+    (voc / "SegmentationClass/2.png").unlink()
+    with pytest.raises(ValueError, match=r"SegmentationClass/2.png: cannot be read"):
+        open_split("voc2012", voc, "train")
+
+
+def test_raw_values_that_do_not_occur_are_named(tmp_path):
+    ade = fakes.write_ade20k(tmp_path / "ade", {"training": 1})
+    label = np.full((40, 48), 255, np.uint8)
+    fakes.write_image(ade / "annotations/training/ADE_training_0.png", label)
+    with pytest.raises(ValueError, match=r"training_0.png: value 255 at 1920 pixels does not occur .* mapped to classes"):
+        open_split("ade20k", ade, "training")
+    city = fakes.write_cityscapes(tmp_path / "city", {"train": 1})
+    path = city / "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png"
+    for value, cause in ((255, "mapped to classes before"), (40, "instance or color labels")):
+        sources._open_files.cache_clear()
+        fakes.write_image(path, np.where(label == 255, value, 0).astype(np.uint8))
+        with pytest.raises(ValueError, match=rf"labelIds.png: value {value} at .* have 0..33; likely .*{cause}"):
+            open_split("cityscapes", city, "train")
+
+
+def test_other_mistakes_with_labels_are_guessed(tmp_path):
+    for values, classes, cause in (
+        ([7, 26, 33], 19, "Cityscapes' raw labelIds"),
+        ([38, 75, 113], 21, "a palette picture of VOC turned gray"),
+        ([150], 150, "count from 1"),
+    ):
+        histogram = np.zeros(256, int)
+        histogram[values] = 5
+        assert cause in datasets.label_problem(histogram.tolist(), classes)
+
+
+def test_a_damaged_mat_file_is_named(tmp_path):
+    voc = fakes.write_voc2012(tmp_path, {"train": ["1"], "val": ["2"]})
+    sbd = fakes.write_sbd(tmp_path / "sbd", {"train": ["3"], "val": []})
+    mat = sbd / "cls/3.mat"
+    for contents in (mat.read_bytes()[:300], b"", b"hello"):
+        mat.write_bytes(contents)
+        sources._open_files.cache_clear()
+        with pytest.raises(ValueError, match=r"cls/3.mat: cannot be read, damaged or cut short \(no palette PNG, and no .mat"):
+            open_split("voc2012", voc, "train_aug", extra_root=str(sbd))
+
+
+def test_wrong_files_are_skipped_on_demand_and_counted(tmp_path, caplog):
+    root = fakes.write_ade20k(tmp_path, {"training": 6})
+    (root / "images/training/ADE_training_1.png").write_bytes(b"")
+    fakes.write_image(root / "annotations/training/ADE_training_4.png", np.zeros((40, 47), np.uint8))
+    with pytest.raises(ValueError, match=r"ADE_training_1.png: cannot be read.* \(1 more pairs are wrong, too\)"):
+        open_split("ade20k", root, "training")
+    with caplog.at_level(logging.WARNING, "pspnet_jax"):
+        source = open_split("ade20k", root, "training", on_error="skip")
+    assert source.names == [f"ADE_training_{index}" for index in (0, 2, 3, 5)]
+    assert_loads(source, 3, *fakes.pair("training", 5, num_classes=150))
+    assert [sentence.split(": ")[0].rsplit("/", 1)[1] for sentence in source.skipped] == [
+        "ADE_training_1.png",
+        "ADE_training_4.png",
+    ]
+    assert "skipped: " in caplog.text
+    assert "has 20,210 images officially, here 4" in caplog.text
+
+
+def test_a_split_that_is_mostly_wrong_is_refused_all_the_same(tmp_path):
+    root = fakes.write_ade20k(tmp_path, {"training": 3})
+    for index in (0, 1):
+        (root / f"images/training/ADE_training_{index}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"\(1 more pairs are wrong, too\)"):
+        open_split("ade20k", root, "training", on_error="skip")
