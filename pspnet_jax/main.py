@@ -22,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from pspnet_jax import config as configs
 from pspnet_jax import datasets, models, parallel, validation, weights
+from pspnet_jax.infer import draw
 from pspnet_jax.infer import evaluate as evaluation
 from pspnet_jax.infer import predict as prediction
 from pspnet_jax.infer.windows import Predictor
@@ -29,6 +30,7 @@ from pspnet_jax.train import checkpoint
 
 logger = logging.getLogger("pspnet_jax")
 PICTURES = 4  # of the validation split, in each evaluation
+PANELS = 12  # of each split, in --mode check
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,6 +147,30 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     logger.info(f"{workdir} has checkpoints/, metrics.jsonl, pictures/ and tensorboard/")
 
 
+def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """--mode check: looks at all images and labels of a recipe, and pictures them."""
+    if not arguments.config:
+        raise ValueError("--config is missing: name a recipe, such as --config configs/cityscapes.py")
+    config = _override(configs.load_recipe(arguments.config), overrides)
+    validation.validate(config)
+    info = datasets.describe(config.dataset)
+    output = _absolute(arguments.output or f"runs/{config.name}/check")
+    from pspnet_jax.data import survey
+
+    problems = []
+    for split in dict.fromkeys((config.dataset.train_split, config.eval.split)):
+        found = survey.survey(config.dataset, split, info.num_classes)
+        problems += found.problems
+        logger.info(found)
+        rich.print(found.table(info))
+        examples = survey.samples(config.dataset, split, PANELS)
+        draw.save(draw.contact_sheet(examples, info), output / f"{split}_images.png")
+        draw.save(draw.class_frequencies(found.pixels, info), output / f"{split}_classes.png")
+    logger.info(f"pictures of the labels, and of the classes' frequencies, are in {output}")
+    if problems:
+        raise ValueError("\n".join((*problems, f"{len(problems)} problem(s) found")))
+
+
 def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode evaluate: scores a checkpoint with its saved config, and writes WORKDIR/evaluation/SPLIT_STEP_PROTOCOL.json."""
     config, step, variables, workdir = _restore(arguments, overrides)
@@ -160,15 +186,29 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """--mode predict: segments an image or a folder of images with a checkpoint."""
-    if not (arguments.input and arguments.output):
-        raise ValueError("--mode predict needs --input (an image or a folder of images) and --output (a directory)")
+    """--mode predict: segments an image, a folder of images, or the images of config.eval.split, with a checkpoint."""
+    if not arguments.output:
+        raise ValueError(
+            "--mode predict needs --output (a directory), and --input (an image or a folder) unless it is a split's"
+        )
     config, _, variables, _ = _restore(arguments, overrides)
     info = datasets.describe(config.dataset)
     form = arguments.format or ""
-    images = prediction.predict(_predictor(config), variables, arguments.input, arguments.output, info, form)
+    paths = prediction.find_images(arguments.input, bool(form)) if arguments.input else _images(config)
+    prediction.predict(_predictor(config), variables, paths, arguments.output, info, form)
     what = f"the {form} server's form" if form else "index/, color/ and overlay/"
-    logger.info(f"{images} images segmented: {what} in {arguments.output}")
+    logger.info(f"{len(paths)} images segmented: {what} in {arguments.output}")
+
+
+def _images(config: ConfigDict) -> dict[str, str]:
+    """The images of config.eval.split, with or without labels, by name."""
+    from pspnet_jax.data import layouts
+
+    dataset = config.dataset
+    if dataset.name not in layouts.LAYOUTS:
+        raise ValueError(f"--mode predict needs --input: the images of dataset.name={dataset.name!r} are no files")
+    pairs = layouts.list_pairs(dataset.name, str(_absolute(dataset.root)), config.eval.split, dataset.extra_root)
+    return {pair.name: pair.image for pair in pairs}
 
 
 def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -242,7 +282,14 @@ def _score(predictor: Predictor, variables: Any, config: ConfigDict, info: datas
     return evaluation.evaluate(predictor, variables, examples, info, count, split, pictures=PICTURES)
 
 
-JOBS = {"train": train, "evaluate": evaluate, "predict": predict, "import": import_weights, "export": export_weights}
+JOBS = {
+    "check": check,
+    "train": train,
+    "evaluate": evaluate,
+    "predict": predict,
+    "import": import_weights,
+    "export": export_weights,
+}
 SHARED_JOBS = ("train", "evaluate")  # those that several processes can do together
 
 if __name__ == "__main__":

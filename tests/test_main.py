@@ -149,7 +149,8 @@ def test_another_network_in_the_same_workdir_is_refused(run, capsys):
         (["--config=configs/quickstart.py", "--config.init_from=nowhere"], "nowhere: is no run with checkpoints"),
         (["--mode=evaluate", "--workdir=nowhere"], "nowhere"),
         (["--mode=evaluate"], "--workdir is missing"),
-        (["--mode=predict", "--workdir=nowhere"], "--input"),
+        (["--mode=predict", "--workdir=nowhere"], "--output"),
+        (["--mode=check"], "--config is missing"),
     ],
 )
 def test_a_mistake_ends_in_one_sentence(arguments, words, capsys, monkeypatch):

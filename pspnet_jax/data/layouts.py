@@ -45,12 +45,18 @@ def list_pairs(name: str, root: str, split: str, extra_root: str = "") -> list[P
         raise ValueError(f"dataset.root is empty: set --config.dataset.root to the directory with {EXPECTED[name]}")
     if not tf.io.gfile.isdir(root):
         raise ValueError(f"--config.dataset.root={root}: no such directory; expected one with {EXPECTED[name]}")
-    return [pair for part in split.split("+") for pair in LAYOUTS[name](root, official(name, part), extra_root)]
+    return [pair for part in _parts(name, split) for pair in LAYOUTS[name](root, part, extra_root)]
 
 
-def official(name: str, split: str) -> str:
-    """The dataset's own name of a split: "training" for ADE20K's "train"."""
-    return ALIASES.get(name, {}).get(split, split)
+def official_count(name: str, split: str) -> int | None:
+    """Returns how many images a split of a benchmark has, or None where nobody says."""
+    counts = [datasets.COUNTS.get(name, {}).get(part, 0) for part in _parts(name, split)]
+    return sum(counts) if all(counts) else None
+
+
+def _parts(name: str, split: str) -> list[str]:
+    """The splits in "a+b", by the dataset's own names: "training" for ADE20K's "train"."""
+    return [ALIASES.get(name, {}).get(part, part) for part in split.split("+")]
 
 
 def _folder(root: str, split: str, extra_root: str) -> list[Pair]:

@@ -157,9 +157,9 @@ def _open_files(name: str, root: str, extra_root: str, split: str, num_classes: 
         logger.warning("skipped: %s", sentence)
     if len(files.skipped) > 5:
         logger.warning("skipped %s pairs in all", len(files.skipped))
-    counts = [datasets.COUNTS.get(name, {}).get(layouts.official(name, part)) for part in split.split("+")]
-    if None not in counts and len(files) != sum(counts):
-        logger.warning(f"{name} {split} has {sum(counts):,} images officially, here {len(files):,}")
+    count = layouts.official_count(name, split)
+    if count not in (None, len(files)):
+        logger.warning(f"{name} {split} has {count:,} images officially, here {len(files):,}")
     return files
 
 

@@ -3,12 +3,17 @@
 import collections
 import concurrent.futures
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from ml_collections import ConfigDict
+from rich.table import Column, Table
 
-from pspnet_jax.data.sources import Source
+from pspnet_jax.data import layouts
+from pspnet_jax.data.sources import Source, open_source
+from pspnet_jax.datasets import DatasetInfo
 from pspnet_jax.progress import progress
 
 THREADS = 8
@@ -19,14 +24,16 @@ class Survey:
     """What was found in a split.
 
     Attributes:
+      split: its name.
       images: number of readable examples.
       sizes: how many of them have each (height, width).
       pixels: int64[K], of each class.
       ignored: number of pixels that do not count.
       present: int64[K], number of images that have the class.
-      problems: one sentence for each example that cannot be used.
+      problems: one sentence for each example that cannot be used, and one if the number of images is not the official one.
     """
 
+    split: str
     images: int
     sizes: Mapping[tuple[int, int], int]
     pixels: np.ndarray
@@ -34,21 +41,53 @@ class Survey:
     present: np.ndarray
     problems: list[str]
 
+    @property
+    def area(self) -> int:
+        """Number of all pixels."""
+        return sum(height * width * images for (height, width), images in self.sizes.items())
 
-def survey(source: Source, num_classes: int, title: str) -> Survey:
-    """Loads every example of a source once, as training does, and counts its labels."""
+    def __str__(self) -> str:
+        sides = [f"{width}x{height}" for height, width in sorted(self.sizes, key=lambda size: size[0] * size[1])]
+        sizes = ", ".join(sides) if len(sides) < 4 else f"{sides[0]} to {sides[-1]}"
+        return f"{self.split}: {self.images:,} images of {sizes}; {self.ignored / self.area:.2%} of the pixels are ignored"
+
+    def table(self, info: DatasetInfo) -> Table:
+        """A line for each class, for rich to print."""
+        table = Table(Column("class"), *(Column(name, justify="right") for name in ("share of pixels", "images")))
+        for name, pixels, images in zip(info.class_names, self.pixels, self.present, strict=True):
+            table.add_row(name, f"{pixels / max(1, self.pixels.sum()):.3%}", f"{images:,}")
+        return table
+
+
+def survey(dataset: ConfigDict, split: str, num_classes: int) -> Survey:
+    """Loads every example of a split once, as training does, and counts its labels.
+
+    Args:
+      dataset: config.dataset; wrong files are listed, whatever its on_error says, unless most are wrong.
+      split: see `open_source`.
+      num_classes: K.
+
+    Raises:
+      ValueError: the split cannot be opened.
+    """
+    source = _open(dataset, split)
+    load = _loader(source)
 
     def look(index: int) -> tuple[tuple[int, int], np.ndarray] | str:
         try:
-            _, label = source.load(tf.constant(index, tf.int64))
+            _, label = load(index)
         except tf.errors.OpError as error:
             return _reason(source, index, error)
         height, width = label.shape
         return (height, width), np.bincount(label.numpy().ravel(), minlength=256)
 
     sizes: collections.Counter[tuple[int, int]] = collections.Counter()
-    problems, total, present = [], np.zeros(256, np.int64), np.zeros(256, np.int64)
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool, progress(title, len(source)) as advance:
+    problems = list(getattr(source, "skipped", ()))
+    count = layouts.official_count(dataset.name, split)
+    if count not in (None, len(source) + len(problems)):
+        problems.append(f"{dataset.name} {split} has {count:,} images officially, here {len(source) + len(problems):,}")
+    total, present = np.zeros(256, np.int64), np.zeros(256, np.int64)
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool, progress(f"checking {split}", len(source)) as advance:
         for found in pool.map(look, range(len(source))):
             if isinstance(found, str):
                 problems.append(found)
@@ -57,7 +96,29 @@ def survey(source: Source, num_classes: int, title: str) -> Survey:
                 total += found[1]
                 present += found[1] > 0
             advance(1)
-    return Survey(sizes.total(), sizes, total[:num_classes], int(total[255]), present[:num_classes], problems)
+    return Survey(split, sizes.total(), sizes, total[:num_classes], int(total[255]), present[:num_classes], problems)
+
+
+def samples(dataset: ConfigDict, split: str, count: int) -> list[dict[str, Any]]:
+    """Returns up to so many examples, evenly spread over a split: image uint8[H,W,3], label uint8[H,W] and name."""
+    source = _open(dataset, split)
+    chosen = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)).tolist()
+    load, examples = _loader(source), []
+    for index in chosen:
+        image, label = load(index)
+        examples.append({"image": image.numpy(), "label": label.numpy(), "name": source.names[index]})
+    return examples
+
+
+def _loader(source: Source) -> Callable[[int], tuple[tf.Tensor, tf.Tensor]]:
+    graph = tf.function(source.load, input_signature=[tf.TensorSpec([], tf.int64)])
+    return lambda index: graph(tf.constant(index, tf.int64))
+
+
+def _open(dataset: ConfigDict, split: str) -> Source:
+    dataset = dataset.copy_and_resolve_references()
+    dataset.on_error = "skip"
+    return open_source(dataset, split)
 
 
 def _reason(source: Source, index: int, error: Exception) -> str:

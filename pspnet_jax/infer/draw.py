@@ -4,9 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from pspnet_jax import files
 from pspnet_jax.datasets import IGNORE, Color, DatasetInfo
 
 PANEL = 240  # least width of a panel: smaller images are enlarged by a whole factor
@@ -79,8 +82,8 @@ def contact_sheet(examples: Sequence[Mapping[str, Any]], info: DatasetInfo, colu
     return _over_legend(picture, [int(k) for k in present if k < info.num_classes], info)
 
 
-def class_frequencies(pixels: np.ndarray, info: DatasetInfo) -> Figure:
-    """Returns a bar for each class in its color, by its share of the labeled pixels (logarithmic), most frequent first.
+def class_frequencies(pixels: np.ndarray, info: DatasetInfo) -> Image.Image:
+    """Draws a bar for each class in its color, by its share of the labeled pixels (logarithmic), most frequent first.
 
     Args:
       pixels: int[K], of each class.
@@ -96,7 +99,15 @@ def class_frequencies(pixels: np.ndarray, info: DatasetInfo) -> Figure:
     axes.set_ylim(len(order) - 0.4, -0.6)
     axes.set_xscale("log")
     axes.set_xlabel("share of the labeled pixels")
-    return figure
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def save(picture: Image.Image, path: epath.PathLike, kind: str = "PNG", **options: Any) -> None:
+    """Writes a picture in one piece, or not at all."""
+    with files.atomic(path) as temporary, temporary.open("wb") as file:
+        picture.save(file, kind, **options)
 
 
 def _over_legend(picture: Image.Image, classes: Sequence[int], info: DatasetInfo) -> Image.Image:

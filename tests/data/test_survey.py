@@ -1,0 +1,45 @@
+"""A survey counts what is there, and lists what is wrong."""
+
+import numpy as np
+import pytest
+
+from pspnet_jax.data import survey
+from pspnet_jax.datasets import DatasetInfo
+from tests import fakes
+from tests.data.test_sources import recipe
+
+INFO = DatasetInfo("two", ("sky", "sea"), ((1, 2, 3), (4, 5, 6)))
+
+
+def test_counts_of_pixels_images_and_sizes(tmp_path):
+    root = fakes.write_folder(tmp_path, {"train": 2}, size=(40, 50), num_classes=2)
+    for index, label in enumerate((np.zeros((40, 50)), np.tile([1, 1, 1, 255, 0], (30, 4)))):
+        fakes.write_image(root / f"images/train/{index:03d}.png", np.zeros((*label.shape, 3), np.uint8))
+        fakes.write_image(root / f"labels/train/{index:03d}.png", label.astype(np.uint8))
+    found = survey.survey(recipe(root=str(root)), "train", 2)
+    assert (found.images, found.sizes) == (2, {(40, 50): 1, (30, 20): 1})
+    assert (found.pixels.tolist(), found.ignored, found.present.tolist()) == ([2120, 360], 120, [2, 1])
+    assert found.problems == []
+    assert str(found) == "train: 2 images of 20x30, 50x40; 4.62% of the pixels are ignored"
+    assert found.table(INFO).row_count == 2
+
+
+def test_problems_of_files_and_counts_are_listed(tmp_path):
+    root = fakes.write_ade20k(tmp_path, {"training": 3})
+    (root / "images/training/ADE_training_1.png").write_bytes(b"")
+    found = survey.survey(recipe(name="ade20k", root=str(root)), "training", 150)
+    assert found.images == 2
+    assert len(found.problems) == 2
+    assert "ADE_training_1.png: cannot be read" in found.problems[0]
+    assert found.problems[1] == "ade20k training has 20,210 images officially, here 3"
+
+
+@pytest.mark.parametrize(("count", "expected"), [(3, [0, 2, 5]), (9, [0, 1, 2, 3, 4, 5])])
+def test_samples_are_spread_evenly(tmp_path, count, expected):
+    root = fakes.write_folder(tmp_path, {"train": 6})
+    found = survey.samples(recipe(root=str(root)), "train", count)
+    assert [example["name"] for example in found] == [f"{index:03d}" for index in expected]
+    for example, index in zip(found, expected, strict=True):
+        image, label = fakes.pair("train", index)
+        np.testing.assert_array_equal(example["image"], image)
+        np.testing.assert_array_equal(example["label"], label)
