@@ -62,7 +62,7 @@ TABLES = {
         bulletin board 184 255 0; shower 0 133 255; radiator 255 214 0; glass 25 194 194; clock 102 255 0; flag 92 0 255
     """,
 }
-TABLES["pspnet_scenes"] = TABLES["scenes"]  # the same scenes through TFDS
+TABLES |= {f"pspnet_{name}": TABLES[name] for name in ("scenes", "ade20k", "voc2012", "cityscapes")}  # the same through TFDS
 
 # The value of each class 0..K-1 in a benchmark's label files and submissions.
 RAW_VALUES = {

@@ -73,6 +73,7 @@ class Files:
 
     Attributes:
       names: of the pairs, in order.
+      images: their image files.
       skipped: a sentence for each pair that was left out because something is wrong with it.
     """
 
@@ -92,7 +93,8 @@ class Files:
         self._pairs = list(pairs)
         self.skipped = self._check_all(skip)
         self.names = [pair.name for pair in self._pairs]
-        self._images = tf.constant([pair.image for pair in self._pairs])
+        self.images = [pair.image for pair in self._pairs]
+        self._images = tf.constant(self.images)
         self._labels = tf.constant([pair.label for pair in self._pairs])
         self._raw = tf.constant([pair.raw for pair in self._pairs])
         self._classes = tf.constant(datasets.classes_of_raw_values(benchmark)) if any(pair.raw for pair in pairs) else None
@@ -101,8 +103,7 @@ class Files:
         return len(self.names)
 
     def load(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        # Reads PNGs as well. The default transform differs from other decoders' (OpenCV, Pillow) by up to 6 levels, this not.
-        image = tf.io.decode_jpeg(tf.io.read_file(self._images[index]), channels=3, dct_method="INTEGER_ACCURATE")
+        image = _decode_image(tf.io.read_file(self._images[index]))
         contents = tf.io.read_file(self._labels[index])
         gray_png = (tf.strings.substr(contents, 1, 3) == "PNG") & (tf.strings.substr(contents, 25, 1) == "\x00")
         label = tf.cond(
@@ -226,15 +227,21 @@ def _open_tfds(name: str, root: str, split: str, num_classes: int) -> Examples:
         raise ValueError(f"{where}: has no split {split!r}, expected one of {', '.join(builder.info.splits)}") from error
 
     def read(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        record = tf.numpy_function(lambda i: records[i], [index], tf.string, stateful=False)
-        example = features.deserialize_example(tf.ensure_shape(record, []))
-        return example["image"], example["label"][..., 0]
+        record = tf.ensure_shape(tf.numpy_function(lambda i: records[i], [index], tf.string, stateful=False), [])
+        example = features.deserialize_example(record, decoders={"image": tfds.decode.SkipDecoding()})
+        return _decode_image(example["image"]), example["label"][..., 0]
 
     return Examples(_numbered(split, len(records)), num_classes, read)
 
 
 def _numbered(split: str, count: int) -> list[str]:
     return [f"{split}_{index:05d}" for index in range(count)]
+
+
+def _decode_image(contents: tf.Tensor) -> tf.Tensor:
+    """Decodes a JPEG or PNG to uint8[H,W,3]."""
+    # Reads PNGs as well. The default transform differs from other decoders' (OpenCV, Pillow) by up to 6 levels, this not.
+    return tf.io.decode_jpeg(contents, channels=3, dct_method="INTEGER_ACCURATE")
 
 
 def _checked(image: tf.Tensor, label: tf.Tensor, num_classes: int) -> tuple[tf.Tensor, tf.Tensor]:

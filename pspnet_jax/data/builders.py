@@ -1,0 +1,110 @@
+"""The benchmarks as TFDS datasets, so that a team prepares them once, into a directory or bucket, and trains from there.
+
+    import tensorflow_datasets as tfds
+    import pspnet_jax.data.builders
+
+    builder = tfds.builder("pspnet_ade20k", data_dir="DATA", file_format="array_record")
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir="DOWNLOADS"))
+
+(or `tfds build pspnet_ade20k --imports=pspnet_jax.data.builders ...`, which needs apache-beam too), and then
+
+    python -m pspnet_jax.main --config configs/ade20k.py --config.dataset.name=tfds \\
+      --config.dataset.tfds_name=pspnet_ade20k --config.dataset.root=DATA
+
+DOWNLOADS holds the official archives, or what was unpacked from them. Images are stored as they are, labels as classes.
+"""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from etils import epath
+
+from pspnet_jax import config as configs
+from pspnet_jax.data import layouts, sources
+
+
+class _FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """One benchmark; its examples are those of `sources.Files`, in the same order.
+
+    Attributes:
+      BENCHMARK: config.dataset.name.
+      ARCHIVES: official archives, extracted where they are in the manual directory, into one place.
+      SPLITS: those to prepare; the ones in OPTIONAL only where their files are there.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
+    BENCHMARK: ClassVar[str]
+    ARCHIVES: ClassVar[tuple[str, ...]] = ()
+    SPLITS: ClassVar[tuple[str, ...]]
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def MANUAL_DOWNLOAD_INSTRUCTIONS(self) -> str:
+        archives = f"{', '.join(self.ARCHIVES)}, or " if self.ARCHIVES else ""
+        return f"--manual_dir has to hold {archives}{layouts.EXPECTED[self.BENCHMARK]}."
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        image = tfds.features.Image(shape=(None, None, 3))
+        label = tfds.features.Image(shape=(None, None, 1), encoding_format="png")
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=f"{self.BENCHMARK} for semantic segmentation, with classes as labels.",
+            features=tfds.features.FeaturesDict({"image": image, "label": label}),
+            supervised_keys=("image", "label"),
+            disable_shuffling=True,  # in the order of the files
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        manual = epath.Path(dl_manager.manual_dir)
+        archives = [manual / name for name in self.ARCHIVES if (manual / name).exists()]
+        dataset = configs.base_config().dataset
+        dataset.name, dataset.root = self.BENCHMARK, str(manual)
+        if archives:
+            places = dl_manager.extract(archives)
+            dataset.root, dataset.extra_root = str(places[0]), self._extra_root(places)
+        return {
+            split: self._generate_examples(sources.open_source(dataset, split))
+            for split in self.SPLITS
+            if split not in self.OPTIONAL or self._is_there(dataset, split)
+        }
+
+    def _extra_root(self, places: list[epath.Path]) -> str:
+        return ""
+
+    def _is_there(self, dataset: Any, split: str) -> bool:
+        try:
+            layouts.list_pairs(dataset.name, dataset.root, split, dataset.extra_root)
+        except ValueError:
+            return False
+        return True
+
+    def _generate_examples(self, source: sources.Source) -> Iterator[tuple[int, dict[str, Any]]]:
+        assert isinstance(source, sources.Files)
+        load = tf.function(source.load, input_signature=[tf.TensorSpec([], tf.int64)])
+        for index, image in enumerate(source.images):
+            yield index, {"image": image, "label": load(tf.constant(index, tf.int64))[1][..., None].numpy()}
+
+
+class PspnetAde20k(_FileBuilder):
+    BENCHMARK = "ade20k"
+    ARCHIVES = ("ADEChallengeData2016.zip",)
+    SPLITS = ("training", "validation")
+
+
+class PspnetVoc2012(_FileBuilder):
+    BENCHMARK = "voc2012"
+    ARCHIVES = ("VOCtrainval_11-May-2012.tar", "benchmark.tgz")
+    SPLITS = ("train", "val", "train_aug")
+    OPTIONAL = ("train_aug",)
+
+    def _extra_root(self, places: list[epath.Path]) -> str:
+        return str(places[1] / "benchmark_RELEASE" / "dataset") if len(places) > 1 else ""
+
+
+class PspnetCityscapes(_FileBuilder):
+    BENCHMARK = "cityscapes"
+    SPLITS = ("train", "val", "train_extra")
+    OPTIONAL = ("train_extra",)
