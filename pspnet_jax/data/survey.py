@@ -111,7 +111,7 @@ def samples(dataset: ConfigDict, split: str, count: int) -> list[dict[str, Any]]
 
 
 def _loader(source: Source) -> Callable[[int], tuple[tf.Tensor, tf.Tensor]]:
-    graph = tf.function(source.load, input_signature=[tf.TensorSpec([], tf.int64)])
+    graph = tf.function(source.load).get_concrete_function(tf.TensorSpec([], tf.int64))  # traced here, not in each thread
     return lambda index: graph(tf.constant(index, tf.int64))
 
 

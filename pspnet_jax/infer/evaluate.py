@@ -18,8 +18,8 @@ from pspnet_jax import files
 from pspnet_jax.datasets import IGNORE, DatasetInfo
 from pspnet_jax.infer.draw import side_by_side
 from pspnet_jax.infer.metrics import Metrics, confusion_matrix, summarize
-from pspnet_jax.progress import progress
 from pspnet_jax.infer.windows import Example, Predictor
+from pspnet_jax.progress import progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Report:
       pixels: int64[K], labeled pixels of each class.
       images: number of images scored.
       info: the classes.
-      protocol: split, protocol, inference, crop, base_size, scales, flip.
+      protocol: split, protocol, inference, crop, stride, base_size, short_size, scales, flip.
       device: number and kind of the devices.
       images_per_second: over all, compilation included.
       pictures: image, truth and prediction side by side, by name of the example.
@@ -49,13 +49,14 @@ class Report:
     def __str__(self) -> str:
         """`mIoU 41.68%  mean accuracy 50.90%  pixel accuracy 80.04%`, and the protocol on a second line."""
         metrics, protocol = self.metrics, self.protocol
-        crop = "windows {}x{}".format(*protocol["crop"]) if protocol["inference"] == "windows" else "whole images"
-        base = f"long side {protocol['base_size']}" if protocol["base_size"] else "own size"
+        size = f"long side {protocol['base_size']}" if protocol["base_size"] else "own size"
+        size += f", short side at most {protocol['short_size']}" if protocol["short_size"] else ""
         scales = ", ".join(map(str, protocol["scales"]))
         return (
             f"mIoU {metrics.mean_iou:.2%}  mean accuracy {metrics.mean_accuracy:.2%}  "
-            f"pixel accuracy {metrics.pixel_accuracy:.2%}\n{self.images} images of {protocol['split']}, {crop}, {base}, "
-            f"scales {scales}, flip {'on' if protocol['flip'] else 'off'}, protocol {protocol['protocol']}; "
+            f"pixel accuracy {metrics.pixel_accuracy:.2%}\n"
+            f"{self.images} images of {protocol['split']}, {_windows(protocol)}, {size}, scales {scales}, "
+            f"flip {'on' if protocol['flip'] else 'off'}, protocol {protocol['protocol']}; "
             f"{self.images_per_second:.2f} images/s on {self.device}"
         )
 
@@ -170,6 +171,13 @@ def _over_processes(total: np.ndarray, images: int) -> tuple[np.ndarray, int]:
     halves = multihost_utils.process_allgather(counts.view(np.uint32))  # JAX would cut int64 to its lower half
     counts = np.ascontiguousarray(halves).view(np.int64).reshape(-1, counts.size).sum(0)
     return counts[:-1].reshape(total.shape), int(counts[-1])
+
+
+def _windows(protocol: dict[str, Any]) -> str:
+    if protocol["inference"] == "whole":
+        return "whole images"
+    stride = " stride {}x{}".format(*protocol["stride"]) if any(protocol["stride"]) else ""
+    return "windows {}x{}".format(*protocol["crop"]) + stride
 
 
 def _or_none(fraction: float) -> float | None:

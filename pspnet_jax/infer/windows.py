@@ -177,9 +177,9 @@ class Predictor:
                     shape = (len(images), *plan.canvases[view], self._num_classes)
                     sums[view] = jnp.zeros(shape, device=self._sharding)
                 sums[view] = self._add(sums[view], logits, batch.windows.place, bounds)
-            del logits  # before the next, which are as large
-            for view in batch.finished:
-                yield sums.pop(view), plan.outward[view]
+                if view in batch.finished:  # before the next view needs as much memory
+                    yield sums.pop(view), plan.outward[view]
+            del logits  # before the next ones
 
 
 def _draw(images: jax.Array, windows: Window, draw: Callable, normalize: Callable) -> jax.Array:
@@ -194,14 +194,22 @@ def _draw(images: jax.Array, windows: Window, draw: Callable, normalize: Callabl
 
 
 def _add(sums: jax.Array, logits: list, places: jax.Array, bounds: jax.Array, merge: Callable) -> jax.Array:
-    """Adds what the network says of the windows of one view to its sums, where they were cut."""
+    """Adds what the network says of the windows of one view to its sums, where they were drawn; in strips, for memory."""
+    _, height, width, num_classes = logits[0].shape
+    shape = (1, min(STRIP, height), width, num_classes)
+    strips = -(-height // shape[1])
 
     def add(i: jax.Array, sums: jax.Array) -> jax.Array:
-        new = merge(*(jax.lax.dynamic_slice_in_dim(x, i, 1) for x in logits))
-        place = (*places[i], 0)
-        return jax.lax.dynamic_update_slice(sums, jax.lax.dynamic_slice(sums, place, new.shape) + new, place)
+        window, strip = jnp.divmod(i, strips)
+        first = jnp.minimum(strip * shape[1], height - shape[1])
+        new = merge(*(jax.lax.dynamic_slice(x, (window, first, 0, 0), shape) for x in logits))
+        fresh = first + jnp.arange(shape[1]) >= strip * shape[1]  # the last strip may begin within the one before
+        image, top, left = places[window]
+        place = (image, top + first, left, 0)
+        new = jax.lax.dynamic_slice(sums, place, shape) + jnp.where(fresh[:, None, None], new, 0)
+        return jax.lax.dynamic_update_slice(sums, new, place)
 
-    return jax.lax.fori_loop(bounds[0, 0], bounds[0, 1], add, sums)
+    return jax.lax.fori_loop(bounds[0, 0] * strips, bounds[0, 1] * strips, add, sums)
 
 
 def _accumulate(total: jax.Array, sums: jax.Array, outward: tuple[Taps, Taps], settle: Callable) -> jax.Array:

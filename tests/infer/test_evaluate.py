@@ -97,6 +97,12 @@ def test_the_report_in_words_and_in_json(tmp_path):
     assert list(report.pictures) == ["street/one"]
 
 
+def test_the_report_names_stride_and_short_side_where_they_are_given():
+    given = {"protocol": "mmseg", "base_size": 80, "short_size": 40, "stride": (20, 22), "scales": (1.0,)}
+    _, line = str(evaluate(predictor(**given), STRONGEST, examples(*SIZES[:1]), INFO, 1, "val")).splitlines()
+    assert "windows 33x33 stride 20x22, long side 80, short side at most 40, scales 1.0, flip off, protocol mmseg; " in line
+
+
 def test_pictures_are_spread_over_the_split():
     report = evaluate(predictor(), STRONGEST, examples(*SIZES), INFO, 5, "val", pictures=3)
     assert list(report.pictures) == ["0", "2", "4"]
