@@ -1,0 +1,203 @@
+"""What evaluation costs beside the network, and whether it finds what the authors' PyTorch code finds.
+
+python -m benchmarks.evaluation time                                    # share of the time outside the network
+python -m benchmarks.evaluation memory                                  # peak of the host's memory
+python -m benchmarks.evaluation labels --semseg PATH --images FOLDER    # against tool/test.py of a clone of hszhao/semseg
+
+The last needs torch, opencv-python and pyyaml.
+"""
+
+import argparse
+import importlib
+import pathlib
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from benchmarks.fidelity import random_image, randomize
+from pspnet_jax import models, weights
+from pspnet_jax.config import base_config
+from pspnet_jax.infer.plan import plan_images
+from pspnet_jax.infer.predict import find_images, read_image
+from pspnet_jax.infer.protocol import PROTOCOLS
+from pspnet_jax.infer.windows import Predictor
+
+SIX = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+# depth, height and width of the image, K, and of config.eval: crop, base_size, and for mmseg short_size
+CAMVID = (18, 360, 480, 11, (181, 241), 480, 360)
+CITYSCAPES = (50, 1024, 2048, 19, (713, 713), 2048, 1024)
+ADE20K_CROP, ADE20K_SIZE, MMSEG_ADE20K = (473, 473), 512, (2048, 512)
+
+
+def settings(protocol: str, crop: tuple[int, int], base_size: int, short_size: int, **fields: Any) -> ConfigDict:
+    config = base_config()
+    config.eval.update({"protocol": protocol, "crop": crop, "base_size": base_size, "scales": SIX} | fields)
+    config.eval.short_size = short_size if protocol == "mmseg" else 0
+    return config
+
+
+def seconds(function: Callable[[], Any], repeat: int) -> float:
+    """The least of several, after one that compiles: other programs on the machine only ever add."""
+    function()
+    times = []
+    for _ in range(repeat):
+        began = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def faint(bias: jax.Array, x: jax.Array) -> jax.Array:
+    """The cheapest network that still writes all its logits."""
+    return x[..., :1] + bias
+
+
+def share_outside(protocol: str, case: tuple, repeat: int) -> None:
+    """Prints the seconds of all but the network, those of the network, and the former's share."""
+    depth, height, width, num_classes, crop, base_size, short_size = case
+    config = settings(protocol, crop, base_size, short_size)
+    config.model.depth = depth
+    image = random_image(height, width)
+    predictor = Predictor(faint, config, num_classes)
+    bias = predictor.place(np.zeros(num_classes, np.float32))
+    outside = seconds(lambda: predictor.labels(bias, [image]).block_until_ready(), repeat)
+
+    model = models.build(config.model, num_classes)
+    variables = jax.jit(model.init, static_argnames="train")(jax.random.key(0), jnp.zeros((1, 65, 65, 3)), train=False)
+    network = jax.jit(model.apply, static_argnames="train")
+    inside, calls = 0.0, {}
+    for batch in plan_images([image], config, devices=1).batches:
+        shape = (len(batch.windows.place), batch.windows.rows.pixel.shape[1], batch.windows.columns.pixel.shape[1], 3)
+        calls[shape] = calls.get(shape, 0) + (1 if PROTOCOLS[protocol].mirror_views else 2)
+    for shape, times in calls.items():
+        x = jnp.zeros(shape)
+        inside += times * seconds(lambda x=x: network(variables, x, train=False).block_until_ready(), min(repeat, 2))
+    share = outside / (outside + inside)
+    print(
+        f"| R{depth}, {width}x{height}, K = {num_classes} | {protocol} | {outside:.2f} | {inside:.1f} | {share:.1%} |",
+        flush=True,
+    )
+
+
+def peak_memory(protocol: str, batch_size: int) -> None:
+    """Prints the peak of this process, which has to be a fresh one: K = 150, six scales and flip, 2000x1500."""
+    crop, sizes = ((512, 512), MMSEG_ADE20K) if protocol == "mmseg" else (ADE20K_CROP, (ADE20K_SIZE, 0))
+    predictor = Predictor(faint, settings(protocol, crop, *sizes, batch_size=batch_size), 150)
+    bias = predictor.place(np.zeros(150, np.float32))
+    for _ in range(2):
+        predictor.labels(bias, [random_image(1500, 2000)]).block_until_ready()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # it is in KiB
+    print(f"| {protocol} | {batch_size} | {peak:.2f} |", flush=True)
+
+
+class Semseg:
+    """The authors' tool/test.py on random weights: PSPNet-50, 11 classes."""
+
+    def __init__(self, path: str, checkpoint: pathlib.Path, image: np.ndarray, config: ConfigDict):
+        """Writes the weights to a checkpoint; the image gives batch normalization its statistics."""
+        import torch
+
+        sys.path.insert(0, path)
+        torch.Tensor.cuda = lambda tensor: tensor  # it asks for a GPU
+        self._tool, self._config, self._probabilities = importlib.import_module("tool.test"), config, np.zeros(())
+        self._tool.logger = importlib.import_module("logging").getLogger("semseg")
+        self._network = importlib.import_module("model.pspnet").PSPNet(layers=50, classes=11, pretrained=False).eval()
+        pixels = torch.from_numpy(
+            np.asarray(models.normalize(jnp.asarray(image), config.normalize))[: 8 * 40 + 1, : 8 * 40 + 1]
+        )
+        randomize(self._network, self._network, pixels.permute(2, 0, 1)[None])
+        torch.save({"state_dict": torch.nn.DataParallel(self._network).state_dict()}, checkpoint)
+        scale_process = self._tool.scale_process
+
+        def recorded(*args: Any) -> Any:
+            found = scale_process(*args)
+            self._probabilities = self._probabilities + found
+            return found
+
+        self._tool.scale_process = recorded
+
+    def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Runs `test` as it is: labels [H, W], read from the file it writes, and the probabilities [H, W, K]."""
+        import torch
+        from PIL import Image
+
+        self._probabilities = np.zeros(())
+        evaluation, normalize = self._config.eval, self._config.normalize
+        with tempfile.TemporaryDirectory() as folder:
+            loader = [(torch.from_numpy(image).permute(2, 0, 1)[None].float(), None)]
+            self._tool.test(
+                loader, [("image.png", "")], self._network, 11, list(normalize.mean), list(normalize.std), evaluation.base_size,
+                *evaluation.crop, evaluation.scales, folder, folder, np.zeros((11, 3), np.uint8),
+            )  # fmt: skip
+            with Image.open(pathlib.Path(folder, "image.png")) as file:
+                labels = np.asarray(file)
+        return labels, self._probabilities / len(evaluation.scales)
+
+
+def compare_labels(semseg: str, folder: str, count: int, scales: tuple[float, ...]) -> None:
+    """Prints, for each image, how many pixels get the same class, and how sure semseg is of the others."""
+    paths = find_images(folder)
+    images = [read_image(paths[i]) for i in range(0, len(paths), max(1, len(paths) // count))][:count]
+    config = settings("semseg", (241, 241), 480, 0, scales=scales)
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint = pathlib.Path(directory, "random.pth")
+        theirs = Semseg(semseg, checkpoint, images[0], config)
+        model = models.build(config.model, 11)
+        variables = weights.load(checkpoint, model)
+    predictor = Predictor(lambda v, x: model.apply(v, x, train=False), config, 11)
+    variables = predictor.place(variables)
+    print("| image | classes | same class | pixels that differ | their gap at most | largest difference |")
+    print("| --- " * 6 + "|")
+    shares = []
+    for i, image in enumerate(images):
+        height, width, _ = image.shape
+        labels, probabilities = theirs(image)
+        ours = np.asarray(predictor.labels(variables, [image]))[0, :height, :width]
+        difference = np.abs(np.asarray(predictor.probabilities(variables, [image]))[0, :height, :width] - probabilities).max()
+        same = ours == labels
+        gap = np.diff(np.sort(probabilities[~same])[:, -2:]).max(initial=0)
+        shares.append(same.mean())
+        classes = (np.bincount(labels.ravel(), minlength=11) > 0.01 * labels.size).sum()
+        print(f"| {i} | {classes} | {same.mean():.4%} | {(~same).sum()} | {gap:.1e} | {difference:.1e} |", flush=True)
+    print(f"least {min(shares):.4%}, mean {np.mean(shares):.4%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    steps = parser.add_subparsers(dest="step", required=True)
+    steps.add_parser("time").add_argument("--protocols", nargs="+", default=list(PROTOCOLS))
+    memory = steps.add_parser("memory")
+    memory.add_argument("--protocol", choices=PROTOCOLS, help="measure this one in this process")
+    memory.add_argument("--batch_size", type=int, default=8)
+    labels = steps.add_parser("labels")
+    labels.add_argument("--semseg", metavar="PATH", required=True)
+    labels.add_argument("--images", metavar="FOLDER", required=True)
+    labels.add_argument("--count", type=int, default=20)
+    labels.add_argument("--scales", type=float, nargs="+", default=SIX)
+    arguments = parser.parse_args()
+    if arguments.step == "time":
+        for case, repeat in ((CAMVID, 5), (CITYSCAPES, 2)):
+            for protocol in arguments.protocols:
+                share_outside(protocol, case, repeat)
+    elif arguments.step == "labels":
+        compare_labels(arguments.semseg, arguments.images, arguments.count, tuple(arguments.scales))
+    elif arguments.protocol:
+        peak_memory(arguments.protocol, arguments.batch_size)
+    else:
+        command = [sys.executable, "-m", "benchmarks.evaluation", "memory"]
+        for protocol in PROTOCOLS:
+            for batch_size in (4, 8):
+                subprocess.run([*command, "--protocol", protocol, "--batch_size", str(batch_size)], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Each protocol against its transcription in NumPy, with a network that tells left from right and place from place."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pspnet_jax.config import base_config
+from pspnet_jax.infer.protocol import PROTOCOLS, mean_of_softmaxes, renormalized, softmax_of_sum
+from pspnet_jax.infer.windows import Predictor
+from tests.infer import reference
+
+SIX = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+
+
+def settings(**fields):
+    config = base_config()
+    config.eval.update({"crop": (11, 9), "base_size": 20, "scales": (1.0,), "batch_size": 4, "flip": True} | fields)
+    return config
+
+
+def difference(image, config):
+    """Largest difference of our probabilities from the transcription's, which have to agree on the classes."""
+    protocol = config.eval.protocol
+    predictor = Predictor(lambda _, x: reference.network(x, jnp), config, reference.CLASSES, jax.devices()[:1])
+    ours = np.asarray(predictor.probabilities({}, [image]))[0, : image.shape[0], : image.shape[1]]
+    labels = np.asarray(predictor.labels({}, [image]))[0, : image.shape[0], : image.shape[1]]
+    expected = getattr(reference, protocol)(reference.network, image, config)
+    first, second = np.sort(expected, -1)[..., [-1, -2]].T
+    clear = (first - second).T > 1e-4
+    assert clear.mean() > 0.95
+    np.testing.assert_array_equal(labels[clear], expected.argmax(-1)[clear])
+    return np.abs(ours - expected).max()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(
+    ("size", "fields"),
+    [
+        ((10, 16), {"flip": False}),
+        ((16, 10), {}),  # tall; at 20 the short side is 12.5
+        ((5, 33), {}),  # wide: shorter than the crop
+        ((13, 13), {"scales": (0.375,)}),  # smaller than the crop on both sides, odd padding, 7.5
+        ((14, 18), {"scales": SIX}),
+        ((14, 18), {"scales": SIX, "flip": False}),
+        ((33, 20), {"base_size": 50, "crop": (45, 20)}),  # windows of one strip and a half
+        ((50, 41), {"stride": (5, 8)}),  # scaled down by more than 2
+        ((9, 31), {"inference": "whole", "scales": (0.7, 1.0)}),
+    ],
+)
+def test_protocol_written_out(protocol, size, fields):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    found = difference(image, settings(protocol=protocol, **fields))
+    print(f"{protocol} {size} {fields}: {found:.1e}")
+    assert found < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("size", "fields"),
+    [
+        ((14, 18), {"base_size": 0, "scales": SIX}),  # test-time augmentation: multiples of the image's own sides
+        ((30, 17), {"base_size": 33, "short_size": 15, "scales": (0.5, 1.0)}),  # the second bound decides
+        ((6, 31), {"stride": (11, 9), "batch_size": 64}),  # cut to the image on one axis; windows side by side
+    ],
+)
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_mmseg_sizes_and_corners_written_out(size, fields, align_corners):
+    image = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
+    config = settings(protocol="mmseg", **fields)
+    config.model.align_corners = align_corners
+    found = difference(image, config)
+    print(f"{size} {fields} align_corners {align_corners}: {found:.1e}")
+    assert found < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("protocol", "size", "fields", "scale", "scaled"),
+    [
+        ("semseg", (360, 480), {"base_size": 512}, 1.0, (384, 512)),
+        ("semseg", (480, 360), {"base_size": 512}, 1.75, (896, 672)),
+        ("semseg", (1024, 2048), {"base_size": 2048}, 0.5, (512, 1024)),
+        ("semseg", (333, 500), {"base_size": 512}, 1.0, (341, 512)),  # 340.992
+        ("semseg", (360, 480), {"base_size": 0}, 1.25, (450, 600)),
+        ("semseg", (5, 8), {"base_size": 20}, 0.625, (8, 12)),  # 12.5 to the even 12; 7.5 to the even 8
+        ("semseg", (2, 500), {"base_size": 500}, 0.1, (1, 50)),  # 0.2 rounds to 0, which is no size
+        ("caffe", (360, 480), {"base_size": 512}, 1.0, (385, 513)),  # 384.75
+        ("caffe", (480, 360), {"base_size": 512}, 0.5, (257, 193)),  # 192.75
+        ("caffe", (5, 10), {"base_size": 4}, 1.0, (3, 5)),  # 2.5 away from zero
+        ("caffe", (7, 7), {"base_size": 473}, 0.75, (356, 356)),  # 355.75, rounded and rounded up
+        ("caffe", (7, 14), {"base_size": 473}, 0.5, (119, 238)),  # 237.5 rounded up; 118.75
+        ("caffe", (207, 322), {"base_size": 512}, 0.75, (247, 385)),  # 247.5 is 247.49998 in single precision
+        ("mmseg", (1024, 2048), {"base_size": 2048, "short_size": 1024}, 1.0, (1024, 2048)),
+        ("mmseg", (512, 683), {"base_size": 2048, "short_size": 512}, 1.0, (512, 683)),
+        ("mmseg", (683, 2800), {"base_size": 2048, "short_size": 512}, 1.0, (500, 2048)),  # 499.58
+        ("mmseg", (300, 400), {"base_size": 2048, "short_size": 0}, 1.0, (1536, 2048)),
+        ("mmseg", (300, 400), {"base_size": 2049, "short_size": 1025}, 0.5, (512, 683)),  # bounds 1024 and 512
+        ("mmseg", (3, 7), {"base_size": 0}, 0.5, (2, 4)),  # bounds 4 and 2, factor 4 / 7; 1.714
+    ],
+)
+def test_scaled_size_by_hand(protocol, size, fields, scale, scaled):
+    assert PROTOCOLS[protocol].scaled_size(*size, settings(**fields).eval, scale) == scaled
+
+
+def test_merges_by_hand():
+    """Two pixels, two classes; log 3 makes 3/4 to 1/4. The mirror image's pixels come in reverse order."""
+    log3 = np.log(3)
+    logits, mirrored = np.array([[log3, 0], [0, 0]]), np.array([[0, log3], [log3, 0]])
+    np.testing.assert_allclose(mean_of_softmaxes(logits), [[3 / 4, 1 / 4], [1 / 2, 1 / 2]], rtol=1e-6)
+    np.testing.assert_allclose(mean_of_softmaxes(logits, mirrored), [[3 / 4, 1 / 4], [3 / 8, 5 / 8]], rtol=1e-6)
+    np.testing.assert_allclose(softmax_of_sum(logits), [[3 / 4, 1 / 4], [1 / 2, 1 / 2]], rtol=1e-6)
+    np.testing.assert_allclose(softmax_of_sum(logits, mirrored), [[9 / 10, 1 / 10], [1 / 4, 3 / 4]], rtol=1e-6)
+
+
+def test_large_logits_do_not_overflow():
+    """MATLAB's exp of 100 and more is infinite in single precision; ours is the limit."""
+    np.testing.assert_array_equal(softmax_of_sum(np.array([[200.0, 0.0]]), np.array([[200.0, 0.0]])), [[1, 0]])
+
+
+def test_renormalized_by_hand():
+    np.testing.assert_allclose(renormalized(jnp.array([[0.2, 0.6], [0.0, 0.0]])), [[0.25, 0.75], [0, 0]], rtol=1e-6)
