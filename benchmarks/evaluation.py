@@ -145,7 +145,7 @@ class Semseg:
 
 def compare_labels(semseg: str, folder: str, count: int, scales: tuple[float, ...]) -> None:
     """Prints, for each image, how many pixels get the same class, and how sure semseg is of the others."""
-    paths = find_images(folder)
+    paths = list(find_images(folder).values())
     images = [read_image(paths[i]) for i in range(0, len(paths), max(1, len(paths) // count))][:count]
     config = settings("semseg", (241, 241), 480, 0, scales=scales)
     with tempfile.TemporaryDirectory() as directory:
