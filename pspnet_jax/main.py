@@ -120,8 +120,9 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     config = _override(configs.load_recipe(arguments.config), overrides)
     validation.validate(config, jax.device_count())
     workdir = _absolute(arguments.workdir or f"runs/{config.name}")
-    if config.dataset.root:
-        config.dataset.root = str(_absolute(config.dataset.root))
+    for field in ("root", "extra_root"):
+        if config.dataset[field]:
+            config.dataset[field] = str(_absolute(config.dataset[field]))
     if config.init_from:
         config.init_from = str(_absolute(config.init_from))
         if not _absolute(config.init_from).is_file():
@@ -207,7 +208,8 @@ def _images(config: ConfigDict) -> dict[str, str]:
     dataset = config.dataset
     if dataset.name not in layouts.LAYOUTS:
         raise ValueError(f"--mode predict needs --input: the images of dataset.name={dataset.name!r} are no files")
-    pairs = layouts.list_pairs(dataset.name, str(_absolute(dataset.root)), config.eval.split, dataset.extra_root)
+    root, extra_root = (str(_absolute(path)) if path else "" for path in (dataset.root, dataset.extra_root))
+    pairs = layouts.list_pairs(dataset.name, root, config.eval.split, extra_root)
     return {pair.name: pair.image for pair in pairs}
 
 

@@ -88,18 +88,20 @@ def write_sbd(root: pathlib.Path, splits: Mapping[str, Sequence[str]], size: tup
 def write_cityscapes(
     root: pathlib.Path, splits: Mapping[str, int], size: tuple[int, int] = (40, 48), kind: str = "labelIds"
 ) -> pathlib.Path:
-    """Writes `pair`s of 19 classes as leftImg8bit/SPLIT/CITY/..., in two cities, with labels of a kind (none for "test")."""
+    """Writes `pair`s of 19 classes as leftImg8bit/SPLIT/CITY/..., with labels of a kind (for "test" empty, as they come).
+
+    The cities are aachen and bochum in turn, in "train_extra" augsburg and bayreuth.
+    """
     ids = np.full(256, 3, np.uint8)  # "out of roi", which is not scored
     ids[:19] = datasets.RAW_VALUES["cityscapes"]
     for split, count in splits.items():
         truth = "gtCoarse" if split == "train_extra" else "gtFine"
         for index in range(count):
             image, label = pair(split, index, size, 19)
-            city = ("aachen", "bochum")[index % 2]
+            city = (("augsburg", "bayreuth") if split == "train_extra" else ("aachen", "bochum"))[index % 2]
             name = f"{split}/{city}/{city}_{index:06d}_000019"
             write_image(root / f"leftImg8bit/{name}_leftImg8bit.png", image)
-            if split != "test":
-                raw = label if kind == "labelTrainIds" else ids[label]
-                write_image(root / f"{truth}/{name}_{truth}_{kind}.png", raw)
-                write_image(root / f"{truth}/{name}_{truth}_color.png", image)
+            raw = label if kind == "labelTrainIds" else ids[label]
+            write_image(root / f"{truth}/{name}_{truth}_{kind}.png", np.full_like(label, 3) if split == "test" else raw)
+            write_image(root / f"{truth}/{name}_{truth}_color.png", image)
     return root

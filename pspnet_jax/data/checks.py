@@ -30,11 +30,11 @@ def check_pair(image_file: str, label_file: str, num_classes: int, pixels: bool,
             return datasets.raw_label_problem(benchmark, histogram)
         return datasets.label_problem(histogram, num_classes)
 
-    size = _inspect(image_file, lambda image: _image_problem(image, pixels))
+    size = _inspect(image_file, label_file, lambda image: _image_problem(image, pixels))
     if label_file.endswith(".mat"):
         _check_mat(label_file, image_file, size, values)
     else:
-        _inspect(label_file, lambda label: _label_problem(label, pixels, image_file, size, values))
+        _inspect(label_file, image_file, lambda label: _label_problem(label, pixels, image_file, size, values))
 
 
 def decode_label(contents: bytes) -> np.ndarray:
@@ -55,6 +55,8 @@ def _check_mat(file: str, image_file: str, size: tuple[int, int], values: Values
     try:
         with tf.io.gfile.GFile(file, "rb") as stream:
             label = decode_label(stream.read())
+    except tf.errors.NotFoundError as error:
+        raise ValueError(f"{file}: no such file, which has to go with {image_file}") from error
     except (ValueError, tf.errors.OpError) as error:
         raise ValueError(f"{file}: cannot be read, damaged or cut short ({error}); replace it or remove the pair") from error
     histogram = np.bincount(label.ravel(), minlength=256).tolist()
@@ -62,11 +64,13 @@ def _check_mat(file: str, image_file: str, size: tuple[int, int], values: Values
         raise ValueError(f"{file}: {problem}")
 
 
-def _inspect(file: str, find_problem: Callable[[ImageFile.ImageFile], str | None]) -> tuple[int, int]:
+def _inspect(file: str, partner: str, find_problem: Callable[[ImageFile.ImageFile], str | None]) -> tuple[int, int]:
     """Returns (width, height) of an image file, or raises a ValueError with the problem found in it."""
     try:
         with tf.io.gfile.GFile(file, "rb") as stream, Image.open(stream) as image:
             size, problem = image.size, find_problem(image)
+    except tf.errors.NotFoundError as error:
+        raise ValueError(f"{file}: no such file, which has to go with {partner}") from error
     except (OSError, SyntaxError, tf.errors.OpError) as error:
         raise ValueError(f"{file}: cannot be read, damaged or cut short ({error}); replace it or remove the pair") from error
     if problem:

@@ -1,7 +1,8 @@
 """Where each dataset keeps its images and labels, as its users unpack it. Directories may be local or gs://."""
 
+import collections
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -18,7 +19,7 @@ class Pair(NamedTuple):
     Attributes:
       name: what messages and predictions call it.
       image: the file.
-      label: the file; "" where the split has no public labels.
+      label: the file; "" where the split has no public labels. One of the two may be missing, see `checks.check_pair`.
       raw: whether the label has the benchmark's own values (see `datasets.RAW_VALUES`), not classes.
     """
 
@@ -29,7 +30,9 @@ class Pair(NamedTuple):
 
 
 def list_pairs(name: str, root: str, split: str, extra_root: str = "") -> list[Pair]:
-    """Lists a split, or several in the form "train+train_extra", each in the order of names.
+    """Lists a split, or several in the form "train+train_extra", each in the order of names, which are unique.
+
+    The names are those of the image files, without ending; splits of a folder that are taken together come before them.
 
     Args:
       name: of the dataset, as in config.dataset.
@@ -39,13 +42,21 @@ def list_pairs(name: str, root: str, split: str, extra_root: str = "") -> list[P
       extra_root: SBD's directory, for voc2012.
 
     Raises:
-      ValueError: a directory or a file's partner is missing: which, and what was expected.
+      ValueError: a directory or list is missing: which, and what was expected; or an image is in two of several splits.
     """
     if not root:
         raise ValueError(f"dataset.root is empty: set --config.dataset.root to the directory with {EXPECTED[name]}")
     if not tf.io.gfile.isdir(root):
         raise ValueError(f"--config.dataset.root={root}: no such directory; expected one with {EXPECTED[name]}")
-    return [pair for part in _parts(name, split) for pair in LAYOUTS[name](root, part, extra_root)]
+    parts = _parts(name, split)
+    found = {part: LAYOUTS[name](root, part, extra_root) for part in parts}
+    pairs = [pair for part in parts for pair in found[part]]
+    if name == "folder" and len(parts) > 1:  # where the same names may occur in each
+        pairs = [pair._replace(name=f"{part}/{pair.name}") for part in parts for pair in found[part]]
+    name, number = collections.Counter(pair.name for pair in pairs).most_common(1)[0]
+    if number > 1:
+        raise ValueError(f"split {split!r} has {name} {number} times; leave out one of its parts")
+    return pairs
 
 
 def official_count(name: str, split: str) -> int | None:
@@ -56,34 +67,33 @@ def official_count(name: str, split: str) -> int | None:
 
 def _parts(name: str, split: str) -> list[str]:
     """The splits in "a+b", by the dataset's own names: "training" for ADE20K's "train"."""
-    return [ALIASES.get(name, {}).get(part, part) for part in split.split("+")]
+    parts = split.split("+")
+    if not all(parts):
+        raise ValueError(f"split {split!r}: expected a name, or several in the form 'train+val'")
+    return [ALIASES.get(name, {}).get(part, part) for part in parts]
 
 
 def _folder(root: str, split: str, extra_root: str) -> list[Pair]:
     """ROOT/images/SPLIT/NAME.{jpg,jpeg,png} with ROOT/labels/SPLIT/NAME.png; NAME may hold subfolders."""
-    images = _files(f"{root}/images/{split}", IMAGES)
-    return _paired(images, f"{root}/labels/{split}", raw=False)
+    return _paired(f"{root}/images/{split}", f"{root}/labels/{split}", raw=False)
 
 
 def _ade20k(root: str, split: str, extra_root: str) -> list[Pair]:
     """images/SPLIT/NAME.jpg with annotations/SPLIT/NAME.png."""
     root = _first_with("ade20k", "images", root, f"{root}/ADEChallengeData2016")
-    return _paired(_files(f"{root}/images/{split}", IMAGES), f"{root}/annotations/{split}", raw=True)
+    return _paired(f"{root}/images/{split}", f"{root}/annotations/{split}", raw=True)
 
 
-def _paired(images: dict[str, str], directory: str, raw: bool) -> list[Pair]:
-    """Pairs images with the labels of the same names in a directory; all without labels if there is no such directory."""
-    if not tf.io.gfile.isdir(directory):
+def _paired(image_directory: str, label_directory: str, raw: bool) -> list[Pair]:
+    """Pairs the files of the same names in two directories; without labels if there is no directory of them."""
+    images = _files(image_directory, IMAGES)
+    if not tf.io.gfile.isdir(label_directory):
         return [Pair(name, images[name], "", raw) for name in sorted(images)]
-    labels = _files(directory, (".png",))
-    if alone := sorted(images.keys() - labels.keys()):
-        raise ValueError(
-            f"{images[alone[0]]}: this image has no label, expected {directory}/{alone[0]}.png ({len(alone)} of {len(images)} "
-            "images have none)"
-        )
-    if alone := sorted(labels.keys() - images.keys()):
-        raise ValueError(f"{labels[alone[0]]}: this label has no image ({len(alone)} of {len(labels)} labels have none)")
-    return [Pair(name, images[name], labels[name], raw) for name in sorted(images)]
+    labels = _files(label_directory, (".png",))
+    return [
+        Pair(name, images.get(name, f"{image_directory}/{name}.jpg"), labels.get(name, f"{label_directory}/{name}.png"), raw)
+        for name in sorted(images.keys() | labels.keys())
+    ]
 
 
 def _voc2012(root: str, split: str, extra_root: str) -> list[Pair]:
@@ -101,17 +111,20 @@ def _voc2012(root: str, split: str, extra_root: str) -> list[Pair]:
 def _voc2012_augmented(root: str, extra_root: str) -> list[Pair]:
     """VOC's train, and SBD's train and val without VOC's val: 10,582 images in all.
 
-    The labels of SBD (Hariharan et al. 2011) are read from a folder SegmentationClassAug of PNGs that others have made of them,
-    or from its own .mat files, except where VOC train has better ones.
+    The labels of SBD (Hariharan et al. 2011) are read from a folder SegmentationClassAug of PNGs that others have made of them
+    (some of VOC train, too, some not), or from its own .mat files, except where VOC train has better ones.
     """
     train, val = (set(_names(f"{root}/ImageSets/Segmentation/{split}.txt")) for split in ("train", "val"))
     ready = f"{root}/SegmentationClassAug"
-    if tf.io.gfile.isdir(ready):
-        labels = {name: path for name, path in _files(ready, (".png",)).items() if name not in val}
-        return [Pair(name, f"{root}/JPEGImages/{name}.jpg", labels[name]) for name in sorted(labels)]
-    above = os.path.dirname(os.path.dirname(root))
-    places = (f"{place}/benchmark_RELEASE/dataset" for place in (above, os.path.dirname(root), root))
-    sbd = _first_with("voc2012", "cls", *((extra_root,) if extra_root else places))
+    if not extra_root and tf.io.gfile.isdir(ready):
+        labels = {name: f"{root}/SegmentationClass/{name}.png" for name in train} | _files(ready, (".png",))
+        return [Pair(name, f"{root}/JPEGImages/{name}.jpg", labels[name]) for name in sorted(labels.keys() - val)]
+    if extra_root:
+        places = [extra_root, f"{extra_root}/dataset", f"{extra_root}/benchmark_RELEASE/dataset"]
+    else:
+        above = os.path.dirname(root)
+        places = [f"{place}/benchmark_RELEASE/dataset" for place in (os.path.dirname(above), above, root)]
+    sbd = _first_with("voc2012", "cls", *places)
     added = {name for split in ("train", "val") for name in _names(f"{sbd}/{split}.txt")} - val - train
     here = {file.removesuffix(".jpg") for file in tf.io.gfile.listdir(f"{root}/JPEGImages")}
     return [
@@ -140,12 +153,15 @@ def _cityscapes(root: str, split: str, extra_root: str) -> list[Pair]:
         labels = {os.path.basename(n).removesuffix(ending): p for n, p in files.items() if n.endswith(ending)}
         if labels:
             break
-    if alone := sorted(images.keys() - labels.keys()):
-        raise ValueError(
-            f"{images[alone[0]]}: this image has no label, expected {alone[0]}_{ground_truth}_labelIds.png in "
-            f"{root}/{ground_truth}/{split}/CITY ({len(alone)} of {len(images)} images have none)"
+    return [
+        Pair(
+            f"{name}_leftImg8bit",
+            images.get(name, f"{root}/leftImg8bit/{split}/{name.split('_')[0]}/{name}_leftImg8bit.png"),
+            labels.get(name, f"{root}/{ground_truth}/{split}/{name.split('_')[0]}/{name}_{ground_truth}_labelIds.png"),
+            kind == "labelIds",
         )
-    return [Pair(f"{name}_leftImg8bit", images[name], labels[name], kind == "labelIds") for name in sorted(images)]
+        for name in sorted(images.keys() | labels.keys())
+    ]
 
 
 def _first_with(name: str, folder: str, *places: str) -> str:
@@ -171,18 +187,31 @@ def _files(directory: str, endings: Sequence[str]) -> dict[str, str]:
         there = ", ".join(sorted(tf.io.gfile.listdir(parent))[:8]) if tf.io.gfile.isdir(parent) else ""
         raise ValueError(f"{directory}: no such directory" + (f"; {parent} has {there}" if there else ""))
     found: dict[str, str] = {}
-    for parent, _, files in tf.io.gfile.walk(directory):
-        for file in files:
-            path = f"{parent}/{file}"
-            name, ending = os.path.splitext(path[len(directory) + 1 :])
-            if ending.lower() not in endings or file.startswith("."):
-                continue
-            if name in found:
-                raise ValueError(f"{path} and {found[name]}: two files of one name, whose label is ambiguous; remove one")
-            found[name] = path
+    for path in _walk(directory):
+        name, ending = os.path.splitext(path[len(directory) + 1 :])
+        if ending.lower() not in endings:
+            continue
+        if name in found:
+            raise ValueError(f"{path} and {found[name]}: two files of one name, whose label is ambiguous; remove one")
+        found[name] = path
     if not found:
         raise ValueError(f"{directory}: holds no {', '.join(endings)} files")
     return found
+
+
+def _walk(directory: str) -> Iterator[str]:
+    """Yields the files below a directory, without hidden ones.
+
+    A bucket lists folders with a "/", and is not asked about each entry with a "." whether it is one, which would take minutes.
+    """
+    for entry in tf.io.gfile.listdir(directory):
+        path = f"{directory}/{entry.rstrip('/')}"
+        if entry.startswith("."):
+            continue
+        if entry.endswith("/") or (("." not in entry or "://" not in directory) and tf.io.gfile.isdir(path)):
+            yield from _walk(path)
+        else:
+            yield path
 
 
 LAYOUTS: dict[str, Callable[[str, str, str], list[Pair]]] = {

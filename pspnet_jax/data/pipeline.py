@@ -1,21 +1,33 @@
-"""From a source to batches: order, augmentation, host shards. Numpy arrays come out."""
+"""From sources to batches: order, augmentation, host shards, threads. Numpy arrays come out."""
 
-import atexit
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+import collections
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from pspnet_jax.data.augment import augment
+from pspnet_jax import datasets
+from pspnet_jax.data import augment
+from pspnet_jax.data.cache import Read, cached, classes_held
+from pspnet_jax.data.order import AUGMENT, Order, generator
 from pspnet_jax.data.sources import Source, open_source
+
+T = TypeVar("T")
+Work = tuple[T, Sequence[Callable[[], object]]]  # something, and the calls that complete it
+THREADS = (os.cpu_count() or 1) + 1  # one more than there are cores, as some wait for TensorFlow's
 
 
 def train_batches(config: ConfigDict, *, start_step: int = 0, host: int = 0, hosts: int = 1) -> Iterator[dict[str, np.ndarray]]:
     """Returns the augmented training batches of steps start_step, ..., total_steps - 1.
 
-    Example i of step s has position p = s * batch_size + i in an endless sequence of shuffled epochs. Which image it shows
+    Example i of step s has position p = s * batch_size + i in the endless sequence of `Order`. Which image it shows
     follows from (seed, p), and so does its augmentation; a run that resumes, or has other hosts, makes the same batches.
 
     Args:
@@ -25,94 +37,116 @@ def train_batches(config: ConfigDict, *, start_step: int = 0, host: int = 0, hos
       hosts: number of hosts that share each batch.
 
     Returns:
-      an iterator of {"image": uint8[b,h,w,3], "label": uint8[b,h,w]}, read-only. A wrong example raises a ValueError there.
+      an iterator of {"image": uint8[b,h,w,3], "label": uint8[b,h,w]}, made by threads a few batches ahead of their use. A
+      wrong example raises a ValueError there.
 
     Raises:
-      ValueError: see open_source; or batch_size is not a multiple of hosts.
+      ValueError: see open_source, Order and cache.py; batch_size is not a multiple of hosts; or a dataset of the mixture has
+        another number of classes.
     """
     if config.batch_size % hosts:
         raise ValueError(f"batch_size={config.batch_size}: expected a multiple of the number of hosts, {hosts}")
-    source = open_source(config.dataset, config.dataset.train_split)
+    order, reads = _open(config)
+    share, crop, mean = config.batch_size // hosts, config.augment.crop, config.normalize.mean
 
-    def order(first_step: int, end_step: int) -> tf.data.Dataset:
-        return _order(len(source), config.seed, config.batch_size, range(first_step, end_step), host, hosts)
+    def make(position: int, pixels: np.ndarray, classes: np.ndarray) -> None:
+        dataset, index = order[position]
+        drawn = augment.draw(generator(config.seed, AUGMENT, position), config.augment)
+        augment.view(*reads[dataset](index), drawn, mean, pixels, classes)
 
-    def example(position: tf.Tensor, index: tf.Tensor) -> dict[str, tf.Tensor]:
-        image, label = augment(*source.load(index), tf.stack([config.seed, position]), config)
-        return {"image": image, "label": label}
+    def batch(step: int) -> Work[dict[str, np.ndarray]]:
+        images, labels = np.empty((share, *crop, 3), np.uint8), np.empty((share, *crop), np.uint8)
+        first = step * config.batch_size + host * share
+        calls = [functools.partial(make, first + i, images[i], labels[i]) for i in range(share)]
+        return {"image": images, "label": labels}, calls
 
-    def indices(number: int) -> Iterable[int]:
-        step = start_step + number
-        return (index for _, index in order(step, step + 1).as_numpy_iterator())
-
-    singles = order(start_step, config.total_steps).map(example, tf.data.AUTOTUNE, deterministic=True)
-    return _arrays(singles.batch(config.batch_size // hosts).prefetch(2), source, indices)
+    return _completed(map(batch, range(start_step, config.total_steps)), ahead=max(2, -(-THREADS // share)))
 
 
 def examples(config: ConfigDict, split: str, *, host: int = 0, hosts: int = 1) -> Iterator[dict]:
     """Returns every example of a split once, as it is: host h of H has examples h, h + H, and so on, which may be none.
 
     Returns:
-      an iterator of {"image": uint8[H,W,3], "label": uint8[H,W], "name": str}. A wrong example raises a ValueError there.
+      an iterator of {"image": uint8[H,W,3], "label": uint8[H,W], "name": str}, read-only, read by threads a few ahead of their
+      use. A wrong example raises a ValueError there.
 
     Raises:
       ValueError: see open_source.
     """
     source = open_source(config.dataset, split)
-    shard = range(host, len(source), hosts)
+    read = _reader(source)
 
-    def example(index: tf.Tensor) -> dict[str, tf.Tensor]:
-        image, label = source.load(index)
-        return {"image": image, "label": label}
+    def example(index: int) -> Work[dict]:
+        pair: dict = {"name": source.names[index]}
+        return pair, [lambda: pair.update(zip(("image", "label"), read(index), strict=True))]
 
-    dataset = tf.data.Dataset.range(host, len(source), hosts).map(example, tf.data.AUTOTUNE, deterministic=True).prefetch(2)
-    arrays = _arrays(dataset, source, lambda number: [shard[number]])
-    return ({**pair, "name": source.names[index]} for index, pair in zip(shard, arrays, strict=True))
+    return _completed(map(example, range(host, len(source), hosts)), ahead=max(2, THREADS))
 
 
-def _order(count: int, seed: int, batch_size: int, steps: range, host: int, hosts: int) -> tf.data.Dataset:
-    """Returns the positions that a host contributes to the batches of these steps, and the index of the example at each."""
-    start, stop = steps.start * batch_size, steps.stop * batch_size
+def _open(config: ConfigDict) -> tuple[Order, list[Read]]:
+    """Returns the order of the examples in dataset and dataset.mixture, and how to read those of each."""
+    dataset = config.dataset
+    num_classes = datasets.describe(dataset).num_classes
+    counts, reads, held = [], [], []
+    for part, split in ((dataset, dataset.train_split), *_mixture(dataset, num_classes)):
+        source = open_source(part, split)
+        read = cached(_reader(source), source, part)
+        if dataset.balance:
+            held.append(classes_held(read, source, num_classes, part))
+        counts.append(len(source))
+        reads.append(read)
+    weights = (1.0, *(weight for *_, weight in dataset.mixture))
+    return Order(config.seed, counts, weights, dataset.balance, held), reads
 
-    def epoch(number: tf.Tensor) -> tf.data.Dataset:
-        # tf.random.experimental.index_shuffle needs no list of the epoch, but has only 256 different orders of 367 examples.
-        index = tf.random.experimental.stateless_shuffle(
-            tf.range(count, dtype=tf.int64), tf.stack([seed, number]), alg="philox"
-        )
-        position = number * count + tf.range(count, dtype=tf.int64)
-        ours = (position >= start) & (position < stop) & (position % batch_size // (batch_size // hosts) == host)
-        return tf.data.Dataset.from_tensor_slices((position[ours], index[ours]))
 
-    return tf.data.Dataset.range(start // count, -(-stop // count)).flat_map(epoch)
+def _mixture(dataset: ConfigDict, num_classes: int) -> Iterator[tuple[ConfigDict, str]]:
+    """Yields a config.dataset and a split for each of dataset.mixture."""
+    for name, root, split, _ in dataset.mixture:
+        part = dataset.copy_and_resolve_references()
+        part.name, part.root = name, os.path.expanduser(root)
+        if name in datasets.TABLES or tf.io.gfile.exists(f"{part.root}/classes.txt"):
+            part.class_names = part.colors = ()
+        if (count := datasets.describe(part).num_classes) != num_classes:
+            raise ValueError(
+                f"dataset.mixture: {name!r} at {root!r} has {count} classes, expected {num_classes}, as dataset has"
+            )
+        yield part, split
 
 
-def _arrays(
-    dataset: tf.data.Dataset, source: Source, indices: Callable[[int], Iterable[int]]
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the dataset's elements as numpy arrays that share TensorFlow's memory.
+def _reader(source: Source) -> Read:
+    """Returns a function that reads an example, in any thread, as arrays that share TensorFlow's memory."""
+    load = tf.function(source.load, input_signature=[tf.TensorSpec([], tf.int64)]).get_concrete_function()
 
-    Args:
-      indices: the examples in the n-th element. When it fails, they are looked at again to find the wrong file.
-    """
-    iterators = [dataset.as_numpy_iterator()]
-    # Dropping the iterator ends its threads. At exit that must come early: Python functions that TensorFlow calls (for scenes,
-    # TFDS and palettes) stall once the interpreter shuts down, and the iterator would wait for them forever.
-    atexit.register(iterators.clear)
+    def read(index: int) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            image, label = load(tf.constant(index, tf.int64))
+        except tf.errors.OpError as error:
+            source.check(index)
+            reason = re.sub(r"\{\{.*?\}\} ", "", error.message.split("\n\t [[")[0]).strip().splitlines()[-1]
+            raise ValueError(f"{source.names[index]}: cannot be loaded ({reason})") from error
+        return np.asarray(image), np.asarray(label)
+
+    return read
+
+
+def _completed(work: Iterable[Work[T]], ahead: int) -> Iterator[T]:
+    """Yields each thing in turn when its calls have been made, while threads make those of up to `ahead` further ones."""
+    pool, leaving = ThreadPoolExecutor(THREADS, "input"), sys.is_finalizing  # when it is, this module's names are gone
+    queue: collections.deque[tuple[T, list[Future[object]]]] = collections.deque()
+
+    def next_completed() -> T:
+        thing, futures = queue.popleft()
+        for future in futures:
+            future.result()
+        return thing
+
     try:
-        for number in itertools.count():
-            try:
-                element = next(iterators[0], None)
-            except tf.errors.OpError as error:
-                names = []
-                for index in indices(number):
-                    source.check(index)
-                    names.append(source.names[index])
-                reason = error.message.splitlines()[0]
-                raise ValueError(f"one of the examples {', '.join(names)} cannot be loaded: {reason}") from error
-            if element is None:
-                return
-            yield element
-    finally:
-        if iterators:  # not at exit
-            iterators.clear()
-            atexit.unregister(iterators.clear)
+        for thing, calls in work:
+            queue.append((thing, [pool.submit(call) for call in calls]))
+            if len(queue) > ahead:
+                yield next_completed()
+        while queue:
+            yield next_completed()
+    finally:  # also when the iterator is closed or dropped
+        if not leaving():  # the interpreter has waited for the threads then
+            pool.shutdown(cancel_futures=True)

@@ -146,6 +146,8 @@ class Files:
 def _open_files(name: str, root: str, extra_root: str, split: str, num_classes: int, skip: bool) -> Files:
     start = time.monotonic()
     pairs = layouts.list_pairs(name, root, split, extra_root)
+    if num_classes != (known := len(datasets.RAW_VALUES.get(name, range(num_classes)))):
+        raise ValueError(f"dataset.class_names has {num_classes} classes, but labels of {name} have {known}; leave it empty")
     if unlabeled := [pair.image for pair in pairs if not pair.label]:
         raise ValueError(
             f"{unlabeled[0]}: split {split!r} has no labels to train with or to be scored by; "

@@ -123,8 +123,8 @@ def _set_label(path, *values):
 @pytest.mark.parametrize(
     ("file", "spoil", "message"),
     [
-        (LABEL, lambda p: p.unlink(), r"images/train/001.png: this image has no label, .*labels/train/001.png \(1 of 3 images"),
-        (IMAGE, lambda p: p.unlink(), r"labels/train/001.png: this label has no image \(1 of 3 labels"),
+        (LABEL, lambda p: p.unlink(), r"labels/train/001.png: no such file, which has to go with .*images/train/001.png"),
+        (IMAGE, lambda p: p.unlink(), r"images/train/001.jpg: no such file, which has to go with .*labels/train/001.png"),
         (IMAGE, lambda p: fakes.write_image(p.with_suffix(".jpg"), fakes.pair("train", 1)[0]), r"001.* two files of one name"),
         (IMAGE, lambda p: p.write_bytes(b""), r"images/train/001.png: cannot be read"),
         (IMAGE, _truncate, r"images/train/001.png: cannot be read, damaged or cut short"),
