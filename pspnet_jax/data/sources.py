@@ -45,6 +45,9 @@ class Source(Protocol):
     def check(self, index: int) -> None:
         """Raises a ValueError that says what is wrong with an example, and in which file."""
 
+    def files(self, index: int) -> Sequence[str]:
+        """The files that an example is read from, which say by their time and size whether it may have changed."""
+
 
 def open_source(dataset: ConfigDict, split: str) -> Source:
     """Opens one split of a recipe's dataset. Files are checked here, once per process (those added later are not seen).
@@ -116,6 +119,9 @@ class Files:
             label = tf.cond(self._raw[index], lambda: tf.gather(classes, tf.cast(label, tf.int32)), lambda: label)
         return _checked(image, label, self.num_classes)
 
+    def files(self, index: int) -> Sequence[str]:
+        return self._pairs[index].image, self._pairs[index].label
+
     def check(self, index: int, pixels: bool = True) -> None:
         """Raises a ValueError that names the file and what is wrong; without pixels, from the headers only."""
         pair = self._pairs[index]
@@ -179,6 +185,9 @@ class Examples:
 
     def load(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return _checked(*self.read(index), self.num_classes)
+
+    def files(self, index: int) -> Sequence[str]:
+        return ()
 
     def check(self, index: int) -> None:
         try:
