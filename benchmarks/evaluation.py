@@ -111,10 +111,8 @@ class Semseg:
         self._tool, self._config, self._probabilities = importlib.import_module("tool.test"), config, np.zeros(())
         self._tool.logger = importlib.import_module("logging").getLogger("semseg")
         self._network = importlib.import_module("model.pspnet").PSPNet(layers=50, classes=11, pretrained=False).eval()
-        pixels = torch.from_numpy(
-            np.asarray(models.normalize(jnp.asarray(image), config.normalize))[: 8 * 40 + 1, : 8 * 40 + 1]
-        )
-        randomize(self._network, self._network, pixels.permute(2, 0, 1)[None])
+        pixels = np.array(models.normalize(jnp.asarray(image[:321, :321]), config.normalize))
+        randomize(self._network, self._network, torch.from_numpy(pixels).permute(2, 0, 1)[None])
         torch.save({"state_dict": torch.nn.DataParallel(self._network).state_dict()}, checkpoint)
         scale_process = self._tool.scale_process
 
@@ -132,13 +130,13 @@ class Semseg:
 
         self._probabilities = np.zeros(())
         evaluation, normalize = self._config.eval, self._config.normalize
+        statistics = list(normalize.mean), list(normalize.std)
         with tempfile.TemporaryDirectory() as folder:
+            gray, color = f"{folder}/gray", f"{folder}/color"
             loader = [(torch.from_numpy(image).permute(2, 0, 1)[None].float(), None)]
-            self._tool.test(
-                loader, [("image.png", "")], self._network, 11, list(normalize.mean), list(normalize.std), evaluation.base_size,
-                *evaluation.crop, evaluation.scales, folder, folder, np.zeros((11, 3), np.uint8),
-            )  # fmt: skip
-            with Image.open(pathlib.Path(folder, "image.png")) as file:
+            sizes = evaluation.base_size, *evaluation.crop, evaluation.scales
+            self._tool.test(loader, [("one.png", "")], self._network, 11, *statistics, *sizes, gray, color, bytes(33))
+            with Image.open(f"{gray}/one.png") as file:
                 labels = np.asarray(file)
         return labels, self._probabilities / len(evaluation.scales)
 
@@ -161,13 +159,15 @@ def compare_labels(semseg: str, folder: str, count: int, scales: tuple[float, ..
     for i, image in enumerate(images):
         height, width, _ = image.shape
         labels, probabilities = theirs(image)
-        ours = np.asarray(predictor.labels(variables, [image]))[0, :height, :width]
-        difference = np.abs(np.asarray(predictor.probabilities(variables, [image]))[0, :height, :width] - probabilities).max()
-        same = ours == labels
+        ours = np.asarray(predictor.probabilities(variables, [image]))[0, :height, :width]
+        same = ours.argmax(-1) == labels
         gap = np.diff(np.sort(probabilities[~same])[:, -2:]).max(initial=0)
         shares.append(same.mean())
         classes = (np.bincount(labels.ravel(), minlength=11) > 0.01 * labels.size).sum()
-        print(f"| {i} | {classes} | {same.mean():.4%} | {(~same).sum()} | {gap:.1e} | {difference:.1e} |", flush=True)
+        print(
+            f"| {i} | {classes} | {same.mean():.4%} | {(~same).sum()} | {gap:.1e} | {abs(ours - probabilities).max():.1e} |",
+            flush=True,
+        )
     print(f"least {min(shares):.4%}, mean {np.mean(shares):.4%}")
 
 

@@ -101,7 +101,9 @@ def _batches_of_size(size: tuple[int, int], todo: list[list[tuple[int, Window]]]
     """Shares out (view, window), by device, in batches of at most `share` a device, all with the same number."""
     longest = max(map(len, todo))
     n = min(share, power_of_two(longest))
-    blank = Window(np.zeros(3, np.int32), Taps(*np.zeros((2, 0, 0))), Taps(*np.zeros((2, 0, 0))), np.array(False), np.zeros(3))
+    blank = Window(
+        np.zeros(3, np.int32), Taps(*np.zeros((2, 0, 0))), Taps(*np.zeros((2, 0, 0))), np.array(False), np.zeros(3, np.float32)
+    )
     batches = []
     for start in range(0, longest, n):
         shares = [list(zip(*entries[start : start + n], strict=True)) or [(), ()] for entries in todo]
