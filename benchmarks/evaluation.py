@@ -112,7 +112,10 @@ class Semseg:
         self._tool.logger = importlib.import_module("logging").getLogger("semseg")
         self._network = importlib.import_module("model.pspnet").PSPNet(layers=50, classes=11, pretrained=False).eval()
         pixels = np.array(models.normalize(jnp.asarray(image[:321, :321]), config.normalize))
-        randomize(self._network, self._network, torch.from_numpy(pixels).permute(2, 0, 1)[None])
+        pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        randomize(self._network, self._network, pixels)
+        with torch.no_grad():  # no class is ahead of the others on the whole
+            self._network.cls[-1].bias -= self._network(pixels).mean((0, 2, 3))
         torch.save({"state_dict": torch.nn.DataParallel(self._network).state_dict()}, checkpoint)
         scale_process = self._tool.scale_process
 
@@ -133,7 +136,7 @@ class Semseg:
         statistics = list(normalize.mean), list(normalize.std)
         with tempfile.TemporaryDirectory() as folder:
             gray, color = f"{folder}/gray", f"{folder}/color"
-            loader = [(torch.from_numpy(image).permute(2, 0, 1)[None].float(), None)]
+            loader = [(torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float(), None)]
             sizes = evaluation.base_size, *evaluation.crop, evaluation.scales
             self._tool.test(loader, [("one.png", "")], self._network, 11, *statistics, *sizes, gray, color, bytes(33))
             with Image.open(f"{gray}/one.png") as file:

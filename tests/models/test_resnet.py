@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspnet_jax import config
+from pspnet_jax import validation
 from pspnet_jax.models import resnet
 from pspnet_jax.models.layers import ConvNorm
 
@@ -121,4 +121,4 @@ def test_every_stride_halves_and_rounds_up(stem, output_stride, sizes):
 
 def test_the_config_offers_exactly_what_the_tables_hold():
     tables = {"depth": resnet.BLOCKS, "stem": resnet.STEMS, "output_stride": resnet.STAGES}
-    assert {field: config.CHOICES[f"model.{field}"] for field in tables} == {field: tuple(t) for field, t in tables.items()}
+    assert {field: validation.CHOICES[f"model.{field}"] for field in tables} == {field: tuple(t) for field, t in tables.items()}

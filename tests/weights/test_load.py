@@ -247,6 +247,7 @@ def test_import_after_export_is_the_identity(ours, fmt, name, tmp_path):
     assert all(back[path].tobytes() == np.asarray(value).tobytes() for path, value in flat(variables).items())
 
 
+@pytest.mark.filterwarnings("ignore:CUDA initialization")  # of a torch built for CUDA, on a machine without
 def test_semsegs_network_loads_an_export(ours, tmp_path):
     """Every key and shape is that of the module which semseg wraps in DataParallel, and the logits are ours."""
     model, variables = ours
