@@ -87,8 +87,7 @@ def _load(path: str, torch: ModuleType) -> object:
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
                 f"{path}: holds Python objects besides tensors ({found[1]}), and reading these could run code, so nothing was "
-                "read; if you trust who made it, keep its weights alone: "
-                f"torch.save(torch.load({path!r}, weights_only=False)['state_dict'], 'weights.pth')"
+                "read; ask who made it for a file with the state_dict alone, best as .safetensors"
             ) from error
         raise ValueError(f"{path}: cannot be read as a PyTorch file; fetch it again, or check what it is") from error
 

@@ -1,0 +1,189 @@
+"""How fast training examples are made: decoding alone, the whole pipeline, and hszhao/semseg's loader on the same files.
+
+python -m benchmarks.input [--semseg DIR] [--images DIR --crop 473] [--repeats 5] [--seconds 20]
+
+Every measurement is a process of its own, which leaves out its first batches; the repeats go round all of them in turn.
+"""
+
+import argparse
+import collections
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from PIL import Image
+
+BATCH, COUNT, CLASSES = 16, 16, 19
+MEAN, STD = (0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255)
+WARM_UP = 4  # batches
+KINDS = {  # height, width, crop, ending, standard deviation of the noise
+    "Cityscapes-like PNGs": (1024, 2048, 713, "png", 0.8),
+    "ADE20K-like JPEGs": (512, 683, 473, "jpg", 2.5),
+}
+
+
+def write_images(root: pathlib.Path, height: int, width: int, ending: str, noise: float) -> None:
+    """Writes COUNT pairs as a camera might see them: regions with outlines, shading within, and noise."""
+    for index in range(COUNT):
+        rng = np.random.default_rng(index)
+        fields = [_smooth(rng, height, width, cells=7) for _ in range(CLASSES)]
+        label = np.argmax(fields, axis=0).astype(np.uint8)
+        color = rng.uniform(30, 220, (CLASSES, 3))[label]
+        for cells, strength in ((6, 25), (40, 12), (100, 5)):
+            color += strength * np.stack([_smooth(rng, height, width, cells)] * 3, axis=-1)
+        color += noise * rng.standard_normal((height, width, 3))
+        for kind, array, suffix in (("images", color, ending), ("labels", label, "png")):
+            path = root / kind / "train" / f"{index:02d}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.clip(array, 0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+def _smooth(rng: np.random.Generator, height: int, width: int, cells: int) -> np.ndarray:
+    coarse = rng.standard_normal((cells, 2 * cells)).astype(np.float32)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def decoding(root: pathlib.Path, crop: int) -> Iterable[object]:
+    """Pairs read and decoded by TensorFlow and nothing else, BATCH of them at a time."""
+    from pspnet_jax.data import tf
+
+    pairs = tf.data.Dataset.from_tensor_slices(tuple(map(list, zip(*_files(root), strict=True)))).repeat()
+
+    def decode(image: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        pixels = tf.io.decode_jpeg(tf.io.read_file(image), channels=3, dct_method="INTEGER_ACCURATE")  # PNGs as well
+        return pixels, tf.io.decode_png(tf.io.read_file(label), channels=1)
+
+    singles = pairs.map(decode, num_parallel_calls=os.cpu_count()).prefetch(2).as_numpy_iterator()
+    return iter(lambda: [next(singles) for _ in range(BATCH)], None)
+
+
+def ours(root: pathlib.Path, crop: int) -> Iterable[object]:
+    """This project's training batches with its default augmentation."""
+    from pspnet_jax.config import base_config
+    from pspnet_jax.data import pipeline
+
+    config = base_config()
+    config.dataset.root = str(root)
+    config.dataset.class_names = tuple(f"class {index}" for index in range(255))
+    config.batch_size, config.augment.crop, config.total_steps = BATCH, (crop, crop), 10**9
+    return pipeline.train_batches(config)
+
+
+def semseg(root: pathlib.Path, crop: int) -> Iterable[object]:
+    """The loader of semseg's tool/train.py with 2 workers, normalized float32 on the host as it makes them."""
+    collections.Iterable = collections.abc.Iterable  # type: ignore[attr-defined]  # it was written for Python before 3.10
+    import cv2
+    import torch
+    from util import dataset, transform
+
+    cv2.ocl.setUseOpenCL(False)
+    cv2.setNumThreads(0)
+    steps = [
+        transform.RandScale([0.5, 2.0]),
+        transform.RandRotate([-10, 10], padding=list(MEAN), ignore_label=255),
+        transform.RandomGaussianBlur(),
+        transform.RandomHorizontalFlip(),
+        transform.Crop([crop, crop], crop_type="rand", padding=list(MEAN), ignore_label=255),
+        transform.ToTensor(),
+        transform.Normalize(mean=MEAN, std=STD),
+    ]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as pairs:
+        pairs.writelines(f"{image} {label}\n" for image, label in 200 * _files(root))
+        pairs.flush()
+        data = dataset.SemData("train", str(root), pairs.name, transform.Compose(steps))
+    return iter(torch.utils.data.DataLoader(data, BATCH, shuffle=True, num_workers=2, drop_last=True))
+
+
+def _files(root: pathlib.Path) -> list[tuple[str, str]]:
+    images, labels = (sorted(map(str, (root / kind / "train").iterdir())) for kind in ("images", "labels"))
+    return list(zip(images, labels, strict=True))
+
+
+WAYS: dict[str, Callable[[pathlib.Path, int], Iterable[object]]] = {"decoding": decoding, "ours": ours, "semseg": semseg}
+
+
+def measure(way: str, root: pathlib.Path, crop: int, seconds: float) -> dict[str, float]:
+    """Returns images a second, CPU milliseconds an image, and the most memory held, in MB, of this process and its workers."""
+    batches = iter(WAYS[way](root, crop))
+    for _ in itertools.islice(batches, WARM_UP):
+        pass
+    began, cpu, images = time.perf_counter(), _cpu_seconds(), 0
+    while time.perf_counter() - began < seconds:
+        next(batches)
+        images += BATCH
+    rate = images / (time.perf_counter() - began)
+    return {"rate": rate, "cpu": 1e3 * (_cpu_seconds() - cpu) / images, "memory": _peak_megabytes()}
+
+
+def _cpu_seconds() -> float:
+    total = time.process_time()
+    for child in multiprocessing.active_children():
+        fields = pathlib.Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def _peak_megabytes() -> float:
+    total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    for child in multiprocessing.active_children():
+        status = pathlib.Path(f"/proc/{child.pid}/status").read_text()
+        total += int(status.split("VmHWM:")[1].split()[0]) / 1024
+    return total
+
+
+def compare(title: str, root: pathlib.Path, crop: int, arguments: argparse.Namespace) -> None:
+    """Measures all ways on the images of one folder, prints a table, and how ours compares with the others."""
+    ways = [way for way in WAYS if way != "semseg" or arguments.semseg]
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    for _, way in itertools.product(range(arguments.repeats), ways):
+        command = [sys.executable, "-m", "benchmarks.input", "--way", way, "--images", str(root), "--crop", str(crop)]
+        command += ["--seconds", str(arguments.seconds), "--semseg", arguments.semseg]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        found[way].append(json.loads(done.stdout.splitlines()[-1]))
+    images, labels = (np.mean([os.path.getsize(file) / 1e3 for file in files]) for files in zip(*_files(root), strict=True))
+    print(f"\n{title}: images of {images:.0f} kB, labels of {labels:.0f} kB, crop {crop}, batch {BATCH}\n")
+    print("| | images/s, median | least | most | CPU ms an image, median | peak MB |\n| --- | --- | --- | --- | --- | --- |")
+    middle = {way: {k: statistics.median(run[k] for run in runs) for k in runs[0]} for way, runs in found.items()}
+    for way, runs in found.items():
+        rates, m = [run["rate"] for run in runs], middle[way]
+        print(f"| {way} | {m['rate']:.1f} | {min(rates):.1f} | {max(rates):.1f} | {m['cpu']:.1f} | {m['memory']:.0f} |")
+    for other in (way for way in ways if way != "ours"):
+        rate, cpu = (middle["ours"][k] / middle[other][k] for k in ("rate", "cpu"))
+        print(f"\nours has {rate:.2f} times the images/s of {other}, and takes {cpu:.2f} times its CPU time an image")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--semseg", default="", help="a checkout of hszhao/semseg")
+    parser.add_argument("--images", type=pathlib.Path, help="images/train and labels/train instead of made-up ones")
+    parser.add_argument("--crop", type=int, default=473, help="for --images")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--way", choices=WAYS, help="only this one, once, as JSON")
+    arguments = parser.parse_args()
+    if arguments.way:
+        sys.path.append(arguments.semseg)
+        print(json.dumps(measure(arguments.way, arguments.images, arguments.crop, arguments.seconds)), flush=True)
+        os._exit(0)  # without the batches that are still under way
+    if arguments.images:
+        compare(str(arguments.images), arguments.images, arguments.crop, arguments)
+        return
+    for title, (height, width, crop, ending, noise) in KINDS.items():
+        with tempfile.TemporaryDirectory() as directory:
+            root = pathlib.Path(directory)
+            write_images(root, height, width, ending, noise)
+            compare(title, root, crop, arguments)
+
+
+if __name__ == "__main__":
+    main()
