@@ -92,7 +92,7 @@ def base_config() -> ConfigDict:
     evaluation.crop = (473, 473)  # window height, width
     evaluation.stride = (0, 0)  # from window to window; 0: two thirds of the crop, rounded up
     evaluation.base_size = 512  # long side in pixels at scale 1; 0: the image's own
-    evaluation.short_size = 0  # mmseg: the most that the short side has at scale 1; 0: no bound
+    evaluation.short_size = 0  # mmseg: the most that the short side has at scale 1; 0: no bound (or its own)
     evaluation.scales = (1.0,)  # the paper's multi-scale: (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
     evaluation.flip = True  # average with the mirrored image
     evaluation.batch_size = 8  # windows (or whole images) that go through the network together

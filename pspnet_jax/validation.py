@@ -114,6 +114,8 @@ def _range_problems(config: ConfigDict) -> list[str]:
         problems.append(f"eval.scales={config.eval.scales}: expected one or more scales above 0")
     if not all(0 <= stride <= crop for stride, crop in zip(config.eval.stride, config.eval.crop, strict=True)):
         problems.append(f"eval.stride={config.eval.stride}: expected values from 0 to eval.crop={config.eval.crop}")
+    if config.eval.short_size > config.eval.base_size > 0:
+        problems.append(f"eval.short_size={config.eval.short_size}: expected at most eval.base_size={config.eval.base_size}")
     if config.eval.short_size and config.eval.protocol != "mmseg":
         problems.append(f"eval.short_size={config.eval.short_size}: expected 0, or eval.protocol='mmseg', whose rule it is")
     return problems

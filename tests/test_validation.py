@@ -48,6 +48,7 @@ def test_a_value_outside_its_choices_is_refused_with_all_of_them(field):
         ("every.eval", -1, "0 or more"),
         ("eval.stride", (474, 0), "values from 0 to eval.crop=(473, 473)"),
         ("eval.short_size", 512, "0, or eval.protocol='mmseg'"),
+        ("eval.base_size", -1, "0 or more"),
         ("dataset.balance", 1.5, "a value from 0 to 1"),
     ],
 )
@@ -87,6 +88,14 @@ def test_batch_norm_over_one_image_is_refused_unless_it_can_work():
             validation.validate(changed(one_image))
         validation.validate(changed(one_image | {"model.norm": "frozen"}))
         validation.validate(changed(one_image | {"model.bins": (2, 3, 6)}))
+
+
+def test_the_bound_of_the_short_side_may_not_exceed_that_of_the_long_one():
+    config = changed({"eval.protocol": "mmseg", "eval.base_size": 2048, "eval.short_size": 2048})
+    validation.validate(config)
+    config.eval.short_size = 2049
+    with pytest.raises(ValueError, match=r"^eval\.short_size=2049: expected at most eval\.base_size=2048$"):
+        validation.validate(config)
 
 
 def test_all_problems_are_listed_at_once():
