@@ -1,12 +1,13 @@
 """How fast training examples are made: decoding alone, the whole pipeline, and hszhao/semseg's loader on the same files.
 
-python -m benchmarks.input [--semseg DIR] [--images DIR --crop 473] [--repeats 5] [--seconds 20]
+python -m benchmarks.input [--semseg DIR] [--repeats 5] [--seconds 20]
 
 Every measurement is a process of its own, which leaves out its first batches; the repeats go round all of them in turn.
 """
 
 import argparse
 import collections
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -23,27 +24,45 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from PIL import Image
 
-BATCH, COUNT, CLASSES = 16, 16, 19
+BATCH, COUNT, REGIONS = 16, 16, 19
 MEAN, STD = (0.485 * 255, 0.456 * 255, 0.406 * 255), (0.229 * 255, 0.224 * 255, 0.225 * 255)
 WARM_UP = 4  # batches
-KINDS = {  # height, width, crop, ending, standard deviation of the noise
-    "Cityscapes-like PNGs": (1024, 2048, 713, "png", 0.8),
-    "ADE20K-like JPEGs": (512, 683, 473, "jpg", 2.5),
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Made-up training images like a benchmark's, in its layout and with its raw labels; the crop is that of its recipe."""
+
+    size: tuple[int, int]  # height, width
+    crop: int
+    noise: float  # standard deviation, gray levels
+    image: str
+    label: str
+
+
+KINDS = {
+    "cityscapes": Kind(
+        (1024, 2048),
+        713,
+        0.8,
+        "leftImg8bit/train/aachen/aachen_{:06}_000019_leftImg8bit.png",
+        "gtFine/train/aachen/aachen_{:06}_000019_gtFine_labelIds.png",
+    ),
+    "ade20k": Kind((512, 683), 473, 2.5, "images/training/ADE_train_{:08}.jpg", "annotations/training/ADE_train_{:08}.png"),
 }
 
 
-def write_images(root: pathlib.Path, height: int, width: int, ending: str, noise: float) -> None:
+def write_images(root: pathlib.Path, kind: Kind) -> None:
     """Writes COUNT pairs as a camera might see them: regions with outlines, shading within, and noise."""
     for index in range(COUNT):
         rng = np.random.default_rng(index)
-        fields = [_smooth(rng, height, width, cells=7) for _ in range(CLASSES)]
-        label = np.argmax(fields, axis=0).astype(np.uint8)
-        color = rng.uniform(30, 220, (CLASSES, 3))[label]
+        label = np.argmax([_smooth(rng, *kind.size, cells=7) for _ in range(REGIONS)], axis=0).astype(np.uint8)
+        color = rng.uniform(30, 220, (REGIONS, 3))[label]
         for cells, strength in ((6, 25), (40, 12), (100, 5)):
-            color += strength * np.stack([_smooth(rng, height, width, cells)] * 3, axis=-1)
-        color += noise * rng.standard_normal((height, width, 3))
-        for kind, array, suffix in (("images", color, ending), ("labels", label, "png")):
-            path = root / kind / "train" / f"{index:02d}.{suffix}"
+            color += strength * np.stack([_smooth(rng, *kind.size, cells)] * 3, axis=-1)
+        color += kind.noise * rng.standard_normal((*kind.size, 3))
+        for name, array in ((kind.image, color), (kind.label, label)):
+            path = root / name.format(index)
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.clip(array, 0, 255).astype(np.uint8)).save(path, quality=90)
 
@@ -53,11 +72,11 @@ def _smooth(rng: np.random.Generator, height: int, width: int, cells: int) -> np
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def decoding(root: pathlib.Path, crop: int) -> Iterable[object]:
+def decoding(name: str, root: pathlib.Path) -> Iterable[object]:
     """Pairs read and decoded by TensorFlow and nothing else, BATCH of them at a time."""
     from pspnet_jax.data import tf
 
-    pairs = tf.data.Dataset.from_tensor_slices(tuple(map(list, zip(*_files(root), strict=True)))).repeat()
+    pairs = tf.data.Dataset.from_tensor_slices(tuple(map(list, zip(*_files(name, root), strict=True)))).repeat()
 
     def decode(image: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         pixels = tf.io.decode_jpeg(tf.io.read_file(image), channels=3, dct_method="INTEGER_ACCURATE")  # PNGs as well
@@ -67,20 +86,22 @@ def decoding(root: pathlib.Path, crop: int) -> Iterable[object]:
     return iter(lambda: [next(singles) for _ in range(BATCH)], None)
 
 
-def ours(root: pathlib.Path, crop: int) -> Iterable[object]:
-    """This project's training batches with its default augmentation."""
+def ours(name: str, root: pathlib.Path) -> Iterable[object]:
+    """This project's training batches with its default augmentation, blur and rotation included."""
     from pspnet_jax.config import base_config
     from pspnet_jax.data import pipeline
 
     config = base_config()
-    config.dataset.root = str(root)
-    config.dataset.class_names = tuple(f"class {index}" for index in range(255))
-    config.batch_size, config.augment.crop, config.total_steps = BATCH, (crop, crop), 10**9
+    config.dataset.name, config.dataset.root = name, str(root)
+    config.batch_size, config.augment.crop, config.total_steps = BATCH, (KINDS[name].crop,) * 2, 10**9
     return pipeline.train_batches(config)
 
 
-def semseg(root: pathlib.Path, crop: int) -> Iterable[object]:
-    """The loader of semseg's tool/train.py with 2 workers, normalized float32 on the host as it makes them."""
+def semseg(name: str, root: pathlib.Path) -> Iterable[object]:
+    """The loader of semseg's tool/train.py with 2 workers, normalized float32 on the host as it makes them.
+
+    It takes labels as they are: its users map them to classes beforehand.
+    """
     collections.Iterable = collections.abc.Iterable  # type: ignore[attr-defined]  # it was written for Python before 3.10
     import cv2
     import torch
@@ -88,6 +109,7 @@ def semseg(root: pathlib.Path, crop: int) -> Iterable[object]:
 
     cv2.ocl.setUseOpenCL(False)
     cv2.setNumThreads(0)
+    crop = KINDS[name].crop
     steps = [
         transform.RandScale([0.5, 2.0]),
         transform.RandRotate([-10, 10], padding=list(MEAN), ignore_label=255),
@@ -98,23 +120,23 @@ def semseg(root: pathlib.Path, crop: int) -> Iterable[object]:
         transform.Normalize(mean=MEAN, std=STD),
     ]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as pairs:
-        pairs.writelines(f"{image} {label}\n" for image, label in 200 * _files(root))
+        pairs.writelines(f"{image} {label}\n" for image, label in 200 * _files(name, root))
         pairs.flush()
         data = dataset.SemData("train", str(root), pairs.name, transform.Compose(steps))
     return iter(torch.utils.data.DataLoader(data, BATCH, shuffle=True, num_workers=2, drop_last=True))
 
 
-def _files(root: pathlib.Path) -> list[tuple[str, str]]:
-    images, labels = (sorted(map(str, (root / kind / "train").iterdir())) for kind in ("images", "labels"))
-    return list(zip(images, labels, strict=True))
+def _files(name: str, root: pathlib.Path) -> list[tuple[str, str]]:
+    kind = KINDS[name]
+    return [(str(root / kind.image.format(index)), str(root / kind.label.format(index))) for index in range(COUNT)]
 
 
-WAYS: dict[str, Callable[[pathlib.Path, int], Iterable[object]]] = {"decoding": decoding, "ours": ours, "semseg": semseg}
+WAYS: dict[str, Callable[[str, pathlib.Path], Iterable[object]]] = {"decoding": decoding, "ours": ours, "semseg": semseg}
 
 
-def measure(way: str, root: pathlib.Path, crop: int, seconds: float) -> dict[str, float]:
+def measure(way: str, name: str, root: pathlib.Path, seconds: float) -> dict[str, float]:
     """Returns images a second, CPU milliseconds an image, and the most memory held, in MB, of this process and its workers."""
-    batches = iter(WAYS[way](root, crop))
+    batches = iter(WAYS[way](name, root))
     for _ in itertools.islice(batches, WARM_UP):
         pass
     began, cpu, images = time.perf_counter(), _cpu_seconds(), 0
@@ -141,17 +163,21 @@ def _peak_megabytes() -> float:
     return total
 
 
-def compare(title: str, root: pathlib.Path, crop: int, arguments: argparse.Namespace) -> None:
-    """Measures all ways on the images of one folder, prints a table, and how ours compares with the others."""
+def compare(name: str, root: pathlib.Path, arguments: argparse.Namespace) -> None:
+    """Measures all ways on the same images, prints a table, and how ours compares with the others."""
     ways = [way for way in WAYS if way != "semseg" or arguments.semseg]
     found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _, way in itertools.product(range(arguments.repeats), ways):
-        command = [sys.executable, "-m", "benchmarks.input", "--way", way, "--images", str(root), "--crop", str(crop)]
+        command = [sys.executable, "-m", "benchmarks.input", "--way", way, "--kind", name, "--root", str(root)]
         command += ["--seconds", str(arguments.seconds), "--semseg", arguments.semseg]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found[way].append(json.loads(done.stdout.splitlines()[-1]))
-    images, labels = (np.mean([os.path.getsize(file) / 1e3 for file in files]) for files in zip(*_files(root), strict=True))
-    print(f"\n{title}: images of {images:.0f} kB, labels of {labels:.0f} kB, crop {crop}, batch {BATCH}\n")
+    sizes = (np.mean([os.path.getsize(file) / 1e3 for file in files]) for files in zip(*_files(name, root), strict=True))
+    print(
+        "\n{}-like: images of {:.0f} kB, labels of {:.0f} kB".format(name, *sizes),
+        f"crop {KINDS[name].crop}, batch {BATCH}\n",
+        sep=", ",
+    )
     print("| | images/s, median | least | most | CPU ms an image, median | peak MB |\n| --- | --- | --- | --- | --- | --- |")
     middle = {way: {k: statistics.median(run[k] for run in runs) for k in runs[0]} for way, runs in found.items()}
     for way, runs in found.items():
@@ -165,24 +191,21 @@ def compare(title: str, root: pathlib.Path, crop: int, arguments: argparse.Names
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--semseg", default="", help="a checkout of hszhao/semseg")
-    parser.add_argument("--images", type=pathlib.Path, help="images/train and labels/train instead of made-up ones")
-    parser.add_argument("--crop", type=int, default=473, help="for --images")
+    parser.add_argument("--kind", choices=KINDS, help="only these images")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20)
-    parser.add_argument("--way", choices=WAYS, help="only this one, once, as JSON")
+    parser.add_argument("--way", choices=WAYS, help="only this one, once, as JSON, on the images at --root")
+    parser.add_argument("--root", type=pathlib.Path)
     arguments = parser.parse_args()
     if arguments.way:
         sys.path.append(arguments.semseg)
-        print(json.dumps(measure(arguments.way, arguments.images, arguments.crop, arguments.seconds)), flush=True)
+        print(json.dumps(measure(arguments.way, arguments.kind, arguments.root, arguments.seconds)), flush=True)
         os._exit(0)  # without the batches that are still under way
-    if arguments.images:
-        compare(str(arguments.images), arguments.images, arguments.crop, arguments)
-        return
-    for title, (height, width, crop, ending, noise) in KINDS.items():
+    for name in [arguments.kind] if arguments.kind else KINDS:
         with tempfile.TemporaryDirectory() as directory:
             root = pathlib.Path(directory)
-            write_images(root, height, width, ending, noise)
-            compare(title, root, crop, arguments)
+            write_images(root, KINDS[name])
+            compare(name, root, arguments)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The check that refuses a config's wrong values before anything compiles: every one of them is named."""
 
+import math
+
 from ml_collections import ConfigDict
 
 from pspnet_jax.config import bn_images, leaves
@@ -63,11 +65,24 @@ def _tuple_problems(config: ConfigDict) -> list[str]:
         problems.append(
             f"dataset.colors={config.dataset.colors}: expected (R, G, B) triples, such as ((128, 64, 128), (0, 0, 0))"
         )
+    if not all(_is_part(part) for part in config.dataset.mixture):
+        problems.append(
+            f"dataset.mixture={config.dataset.mixture}: expected ('name', 'root', 'split', weight) each, the name one of "
+            f"{', '.join(map(repr, CHOICES['dataset.name']))}, the weight a number above 0"
+        )
     for field, (kind, count) in TUPLES.items():
         value, kinds = values[field], (int, float) if kind is float else int
         if not all(isinstance(v, kinds) for v in value) or len(value) != (count or len(value)):
             problems.append(f"{field}={value}: expected {count or 'any number of'} values of type {kind.__name__}")
     return problems
+
+
+def _is_part(part: object) -> bool:
+    """Whether it may be a part of dataset.mixture."""
+    match part:
+        case (str(name), str(), str(), float() | int() as weight):
+            return name in CHOICES["dataset.name"] and 0 < weight < math.inf
+    return False
 
 
 def _choice_problems(config: ConfigDict, prefix: str) -> list[str]:

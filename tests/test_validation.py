@@ -50,6 +50,11 @@ def test_a_value_outside_its_choices_is_refused_with_all_of_them(field):
         ("eval.short_size", 512, "0, or eval.protocol='mmseg'"),
         ("eval.base_size", -1, "0 or more"),
         ("dataset.balance", 1.5, "a value from 0 to 1"),
+        ("dataset.mixture", ("folder", "data", "train", 1.0), "('name', 'root', 'split', weight) each"),
+        ("dataset.mixture", (("folder", "data", "train"),), "('name', 'root', 'split', weight) each"),
+        ("dataset.mixture", (("folder", "data", "train", "2"),), "the weight a number above 0"),
+        ("dataset.mixture", (("folder", "data", "train", 0),), "the weight a number above 0"),
+        ("dataset.mixture", (("camvid", "data", "train", 1),), "the name one of 'folder', "),
     ],
 )
 def test_an_impossible_value_is_refused_with_what_is_allowed(field, value, allowed):
