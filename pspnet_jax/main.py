@@ -132,7 +132,8 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from pspnet_jax.data import pipeline, sources  # these import TensorFlow
     from pspnet_jax.train import loop
 
-    examples = len(sources.open_source(config.dataset, config.dataset.train_split))
+    share = 1 / (1 + sum(weight for *_, weight in config.dataset.mixture))
+    epoch = round(len(sources.open_source(config.dataset, config.dataset.train_split)) / share)
     sources.open_source(config.dataset, config.eval.split)
     predictor = _predictor(config)
 
@@ -144,7 +145,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         logger.info(report)
         return report
 
-    loop.fit(config, batches, evaluate, workdir, examples)
+    loop.fit(config, batches, evaluate, workdir, epoch)
     logger.info(f"{workdir} has checkpoints/, metrics.jsonl, pictures/ and tensorboard/")
 
 

@@ -178,11 +178,15 @@ def _open_files(name: str, root: str, extra_root: str, split: str, num_classes: 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Examples without files of their own: `read` returns the image uint8[H,W,3] and label uint8[H,W] of an index."""
+    """Examples without files of their own: `read` returns the image uint8[H,W,3] and label uint8[H,W] of an index.
+
+    `written` are files that are written anew whenever examples change.
+    """
 
     names: Sequence[str]
     num_classes: int
     read: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+    written: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -191,7 +195,7 @@ class Examples:
         return _checked(*self.read(index), self.num_classes)
 
     def files(self, index: int) -> Sequence[str]:
-        return ()
+        return self.written
 
     def check(self, index: int) -> None:
         try:
@@ -246,7 +250,7 @@ def _open_tfds(name: str, root: str, split: str, num_classes: int) -> Examples:
         example = features.deserialize_example(record, decoders={"image": tfds.decode.SkipDecoding()})
         return _decode_image(example["image"]), example["label"][..., 0]
 
-    return Examples(_numbered(split, len(records)), num_classes, read)
+    return Examples(_numbered(split, len(records)), num_classes, read, [f"{builder.data_path}/dataset_info.json"])
 
 
 def _numbered(split: str, count: int) -> list[str]:

@@ -32,7 +32,7 @@ def fit(
     batches: Callable[[int], Iterable[Mapping[str, np.ndarray]]],
     evaluate: Evaluate | None,
     workdir: epath.PathLike,
-    examples: int = 0,
+    epoch: int = 0,
 ) -> TrainState:
     """Trains to config.total_steps, from the newest checkpoint in workdir if there is one.
 
@@ -42,7 +42,7 @@ def fit(
         {"image": uint8[N, H, W, 3], "label": uint8[N, H, W]}.
       evaluate: scores the variables on the validation split; None: no evaluation.
       workdir: where checkpoints, metrics and pictures go.
-      examples: in the training split, for the metrics at the end of each epoch; 0: none.
+      epoch: examples after which the training split has been seen once, for the metrics written then; 0: none.
 
     Raises:
       ValueError: the workdir holds a run of another model or other classes, or one that is further than total_steps.
@@ -65,7 +65,7 @@ def fit(
         _announce(config, state, mesh, workdir, start)
         wait, watch = DataWait(), Watch(checkpoints)
         closing.callback(wait.close)
-        recorder = Recorder(workdir, config, start, wait, examples)
+        recorder = Recorder(workdir, config, start, wait, epoch)
         closing.callback(recorder.close)
         train_step = make_train_step(config, model, mesh)
         global_batches = parallel.to_devices(wait.timed(batches(start)), mesh)

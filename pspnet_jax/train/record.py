@@ -25,7 +25,7 @@ class Recorder:
     """
 
     def __init__(self, workdir: epath.Path, config: ConfigDict, start: int, wait: DataWait, epoch: int = 0):
-        """Goes on after `start` steps; `epoch` is the number of training examples, 0 for unknown."""
+        """Goes on after `start` steps; `epoch` is the number of examples in one, 0 for unknown."""
         self._active = jax.process_index() == 0
         self._pictures, self._jsonl = workdir / "pictures", workdir / "metrics.jsonl"
         self._config = config

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -256,6 +258,7 @@ def test_tfds_source(prepared):
     for index in (4, 0, 2):
         assert_loads(source, index, *fakes.pair("train", index))
     assert_loads(sources.open_source(tfds_recipe(prepared), "train[2:4]"), 1, *fakes.pair("train", 3))
+    assert [Path(file).relative_to(prepared) for file in source.files(4)] == [Path("fake_pairs/label/1.0.0/dataset_info.json")]
 
 
 def test_pspnet_scenes_are_prepared_and_equal_the_scenes(tmp_path, monkeypatch):
