@@ -95,7 +95,8 @@ def base_config() -> ConfigDict:
     evaluation.short_size = 0  # mmseg: the most that the short side has at scale 1; 0: no bound (or its own)
     evaluation.scales = (1.0,)  # the paper's multi-scale: (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
     evaluation.flip = True  # average with the mirrored image
-    evaluation.batch_size = 8  # windows (or whole images) that go through the network together
+    evaluation.batch_size = 4  # windows (or whole images) that go through the network together; more may be faster, at 473x473
+    # and 150 classes each takes a quarter of a GiB
 
     config.every = every = ConfigDict()  # cadence, in steps; the last step always counts
     every.log = 50
