@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if jax.process_index():
                 logger.setLevel(logging.WARNING)  # the first process speaks for all
         JOBS[arguments.mode](arguments, overrides)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if not (_raised_here(error) or getattr(error, "filename", None)):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -45,13 +45,14 @@ def write_palette(path: pathlib.Path, label: np.ndarray) -> None:
 
 
 def write_ade20k(root: pathlib.Path, splits: Mapping[str, int], size: tuple[int, int] = (40, 48)) -> pathlib.Path:
-    """Writes `pair`s of 150 classes as images/SPLIT/ADE_SPLIT_0.png and annotations/..., 0 for void and classes from 1."""
+    """Writes `pair`s of 150 classes as images/training/ADE_train_00000001.jpg, annotations/training/ADE_train_00000001.png
+    and so on; labels have 0 for void and classes from 1."""
     for split, count in splits.items():
         for index in range(count):
             image, label = pair(split, index, size, 150)
-            write_image(root / "images" / split / f"ADE_{split}_{index}.png", image)
-            raw = np.where(label == 255, 0, label + 1).astype(np.uint8)
-            write_image(root / "annotations" / split / f"ADE_{split}_{index}.png", raw)
+            name = f"{split}/ADE_{ {'training': 'train', 'validation': 'val'}[split]}_{index + 1:08d}"
+            write_image(root / f"images/{name}.jpg", image)
+            write_image(root / f"annotations/{name}.png", np.where(label == 255, 0, label + 1).astype(np.uint8))
     return root
 
 

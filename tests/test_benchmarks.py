@@ -25,7 +25,7 @@ LAYOUTS = {
 }
 # what --mode predict --format writes of a split: the format, the split, its files
 SENT = {
-    "ade20k": ("ade20k", "validation", ["ADE_validation_0.png", "ADE_validation_1.png"]),
+    "ade20k": ("ade20k", "validation", ["ADE_val_00000001.png", "ADE_val_00000002.png"]),
     "voc2012": ("voc", "test", ["results/VOC2012/Segmentation/comp6_test_cls/9.png"]),
     "cityscapes": ("cityscapes", "test", ["aachen_000000_000019_leftImg8bit.png"]),
 }

@@ -191,3 +191,13 @@ def test_a_benchmark_without_files_ends_in_one_sentence(name):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "--config.dataset.root" in done.stderr.splitlines()[-1]
+
+
+def test_an_opencv_that_is_too_old_is_named():
+    code = """import sys, cv2; cv2.__version__ = "4.13.0"
+from pspnet_jax.main import main
+sys.exit(main(["--config=configs/quickstart.py"]))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: OpenCV is 4.13.0, whose bilinear maps are coarse; run pip install")
+    assert "Traceback" not in done.stderr

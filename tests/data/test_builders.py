@@ -39,14 +39,13 @@ def test_ade20k_from_its_archive(tmp_path):
     root = fakes.write_ade20k(tmp_path / "files/ADEChallengeData2016", {"training": 2, "validation": 1})
     (tmp_path / "manual").mkdir()
     with zipfile.ZipFile(tmp_path / "manual/ADEChallengeData2016.zip", "w") as archive:
-        for path in root.rglob("*.png"):
+        for path in root.rglob("*.*"):
             archive.write(path, path.relative_to(tmp_path / "files"))
     prepare(builders.PspnetAde20k, tmp_path / "manual", tmp_path / "data")
     assert_same_examples("ade20k", recipe(name="ade20k", root=str(root)), tmp_path / "data", "training")
 
 
 def test_voc2012_with_sbd_from_their_archives(tmp_path):
-    """The images are JPEGs, which both decode alike."""
     files = tmp_path / "files"
     voc = fakes.write_voc2012(files / "VOCdevkit/VOC2012", {"train": ["1", "2"], "val": ["3"]})
     fakes.write_sbd(files / "benchmark_RELEASE/dataset", {"train": ["2", "3", "4"], "val": ["5"]})

@@ -26,11 +26,12 @@ def pixels(path):
 @pytest.mark.parametrize("split", ["validation", "val"])
 @pytest.mark.parametrize("below", ["", "ADEChallengeData2016"])
 def test_ade20k(tmp_path, split, below):
-    fakes.write_ade20k(tmp_path / below, {"training": 2, "validation": 3})
+    root = fakes.write_ade20k(tmp_path / below, {"training": 2, "validation": 3})
     source = open_split("ade20k", tmp_path, split)
-    assert source.names == [f"ADE_validation_{index}" for index in range(3)]
+    assert source.names == [f"ADE_val_{index:08d}" for index in (1, 2, 3)]
     for index in range(3):
-        assert_loads(source, index, *fakes.pair("validation", index, num_classes=150))
+        image = pixels(root / f"images/validation/{source.names[index]}.jpg")
+        assert_loads(source, index, image, fakes.pair("validation", index, num_classes=150)[1])
 
 
 @pytest.mark.parametrize("below", ["", "VOC2012", "VOCdevkit/VOC2012"])
@@ -95,8 +96,8 @@ def test_names_of_several_splits_are_unique(tmp_path):
     assert_loads(source, 0, *fakes.pair("val", 0))
     assert_loads(source, 2, *fakes.pair("train", 1))
     ade = fakes.write_ade20k(tmp_path / "ade", {"training": 1, "validation": 1})
-    assert open_split("ade20k", ade, "train+val").names == ["ADE_training_0", "ADE_validation_0"]
-    with pytest.raises(ValueError, match=r"split 'training\+train' has ADE_training_0 2 times"):
+    assert open_split("ade20k", ade, "train+val").names == ["ADE_train_00000001", "ADE_val_00000001"]
+    with pytest.raises(ValueError, match=r"split 'training\+train' has ADE_train_00000001 2 times"):
         open_split("ade20k", ade, "training+train")
     with pytest.raises(ValueError, match=r"split 'train\+': expected a name, or several"):
         open_split("ade20k", ade, "train+")
@@ -180,8 +181,8 @@ def test_a_missing_partner_is_named(tmp_path):
 def test_raw_values_that_do_not_occur_are_named(tmp_path):
     ade = fakes.write_ade20k(tmp_path / "ade", {"training": 1})
     label = np.full((40, 48), 255, np.uint8)
-    fakes.write_image(ade / "annotations/training/ADE_training_0.png", label)
-    with pytest.raises(ValueError, match=r"training_0.png: value 255 at 1920 pixels does not occur .* mapped to classes"):
+    fakes.write_image(ade / "annotations/training/ADE_train_00000001.png", label)
+    with pytest.raises(ValueError, match=r"train_00000001.png: value 255 at 1920 pixels does not occur .* mapped to classes"):
         open_split("ade20k", ade, "training")
     city = fakes.write_cityscapes(tmp_path / "city", {"train": 1})
     path = city / "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png"
@@ -216,17 +217,20 @@ def test_a_damaged_mat_file_is_named(tmp_path):
 
 def test_wrong_files_are_skipped_on_demand_and_counted(tmp_path, caplog):
     root = fakes.write_ade20k(tmp_path, {"training": 6})
-    (root / "images/training/ADE_training_1.png").write_bytes(b"")
-    fakes.write_image(root / "annotations/training/ADE_training_4.png", np.zeros((40, 47), np.uint8))
-    (root / "annotations/training/ADE_training_2.png").unlink()
-    with pytest.raises(ValueError, match=r"ADE_training_1.png: cannot be read.* \(2 more pairs are wrong, too\)"):
+    (root / "images/training/ADE_train_00000002.jpg").write_bytes(b"")
+    fakes.write_image(root / "annotations/training/ADE_train_00000005.png", np.zeros((40, 47), np.uint8))
+    (root / "annotations/training/ADE_train_00000003.png").unlink()
+    with pytest.raises(ValueError, match=r"ADE_train_00000002.jpg: cannot be read.* \(2 more pairs are wrong, too\)"):
         open_split("ade20k", root, "training")
     with caplog.at_level(logging.WARNING, "pspnet_jax"):
         source = open_split("ade20k", root, "training", on_error="skip")
-    assert source.names == [f"ADE_training_{index}" for index in (0, 3, 5)]
-    assert_loads(source, 2, *fakes.pair("training", 5, num_classes=150))
-    assert [sentence.split(": ")[0].rsplit("/", 1)[1] for sentence in source.skipped] == [
-        f"ADE_training_{index}.png" for index in (1, 2, 4)
+    assert source.names == [f"ADE_train_{index:08d}" for index in (1, 4, 6)]
+    image = pixels(root / "images/training/ADE_train_00000006.jpg")
+    assert_loads(source, 2, image, fakes.pair("training", 5, num_classes=150)[1])
+    assert [sentence.split(": ")[0].removeprefix(f"{root}/") for sentence in source.skipped] == [
+        "images/training/ADE_train_00000002.jpg",
+        "annotations/training/ADE_train_00000003.png",
+        "annotations/training/ADE_train_00000005.png",
     ]
     assert "skipped: " in caplog.text
     assert "has 20,210 images officially, here 3" in caplog.text
@@ -235,6 +239,6 @@ def test_wrong_files_are_skipped_on_demand_and_counted(tmp_path, caplog):
 def test_a_split_that_is_mostly_wrong_is_refused_all_the_same(tmp_path):
     root = fakes.write_ade20k(tmp_path, {"training": 3})
     for index in (0, 1):
-        (root / f"images/training/ADE_training_{index}.png").write_bytes(b"")
+        (root / f"images/training/ADE_train_{index + 1:08d}.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match=r"\(1 more pairs are wrong, too\)"):
         open_split("ade20k", root, "training", on_error="skip")

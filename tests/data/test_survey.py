@@ -26,11 +26,11 @@ def test_counts_of_pixels_images_and_sizes(tmp_path):
 
 def test_problems_of_files_and_counts_are_listed(tmp_path):
     root = fakes.write_ade20k(tmp_path, {"training": 3})
-    (root / "images/training/ADE_training_1.png").write_bytes(b"")
+    (root / "images/training/ADE_train_00000002.jpg").write_bytes(b"")
     found = survey.survey(recipe(name="ade20k", root=str(root)), "training", 150)
     assert found.images == 2
     assert len(found.problems) == 2
-    assert "ADE_training_1.png: cannot be read" in found.problems[0]
+    assert "ADE_train_00000002.jpg: cannot be read" in found.problems[0]
     assert found.problems[1] == "ade20k training has 20,210 images officially, here 3"
 
 
