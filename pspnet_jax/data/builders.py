@@ -1,12 +1,17 @@
 """The benchmarks as TFDS datasets, so that a team prepares them once, into a directory or bucket, and trains from there.
 
+    pip install -e ".[prepare]"
+    tfds build pspnet_ade20k --imports=pspnet_jax.data.builders --manual_dir=DOWNLOADS --data_dir=DATA --file_format=array_record
+
+or in Python, without further packages,
+
     import tensorflow_datasets as tfds
     import pspnet_jax.data.builders
 
     builder = tfds.builder("pspnet_ade20k", data_dir="DATA", file_format="array_record")
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir="DOWNLOADS"))
 
-(or `tfds build pspnet_ade20k --imports=pspnet_jax.data.builders ...`, which needs apache-beam too), and then
+and then
 
     python -m pspnet_jax.main --config configs/ade20k.py --config.dataset.name=tfds \\
       --config.dataset.tfds_name=pspnet_ade20k --config.dataset.root=DATA

@@ -225,12 +225,15 @@ def _open_tfds(name: str, root: str, split: str, num_classes: int) -> Examples:
             builder = tfds.builder(name, data_dir=root or None, file_format="array_record")
             builder.download_and_prepare()
     except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(f"dataset.tfds_name={name!r}: TFDS knows no dataset of this name, nor is one at {root!r}") from error
+        raise ValueError(
+            f"dataset.tfds_name={name!r}: TFDS knows no dataset of this name, nor is one at {root!r}; those named pspnet_... "
+            "have to be prepared first, see pspnet_jax/data/builders.py"
+        ) from error
     where = f"dataset.tfds_name={name!r} at {builder.data_path}"
     features = builder.info.features
     if not builder.is_prepared():
         raise ValueError(
-            f"{where}: not prepared, run `tfds build {name} --file_format=array_record` with --data_dir={root or '...'}"
+            f"{where}: not prepared; run `tfds build {name} --file_format=array_record --data_dir={root or 'DIR'}`"
         )
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         raise ValueError(
