@@ -50,7 +50,7 @@ def write_ade20k(root: pathlib.Path, splits: Mapping[str, int], size: tuple[int,
     for split, count in splits.items():
         for index in range(count):
             image, label = pair(split, index, size, 150)
-            name = f"{split}/ADE_{ {'training': 'train', 'validation': 'val'}[split]}_{index + 1:08d}"
+            name = f"{split}/ADE_{ {'training': 'train', 'validation': 'val'}[split] }_{index + 1:08d}"
             write_image(root / f"images/{name}.jpg", image)
             write_image(root / f"annotations/{name}.png", np.where(label == 255, 0, label + 1).astype(np.uint8))
     return root
