@@ -1,8 +1,9 @@
 """How fast training examples are made: decoding alone, the whole pipeline, and hszhao/semseg's loader on the same files.
 
-python -m benchmarks.input [--semseg DIR] [--repeats 5] [--seconds 20]
+python -m benchmarks.input [--semseg DIR] [--repeats 12] [--seconds 8]
 
-Every measurement is a process of its own, which leaves out its first batches; the repeats go round all of them in turn.
+Every measurement is a process of its own, which leaves out its first batches; the repeats go round all of them in turn,
+and a ratio is the median of the ratios within each round, so that it holds where the machine's speed drifts.
 """
 
 import argparse
@@ -179,12 +180,12 @@ def compare(name: str, root: pathlib.Path, arguments: argparse.Namespace) -> Non
         sep=", ",
     )
     print("| | images/s, median | least | most | CPU ms an image, median | peak MB |\n| --- | --- | --- | --- | --- | --- |")
-    middle = {way: {k: statistics.median(run[k] for run in runs) for k in runs[0]} for way, runs in found.items()}
     for way, runs in found.items():
-        rates, m = [run["rate"] for run in runs], middle[way]
+        rates, m = [run["rate"] for run in runs], {k: statistics.median(run[k] for run in runs) for k in runs[0]}
         print(f"| {way} | {m['rate']:.1f} | {min(rates):.1f} | {max(rates):.1f} | {m['cpu']:.1f} | {m['memory']:.0f} |")
     for other in (way for way in ways if way != "ours"):
-        rate, cpu = (middle["ours"][k] / middle[other][k] for k in ("rate", "cpu"))
+        pairs = list(zip(found["ours"], found[other], strict=True))
+        rate, cpu = (statistics.median(one[k] / two[k] for one, two in pairs) for k in ("rate", "cpu"))
         print(f"\nours has {rate:.2f} times the images/s of {other}, and takes {cpu:.2f} times its CPU time an image")
 
 
@@ -192,8 +193,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--semseg", default="", help="a checkout of hszhao/semseg")
     parser.add_argument("--kind", choices=KINDS, help="only these images")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=8)
     parser.add_argument("--way", choices=WAYS, help="only this one, once, as JSON, on the images at --root")
     parser.add_argument("--root", type=pathlib.Path)
     arguments = parser.parse_args()

@@ -1,6 +1,7 @@
 """What a dataset is: its class names and colors, and the values that stand for the classes in its files."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -125,16 +126,48 @@ def describe(dataset: ConfigDict) -> DatasetInfo:
     Raises:
       ValueError: nobody names the classes, or see DatasetInfo.
     """
-    known = dataset.tfds_name if dataset.name == "tfds" else dataset.name
-    if dataset.class_names:
-        names, colors = _parse(dataset.class_names)
-    elif known in TABLES:
-        names, colors = _parse(TABLES[known].split(";"))
-    elif dataset.name == "tfds":
-        raise ValueError(f"dataset.class_names is empty: the recipe must name the classes of dataset.tfds_name={known!r}")
-    else:
-        names, colors = _parse(_classes_file(dataset.root).read_text().removeprefix("\ufeff").splitlines())
+    entries = dataset.class_names or _own_classes(dataset)
+    if not entries and dataset.name == "tfds":
+        raise ValueError(
+            f"dataset.class_names is empty: the recipe must name the classes of dataset.tfds_name={dataset.tfds_name!r}"
+        )
+    if entries is None:
+        file = epath.Path(dataset.root) / "classes.txt" if dataset.root else "dataset.root"
+        raise ValueError(
+            f"dataset.class_names is empty and there is no {file}: name the classes in the recipe, or in ROOT/classes.txt with "
+            "--config.dataset.root=ROOT, one a line in label order, as `name` or `name R G B`"
+        )
+    names, colors = _parse(entries)
     return DatasetInfo(dataset.name, names, tuple(map(tuple, dataset.colors)) or colors)
+
+
+def check_classes(dataset: ConfigDict) -> None:
+    """Refuses a dataset whose labels mean other classes than dataset.class_names, by its table or a folder's classes.txt.
+
+    Raises:
+      ValueError: names the first class that differs.
+    """
+    own = _own_classes(dataset)
+    if own is None:
+        return
+    theirs, ours = _parse(own)[0], describe(dataset).class_names
+    for index, (there, here) in enumerate(itertools.zip_longest(theirs, ours)):
+        if there != here:
+            raise ValueError(
+                f"class {index} of dataset.name={dataset.name!r} at {dataset.root!r} is {there!r}, but in dataset.class_names "
+                f"{here!r} (None: there are fewer); the labels have to mean the same"
+            )
+
+
+def _own_classes(dataset: ConfigDict) -> list[str] | None:
+    """The entries of a known dataset's table, or of a folder's classes.txt if it has one."""
+    known = dataset.tfds_name if dataset.name == "tfds" else dataset.name
+    if known in TABLES:
+        return TABLES[known].split(";")
+    file = epath.Path(dataset.root).expanduser() / "classes.txt"
+    if dataset.name == "folder" and dataset.root and file.exists():
+        return file.read_text().removeprefix("\ufeff").splitlines()
+    return None
 
 
 def table(name: str) -> DatasetInfo:
@@ -175,10 +208,15 @@ def raw_label_problem(name: str, histogram: Sequence[int]) -> str | None:
     if not wrong:
         return None
     known = [value for value in range(256) if table[value] != WRONG]
-    cause = "instance or color labels" if wrong[0] != IGNORE else "labels that were mapped to classes before"
+    if wrong[0] != IGNORE:
+        cause = "instance or color labels: unpack the labels again"
+    else:
+        cause = "labels that were mapped to classes before: unpack the original ones" + (
+            ", or name these *_labelTrainIds.png" if name == "cityscapes" else ""
+        )
     return (
         f"value {wrong[0]} at {histogram[wrong[0]]} pixels does not occur in labels of {name}, which have {known[0]}.."
-        f"{known[-1]}; likely {cause}, to be read as classes with --config.dataset.name=folder, or to be unpacked again"
+        f"{known[-1]}; likely {cause}"
     )
 
 
@@ -197,7 +235,7 @@ def label_problem(histogram: Sequence[int], num_classes: int) -> str | None:
     elif set(wrong) <= _voc_grays():
         cause = "a palette picture of VOC turned gray (read the palette's indices instead)"
     elif num_classes == len(RAW_VALUES["cityscapes"]) and wrong[-1] <= max(RAW_VALUES["cityscapes"]):
-        cause = "Cityscapes' raw labelIds (read them with --config.dataset.name=cityscapes, or map them to classes)"
+        cause = "Cityscapes' raw labelIds (name them *_labelIds.png and read them with --config.dataset.name=cityscapes)"
     else:
         cause = "raw ids that were not mapped to classes, a color picture turned gray, or missing class names"
     return (
@@ -210,16 +248,6 @@ def _voc_grays() -> set[int]:
     """The brightness, by ITU-R 601, of VOC's 21 colors and of its border's."""
     colors = (*voc_palette(21), (224, 224, 192))
     return {round(0.299 * red + 0.587 * green + 0.114 * blue) for red, green, blue in colors}
-
-
-def _classes_file(root: str) -> epath.Path:
-    file = epath.Path(root).expanduser() / "classes.txt"
-    if not root or not file.exists():
-        raise ValueError(
-            f"dataset.class_names is empty and there is no {file if root else 'dataset.root'}: name the classes in the recipe, "
-            "or in ROOT/classes.txt with --config.dataset.root=ROOT, one a line in label order, as `name` or `name R G B`"
-        )
-    return file
 
 
 def _parse(entries: Iterable[str]) -> tuple[tuple[str, ...], tuple[Color, ...]]:

@@ -75,7 +75,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--checkpoint", default="latest", metavar="WHICH", help="evaluate, predict, export: latest, best or a step"
     )
     parser.add_argument("--input", metavar="PATH", help="predict: an image or a folder; import: a checkpoint file")
-    parser.add_argument("--output", metavar="PATH", help="predict: where the results go; export: the file to write")
+    parser.add_argument("--output", metavar="PATH", help="predict, check: where the results go; export: the file to write")
     parser.add_argument("--format", help="predict: cityscapes, ade20k or voc, for that server; export: torch or safetensors")
     parser.add_argument("--distributed", action="store_true", help="join the other processes of this job (see launch/)")
     arguments, overrides = parser.parse_known_args(argv)
@@ -132,8 +132,8 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from pspnet_jax.data import pipeline, sources  # these import TensorFlow
     from pspnet_jax.train import loop
 
-    share = 1 / (1 + sum(weight for *_, weight in config.dataset.mixture))
-    epoch = round(len(sources.open_source(config.dataset, config.dataset.train_split)) / share)
+    first, *_ = [len(sources.open_source(*part)) for part in pipeline.training_parts(config.dataset)]
+    epoch = round(first * (1 + sum(weight for *_, weight in config.dataset.mixture)))
     sources.open_source(config.dataset, config.eval.split)
     predictor = _predictor(config)
 
@@ -156,18 +156,20 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     config = _override(configs.load_recipe(arguments.config), overrides)
     validation.validate(config)
     info = datasets.describe(config.dataset)
-    output = _absolute(arguments.output or f"runs/{config.name}/check")
-    from pspnet_jax.data import survey
+    output = _absolute(arguments.output or f"{arguments.workdir or f'runs/{config.name}'}/check")
+    from pspnet_jax.data import pipeline, survey
 
+    config.dataset.class_names, config.dataset.colors = info.class_names, info.colors
     problems = []
-    for split in dict.fromkeys((config.dataset.train_split, config.eval.split)):
-        found = survey.survey(config.dataset, split, info.num_classes)
+    for number, (dataset, split) in enumerate((*pipeline.training_parts(config.dataset), (config.dataset, config.eval.split))):
+        found = survey.survey(dataset, split, info.num_classes)
         problems += found.problems
         logger.info(found)
         rich.print(found.table(info))
-        examples = survey.samples(config.dataset, split, PANELS)
-        draw.save(draw.contact_sheet(examples, info), output / f"{split}_images.png")
-        draw.save(draw.class_frequencies(found.pixels, info), output / f"{split}_classes.png")
+        name = split if dataset is config.dataset else f"mixture{number}_{split}"
+        if examples := survey.samples(dataset, found, PANELS):
+            draw.save(draw.contact_sheet(examples, info), output / f"{name}_images.png")
+            draw.save(draw.class_frequencies(found.pixels, info), output / f"{name}_classes.png")
     logger.info(f"pictures of the labels, and of the classes' frequencies, are in {output}")
     if problems:
         raise ValueError("\n".join((*problems, f"{len(problems)} problem(s) found")))

@@ -36,7 +36,6 @@ def recipe(path: Path, root: Path) -> Path:
         "    config = base_config()\n"
         "    config.name = 'own'\n"
         f"    config.dataset.root = {str(root)!r}\n"
-        "    config.dataset.class_names = ('ground', 'thing', 'sky')\n"
         "    return config\n"
     )
     return path

@@ -1,7 +1,8 @@
 """The benchmarks as TFDS datasets, so that a team prepares them once, into a directory or bucket, and trains from there.
 
     pip install -e ".[prepare]"
-    tfds build pspnet_ade20k --imports=pspnet_jax.data.builders --manual_dir=DOWNLOADS --data_dir=DATA --file_format=array_record
+    tfds build pspnet_ade20k --imports=pspnet_jax.data.builders --file_format=array_record \\
+      --manual_dir=DOWNLOADS --data_dir=DATA
 
 or in Python, without further packages,
 

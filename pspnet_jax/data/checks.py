@@ -11,11 +11,15 @@ from PIL import Image, ImageFile
 from pspnet_jax import datasets
 
 EXIF_ORIENTATION = 0x0112
-Values = Callable[[Sequence[int]], str | None]  # histogram of a label's values 0..255 -> what is wrong with them
+Values = Callable[[Sequence[int]], None]  # refuses a histogram of a label's values 0..255
+
+
+class WrongValues(ValueError):
+    """A label is no class index where it has to be one: one wrong file, and likely all of them are wrong alike."""
 
 
 def check_pair(image_file: str, label_file: str, num_classes: int, pixels: bool, benchmark: str | None) -> None:
-    """Raises a ValueError about the first thing wrong with a pair.
+    """Refuses a pair with the first thing that is wrong with it.
 
     Args:
       image_file: a JPEG or PNG.
@@ -23,12 +27,19 @@ def check_pair(image_file: str, label_file: str, num_classes: int, pixels: bool,
       num_classes: K.
       pixels: look at all pixels; else read the headers only.
       benchmark: whose raw values the label has; None: classes.
+
+    Raises:
+      WrongValues: the label's values are wrong, and nothing else.
+      ValueError: anything else.
     """
 
-    def values(histogram: Sequence[int]) -> str | None:
+    def values(histogram: Sequence[int]) -> None:
         if benchmark:
-            return datasets.raw_label_problem(benchmark, histogram)
-        return datasets.label_problem(histogram, num_classes)
+            problem = datasets.raw_label_problem(benchmark, histogram)
+        else:
+            problem = datasets.label_problem(histogram, num_classes)
+        if problem:
+            raise WrongValues(f"{label_file}: {problem}")
 
     size = _inspect(image_file, label_file, lambda image: _image_problem(image, pixels))
     if label_file.endswith(".mat"):
@@ -59,9 +70,9 @@ def _check_mat(file: str, image_file: str, size: tuple[int, int], values: Values
         raise ValueError(f"{file}: no such file, which has to go with {image_file}") from error
     except (ValueError, tf.errors.OpError) as error:
         raise ValueError(f"{file}: cannot be read, damaged or cut short ({error}); replace it or remove the pair") from error
-    histogram = np.bincount(label.ravel(), minlength=256).tolist()
-    if problem := _size_problem(label.shape[::-1], image_file, size) or values(histogram):
+    if problem := _size_problem(label.shape[::-1], image_file, size):
         raise ValueError(f"{file}: {problem}")
+    values(np.bincount(label.ravel(), minlength=256).tolist())
 
 
 def _inspect(file: str, partner: str, find_problem: Callable[[ImageFile.ImageFile], str | None]) -> tuple[int, int]:
@@ -107,7 +118,10 @@ def _label_problem(
     kind = label.tile[0][3]
     if label.mode != "P" and kind != "L":
         return f"has pixels of kind {kind!r}; expected an 8-bit gray or a palette PNG of class indices"
-    return _size_problem(label.size, image_file, size) or (values(label.histogram()) if pixels else None)
+    problem = _size_problem(label.size, image_file, size)
+    if pixels and not problem:
+        values(label.histogram())
+    return problem
 
 
 def _size_problem(label: tuple[int, ...], image_file: str, image: tuple[int, int]) -> str | None:

@@ -49,7 +49,10 @@ def list_pairs(name: str, root: str, split: str, extra_root: str = "") -> list[P
     if not tf.io.gfile.isdir(root):
         raise ValueError(f"--config.dataset.root={root}: no such directory; expected one with {EXPECTED[name]}")
     parts = _parts(name, split)
-    found = {part: LAYOUTS[name](root, part, extra_root) for part in parts}
+    try:
+        found = {part: LAYOUTS[name](root, part, extra_root) for part in parts}
+    except ValueError as error:
+        raise ValueError(f"dataset.name={name!r}: {error}; expected {EXPECTED[name]}") from error
     pairs = [pair for part in parts for pair in found[part]]
     if name == "folder" and len(parts) > 1:  # where the same names may occur in each
         pairs = [pair._replace(name=f"{part}/{pair.name}") for part in parts for pair in found[part]]
@@ -80,7 +83,7 @@ def _folder(root: str, split: str, extra_root: str) -> list[Pair]:
 
 def _ade20k(root: str, split: str, extra_root: str) -> list[Pair]:
     """images/SPLIT/NAME.jpg with annotations/SPLIT/NAME.png."""
-    root = _first_with("ade20k", "images", root, f"{root}/ADEChallengeData2016")
+    root = _first_with("images", root, f"{root}/ADEChallengeData2016")
     return _paired(f"{root}/images/{split}", f"{root}/annotations/{split}", raw=True)
 
 
@@ -98,7 +101,7 @@ def _paired(image_directory: str, label_directory: str, raw: bool) -> list[Pair]
 
 def _voc2012(root: str, split: str, extra_root: str) -> list[Pair]:
     """JPEGImages/NAME.jpg with SegmentationClass/NAME.png, for the names in ImageSets/Segmentation/SPLIT.txt."""
-    root = _first_with("voc2012", "JPEGImages", root, f"{root}/VOC2012", f"{root}/VOCdevkit/VOC2012")
+    root = _first_with("JPEGImages", root, f"{root}/VOC2012", f"{root}/VOCdevkit/VOC2012")
     if split == "train_aug":
         return _voc2012_augmented(root, extra_root)
     labeled = split != "test"
@@ -124,7 +127,7 @@ def _voc2012_augmented(root: str, extra_root: str) -> list[Pair]:
     else:
         above = os.path.dirname(root)
         places = [f"{place}/benchmark_RELEASE/dataset" for place in (os.path.dirname(above), above, root)]
-    sbd = _first_with("voc2012", "cls", *places)
+    sbd = _first_with("cls", *places)
     added = {name for split in ("train", "val") for name in _names(f"{sbd}/{split}.txt")} - val - train
     here = {file.removesuffix(".jpg") for file in tf.io.gfile.listdir(f"{root}/JPEGImages")}
     return [
@@ -164,12 +167,12 @@ def _cityscapes(root: str, split: str, extra_root: str) -> list[Pair]:
     ]
 
 
-def _first_with(name: str, folder: str, *places: str) -> str:
+def _first_with(folder: str, *places: str) -> str:
     """The first of some directories that has a folder."""
     for place in places:
         if tf.io.gfile.isdir(f"{place}/{folder}"):
             return place
-    raise ValueError(f"dataset.name={name!r}: found no {folder}/ in {', '.join(places)}; expected {EXPECTED[name]}")
+    raise ValueError(f"found no {folder}/ in {', '.join(places)}")
 
 
 def _names(file: str) -> list[str]:
@@ -225,6 +228,6 @@ EXPECTED = {
     "ade20k": "images/{training,validation} and annotations/{training,validation}, as ADEChallengeData2016 has them",
     "voc2012": "JPEGImages, SegmentationClass and ImageSets/Segmentation, as VOCdevkit/VOC2012 has them; for train_aug also "
     "SegmentationClassAug, or SBD's benchmark_RELEASE/dataset beside it or as --config.dataset.extra_root",
-    "cityscapes": "leftImg8bit/{train,val}/CITY and gtFine/{train,val}/CITY (for train_extra gtCoarse)",
+    "cityscapes": "leftImg8bit/{train,val}/CITY and gtFine/{train,val}/CITY (for train_extra gtCoarse), all in one place",
 }
 assert EXPECTED.keys() == LAYOUTS.keys() >= datasets.RAW_VALUES.keys()

@@ -42,7 +42,7 @@ def train_batches(config: ConfigDict, *, start_step: int = 0, host: int = 0, hos
 
     Raises:
       ValueError: see open_source, Order and cache.py; batch_size is not a multiple of hosts; or a dataset of the mixture has
-        another number of classes.
+        other classes.
     """
     if config.batch_size % hosts:
         raise ValueError(f"batch_size={config.batch_size}: expected a multiple of the number of hosts, {hosts}")
@@ -85,31 +85,26 @@ def examples(config: ConfigDict, split: str, *, host: int = 0, hosts: int = 1) -
 
 def _open(config: ConfigDict) -> tuple[Order, list[Read]]:
     """Returns the order of the examples in dataset and dataset.mixture, and how to read those of each."""
-    dataset = config.dataset
-    num_classes = datasets.describe(dataset).num_classes
+    dataset = config.dataset.copy_and_resolve_references()
+    dataset.class_names = datasets.describe(dataset).class_names
     counts, reads, held = [], [], []
-    for part, split in ((dataset, dataset.train_split), *_mixture(dataset, num_classes)):
+    for part, split in training_parts(dataset):
         source = open_source(part, split)
         read = cached(_reader(source), source, part)
         if dataset.balance:
-            held.append(classes_held(read, source, num_classes, part))
+            held.append(classes_held(read, source, len(dataset.class_names), part))
         counts.append(len(source))
         reads.append(read)
     weights = (1.0, *(weight for *_, weight in dataset.mixture))
     return Order(config.seed, counts, weights, dataset.balance, held), reads
 
 
-def _mixture(dataset: ConfigDict, num_classes: int) -> Iterator[tuple[ConfigDict, str]]:
-    """Yields a config.dataset and a split for each of dataset.mixture."""
+def training_parts(dataset: ConfigDict) -> Iterator[tuple[ConfigDict, str]]:
+    """Yields a config.dataset and a split for the training data: dataset's own, and each of dataset.mixture."""
+    yield dataset, dataset.train_split
     for name, root, split, _ in dataset.mixture:
         part = dataset.copy_and_resolve_references()
         part.name, part.root = name, os.path.expanduser(root)
-        if name in datasets.TABLES or tf.io.gfile.exists(f"{part.root}/classes.txt"):
-            part.class_names = part.colors = ()
-        if (count := datasets.describe(part).num_classes) != num_classes:
-            raise ValueError(
-                f"dataset.mixture: {name!r} at {root!r} has {count} classes, expected {num_classes}, as dataset has"
-            )
         yield part, split
 
 
@@ -123,7 +118,8 @@ def _reader(source: Source) -> Read:
         except tf.errors.OpError as error:
             source.check(index)
             reason = re.sub(r"\{\{.*?\}\} ", "", error.message.split("\n\t [[")[0]).strip().splitlines()[-1]
-            raise ValueError(f"{source.names[index]}: cannot be loaded ({reason})") from error
+            where = " or ".join(source.files(index)) or source.names[index]
+            raise ValueError(f"{where}: cannot be loaded ({reason}); replace it or remove the pair") from error
         return np.asarray(image), np.asarray(label)
 
     return read

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from pspnet_jax import datasets
 from pspnet_jax.data import checks, layouts, scenes
 from pspnet_jax.data.checks import check_pair
+from pspnet_jax.progress import progress
 
 logger = logging.getLogger(__name__)
 CHECK_ALL = 5000  # up to this many pairs, every pixel of every label is looked at before training starts
@@ -50,21 +51,23 @@ class Source(Protocol):
         """The files that an example is read from, which say by their time and size whether it may have changed."""
 
 
-def open_source(dataset: ConfigDict, split: str) -> Source:
+def open_source(dataset: ConfigDict, split: str, check: bool = True) -> Source:
     """Opens one split of a recipe's dataset. Files are checked here, once per process (those added later are not seen).
 
     Args:
       dataset: config.dataset.
       split: see `layouts.list_pairs`; or a split of the scenes or the TFDS dataset.
+      check: whether to; otherwise all files are taken, for those who look at each themselves.
 
     Raises:
-      ValueError: the split is not there, or something in it is wrong: which file, and what to do.
+      ValueError: the split is not there, its classes are others, or something in it is wrong: which file, and what to do.
     """
     num_classes = datasets.describe(dataset).num_classes
+    datasets.check_classes(dataset)
     root = os.path.expanduser(dataset.root).rstrip("/")
     if dataset.name in layouts.LAYOUTS:
-        skip = dataset.on_error == "skip"
-        return _open_files(dataset.name, root, os.path.expanduser(dataset.extra_root).rstrip("/"), split, num_classes, skip)
+        extra_root, on_error = os.path.expanduser(dataset.extra_root).rstrip("/"), dataset.on_error if check else ""
+        return _open_files(dataset.name, root, extra_root, split, num_classes, on_error)
     if dataset.name == "scenes":
         return _open_scenes(split, num_classes)
     if dataset.name == "tfds":
@@ -81,21 +84,22 @@ class Files:
       skipped: a sentence for each pair that was left out because something is wrong with it.
     """
 
-    def __init__(self, benchmark: str, pairs: Sequence[layouts.Pair], num_classes: int, skip: bool = False):
+    def __init__(self, benchmark: str, pairs: Sequence[layouts.Pair], num_classes: int, on_error: str = "stop"):
         """Checks the pairs.
 
         Args:
           benchmark: whose values the raw labels have.
           pairs: all with labels.
           num_classes: K.
-          skip: leave wrong pairs out.
+          on_error: "stop"; "skip", which leaves wrong pairs out; or "", which does not check them.
 
         Raises:
-          ValueError: about the first wrong pair, and how many more there are; with skip, when most are wrong.
+          ValueError: about the first wrong pair, and how many more there are; with "skip", when most are wrong, or a label's
+            values are, which is no damage.
         """
         self.num_classes, self._benchmark = num_classes, benchmark
         self._pairs = list(pairs)
-        self.skipped = self._check_all(skip)
+        self.skipped = self._check_all(on_error == "skip") if on_error else []
         self.names = [pair.name for pair in self._pairs]
         self.images = [pair.image for pair in self._pairs]
         self._images = tf.constant(self.images)
@@ -136,35 +140,38 @@ class Files:
         everything = skip or len(self._pairs) <= CHECK_ALL
         stride = 1 if everything else len(self._pairs) // CHECK_SOME
 
-        def problem(index: int) -> str | None:
+        def problem(index: int) -> ValueError | None:
             try:
                 self.check(index, pixels=index % stride == 0)
             except ValueError as error:
-                return str(error)
+                return error
             return None
 
-        with concurrent.futures.ThreadPoolExecutor(32) as pool:
-            found = list(pool.map(problem, range(len(self._pairs))))
-        problems = [sentence for sentence in found if sentence]
-        if problems and not (skip and len(problems) <= len(found) // 2):
-            raise ValueError(problems[0] + (f" ({len(problems) - 1} more pairs are wrong, too)" if problems[1:] else ""))
-        self._pairs = [pair for pair, sentence in zip(self._pairs, found, strict=True) if not sentence]
-        return problems
+        found = []
+        with concurrent.futures.ThreadPoolExecutor(32) as pool, progress("checking files", len(self._pairs)) as advance:
+            for error in pool.map(problem, range(len(self._pairs))):
+                found.append(error)
+                advance(1)
+        problems = sorted(filter(None, found), key=lambda error: not isinstance(error, checks.WrongValues))
+        if problems and not (skip and len(problems) <= len(found) // 2 and not isinstance(problems[0], checks.WrongValues)):
+            raise ValueError(f"{problems[0]}" + (f" ({len(problems) - 1} more pairs are wrong, too)" if problems[1:] else ""))
+        self._pairs = [pair for pair, error in zip(self._pairs, found, strict=True) if not error]
+        return list(map(str, problems))
 
 
 @functools.lru_cache
-def _open_files(name: str, root: str, extra_root: str, split: str, num_classes: int, skip: bool) -> Files:
+def _open_files(name: str, root: str, extra_root: str, split: str, num_classes: int, on_error: str) -> Files:
     start = time.monotonic()
     pairs = layouts.list_pairs(name, root, split, extra_root)
-    if num_classes != (known := len(datasets.RAW_VALUES.get(name, range(num_classes)))):
-        raise ValueError(f"dataset.class_names has {num_classes} classes, but labels of {name} have {known}; leave it empty")
     if unlabeled := [pair.image for pair in pairs if not pair.label]:
         raise ValueError(
             f"{unlabeled[0]}: split {split!r} has no labels to train with or to be scored by; "
             f"--mode predict with --config.eval.split={split} segments its images, and --format writes what a benchmark's "
             "server scores"
         )
-    files = Files(name, pairs, num_classes, skip)
+    files = Files(name, pairs, num_classes, on_error)
+    if not on_error:
+        return files
     logger.info(f"{root}, {split}: {len(files)} pairs of files checked in {time.monotonic() - start:.1f} s")
     for sentence in files.skipped[:5]:
         logger.warning("skipped: %s", sentence)

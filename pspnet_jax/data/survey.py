@@ -3,7 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ class Survey:
 
     Attributes:
       split: its name.
-      images: number of readable examples.
+      usable: indices of the examples with which nothing is wrong.
       sizes: how many of them have each (height, width).
       pixels: int64[K], of each class.
       ignored: number of pixels that do not count.
@@ -34,7 +34,7 @@ class Survey:
     """
 
     split: str
-    images: int
+    usable: Sequence[int]
     sizes: Mapping[tuple[int, int], int]
     pixels: np.ndarray
     ignored: int
@@ -47,9 +47,12 @@ class Survey:
         return sum(height * width * images for (height, width), images in self.sizes.items())
 
     def __str__(self) -> str:
+        if not self.usable:
+            return f"{self.split}: no image can be used"
         sides = [f"{width}x{height}" for height, width in sorted(self.sizes, key=lambda size: size[0] * size[1])]
         sizes = ", ".join(sides) if len(sides) < 4 else f"{sides[0]} to {sides[-1]}"
-        return f"{self.split}: {self.images:,} images of {sizes}; {self.ignored / self.area:.2%} of the pixels are ignored"
+        ignored = f"{self.ignored / self.area:.2%} of the pixels are ignored"
+        return f"{self.split}: {len(self.usable):,} images of {sizes}; {ignored}"
 
     def table(self, info: DatasetInfo) -> Table:
         """A line for each class, for rich to print."""
@@ -60,51 +63,56 @@ class Survey:
 
 
 def survey(dataset: ConfigDict, split: str, num_classes: int) -> Survey:
-    """Loads every example of a split once, as training does, and counts its labels.
+    """Checks and loads every example of a split once, as training does, and counts its labels.
 
     Args:
-      dataset: config.dataset; wrong files are listed, whatever its on_error says, unless most are wrong.
+      dataset: config.dataset; whatever its on_error says, wrong files are listed.
       split: see `open_source`.
       num_classes: K.
 
     Raises:
       ValueError: the split cannot be opened.
     """
-    source = _open(dataset, split)
+    source = open_source(dataset, split, check=False)
     load = _loader(source)
 
     def look(index: int) -> tuple[tuple[int, int], np.ndarray] | str:
         try:
+            source.check(index)
             _, label = load(index)
+        except ValueError as error:
+            return str(error)
         except tf.errors.OpError as error:
-            return _reason(source, index, error)
+            where = " or ".join(source.files(index)) or source.names[index]
+            return f"{where}: cannot be loaded ({str(error).splitlines()[0]})"
         height, width = label.shape
         return (height, width), np.bincount(label.numpy().ravel(), minlength=256)
 
     sizes: collections.Counter[tuple[int, int]] = collections.Counter()
-    problems = list(getattr(source, "skipped", ()))
-    count = layouts.official_count(dataset.name, split)
-    if count not in (None, len(source) + len(problems)):
-        problems.append(f"{dataset.name} {split} has {count:,} images officially, here {len(source) + len(problems):,}")
+    usable, problems = [], []
     total, present = np.zeros(256, np.int64), np.zeros(256, np.int64)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool, progress(f"checking {split}", len(source)) as advance:
-        for found in pool.map(look, range(len(source))):
+        for index, found in enumerate(pool.map(look, range(len(source)))):
             if isinstance(found, str):
                 problems.append(found)
             else:
+                usable.append(index)
                 sizes[found[0]] += 1
                 total += found[1]
                 present += found[1] > 0
             advance(1)
-    return Survey(split, sizes.total(), sizes, total[:num_classes], int(total[255]), present[:num_classes], problems)
+    name = dataset.tfds_name.removeprefix("pspnet_") if dataset.name == "tfds" else dataset.name
+    if (count := layouts.official_count(name, split)) not in (None, len(source)):
+        problems.append(f"{name} {split} has {count:,} images officially, here {len(source):,}")
+    return Survey(split, usable, sizes, total[:num_classes], int(total[255]), present[:num_classes], problems)
 
 
-def samples(dataset: ConfigDict, split: str, count: int) -> list[dict[str, Any]]:
-    """Returns up to so many examples, evenly spread over a split: image uint8[H,W,3], label uint8[H,W] and name."""
-    source = _open(dataset, split)
-    chosen = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)).tolist()
+def samples(dataset: ConfigDict, found: Survey, count: int) -> list[dict[str, Any]]:
+    """Returns up to so many usable examples of a split, evenly spread: image uint8[H,W,3], label uint8[H,W] and name."""
+    source = open_source(dataset, found.split, check=False)
+    chosen = np.unique(np.linspace(0, len(found.usable) - 1, count).round().astype(int)) if found.usable else ()
     load, examples = _loader(source), []
-    for index in chosen:
+    for index in (found.usable[i] for i in chosen):
         image, label = load(index)
         examples.append({"image": image.numpy(), "label": label.numpy(), "name": source.names[index]})
     return examples
@@ -113,17 +121,3 @@ def samples(dataset: ConfigDict, split: str, count: int) -> list[dict[str, Any]]
 def _loader(source: Source) -> Callable[[int], tuple[tf.Tensor, tf.Tensor]]:
     graph = tf.function(source.load).get_concrete_function(tf.TensorSpec([], tf.int64))  # traced here, not in each thread
     return lambda index: graph(tf.constant(index, tf.int64))
-
-
-def _open(dataset: ConfigDict, split: str) -> Source:
-    dataset = dataset.copy_and_resolve_references()
-    dataset.on_error = "skip"
-    return open_source(dataset, split)
-
-
-def _reason(source: Source, index: int, error: Exception) -> str:
-    try:
-        source.check(index)
-    except ValueError as known:
-        return str(known)
-    return f"{source.names[index]}: cannot be loaded ({str(error).splitlines()[0]})"

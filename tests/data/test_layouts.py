@@ -121,7 +121,9 @@ def test_a_bucket_is_listed_by_directory(monkeypatch):
 
 def test_class_names_of_another_number_are_refused(tmp_path):
     root = fakes.write_cityscapes(tmp_path, {"train": 1})
-    with pytest.raises(ValueError, match=r"class_names has 2 classes, but labels of cityscapes have 19"):
+    with pytest.raises(
+        ValueError, match=r"class 0 of dataset.name='cityscapes' at .* is 'road', but in dataset.class_names 'a'"
+    ):
         open_split("cityscapes", root, "train", class_names=("a", "b"))
 
 
@@ -161,7 +163,7 @@ def test_a_root_that_is_not_there_or_holds_something_else(tmp_path, name):
         (tmp_path, str(tmp_path)),
     ):
         with pytest.raises(ValueError, match=words) as error:
-            sources.open_source(recipe(name=name, root=str(root), class_names=("a", "b")), "train")
+            sources.open_source(recipe(name=name, root=str(root), class_names=("a", "b") if name == "folder" else ()), "train")
         assert "\n" not in str(error.value)
 
 
@@ -241,4 +243,13 @@ def test_a_split_that_is_mostly_wrong_is_refused_all_the_same(tmp_path):
     for index in (0, 1):
         (root / f"images/training/ADE_train_{index + 1:08d}.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match=r"\(1 more pairs are wrong, too\)"):
+        open_split("ade20k", root, "training", on_error="skip")
+
+
+def test_wrong_values_are_no_damage_to_be_skipped(tmp_path):
+    """One label with 255 tells that all of them were mapped to classes, also those in which nothing shows it."""
+    root = fakes.write_ade20k(tmp_path, {"training": 6})
+    fakes.write_image(root / "annotations/training/ADE_train_00000003.png", np.full((40, 48), 255, np.uint8))
+    (root / "images/training/ADE_train_00000001.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"ADE_train_00000003.png: value 255 .* mapped to classes before.* \(1 more pairs"):
         open_split("ade20k", root, "training", on_error="skip")

@@ -1,5 +1,8 @@
 """A survey counts what is there, and lists what is wrong."""
 
+import re
+import zlib
+
 import numpy as np
 import pytest
 
@@ -17,7 +20,7 @@ def test_counts_of_pixels_images_and_sizes(tmp_path):
         fakes.write_image(root / f"images/train/{index:03d}.png", np.zeros((*label.shape, 3), np.uint8))
         fakes.write_image(root / f"labels/train/{index:03d}.png", label.astype(np.uint8))
     found = survey.survey(recipe(root=str(root)), "train", 2)
-    assert (found.images, found.sizes) == (2, {(40, 50): 1, (30, 20): 1})
+    assert (found.usable, found.sizes) == ([0, 1], {(40, 50): 1, (30, 20): 1})
     assert (found.pixels.tolist(), found.ignored, found.present.tolist()) == ([2120, 360], 120, [2, 1])
     assert found.problems == []
     assert str(found) == "train: 2 images of 20x30, 50x40; 4.62% of the pixels are ignored"
@@ -28,7 +31,7 @@ def test_problems_of_files_and_counts_are_listed(tmp_path):
     root = fakes.write_ade20k(tmp_path, {"training": 3})
     (root / "images/training/ADE_train_00000002.jpg").write_bytes(b"")
     found = survey.survey(recipe(name="ade20k", root=str(root)), "training", 150)
-    assert found.images == 2
+    assert found.usable == [0, 2]
     assert len(found.problems) == 2
     assert "ADE_train_00000002.jpg: cannot be read" in found.problems[0]
     assert found.problems[1] == "ade20k training has 20,210 images officially, here 3"
@@ -37,9 +40,31 @@ def test_problems_of_files_and_counts_are_listed(tmp_path):
 @pytest.mark.parametrize(("count", "expected"), [(3, [0, 2, 5]), (9, [0, 1, 2, 3, 4, 5])])
 def test_samples_are_spread_evenly(tmp_path, count, expected):
     root = fakes.write_folder(tmp_path, {"train": 6})
-    found = survey.samples(recipe(root=str(root)), "train", count)
+    dataset = recipe(root=str(root))
+    found = survey.samples(dataset, survey.survey(dataset, "train", 4), count)
     assert [example["name"] for example in found] == [f"{index:03d}" for index in expected]
     for example, index in zip(found, expected, strict=True):
         image, label = fakes.pair("train", index)
         np.testing.assert_array_equal(example["image"], image)
         np.testing.assert_array_equal(example["label"], label)
+
+
+def test_every_wrong_file_is_listed_even_if_most_are(tmp_path):
+    """Among them one that only its decoder knows to be damaged: a PNG whose checksums are right and whose pixels are not."""
+    root = fakes.write_folder(tmp_path, {"train": 5})
+    for index in (0, 1):
+        fakes.write_image(root / f"labels/train/{index:03d}.png", np.full((40, 48), 7, np.uint8))
+    (root / "images/train/002.png").write_bytes(b"")
+    path = root / "images/train/003.png"
+    contents = path.read_bytes()
+    start = contents.index(b"IDAT") + 4
+    size = int.from_bytes(contents[start - 8 : start - 4], "big")
+    broken = contents[: start + 50] + bytes(size - 50)
+    path.write_bytes(broken + zlib.crc32(broken[start - 4 :]).to_bytes(4, "big") + contents[start + size + 4 :])
+    dataset = recipe(root=str(root))
+    found = survey.survey(dataset, "train", 4)
+    assert found.usable == [4]
+    words = ("000.png: label value 7", "001.png: label value 7", "002.png: cannot be read", "003.png or .*cannot be loaded")
+    for sentence, expected in zip(found.problems, words, strict=True):
+        assert re.search(expected, sentence)
+    assert [example["name"] for example in survey.samples(dataset, found, 3)] == ["004"]
