@@ -17,7 +17,7 @@ def base_config() -> ConfigDict:
     config.seed = 0  # initial weights, order, augmentation and dropout all follow from it
     config.batch_size = 16  # images per optimizer step, over all devices; BatchNorm sees batch_size / optimizer.accumulate
     config.total_steps = 150_000  # optimizer steps; the learning rate reaches 0 here
-    config.init_from = ""  # start from the weights of this checkpoint (a workdir of ours); empty: random
+    config.init_from = ""  # start from the weights of this run (its workdir), or of a file of others'; empty: random
 
     config.model = model = ConfigDict()
     model.depth = 50  # ResNet depth
@@ -55,11 +55,12 @@ def base_config() -> ConfigDict:
     dataset.train_split = "train"
     dataset.class_names = ()  # empty: from the dataset's table, or a folder's classes.txt
     dataset.colors = ()  # one (R, G, B) a class; empty: as class_names
-    dataset.on_error = "stop"  # at a wrong or damaged file: stop, or skip it, count it and say so
+    dataset.on_error = "stop"  # at a damaged file or one of a wrong kind, when files are checked: stop, or skip it and say so
     dataset.cache = ""  # decoded images: "memory" or "disk" keeps them after the first epoch; empty: decode each time
     dataset.cache_dir = ""  # for cache="disk" and balance; empty: pspnet_jax in the system's temporary directory
     dataset.balance = 0.0  # share of the examples drawn so that every class comes equally often, from images that have it
-    dataset.mixture = ()  # further training data, ("name", "root", "split", weight) each; the dataset above has weight 1
+    dataset.mixture = ()  # further training data, ("name", "root", "split", weight) each; the dataset above has weight 1:
+    # --config.dataset.mixture="(('folder', 'more/data', 'train', 0.5),)" takes a third of the examples from there
 
     config.augment = augment = ConfigDict()  # in this order; each is off at its neutral value
     augment.scale = (0.5, 2.0)  # uniform

@@ -152,7 +152,8 @@ def check_classes(dataset: ConfigDict) -> None:
         return
     theirs, ours = _parse(own)[0], describe(dataset).class_names
     for index, (there, here) in enumerate(itertools.zip_longest(theirs, ours)):
-        if there != here:
+        unnamed = here == f"class {index}" and there  # of imported weights that do not tell
+        if str(there).lower() != str(here).lower() and not unnamed:
             raise ValueError(
                 f"class {index} of dataset.name={dataset.name!r} at {dataset.root!r} is {there!r}, but in dataset.class_names "
                 f"{here!r} (None: there are fewer); the labels have to mean the same"
@@ -166,7 +167,10 @@ def _own_classes(dataset: ConfigDict) -> list[str] | None:
         return TABLES[known].split(";")
     file = epath.Path(dataset.root).expanduser() / "classes.txt"
     if dataset.name == "folder" and dataset.root and file.exists():
-        return file.read_text().removeprefix("\ufeff").splitlines()
+        try:
+            return file.read_text().removeprefix("\ufeff").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: is no UTF-8 text ({error.reason}); save it as UTF-8") from error
     return None
 
 

@@ -123,6 +123,8 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     for field in ("root", "extra_root"):
         if config.dataset[field]:
             config.dataset[field] = str(_absolute(config.dataset[field]))
+    mixture = config.dataset.mixture
+    config.dataset.mixture = tuple((name, str(_absolute(root)) if root else "", *rest) for name, root, *rest in mixture)
     if config.init_from:
         config.init_from = str(_absolute(config.init_from))
         if not _absolute(config.init_from).is_file():

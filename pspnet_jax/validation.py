@@ -80,7 +80,7 @@ def _tuple_problems(config: ConfigDict) -> list[str]:
 def _is_part(part: object) -> bool:
     """Whether it may be a part of dataset.mixture."""
     match part:
-        case (str(name), str(), str(), float() | int() as weight):
+        case (str(name), str(), str(), float() | int() as weight) if isinstance(part, tuple):
             return name in CHOICES["dataset.name"] and 0 < weight < math.inf
     return False
 

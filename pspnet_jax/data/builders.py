@@ -17,10 +17,12 @@ and then
     python -m pspnet_jax.main --config configs/ade20k.py --config.dataset.name=tfds \\
       --config.dataset.tfds_name=pspnet_ade20k --config.dataset.root=DATA
 
-DOWNLOADS holds the official archives, or what was unpacked from them. Images are stored as they are, labels as classes.
+DOWNLOADS holds the official archives of ADE20K, VOC and SBD, or what was unpacked from these or from Cityscapes'. Images are
+stored as they are, labels as classes.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import tensorflow as tf
@@ -29,6 +31,8 @@ from etils import epath
 
 from pspnet_jax import config as configs
 from pspnet_jax.data import layouts, sources
+
+logger = logging.getLogger(__name__)
 
 
 class _FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -65,25 +69,25 @@ class _FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         manual = epath.Path(dl_manager.manual_dir)
-        archives = [manual / name for name in self.ARCHIVES if (manual / name).exists()]
+        here = {name: manual / name for name in self.ARCHIVES if (manual / name).exists()}
+        places = dl_manager.extract(here) if here else {}
         dataset = configs.base_config().dataset
-        dataset.name, dataset.root = self.BENCHMARK, str(manual)
-        if archives:
-            places = dl_manager.extract(archives)
-            dataset.root, dataset.extra_root = str(places[0]), self._extra_root(places)
+        dataset.name, dataset.root, dataset.extra_root = self.BENCHMARK, *self._roots(manual, places)
         return {
             split: self._generate_examples(sources.open_source(dataset, split))
             for split in self.SPLITS
             if split not in self.OPTIONAL or self._is_there(dataset, split)
         }
 
-    def _extra_root(self, places: list[epath.Path]) -> str:
-        return ""
+    def _roots(self, manual: epath.Path, places: Mapping[str, epath.Path]) -> tuple[str, str]:
+        """Returns dataset.root and dataset.extra_root, given the directories that the archives were extracted to."""
+        return str(places[self.ARCHIVES[0]] if places else manual), ""
 
     def _is_there(self, dataset: Any, split: str) -> bool:
         try:
             layouts.list_pairs(dataset.name, dataset.root, split, dataset.extra_root)
-        except ValueError:
+        except ValueError as error:
+            logger.warning("split %r is left out: %s", split, error)
             return False
         return True
 
@@ -106,8 +110,9 @@ class PspnetVoc2012(_FileBuilder):
     SPLITS = ("train", "val", "train_aug")
     OPTIONAL = ("train_aug",)
 
-    def _extra_root(self, places: list[epath.Path]) -> str:
-        return str(places[1] / "benchmark_RELEASE" / "dataset") if len(places) > 1 else ""
+    def _roots(self, manual: epath.Path, places: Mapping[str, epath.Path]) -> tuple[str, str]:
+        voc, sbd = (places.get(name, manual) for name in self.ARCHIVES)
+        return str(voc), str(sbd) if (sbd / "benchmark_RELEASE").exists() else ""
 
 
 class PspnetCityscapes(_FileBuilder):

@@ -10,8 +10,10 @@ import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
+import psutil
 import tensorflow as tf
 from ml_collections import ConfigDict
 
@@ -27,20 +29,20 @@ VERSION = 1  # of decoding: examples that another version has kept on disk are n
 def cached(read: Read, source: Source, dataset: ConfigDict) -> Read:
     """Returns `read` with a memory: examples are kept when they are first read, as config.dataset.cache says.
 
-    They take up to half of the memory or disk space that is free now, shared by the datasets of a mixture; what does not fit
-    is decoded each time. On disk, an example is found by its name and by path, size and time of its files, so that a changed
-    file is read anew.
+    They may take half of the memory or disk space that is free now, together with all else that takes of it meanwhile, such
+    as other processes with a cache; what does not fit is decoded each time. On disk, an example is found by its name and by
+    path, size and time of its files, so that a changed file is read anew.
 
     Raises:
       ValueError: config.dataset.cache_dir cannot be written to.
     """
-    share = 2 * (1 + len(dataset.mixture))
     if dataset.cache == "memory":
-        return _Memory(read, _Room(_available_memory() // share, "memory"))
+        return _Memory(read, _Room(_available_memory, "memory"))
     if dataset.cache == "disk":
         path = _directory(dataset)
         name = functools.cache(lambda index: _digest(_identity(source, index, dataset)))
-        return _Disk(read, _Room(shutil.disk_usage(path).free // share, str(path)), lambda index: path / f"{name(index)}.npy")
+        room = _Room(lambda: shutil.disk_usage(path).free, str(path))
+        return _Disk(read, room, lambda index: path / f"{name(index)}.npy")
     return read
 
 
@@ -52,10 +54,11 @@ def classes_held(read: Read, source: Source, num_classes: int, dataset: ConfigDi
     Raises:
       ValueError: see `cached`; or no label has a class in it.
     """
-    identities = [_identity(source, index, dataset) for index in range(len(source))]
-    path = _directory(dataset) / f"classes_{_digest(repr((num_classes, identities)))}.npy"
-    if path.exists():
-        return np.load(path)
+    with ThreadPoolExecutor(32) as pool:  # in a bucket, to ask for a file's time takes long
+        identities = list(pool.map(lambda index: _identity(source, index, dataset), range(len(source))))
+    path = _directory(dataset) / f"classes_{_digest(repr(identities))}.npy"
+    if (kept := _load(path)) is not None:
+        return kept
 
     def held(index: int) -> np.ndarray:
         found = np.zeros(256, bool)
@@ -76,19 +79,19 @@ def classes_held(read: Read, source: Source, num_classes: int, dataset: ConfigDi
 
 
 class _Room:
-    """Bytes that may be kept, shared out among threads."""
+    """What may be kept: until half of the bytes that were `free` in the beginning are left."""
 
-    def __init__(self, size: int, where: str):
-        self._size, self._taken, self._where, self._closed = size, 0, where, False
-        self._lock = threading.Lock()
+    def __init__(self, free: Callable[[], int], where: str):
+        self._free, self._least, self._where = free, free() // 2, where
+        self._taken, self._closed, self._lock = 0, False, threading.Lock()
 
     def take(self, size: int) -> bool:
         """Whether there was room for this."""
         with self._lock:
-            if not self._closed and self._taken + size <= self._size:
+            if not self._closed and self._free() - size >= self._least:
                 self._taken += size
                 return True
-        self.close("all that it may take")
+        self.close("half of what was free")
         return False
 
     def close(self, reason: str) -> None:
@@ -122,8 +125,7 @@ class _Disk:
 
     def __call__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         path = self._path(index)
-        if path.exists():
-            rows = np.asarray(np.load(path, mmap_mode="r"))
+        if (rows := _load(path, mmap_mode="r")) is not None:
             height = len(rows) // 4
             return rows[: 3 * height].reshape(height, -1, 3), rows[3 * height :]
         image, label = self._read(index)
@@ -136,17 +138,28 @@ class _Disk:
         return image, label
 
 
+def _load(path: pathlib.Path, **how: Any) -> np.ndarray | None:
+    """Returns an array that is kept; None if it is not, or damaged."""
+    try:
+        return np.asarray(np.load(path, **how))
+    except (OSError, ValueError, EOFError):
+        return None
+
+
 def _available_memory() -> int:
-    """Bytes that can be taken without swapping, as Linux estimates it; elsewhere half of the machine's memory."""
-    meminfo = pathlib.Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return 1024 * int(fields["MemAvailable"].split()[0])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    """Bytes that can be taken without swapping, and within a container's limit."""
+    available = psutil.virtual_memory().available
+    limit, used, stat = (pathlib.Path(f"/sys/fs/cgroup/memory{s}") for s in (".max", ".current", ".stat"))
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        reclaimable = int(dict(line.split() for line in stat.read_text().splitlines())["inactive_file"])
+        available = min(available, int(most) - int(used.read_text()) + reclaimable)
+    return available
 
 
 def _directory(dataset: ConfigDict) -> pathlib.Path:
     path = pathlib.Path(dataset.cache_dir or f"{tempfile.gettempdir()}/pspnet_jax").expanduser()
+    if "://" in dataset.cache_dir:
+        raise ValueError(f"dataset.cache_dir={dataset.cache_dir!r}: expected a local directory")
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -159,7 +172,7 @@ def _directory(dataset: ConfigDict) -> pathlib.Path:
 
 def _identity(source: Source, index: int, dataset: ConfigDict) -> str:
     """Changes whenever the example may: where it is, its name, and its files' paths, sizes and times."""
-    where = (VERSION, dataset.name, dataset.root, dataset.tfds_name, source.names[index])
+    where = (VERSION, dataset.name, dataset.root, dataset.tfds_name, len(dataset.class_names), source.names[index])
     stats = [(file, tf.io.gfile.stat(file)) for file in source.files(index)]
     return repr((*where, [(file, stat.length, stat.mtime_nsec) for file, stat in stats]))
 

@@ -82,7 +82,9 @@ def _inspect(file: str, partner: str, find_problem: Callable[[ImageFile.ImageFil
             size, problem = image.size, find_problem(image)
     except tf.errors.NotFoundError as error:
         raise ValueError(f"{file}: no such file, which has to go with {partner}") from error
-    except (OSError, SyntaxError, tf.errors.OpError) as error:
+    except WrongValues:
+        raise
+    except Exception as error:  # whatever Pillow raises over a damaged file
         raise ValueError(f"{file}: cannot be read, damaged or cut short ({error}); replace it or remove the pair") from error
     if problem:
         raise ValueError(f"{file}: {problem}")
@@ -94,6 +96,8 @@ def _image_problem(image: ImageFile.ImageFile, pixels: bool) -> str | None:
         return f"is a {image.format} file despite its name; convert it to JPEG or PNG"
     if image.mode == "CMYK":
         return "is a CMYK image; convert it to RGB"
+    if "16" in image.mode or "16" in str(image.tile[0][3]):
+        return "has 16 bits a channel; convert it to 8"
     orientation = image.getexif().get(EXIF_ORIENTATION, 1) if "exif" in image.info else 1
     if orientation != 1:
         return f"has EXIF orientation {orientation}, so it may be turned against its label; turn the pixels and drop the tag"

@@ -56,9 +56,11 @@ def list_pairs(name: str, root: str, split: str, extra_root: str = "") -> list[P
     pairs = [pair for part in parts for pair in found[part]]
     if name == "folder" and len(parts) > 1:  # where the same names may occur in each
         pairs = [pair._replace(name=f"{part}/{pair.name}") for part in parts for pair in found[part]]
+    if not pairs:
+        raise ValueError(f"split {split!r} of {root} has no images")
     name, number = collections.Counter(pair.name for pair in pairs).most_common(1)[0]
     if number > 1:
-        raise ValueError(f"split {split!r} has {name} {number} times; leave out one of its parts")
+        raise ValueError(f"split {split!r} has {name} {number} times; leave all but one out")
     return pairs
 
 

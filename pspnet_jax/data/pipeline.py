@@ -74,7 +74,7 @@ def examples(config: ConfigDict, split: str, *, host: int = 0, hosts: int = 1) -
       ValueError: see open_source.
     """
     source = open_source(config.dataset, split)
-    read = _reader(source)
+    read = reader(source)
 
     def example(index: int) -> Work[dict]:
         pair: dict = {"name": source.names[index]}
@@ -90,7 +90,7 @@ def _open(config: ConfigDict) -> tuple[Order, list[Read]]:
     counts, reads, held = [], [], []
     for part, split in training_parts(dataset):
         source = open_source(part, split)
-        read = cached(_reader(source), source, part)
+        read = cached(reader(source), source, part)
         if dataset.balance:
             held.append(classes_held(read, source, len(dataset.class_names), part))
         counts.append(len(source))
@@ -108,8 +108,11 @@ def training_parts(dataset: ConfigDict) -> Iterator[tuple[ConfigDict, str]]:
         yield part, split
 
 
-def _reader(source: Source) -> Read:
-    """Returns a function that reads an example, in any thread, as arrays that share TensorFlow's memory."""
+def reader(source: Source) -> Read:
+    """Returns a function that reads an example, in any thread, as arrays that share TensorFlow's memory.
+
+    It raises a ValueError that names the example, and says what is wrong with it.
+    """
     load = tf.function(source.load, input_signature=[tf.TensorSpec([], tf.int64)]).get_concrete_function()
 
     def read(index: int) -> tuple[np.ndarray, np.ndarray]:

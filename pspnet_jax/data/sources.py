@@ -231,7 +231,7 @@ def _open_tfds(name: str, root: str, split: str, num_classes: int) -> Examples:
         if name == "pspnet_scenes" and not builder.is_prepared():
             builder = tfds.builder(name, data_dir=root or None, file_format="array_record")
             builder.download_and_prepare()
-    except tfds.core.DatasetNotFoundError as error:
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
         raise ValueError(
             f"dataset.tfds_name={name!r}: TFDS knows no dataset of this name, nor is one at {root!r}; those named pspnet_... "
             "have to be prepared first, see pspnet_jax/data/builders.py"

@@ -3,16 +3,16 @@
 import collections
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 from ml_collections import ConfigDict
 from rich.table import Column, Table
 
 from pspnet_jax.data import layouts
-from pspnet_jax.data.sources import Source, open_source
+from pspnet_jax.data.pipeline import reader
+from pspnet_jax.data.sources import open_source
 from pspnet_jax.datasets import DatasetInfo
 from pspnet_jax.progress import progress
 
@@ -74,19 +74,16 @@ def survey(dataset: ConfigDict, split: str, num_classes: int) -> Survey:
       ValueError: the split cannot be opened.
     """
     source = open_source(dataset, split, check=False)
-    load = _loader(source)
+    read = reader(source)
 
     def look(index: int) -> tuple[tuple[int, int], np.ndarray] | str:
         try:
             source.check(index)
-            _, label = load(index)
+            _, label = read(index)
         except ValueError as error:
             return str(error)
-        except tf.errors.OpError as error:
-            where = " or ".join(source.files(index)) or source.names[index]
-            return f"{where}: cannot be loaded ({str(error).splitlines()[0]})"
         height, width = label.shape
-        return (height, width), np.bincount(label.numpy().ravel(), minlength=256)
+        return (height, width), np.bincount(label.ravel(), minlength=256)
 
     sizes: collections.Counter[tuple[int, int]] = collections.Counter()
     usable, problems = [], []
@@ -111,13 +108,8 @@ def samples(dataset: ConfigDict, found: Survey, count: int) -> list[dict[str, An
     """Returns up to so many usable examples of a split, evenly spread: image uint8[H,W,3], label uint8[H,W] and name."""
     source = open_source(dataset, found.split, check=False)
     chosen = np.unique(np.linspace(0, len(found.usable) - 1, count).round().astype(int)) if found.usable else ()
-    load, examples = _loader(source), []
+    read, examples = reader(source), []
     for index in (found.usable[i] for i in chosen):
-        image, label = load(index)
-        examples.append({"image": image.numpy(), "label": label.numpy(), "name": source.names[index]})
+        image, label = read(index)
+        examples.append({"image": image, "label": label, "name": source.names[index]})
     return examples
-
-
-def _loader(source: Source) -> Callable[[int], tuple[tf.Tensor, tf.Tensor]]:
-    graph = tf.function(source.load).get_concrete_function(tf.TensorSpec([], tf.int64))  # traced here, not in each thread
-    return lambda index: graph(tf.constant(index, tf.int64))

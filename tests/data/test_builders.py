@@ -45,7 +45,8 @@ def test_ade20k_from_its_archive(tmp_path):
     assert_same_examples("ade20k", recipe(name="ade20k", root=str(root)), tmp_path / "data", "training")
 
 
-def test_voc2012_with_sbd_from_their_archives(tmp_path):
+@pytest.mark.parametrize("packed", [("VOCdevkit", "benchmark_RELEASE"), ("VOCdevkit",), ("benchmark_RELEASE",), ()])
+def test_voc2012_with_sbd_from_archives_and_folders(tmp_path, packed):
     files = tmp_path / "files"
     voc = fakes.write_voc2012(files / "VOCdevkit/VOC2012", {"train": ["1", "2"], "val": ["3"]})
     fakes.write_sbd(files / "benchmark_RELEASE/dataset", {"train": ["2", "3", "4"], "val": ["5"]})
@@ -54,6 +55,9 @@ def test_voc2012_with_sbd_from_their_archives(tmp_path):
         ("VOCtrainval_11-May-2012.tar", "VOCdevkit", "w"),
         ("benchmark.tgz", "benchmark_RELEASE", "w:gz"),
     ):
+        if folder not in packed:
+            shutil.copytree(files / folder, tmp_path / "manual" / folder)
+            continue
         with tarfile.open(tmp_path / "manual" / name, mode) as archive:
             archive.add(files / folder, folder)
     prepare(builders.PspnetVoc2012, tmp_path / "manual", tmp_path / "data")

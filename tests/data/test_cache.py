@@ -3,6 +3,8 @@
 import itertools
 import logging
 import os
+import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -83,16 +85,41 @@ def test_a_changed_file_is_read_anew(dataset, tmp_path):
 @pytest.mark.parametrize("kind", ["memory", "disk"])
 def test_half_of_what_is_free_is_used_and_that_said_once(dataset, kind, monkeypatch, caplog):
     size = 40 * 48 * 4
-    monkeypatch.setattr(cache, "_available_memory", lambda: 2 * (2 * size) + 3)
-    usage = type("usage", (), {"free": 2 * (2 * size) + 3})
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage)
+    free = iter([4 * size, 4 * size, 3 * size, 2 * size])  # in the beginning, and before each of three examples
+    monkeypatch.setattr(cache, "_available_memory", lambda: next(free))
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=next(free)))
     dataset.cache = kind
     reader = Reader()
     with caplog.at_level(logging.WARNING):
         read_all(dataset, 3, reader)
     assert reader.reads == 2 + 3 * (COUNT - 2)
     (record,) = caplog.records
-    assert "all that it may take" in record.message
+    assert "half of what was free" in record.message
+
+
+def test_damaged_files_of_the_cache_are_made_again(dataset, tmp_path):
+    dataset.cache = "disk"
+    source = sources.open_source(dataset, "train")
+    reader = Reader()
+    read_all(dataset, 1, reader)
+    table = cache.classes_held(reader, source, 4, dataset)
+    assert reader.reads == 2 * COUNT
+    for file, contents in zip(sorted((tmp_path / "cache").iterdir()), [b"", b"\x93NUMPY", *[None] * COUNT], strict=False):
+        file.write_bytes(file.read_bytes()[:-1] if contents is None else contents)
+    read_all(dataset, 2, reader)
+    assert reader.reads == 3 * COUNT
+    np.testing.assert_array_equal(cache.classes_held(reader, source, 4, dataset), table)
+    assert reader.reads == 4 * COUNT
+
+
+def test_an_example_of_more_classes_is_not_taken_for_one_of_fewer(dataset):
+    dataset.cache = "disk"
+    read_all(dataset, 1, Reader())
+    (pathlib.Path(dataset.root) / "classes.txt").unlink()
+    dataset.class_names = ("a", "b", "c", "d", "e")
+    reader = Reader()
+    read_all(dataset, 1, reader)
+    assert reader.reads == COUNT
 
 
 def test_a_full_disk_does_not_end_training(dataset, monkeypatch, caplog):
