@@ -27,6 +27,7 @@ BEST_METRIC = "mean_iou"
 # What a resumed run has to share with its past, and what of it may change, because the parameters mean the same.
 FIXED = ("model.", "normalize.", "dataset.name", "dataset.class_names")
 FREE = ("model.dtype", "model.dropout", "model.norm", "model.factored_head")
+FREE_AT_START = (*FREE, "model.auxiliary", "model.output_stride")  # the same of a run that starts from another's weights
 
 
 def abstract_state(config: ConfigDict, model: models.PSPNet, mesh: Mesh) -> TrainState:
@@ -180,10 +181,11 @@ def initial_weights(config: ConfigDict, model: models.PSPNet, mesh: Mesh) -> Var
 
     Raises:
       FileNotFoundError: there is no such run or file.
-      ValueError: it cannot be read; or the file's network is another, or was trained on otherwise normalized images.
+      ValueError: it cannot be read; or its network is another, or was trained on otherwise normalized images.
     """
     if epath.Path(config.init_from).is_dir():
-        _, step, variables = load(config.init_from, "latest", mesh)
+        saved, step, variables = load(config.init_from, "latest", mesh)
+        _check_same_function(saved, config)
         logger.info("starting from the weights of %s, step %s", config.init_from, step)
         return variables
     source = weights.inspect(config.init_from)
@@ -192,23 +194,27 @@ def initial_weights(config: ConfigDict, model: models.PSPNet, mesh: Mesh) -> Var
     return weights.load(config.init_from, model, partial=True)
 
 
+def _check_same_function(saved: ConfigDict, config: ConfigDict) -> None:
+    """Refuses to start a network from the weights of one that computes something else with them."""
+    for section in ("model", "normalize"):
+        fields = {k: v for k, v in saved[section].items() if v != config[section][k] and f"{section}.{k}" not in FREE_AT_START}
+        if fields:
+            raise ValueError(f"init_from={config.init_from}: its network is another one; set {weights.flags(section, fields)}")
+
+
 def with_weights(state: TrainState, given: Variables, name: str) -> TrainState:
-    """Puts another network's weights into a fresh state; heads of another form, or absent, stay fresh and are named.
+    """Puts the weights of a network of the same backbone into a fresh state; what is absent or of another form stays fresh, and
+    is named.
 
     Args:
       state: fresh.
       given: a run's variables, or a part of them as others' files have it.
       name: where they are from.
-
-    Raises:
-      ValueError: the backbone or the pyramid have another form; lists where.
     """
     flat = flax.traverse_util.flatten_dict(given, sep="/")
     fresh = flax.traverse_util.flatten_dict({"params": state.params, "batch_stats": state.batch_stats}, sep="/")
     kept = [k for k, v in fresh.items() if k not in flat or flat[k].shape != v.shape]
-    backbone_only = set(given["params"]) == {"backbone"}
-    if wrong := [k for k in kept if "/backbone/" in k or not (backbone_only or "classifier" in k or "auxiliary" in k)]:
-        raise ValueError(f"init_from={name}: its network has another form: {', '.join(wrong[:5])} differ ({len(wrong)} in all)")
+    assert not any("/backbone/" in k for k in kept), "the networks were compared before"
     if kept:
         modules = dict.fromkeys(k.split("/")[1] for k in kept)
         logger.warning("not in %s, or of another form, and so drawn at random: %s", name, ", ".join(modules))
@@ -225,7 +231,7 @@ def write_weights(workdir: epath.PathLike, config: ConfigDict, variables: Variab
       ValueError: the directory holds a run already.
     """
     workdir = epath.Path(workdir)
-    if (workdir / "config.json").exists() or (workdir / "checkpoints").exists():
+    if (workdir / "config.json").exists() or any(workdir.glob("checkpoints/*")):
         raise ValueError(f"{workdir}: holds a run already; choose another --workdir, or delete it")
     optimizer = optimizers.build(config.optimizer, config.total_steps)
     state = TrainState(

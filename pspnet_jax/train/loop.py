@@ -4,7 +4,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -45,7 +45,8 @@ def fit(
       epoch: examples after which the training split has been seen once, for the metrics written then; 0: none.
 
     Raises:
-      ValueError: the workdir holds a run of another model or other classes, or one that is further than total_steps.
+      ValueError: the workdir holds a run of another model or other classes, or one that is further than total_steps; or a batch
+        could not be made, when the steps before it are saved.
       FloatingPointError: the loss is not finite.
       SystemExit: after SIGTERM (143) or Ctrl-C (130), when the state is saved.
     """
@@ -69,6 +70,7 @@ def fit(
         closing.callback(recorder.close)
         train_step = make_train_step(config, model, mesh)
         global_batches = parallel.to_devices(wait.timed(batches(start)), mesh)
+        global_batches = _or_save(global_batches, lambda: _save_all(checkpoints, watch, state, config))
         for step, batch in zip(range(start + 1, total + 1), global_batches, strict=False):
             state, scalars = train_step(state, batch)
             wait.started(scalars["loss"])
@@ -95,6 +97,25 @@ def fit(
         return state
 
 
+def _or_save(batches: Iterator[dict[str, jax.Array]], save: Callable[[], None]) -> Iterator[dict[str, jax.Array]]:
+    """Yields the batches; if one cannot be made, calls `save` before that ends the run."""
+    try:
+        yield from batches
+    except ValueError:
+        save()
+        raise
+
+
+def _save_all(checkpoints: checkpoint.Checkpoints, watch: "Watch", state: TrainState, config: ConfigDict) -> None:
+    """Saves the steps made since the last checkpoint, if any; several processes cannot while one of them fails."""
+    step = int(state.step)
+    if step in (0, *checkpoints.steps) or jax.process_count() > 1:
+        return
+    watch.finish()
+    checkpoints.save(step, state, config, None)
+    logger.warning(f"step {step} is saved; the same command goes on from there")
+
+
 def due(step: int, every: int, total: int) -> bool:
     """Whether something done each `every` steps (0: never) and at the end is due after `step` steps."""
     return step == total or (every > 0 and step % every == 0)
@@ -109,14 +130,14 @@ def _start(
             raise ValueError(
                 f"total_steps={config.total_steps}: the run in {workdir} is at step {checkpoints.steps[-1]} already"
             )
-    if jax.process_index() == 0:
-        with files.atomic(workdir / "config.json") as path:
-            path.write_text(configs.to_json(config))
     state = checkpoints.restore_newest(checkpoint.abstract_state(config, model, mesh))
     if state is None:
         state = init_state(config, model, mesh)()
         if config.init_from:
             state = checkpoint.with_weights(state, checkpoint.initial_weights(config, model, mesh), config.init_from)
+    if jax.process_index() == 0:
+        with files.atomic(workdir / "config.json") as path:
+            path.write_text(configs.to_json(config))
     return state
 
 

@@ -6,8 +6,8 @@ model = models.build(config.model, source.num_classes)
 variables = weights.load("pspnet_r50-d8_769x769.pth", model)
 """
 
-from pspnet_jax.weights.settings import check_normalize, configure
+from pspnet_jax.weights.settings import check_normalize, configure, flags
 from pspnet_jax.weights.source import Source, inspect
 from pspnet_jax.weights.transfer import load, save
 
-__all__ = ["Source", "check_normalize", "configure", "inspect", "load", "save"]
+__all__ = ["Source", "check_normalize", "configure", "flags", "inspect", "load", "save"]

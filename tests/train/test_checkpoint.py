@@ -298,10 +298,19 @@ def test_other_classes_keep_their_fresh_classifiers_and_say_so(trained, caplog):
     assert warning.endswith("drawn at random: auxiliary_classifier, classifier")
 
 
-def test_another_network_cannot_be_started_from(trained):
+@pytest.mark.parametrize(
+    ("section", "field", "value", "flag"),
+    [
+        ("model", "width", 16, "--config.model.width=8"),
+        ("model", "stride_in", "conv1x1", "--config.model.stride_in=conv3x3"),
+        ("model", "align_corners", False, "--config.model.align_corners=true"),
+        ("normalize", "order", "BGR", "--config.normalize.order=RGB"),
+    ],
+)
+def test_another_network_cannot_be_started_from_even_if_the_weights_fit(trained, section, field, value, flag):
     config = tiny_config()
-    config.model.width = 16
-    with pytest.raises(ValueError, match=r"init_from=.*: its network has another form: params/backbone/.* differ"):
+    config[section][field] = value
+    with pytest.raises(ValueError, match=f"init_from=.*: its network is another one; set {flag}$"):
         started(config, trained, filled_state(config, 1))
 
 

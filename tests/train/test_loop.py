@@ -1,3 +1,4 @@
+import itertools
 import json
 import logging
 import os
@@ -196,6 +197,20 @@ def test_nan_stops_the_run_and_is_never_saved(tmp_path):
     assert saved_steps(tmp_path) == [2]
     _, _, variables = load(tmp_path, "latest", parallel.make_mesh(jax.devices()[:1]))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
+
+
+def test_a_wrong_example_costs_none_of_the_steps_before_it(tmp_path, uninterrupted):
+    def batches(start):
+        yield from itertools.islice(make_batches(start), 7)
+        raise ValueError("x.png: label value 9")
+
+    config = tiny_config()
+    config.every.eval = config.every.save = 100
+    with pytest.raises(ValueError, match="label value 9"):
+        fit(config, batches, None, tmp_path)
+    (saved,) = saved_steps(tmp_path)
+    assert saved >= 7 - 3  # batches are made up to three steps ahead
+    assert_equal(fit(config, make_batches, None, tmp_path), uninterrupted.state)
 
 
 @pytest.mark.parametrize(("loss", "norm", "said"), [(np.inf, 1.0, "loss is inf.*"), (1.0, np.nan, "loss is 1.0.* norm nan")])
