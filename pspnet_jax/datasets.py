@@ -155,8 +155,8 @@ def check_classes(dataset: ConfigDict) -> None:
         unnamed = here == f"class {index}" and there  # of imported weights that do not tell
         if str(there).lower() != str(here).lower() and not unnamed:
             raise ValueError(
-                f"class {index} of dataset.name={dataset.name!r} at {dataset.root!r} is {there!r}, but in dataset.class_names "
-                f"{here!r} (None: there are fewer); the labels have to mean the same"
+                f"class {index} of dataset.name={dataset.name!r} at {dataset.root!r} is {there or 'not there'!r}, but in "
+                f"dataset.class_names {here or 'not there'!r}; the labels have to mean the same"
             )
 
 

@@ -127,20 +127,24 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     config.dataset.mixture = tuple((name, str(_absolute(root)) if root else "", *rest) for name, root, *rest in mixture)
     if config.init_from:
         config.init_from = str(_absolute(config.init_from))
-        if not _absolute(config.init_from).is_file():
+        if not _absolute(config.init_from).exists():
+            raise ValueError(f"init_from={config.init_from}: no such file or directory")
+        if _absolute(config.init_from).is_dir():
             checkpoint.Checkpoints(config.init_from, read_only=True).find("latest")
     info = datasets.describe(config.dataset)
     config.dataset.class_names, config.dataset.colors = info.class_names, info.colors
     from pspnet_jax.data import pipeline, sources  # these import TensorFlow
     from pspnet_jax.train import loop
 
-    first, *_ = [len(sources.open_source(*part)) for part in pipeline.training_parts(config.dataset)]
-    epoch = round(first * (1 + sum(weight for *_, weight in config.dataset.mixture)))
     sources.open_source(config.dataset, config.eval.split)
+    opened = pipeline.open_training(config)
+    examples = len(sources.open_source(config.dataset, config.dataset.train_split))
+    epoch = round(examples * (1 + sum(weight for *_, weight in config.dataset.mixture)))
     predictor = _predictor(config)
 
     def batches(start: int) -> Iterator[dict[str, np.ndarray]]:
-        return pipeline.train_batches(config, start_step=start, host=jax.process_index(), hosts=jax.process_count())
+        host = {"host": jax.process_index(), "hosts": jax.process_count()}
+        return pipeline.train_batches(config, start_step=start, **host, opened=opened)
 
     def evaluate(variables: Any) -> evaluation.Report:
         report = _score(predictor, variables, config, info)
@@ -163,7 +167,10 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     config.dataset.class_names, config.dataset.colors = info.class_names, info.colors
     problems = []
-    for number, (dataset, split) in enumerate((*pipeline.training_parts(config.dataset), (config.dataset, config.eval.split))):
+    parts = list(pipeline.training_parts(config.dataset))
+    if config.eval.split != config.dataset.train_split:
+        parts.append((config.dataset, config.eval.split))
+    for number, (dataset, split) in enumerate(parts):
         found = survey.survey(dataset, split, info.num_classes)
         problems += found.problems
         logger.info(found)

@@ -1,7 +1,5 @@
 """The check that refuses a config's wrong values before anything compiles: every one of them is named."""
 
-import math
-
 from ml_collections import ConfigDict
 
 from pspnet_jax.config import bn_images, leaves
@@ -68,7 +66,7 @@ def _tuple_problems(config: ConfigDict) -> list[str]:
     if not all(_is_part(part) for part in config.dataset.mixture):
         problems.append(
             f"dataset.mixture={config.dataset.mixture}: expected ('name', 'root', 'split', weight) each, the name one of "
-            f"{', '.join(map(repr, CHOICES['dataset.name']))}, the weight a number above 0"
+            f"{', '.join(map(repr, CHOICES['dataset.name']))}, the weight a number above 0 and under 1000"
         )
     for field, (kind, count) in TUPLES.items():
         value, kinds = values[field], (int, float) if kind is float else int
@@ -81,7 +79,7 @@ def _is_part(part: object) -> bool:
     """Whether it may be a part of dataset.mixture."""
     match part:
         case (str(name), str(), str(), float() | int() as weight) if isinstance(part, tuple):
-            return name in CHOICES["dataset.name"] and 0 < weight < math.inf
+            return name in CHOICES["dataset.name"] and 0 < weight < 1000
     return False
 
 

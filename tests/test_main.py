@@ -145,7 +145,7 @@ def test_another_network_in_the_same_workdir_is_refused(run, capsys):
         (["--config=configs/ade20k.py:fifty"], "configs/ade20k.py:fifty"),
         (["--config=configs/camvid.py", "--config.dataset.name=camvod"], "dataset.name='camvod': expected one of 'folder'"),
         (["--config=configs/camvid.py", "--config.dataset.colors=(1, 2)"], "dataset.colors=(1, 2): expected"),
-        (["--config=configs/quickstart.py", "--config.init_from=nowhere"], "nowhere: is no run with checkpoints"),
+        (["--config=configs/quickstart.py", "--config.init_from=nowhere"], "nowhere: no such file or directory"),
         (["--mode=evaluate", "--workdir=nowhere"], "nowhere"),
         (["--mode=evaluate"], "--workdir is missing"),
         (["--mode=predict", "--workdir=nowhere"], "--output"),
@@ -190,6 +190,18 @@ def test_a_benchmark_without_files_ends_in_one_sentence(name):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "--config.dataset.root" in done.stderr.splitlines()[-1]
+
+
+def test_check_looks_at_a_mixture_too(run, capsys, tmp_path):
+    own = recipe(tmp_path / "own.py", run[1])
+    other = fakes.write_folder(tmp_path / "other", {"more": 3}, num_classes=3)
+    (other / "images/more/001.png").write_bytes(b"")
+    mixture = f"--config.dataset.mixture=(('folder', '{other}', 'more', 0.5),)"
+    said = error(capsys, "--mode=check", f"--config={own}", f"--workdir={tmp_path}/run", mixture)
+    assert "images/more/001.png: cannot be read" in said
+    assert "1 problem(s) found" in said
+    pictures = [f"{part}_{kind}.png" for part in ("mixture1_more", "train", "val") for kind in ("classes", "images")]
+    assert sorted(path.name for path in (tmp_path / "run/check").iterdir()) == pictures
 
 
 def test_an_opencv_that_is_too_old_is_named():

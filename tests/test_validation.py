@@ -52,8 +52,8 @@ def test_a_value_outside_its_choices_is_refused_with_all_of_them(field):
         ("dataset.balance", 1.5, "a value from 0 to 1"),
         ("dataset.mixture", ("folder", "data", "train", 1.0), "('name', 'root', 'split', weight) each"),
         ("dataset.mixture", (("folder", "data", "train"),), "('name', 'root', 'split', weight) each"),
-        ("dataset.mixture", (("folder", "data", "train", "2"),), "the weight a number above 0"),
-        ("dataset.mixture", (("folder", "data", "train", 0),), "the weight a number above 0"),
+        ("dataset.mixture", (("folder", "data", "train", "2"),), "the weight a number above 0 and under 1000"),
+        ("dataset.mixture", (("folder", "data", "train", 0),), "the weight a number above 0 and under 1000"),
         ("dataset.mixture", (("camvid", "data", "train", 1),), "the name one of 'folder', "),
     ],
 )

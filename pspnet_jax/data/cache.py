@@ -26,22 +26,58 @@ Read = Callable[[int], tuple[np.ndarray, np.ndarray]]  # an index -> its image u
 VERSION = 1  # of decoding: examples that another version has kept on disk are not used
 
 
-def cached(read: Read, source: Source, dataset: ConfigDict) -> Read:
+class Room:
+    """What may be kept, by all datasets together: until half of the bytes that are free now are left."""
+
+    def __init__(self, dataset: ConfigDict):
+        """Looks at the memory or disk of config.dataset.cache.
+
+        Raises:
+          ValueError: config.dataset.cache_dir cannot be written to.
+        """
+        self._path = _directory(dataset) if dataset.cache == "disk" else None
+        self._least, self._taken, self._closed, self._lock = self._free() // 2, 0, False, threading.Lock()
+
+    def _free(self) -> int:
+        return shutil.disk_usage(self._path).free if self._path else _available_memory()
+
+    def take(self, size: int) -> bool:
+        """Whether there was room for this.
+
+        Raises:
+          OSError: the directory is gone.
+        """
+        with self._lock:
+            if not self._closed and self._free() - size >= self._least:
+                self._taken += size
+                return True
+        self.close("half of what was free")
+        return False
+
+    def close(self, reason: str) -> None:
+        """Leaves no more room, and says so once."""
+        with self._lock:
+            told, self._closed = self._closed, True
+        if not told:
+            kept, where = self._taken / 2**30, self._path or "memory"
+            logger.warning(f"dataset.cache: {kept:.1f} GiB are kept in {where} ({reason}); the rest is decoded each time")
+
+
+def cached(read: Read, source: Source, dataset: ConfigDict, room: Room) -> Read:
     """Returns `read` with a memory: examples are kept when they are first read, as config.dataset.cache says.
 
-    They may take half of the memory or disk space that is free now, together with all else that takes of it meanwhile, such
-    as other processes with a cache; what does not fit is decoded each time. On disk, an example is found by its name and by
+    They may take half of the memory or disk space that was free, together with all else that takes of it meanwhile, such as
+    other processes with a cache; what does not fit is decoded each time. On disk, an example is found by its name and by
     path, size and time of its files, so that a changed file is read anew.
 
     Raises:
       ValueError: config.dataset.cache_dir cannot be written to.
     """
     if dataset.cache == "memory":
-        return _Memory(read, _Room(_available_memory, "memory"))
+        return _Memory(read, room)
     if dataset.cache == "disk":
         path = _directory(dataset)
         name = functools.cache(lambda index: _digest(_identity(source, index, dataset)))
-        room = _Room(lambda: shutil.disk_usage(path).free, str(path))
         return _Disk(read, room, lambda index: path / f"{name(index)}.npy")
     return read
 
@@ -78,33 +114,8 @@ def classes_held(read: Read, source: Source, num_classes: int, dataset: ConfigDi
     return table
 
 
-class _Room:
-    """What may be kept: until half of the bytes that were `free` in the beginning are left."""
-
-    def __init__(self, free: Callable[[], int], where: str):
-        self._free, self._least, self._where = free, free() // 2, where
-        self._taken, self._closed, self._lock = 0, False, threading.Lock()
-
-    def take(self, size: int) -> bool:
-        """Whether there was room for this."""
-        with self._lock:
-            if not self._closed and self._free() - size >= self._least:
-                self._taken += size
-                return True
-        self.close("half of what was free")
-        return False
-
-    def close(self, reason: str) -> None:
-        """Leaves no more room, and says so once."""
-        with self._lock:
-            told, self._closed = self._closed, True
-        if not told:
-            kept = self._taken / 2**30
-            logger.warning(f"dataset.cache: {kept:.1f} GiB are kept in {self._where} ({reason}); the rest is decoded each time")
-
-
 class _Memory:
-    def __init__(self, read: Read, room: _Room):
+    def __init__(self, read: Read, room: Room):
         self._read, self._room = read, room
         self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -120,7 +131,7 @@ class _Memory:
 class _Disk:
     """One .npy an example, which is mapped, not read: uint8[4H,W], the bytes of the image and then the label."""
 
-    def __init__(self, read: Read, room: _Room, path: Callable[[int], pathlib.Path]):
+    def __init__(self, read: Read, room: Room, path: Callable[[int], pathlib.Path]):
         self._read, self._room, self._path = read, room, path
 
     def __call__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -129,12 +140,12 @@ class _Disk:
             height = len(rows) // 4
             return rows[: 3 * height].reshape(height, -1, 3), rows[3 * height :]
         image, label = self._read(index)
-        if self._room.take(image.nbytes + label.nbytes):
-            try:
+        try:
+            if self._room.take(image.nbytes + label.nbytes):
                 with files.atomic(path) as temporary:
                     np.save(temporary, np.concatenate([image.reshape(-1, label.shape[1]), label]))
-            except OSError as error:  # others have filled the disk, above all
-                self._room.close(str(error))
+        except OSError as error:  # others have filled the disk, above all
+            self._room.close(str(error))
         return image, label
 
 
@@ -157,7 +168,7 @@ def _available_memory() -> int:
 
 
 def _directory(dataset: ConfigDict) -> pathlib.Path:
-    path = pathlib.Path(dataset.cache_dir or f"{tempfile.gettempdir()}/pspnet_jax").expanduser()
+    path = pathlib.Path(os.path.expanduser(dataset.cache_dir or f"{tempfile.gettempdir()}/pspnet_jax"))
     if "://" in dataset.cache_dir:
         raise ValueError(f"dataset.cache_dir={dataset.cache_dir!r}: expected a local directory")
     try:

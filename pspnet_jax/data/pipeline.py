@@ -15,16 +15,19 @@ from ml_collections import ConfigDict
 
 from pspnet_jax import datasets
 from pspnet_jax.data import augment
-from pspnet_jax.data.cache import Read, cached, classes_held
+from pspnet_jax.data.cache import Read, Room, cached, classes_held
 from pspnet_jax.data.order import AUGMENT, Order, generator
 from pspnet_jax.data.sources import Source, open_source
 
 T = TypeVar("T")
 Work = tuple[T, Sequence[Callable[[], object]]]  # something, and the calls that complete it
-THREADS = (os.cpu_count() or 1) + 1  # one more than there are cores, as some wait for TensorFlow's
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+THREADS = CORES + 1  # one more than there are cores, as some wait for TensorFlow's
 
 
-def train_batches(config: ConfigDict, *, start_step: int = 0, host: int = 0, hosts: int = 1) -> Iterator[dict[str, np.ndarray]]:
+def train_batches(
+    config: ConfigDict, *, start_step: int = 0, host: int = 0, hosts: int = 1, opened: tuple[Order, list[Read]] | None = None
+) -> Iterator[dict[str, np.ndarray]]:
     """Returns the augmented training batches of steps start_step, ..., total_steps - 1.
 
     Example i of step s has position p = s * batch_size + i in the endless sequence of `Order`. Which image it shows
@@ -35,18 +38,18 @@ def train_batches(config: ConfigDict, *, start_step: int = 0, host: int = 0, hos
       start_step: the first step wanted; costs the same whichever it is.
       host: which host this is; it makes the batch's examples host * b, ..., (host + 1) * b - 1, with b = batch_size / hosts.
       hosts: number of hosts that share each batch.
+      opened: by `open_training`, so that what is wrong with the data is known earlier.
 
     Returns:
       an iterator of {"image": uint8[b,h,w,3], "label": uint8[b,h,w]}, made by threads a few batches ahead of their use. A
       wrong example raises a ValueError there.
 
     Raises:
-      ValueError: see open_source, Order and cache.py; batch_size is not a multiple of hosts; or a dataset of the mixture has
-        other classes.
+      ValueError: batch_size is not a multiple of hosts; or see `open_training`.
     """
     if config.batch_size % hosts:
         raise ValueError(f"batch_size={config.batch_size}: expected a multiple of the number of hosts, {hosts}")
-    order, reads = _open(config)
+    order, reads = opened or open_training(config)
     share, crop, mean = config.batch_size // hosts, config.augment.crop, config.normalize.mean
 
     def make(position: int, pixels: np.ndarray, classes: np.ndarray) -> None:
@@ -83,14 +86,18 @@ def examples(config: ConfigDict, split: str, *, host: int = 0, hosts: int = 1) -
     return _completed(map(example, range(host, len(source), hosts)), ahead=max(2, THREADS))
 
 
-def _open(config: ConfigDict) -> tuple[Order, list[Read]]:
-    """Returns the order of the examples in dataset and dataset.mixture, and how to read those of each."""
+def open_training(config: ConfigDict) -> tuple[Order, list[Read]]:
+    """Returns the order of the examples in dataset and dataset.mixture, and how to read those of each.
+
+    Raises:
+      ValueError: see open_source, Order and cache.py.
+    """
     dataset = config.dataset.copy_and_resolve_references()
     dataset.class_names = datasets.describe(dataset).class_names
-    counts, reads, held = [], [], []
+    counts, reads, held, room = [], [], [], Room(dataset)
     for part, split in training_parts(dataset):
         source = open_source(part, split)
-        read = cached(reader(source), source, part)
+        read = cached(reader(source), source, part, room)
         if dataset.balance:
             held.append(classes_held(read, source, len(dataset.class_names), part))
         counts.append(len(source))

@@ -165,7 +165,8 @@ def _open_files(name: str, root: str, extra_root: str, split: str, num_classes: 
     pairs = layouts.list_pairs(name, root, split, extra_root)
     if unlabeled := [pair.image for pair in pairs if not pair.label]:
         raise ValueError(
-            f"{unlabeled[0]}: split {split!r} has no labels to train with or to be scored by; "
+            f"{unlabeled[0]}: split {split!r} has no labels to train with or to be scored by"
+            f"{f', as there is no {root}/labels/{split}' if name == 'folder' else ''}; "
             f"--mode predict with --config.eval.split={split} segments its images, and --format writes what a benchmark's "
             "server scores"
         )

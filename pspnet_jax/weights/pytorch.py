@@ -89,7 +89,9 @@ def _load(path: str, torch: ModuleType) -> object:
                 f"{path}: holds Python objects besides tensors ({found[1]}), and reading these could run code, so nothing was "
                 "read; ask who made it for a file with the state_dict alone, best as .safetensors"
             ) from error
-        raise ValueError(f"{path}: cannot be read as a PyTorch file; fetch it again, or check what it is") from error
+        raise ValueError(
+            f"{path}: cannot be read as a PyTorch file of tensors alone; fetch it again, or check what it is"
+        ) from error
 
 
 def _import_torch(path: str) -> ModuleType:
@@ -110,7 +112,7 @@ def _without_module(arrays: Arrays) -> Arrays:
 def write_safetensors(path: str | os.PathLike, arrays: Arrays) -> None:
     """Writes contiguous arrays under their keys."""
     with files.atomic(path) as temporary:
-        safetensors.numpy.save_file(arrays, temporary)
+        temporary.write_bytes(safetensors.numpy.save(arrays))  # save_file's file could be read by its owner alone
 
 
 def write_torch(path: str | os.PathLike, arrays: Arrays) -> None:

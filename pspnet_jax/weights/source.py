@@ -71,7 +71,9 @@ def read(path: str | os.PathLike) -> tuple[Source, pytorch.Arrays]:
     """Recognizes a checkpoint as `inspect` does, and returns its arrays too."""
     file = pathlib.Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; expected a checkpoint ({', '.join(READERS)})")
+        raise FileNotFoundError(
+            f"{file}: {'is a directory' if file.is_dir() else 'no such file'}; expected a checkpoint ({', '.join(READERS)})"
+        )
     if file.suffix.lower() not in READERS:
         raise ValueError(f"{file}: not a checkpoint by its name, which has to end in one of {', '.join(READERS)}")
     arrays, metadata = READERS[file.suffix.lower()](str(file))

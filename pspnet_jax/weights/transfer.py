@@ -1,6 +1,7 @@
 """A checkpoint's arrays as our variables, with every key accounted for; and our variables under semseg's names."""
 
 import os
+import pathlib
 import re
 from collections.abc import Mapping, Set
 from typing import Any
@@ -17,6 +18,7 @@ from pspnet_jax.weights.source import Source, read
 
 LISTED = 4  # of the keys that do not fit, how many a message names
 FORMATS = {"torch": pytorch.write_torch, "safetensors": pytorch.write_safetensors}
+ENDINGS = {"torch": (".pth", ".pt"), "safetensors": (".safetensors",)}
 EXPORTED = names.KINDS["semseg"].model | {"stem": "deep", "bins": (1, 2, 3, 6)}  # the networks that semseg's code computes
 EXPORTED_DEPTHS = (50, 101, 152)
 
@@ -112,6 +114,11 @@ def save(path: str | os.PathLike, variables: Any, model: models.PSPNet, fmt: str
     """
     if fmt not in FORMATS:
         raise ValueError(f"--format {fmt}: expected one of {', '.join(FORMATS)}")
+    path = pathlib.Path(path)
+    if path.suffix not in ENDINGS[fmt]:
+        raise ValueError(f"--output {path}: expected a name that ends in {' or '.join(ENDINGS[fmt])}, as --format is {fmt}")
+    if path.exists():
+        raise ValueError(f"--output {path}: is there already; choose another name, or delete it")
     wrong = [f"model.{f}={getattr(model, f)}, not {v}" for f, v in EXPORTED.items() if _field(model, f) != v]
     if model.depth not in EXPORTED_DEPTHS:
         wrong.append(f"model.depth={model.depth}, not one of {EXPORTED_DEPTHS}")

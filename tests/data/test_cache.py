@@ -37,7 +37,7 @@ class Reader:
 
 def read_all(dataset, rounds, read):
     """Reads all examples some times with a cache that begins anew; they have to be right."""
-    cached = cache.cached(read, sources.open_source(dataset, "train"), dataset)
+    cached = cache.cached(read, sources.open_source(dataset, "train"), dataset, cache.Room(dataset))
     for _, index in itertools.product(range(rounds), range(COUNT)):
         image, label = cached(index)
         expected_image, expected_label = fakes.pair("train", index)
@@ -75,10 +75,10 @@ def test_a_changed_file_is_read_anew(dataset, tmp_path):
     label = tmp_path / "files/labels/train/003.png"
     before = label.stat().st_mtime_ns
     os.utime(label, ns=(before, before + 10**9))
-    cache.cached(reader, source, dataset)(3)
+    cache.cached(reader, source, dataset, cache.Room(dataset))(3)
     assert reader.reads == COUNT + 1
     os.utime(label, ns=(before, before))
-    cache.cached(reader, source, dataset)(3)
+    cache.cached(reader, source, dataset, cache.Room(dataset))(3)
     assert reader.reads == COUNT + 1
 
 
@@ -140,9 +140,8 @@ def test_a_full_disk_does_not_end_training(dataset, monkeypatch, caplog):
 def test_a_cache_dir_that_cannot_be_written_is_named(dataset, tmp_path):
     dataset.cache, dataset.cache_dir = "disk", str(tmp_path / "file" / "below")
     (tmp_path / "file").write_text("")
-    source = sources.open_source(dataset, "train")
     with pytest.raises(ValueError, match=r"dataset.cache_dir='.*below': cannot write to .* expected a local directory"):
-        cache.cached(Reader(), source, dataset)
+        cache.Room(dataset)
 
 
 def test_classes_are_looked_up_once(dataset, tmp_path):

@@ -1,6 +1,7 @@
 """Imported networks compute what they computed in torch; what does not fit is refused; export and import undo each other."""
 
 import functools
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -238,13 +239,30 @@ def ours() -> tuple[models.PSPNet, dict]:
     return model, jax.tree.map(jax.numpy.asarray, variables)
 
 
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 @pytest.mark.parametrize(("fmt", "name"), [("torch", "net.pth"), ("safetensors", "net.safetensors")])
 def test_import_after_export_is_the_identity(ours, fmt, name, tmp_path):
     model, variables = ours
     weights.save(tmp_path / name, variables, model, fmt)
+    assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask()
     back = flat(weights.load(tmp_path / name, model))
     assert back.keys() == flat(variables).keys()
     assert all(back[path].tobytes() == np.asarray(value).tobytes() for path, value in flat(variables).items())
+
+
+def test_an_export_never_replaces_a_file_nor_takes_anothers_ending(ours, tmp_path):
+    model, variables = ours
+    (tmp_path / "net.pth").write_text("precious")
+    with pytest.raises(ValueError, match=r"--output .*net.pth: is there already"):
+        weights.save(tmp_path / "net.pth", variables, model, "torch")
+    with pytest.raises(ValueError, match=r"--output .*x.safetensors: expected a name that ends in .pth or .pt, as --format is"):
+        weights.save(tmp_path / "x.safetensors", variables, model, "torch")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
 
 
 @pytest.mark.filterwarnings("ignore:CUDA initialization")  # of a torch built for CUDA, on a machine without
