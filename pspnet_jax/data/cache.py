@@ -92,7 +92,7 @@ def classes_held(read: Read, source: Source, num_classes: int, dataset: ConfigDi
     """
     with ThreadPoolExecutor(32) as pool:  # in a bucket, to ask for a file's time takes long
         identities = list(pool.map(lambda index: _identity(source, index, dataset), range(len(source))))
-    path = _directory(dataset) / f"classes_{_digest(repr(identities))}.npy"
+    path = _directory(dataset) / f"classes_{_digest(repr((num_classes, identities)))}.npy"
     if (kept := _load(path)) is not None:
         return kept
 

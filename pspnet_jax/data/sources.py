@@ -121,10 +121,9 @@ class Files:
         )
         if self._classes is not None:
             to_classes = functools.partial(cv2.LUT, lut=self._classes)  # takes a tenth of tf.gather's time
-            classes = tf.cond(
+            label = tf.cond(
                 self._raw[index], lambda: tf.numpy_function(to_classes, [label], tf.uint8, stateful=False), lambda: label
             )
-            return _checked(image, classes, self.num_classes)
         return _checked(image, label, self.num_classes)
 
     def files(self, index: int) -> Sequence[str]:
