@@ -143,8 +143,8 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     predictor = _predictor(config)
 
     def batches(start: int) -> Iterator[dict[str, np.ndarray]]:
-        host = {"host": jax.process_index(), "hosts": jax.process_count()}
-        return pipeline.train_batches(config, start_step=start, **host, opened=opened)
+        host, hosts = jax.process_index(), jax.process_count()
+        return pipeline.train_batches(config, start_step=start, host=host, hosts=hosts, opened=opened)
 
     def evaluate(variables: Any) -> evaluation.Report:
         report = _score(predictor, variables, config, info)

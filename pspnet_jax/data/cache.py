@@ -36,7 +36,8 @@ class Room:
           ValueError: config.dataset.cache_dir cannot be written to.
         """
         self._path = _directory(dataset) if dataset.cache == "disk" else None
-        self._least, self._taken, self._closed, self._lock = self._free() // 2, 0, False, threading.Lock()
+        self._least = self._free() // 2 if dataset.cache else 0
+        self._taken, self._closed, self._lock = 0, False, threading.Lock()
 
     def _free(self) -> int:
         return shutil.disk_usage(self._path).free if self._path else _available_memory()
