@@ -28,8 +28,8 @@ from pspnet_jax import models, weights
 from pspnet_jax.config import base_config
 from pspnet_jax.infer.plan import plan_images
 from pspnet_jax.infer.predict import find_images, read_image
-from pspnet_jax.infer.protocol import PROTOCOLS
-from pspnet_jax.infer.windows import Predictor
+from pspnet_jax.infer.predictor import Predictor
+from pspnet_jax.infer.protocols import PROTOCOLS
 
 SIX = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 # depth, height and width of the image, K, and of config.eval: crop, base_size, and for mmseg short_size

@@ -25,7 +25,7 @@ from pspnet_jax import datasets, models, parallel, validation, weights
 from pspnet_jax.infer import draw
 from pspnet_jax.infer import evaluate as evaluation
 from pspnet_jax.infer import predict as prediction
-from pspnet_jax.infer.windows import Predictor
+from pspnet_jax.infer.predictor import Predictor
 from pspnet_jax.train import checkpoint
 
 logger = logging.getLogger("pspnet_jax")

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from pspnet_jax.infer.protocol import PROTOCOLS, Protocol
-from pspnet_jax.infer.taps import Taps
+from pspnet_jax.infer.protocols import PROTOCOLS, Protocol
+from pspnet_jax.infer.resample import Taps
 
 
 class Axis(NamedTuple):

@@ -8,8 +8,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from pspnet_jax.infer.layout import View, inward_taps, lay_out, outward_taps
-from pspnet_jax.infer.protocol import PROTOCOLS
-from pspnet_jax.infer.taps import Taps
+from pspnet_jax.infer.protocols import PROTOCOLS
+from pspnet_jax.infer.resample import Taps
 
 STRIP = 32  # rows of an image that are finished at a time, K numbers a pixel
 

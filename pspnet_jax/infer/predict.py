@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from pspnet_jax.datasets import DatasetInfo
 from pspnet_jax.infer import submission
 from pspnet_jax.infer.draw import overlay, palette_image, save
-from pspnet_jax.infer.windows import Example, Predictor
+from pspnet_jax.infer.predictor import Example, Predictor
 from pspnet_jax.progress import progress
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")

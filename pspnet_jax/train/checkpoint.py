@@ -18,8 +18,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from pspnet_jax import config as configs
-from pspnet_jax import files, models, parallel, weights
-from pspnet_jax.train import optimizer as optimizers
+from pspnet_jax import files, models, optimizers, parallel, weights
 from pspnet_jax.train.step import TrainState, Variables, init_state
 
 logger = logging.getLogger(__name__)

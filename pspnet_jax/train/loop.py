@@ -20,7 +20,7 @@ from pspnet_jax import files, models, parallel
 from pspnet_jax.infer.evaluate import Report
 from pspnet_jax.train import checkpoint
 from pspnet_jax.train.clock import DataWait
-from pspnet_jax.train.record import Recorder
+from pspnet_jax.train.logs import Recorder
 from pspnet_jax.train.step import TrainState, Variables, init_state, make_train_step
 
 logger = logging.getLogger(__name__)

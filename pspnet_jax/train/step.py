@@ -10,10 +10,8 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from pspnet_jax import models, parallel
-from pspnet_jax.infer.metrics import confusion_matrix
-from pspnet_jax.train import loss as losses
-from pspnet_jax.train import optimizer as optimizers
+from pspnet_jax import losses, models, optimizers, parallel
+from pspnet_jax.metrics import confusion_matrix
 
 Batch = dict[str, jax.Array]  # image uint8[N, H, W, 3], label uint8[N, H, W]
 Variables = dict[str, Any]  # params, batch_stats

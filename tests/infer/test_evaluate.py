@@ -14,7 +14,7 @@ from rich.console import Console
 from pspnet_jax.config import base_config
 from pspnet_jax.datasets import DatasetInfo
 from pspnet_jax.infer.evaluate import evaluate
-from pspnet_jax.infer.windows import Predictor
+from pspnet_jax.infer.predictor import Predictor
 
 INFO = DatasetInfo("colors", ("red", "green", "blue", "never"), ((255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)))
 STRONGEST = np.eye(3, 4, dtype=np.float32) * 10 + np.array([0, 0, 0, -99], np.float32)  # the class of the strongest channel

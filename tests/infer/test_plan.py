@@ -8,7 +8,7 @@ import pytest
 from pspnet_jax.config import base_config
 from pspnet_jax.infer.layout import inward_taps, lay_out, outward_taps, window_starts
 from pspnet_jax.infer.plan import bucket, plan_images
-from pspnet_jax.infer.protocol import PROTOCOLS
+from pspnet_jax.infer.protocols import PROTOCOLS
 
 SIX = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 

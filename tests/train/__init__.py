@@ -12,7 +12,7 @@ from PIL import Image
 from pspnet_jax.config import base_config
 from pspnet_jax.datasets import DatasetInfo
 from pspnet_jax.infer.evaluate import Report
-from pspnet_jax.infer.metrics import Metrics
+from pspnet_jax.metrics import Metrics
 from pspnet_jax.models.layers import ConvNorm
 from pspnet_jax.models.pspnet import Classifier
 

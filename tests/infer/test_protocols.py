@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pspnet_jax.config import base_config
-from pspnet_jax.infer.protocol import PROTOCOLS, mean_of_softmaxes, renormalized, softmax_of_sum
-from pspnet_jax.infer.windows import Predictor
+from pspnet_jax.infer.predictor import Predictor
+from pspnet_jax.infer.protocols import PROTOCOLS, mean_of_softmaxes, renormalized, softmax_of_sum
 from tests.infer import reference
 
 SIX = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pspnet_jax.config import base_config
-from pspnet_jax.train.loss import auxiliary_weight, count_labeled, cross_entropy
+from pspnet_jax.losses import auxiliary_weight, count_labeled, cross_entropy
 
 # softmax of (ln 1, ln 2, ln 5) is (1/8, 2/8, 5/8)
 LOGITS = jnp.log(jnp.array([1.0, 2.0, 5.0])) + jnp.array(

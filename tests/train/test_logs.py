@@ -9,7 +9,7 @@ from PIL import Image
 
 from pspnet_jax.train import clock as clocks
 from pspnet_jax.train.clock import DataWait
-from pspnet_jax.train.record import Recorder, duration
+from pspnet_jax.train.logs import Recorder, duration
 from tests.train import score, tiny_config
 
 # rows truth, columns prediction: IoU 3/5, 1/3 and none

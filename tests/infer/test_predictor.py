@@ -7,8 +7,8 @@ import pytest
 
 from pspnet_jax.config import base_config
 from pspnet_jax.infer import plan
-from pspnet_jax.infer.protocol import PROTOCOLS
-from pspnet_jax.infer.windows import Predictor
+from pspnet_jax.infer.predictor import Predictor
+from pspnet_jax.infer.protocols import PROTOCOLS
 from tests.infer import reference
 from tests.infer.reference import CLASSES
 
@@ -96,7 +96,7 @@ def test_padding_is_never_counted():
 @pytest.mark.parametrize("together", [True, False])
 def test_labels_are_the_most_probable_classes_with_all_views_at_once_and_one_by_one(monkeypatch, together):
     monkeypatch.setattr(
-        "pspnet_jax.infer.windows.plan_images", lambda *args: plan.plan_images(*args)._replace(together=together)
+        "pspnet_jax.infer.predictor.plan_images", lambda *args: plan.plan_images(*args)._replace(together=together)
     )
     images, config = [picture(14, 18), picture(30, 12, 1)], settings(protocol="mmseg", scales=(0.5, 1.0, 1.5))
     predictor = Predictor(crooked, config, CLASSES, jax.devices()[:2])

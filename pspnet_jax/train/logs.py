@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from pspnet_jax import files
 from pspnet_jax.infer.evaluate import Report
-from pspnet_jax.infer.metrics import summarize
+from pspnet_jax.metrics import summarize
 from pspnet_jax.train.clock import Clock, DataWait
 
 logger = logging.getLogger(__name__)

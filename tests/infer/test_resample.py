@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspnet_jax.infer import taps
+from pspnet_jax.infer import resample as taps
 
 
 def resized(line, found):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pspnet_jax import parallel
-from pspnet_jax.infer.metrics import confusion_matrix, summarize
+from pspnet_jax.metrics import confusion_matrix, summarize
 
 COUNT = jax.jit(confusion_matrix, static_argnums=2)
 

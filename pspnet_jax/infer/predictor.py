@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 from pspnet_jax import models, parallel
 from pspnet_jax.infer.layout import lay_out
 from pspnet_jax.infer.plan import STRIP, Plan, Window, plan_images, power_of_two
-from pspnet_jax.infer.protocol import PROTOCOLS
-from pspnet_jax.infer.taps import Taps, along
+from pspnet_jax.infer.protocols import PROTOCOLS
+from pspnet_jax.infer.resample import Taps, along
 
 Example = dict[str, Any]  # image uint8[H, W, 3], and what else its source gives
 

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from pspnet_jax import models
+from pspnet_jax import models, optimizers
 from pspnet_jax.config import load_recipe
-from pspnet_jax.train import optimizer as optimizers
 from tests.train import tiny_config
 
 RECIPES = {path.stem: path for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py")}

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from pspnet_jax.infer import taps
-from pspnet_jax.infer.taps import Taps
+from pspnet_jax.infer import resample as taps
+from pspnet_jax.infer.resample import Taps
 
 
 @dataclasses.dataclass(frozen=True)
