@@ -1,13 +1,24 @@
 """Every field a recipe can set, with its default; reading recipes, and saving what a run was made with."""
 
+import difflib
+import functools
 import importlib.util
+import inspect
+import itertools
 import json
+import logging
 import pathlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from absl import flags
 from etils import epath
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
+
+from pspnet_jax.errors import MissingFileError, UserError
+
+logger = logging.getLogger(__name__)
 
 
 def base_config() -> ConfigDict:
@@ -20,39 +31,36 @@ def base_config() -> ConfigDict:
     config.init_from = ""  # start from the weights of this run (its workdir), or of a file of others'; empty: random
 
     config.model = model = ConfigDict()
-    model.depth = 50  # ResNet depth
+    model.depth = 50  # of the ResNet: 18, 34, 50, 101, 152 or 269
     model.width = 64  # channels of the first stage's bottleneck; 64 is ResNet, less gives a thinner network
-    model.stem = (
-        "deep"  # deep: 3x3 64, 64, 128 (Caffe, semseg); deep32: 3x3 32, 32, 64 (mmseg V1c); conv7: 7x7 64 (torchvision)
-    )
+    model.stem = "deep"  # first convolutions: deep, 3x3 64, 64, 128 (Caffe, semseg); deep32, 3x3 32, 32, 64 (mmseg V1c);
+    # conv7, 7x7 64 (torchvision)
     model.stride_in = "conv3x3"  # where a bottleneck takes its stride: conv3x3 (semseg, Caffe's R101) or conv1x1 (Caffe's R50)
-    model.first_block_dilation = (
-        "full"  # of a dilated stage's first block: full (Caffe, semseg) or half (mmseg contract_dilation)
-    )
+    model.first_block_dilation = "full"  # in a dilated stage's first block: full (Caffe, semseg) or half (mmseg)
     model.output_stride = 8  # input pixels per feature: 8 (paper), 16 or 32
     model.bins = (1, 2, 3, 6)  # pyramid levels; () leaves the pyramid out (the paper's dilated FCN baseline)
     model.pool = "average"  # average or max
     model.reduce_channels = True  # the paper's DR: each level is reduced to C/N channels; False keeps C
-    model.head_kernel = 3  # size of the head's first convolution
+    model.head_kernel = 3  # size of the head's first convolution: 3 or 1
     model.factored_head = False  # the same function as the plain head without building the concatenation
     model.align_corners = True  # bilinear convention: True (Caffe, semseg), False (mmseg)
     model.auxiliary = True  # auxiliary head on the third stage, in training only
     model.dropout = 0.1  # rate, whole channels, before each classifier
     model.norm = "batch"  # batch: statistics of the whole global batch; frozen: running statistics, also in training
-    model.dtype = "float32"  # of convolutions and activations; parameters, statistics, logits and loss stay float32.
+    model.dtype = "float32"  # of convolutions and activations: float32 or bfloat16; the rest, such as the loss, stays float32.
     # GPUs and TPUs compute float32 products in TF32 or bfloat16 unless JAX_DEFAULT_MATMUL_PRECISION=highest
 
     config.normalize = normalize = ConfigDict()  # (pixel - mean) / std, on the 0..255 scale
     normalize.mean = (123.675, 116.28, 103.53)  # of red, green and blue in ImageNet
-    normalize.std = (58.395, 57.12, 57.375)
+    normalize.std = (58.395, 57.12, 57.375)  # likewise
     normalize.order = "RGB"  # in which the network takes the channels: RGB, or BGR (Caffe)
 
     config.dataset = dataset = ConfigDict()
-    dataset.name = "folder"
+    dataset.name = "folder"  # folder, ade20k, voc2012, cityscapes, scenes (built in) or tfds
     dataset.root = ""  # local directory or gs:// path
     dataset.extra_root = ""  # voc2012: SBD's directory, with img/, cls/, train.txt and val.txt; empty: looked for beside root
     dataset.tfds_name = ""  # for name="tfds": the builder's name, root is its data_dir
-    dataset.train_split = "train"
+    dataset.train_split = "train"  # several in the form "train+train_extra"
     dataset.class_names = ()  # empty: from the dataset's table, or a folder's classes.txt
     dataset.colors = ()  # one (R, G, B) a class; empty: as class_names
     dataset.on_error = "stop"  # at a damaged file or one of a wrong kind, when files are checked: stop, or skip it and say so
@@ -65,29 +73,39 @@ def base_config() -> ConfigDict:
     config.augment = augment = ConfigDict()  # in this order; each is off at its neutral value
     augment.scale = (0.5, 2.0)  # uniform
     augment.rotate_degrees = 10.0  # uniform in [-this, this] about the center
-    augment.rotate_probability = 0.5
+    augment.rotate_probability = 0.5  # of an image to be rotated
     augment.blur_probability = 0.5  # 5x5, weights (1, 4, 6, 4, 1) / 16 down and across
-    augment.mirror_probability = 0.5
+    augment.flip_probability = 0.5  # left to right
     augment.crop = (473, 473)  # height, width that the network trains on
 
     config.loss = loss = ConfigDict()
-    loss.auxiliary_weight = 0.4
+    loss.terms = ("cross_entropy",)  # which losses are added up: cross_entropy, ohem, focal, dice
+    loss.class_weights = ()  # one a class; empty: all alike
+    loss.class_weighting = ""  # class weights by the training data: inverse or median frequency; empty: none
+    loss.label_smoothing = 0.0  # share of the target that is spread over all classes; cross_entropy, ohem
+    loss.ohem_threshold = 0.7  # ohem: pixels whose class has a lower probability count
+    loss.ohem_min_kept = 100_000  # ohem: and at least this many of each image
+    loss.focal_gamma = 2.0  # focal: how much less the well classified pixels count
+    loss.auxiliary_weight = 0.4  # of the auxiliary head's loss beside the head's
     loss.auxiliary_schedule = "constant"  # or linear: from auxiliary_weight at step 0 to 0 at total_steps
 
-    config.optimizer = optimizer = ConfigDict()  # SGD with momentum, the weight decay added to the gradient before it
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.name = "sgd"  # sgd, adamw or lars
     optimizer.learning_rate = 0.01  # base * (1 - step/total_steps)^power
-    optimizer.power = 0.9
+    optimizer.power = 0.9  # of the poly schedule
     optimizer.warmup_steps = 0  # the rate is multiplied by min(1, (step + 1) / warmup_steps)
     optimizer.head_multiplier = 10.0  # learning rate of pyramid, head and auxiliary head over the backbone's
-    optimizer.momentum = 0.9
-    optimizer.weight_decay = 1e-4
+    optimizer.momentum = 0.9  # of sgd and lars; adamw's beta 1
+    optimizer.beta2 = 0.999  # of adamw
+    optimizer.trust_coefficient = 0.001  # of lars
+    optimizer.weight_decay = 1e-4  # sgd, lars: added to the gradient before the momentum; adamw: to the update
     optimizer.decay_norm = False  # decay BatchNorm's scale and bias too (semseg: True; Caffe and the paper: False)
     optimizer.clip_norm = 0.0  # clip the gradient's global norm; 0: off
     optimizer.accumulate = 1  # split the batch into this many parts, one after the other
     optimizer.ema_decay = 0.0  # evaluate an exponential moving average of the weights; 0: off
 
     config.eval = evaluation = ConfigDict()
-    evaluation.split = "val"
+    evaluation.split = "val"  # that is scored
     evaluation.protocol = "semseg"  # whose sizes, resizes, padding, flip and averages: semseg, caffe or mmseg
     evaluation.inference = "windows"  # overlapping crops, or the whole image at once
     evaluation.crop = (473, 473)  # window height, width
@@ -95,14 +113,16 @@ def base_config() -> ConfigDict:
     evaluation.base_size = 512  # long side in pixels at scale 1; 0: the image's own
     evaluation.short_size = 0  # mmseg: the most that the short side has at scale 1; 0: no bound (or its own)
     evaluation.scales = (1.0,)  # the paper's multi-scale: (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-    evaluation.flip = True  # average with the mirrored image
+    evaluation.flip = True  # average with the flipped image
     evaluation.batch_size = 4  # windows (or whole images) that go through the network together; more may be faster, at 473x473
     # and 150 classes each takes a quarter of a GiB
+    evaluation.best_metric = "mean_iou"  # the larger, the better: it decides which checkpoint is the best
 
     config.every = every = ConfigDict()  # cadence, in steps; the last step always counts
-    every.log = 50
+    every.log = 50  # a progress line, with the means since the last one
     every.eval = 5_000  # 0: only at the end
-    every.save = 1_000
+    every.save = 1_000  # a checkpoint
+    config.profile_steps = 0  # steps after the tenth that JAX's profiler traces into WORKDIR/profile; 0: none
 
     return config.lock()  # a misspelt field is an error, not a new field
 
@@ -111,26 +131,73 @@ def load_recipe(path: str) -> ConfigDict:
     """Runs a recipe's `get_config`; "configs/x.py:ARG" passes ARG.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it has no get_config, or refuses ARG.
+      MissingFileError: there is no such file.
+      UserError: it has no get_config, or refuses ARG.
     """
     file, _, argument = path.partition(":")
     if not pathlib.Path(file).is_file():
-        raise FileNotFoundError(
-            f"--config {file}: no such file; the recipes are in configs/, for example configs/quickstart.py"
-        )
+        raise MissingFileError(f"--config {file}: no such file; the recipes are in configs/, for example configs/quickstart.py")
     spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise ValueError(f"--config {file}: has no function get_config() that returns a config")
+        raise UserError(f"--config {file}: has no function get_config() that returns a config")
     try:
         config = module.get_config(argument) if argument else module.get_config()
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"--config {path}: {error}") from error
+        raise UserError(f"--config {path}: {error}") from error
     return config.lock()
+
+
+def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
+    """Applies --config.field=value, --config.field value and --noconfig.field; of several for one field, the last counts.
+
+    Raises:
+      UserError: a field that does not exist, or a value of the wrong type.
+    """
+    known, given = [field for field, _ in leaves(config)], _by_field(arguments)
+    for field in given:
+        if field not in known:
+            close = difflib.get_close_matches(field, known, n=3)
+            hint = f"did you mean {' or '.join(close)}" if close else "--help lists all fields"
+            raise UserError(f"--config.{field}: there is no such field; {hint}")
+    values, argv = flags.FlagValues(), ["", *itertools.chain.from_iterable(given.values())]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        _, *rest = values(argv)
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(str(error).removeprefix("flag ")) from error
+    if rest:
+        raise UserError(f"{rest[0]}: unknown argument; a field of the config is set by --config.field=value")
+    return config
+
+
+def _by_field(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """Groups arguments by the field that they set; later ones replace earlier ones."""
+    groups: dict[str, list[str]] = {}
+    group: list[str] = []
+    for argument in arguments:
+        if found := re.match(r"--(?:no)?config\.([^=]+)", argument):
+            group = groups[found[1]] = []
+        elif not group:
+            raise UserError(f"{argument}: unknown argument; a field of the config is set by --config.field=value")
+        group.append(argument)
+    return groups
+
+
+def describe_fields() -> str:
+    """Returns a line for each field, with its default and what `base_config` says about it, for --help."""
+    sections, lines = {"config": ""}, []
+    for line in inspect.getsource(base_config).splitlines():
+        if found := re.fullmatch(r"    config\.(\w+) = (\w+) = ConfigDict\(\)(?:  # (.*))?", line):
+            sections[found[2]] = f"{found[1]}."
+        elif found := re.fullmatch(r"    (\w+)\.(\w+) = (.*?)(?:  # (.*))?", line):
+            lines.append(f"--config.{sections[found[1]]}{found[2]}={found[3]}" + (f"  {found[4]}" if found[4] else ""))
+        elif found := re.fullmatch(r"    # (.*)", line):
+            lines[-1] += f" {found[1]}"
+    return "\n".join(lines)
 
 
 def to_json(config: ConfigDict) -> str:
@@ -138,15 +205,22 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
-def from_dict(saved: dict) -> ConfigDict:
-    """Restores a saved config over base_config(), so that fields added since then have their defaults."""
+RENAMED = {"augment.mirror_probability": "augment.flip_probability"}  # since version 0.1
+
+
+def from_dict(saved: Mapping[str, Any]) -> ConfigDict:
+    """Restores a saved config over base_config(), so that fields added since then have their defaults.
+
+    A field that is no longer known, or of another type now, is reported and left out.
+    """
     config = base_config()
     for field, value in leaves(ConfigDict(saved)):
-        *parents, last = field.split(".")
-        node = config
-        for parent in parents:
-            node = node[parent]
-        node[last] = _tuples(value)
+        *parents, last = RENAMED.get(field, field).split(".")
+        try:
+            node = functools.reduce(getattr, parents, config)
+            node[last] = _tuples(value)
+        except (AttributeError, KeyError, TypeError):
+            logger.warning("the saved config has %s=%r, which this version does not know; it is left out", field, value)
     return config.lock()
 
 
@@ -154,12 +228,12 @@ def read(path: epath.Path) -> ConfigDict:
     """Reads a run's config.json.
 
     Raises:
-      ValueError: it is missing or damaged.
+      UserError: it is missing or damaged.
     """
     try:
         return from_dict(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); restore it, or choose another --workdir") from error
+        raise UserError(f"{path}: cannot be read ({error}); restore it, or choose another --workdir") from error
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,10 +1,18 @@
-"""Writing a file so that a killed process never leaves half of it."""
+"""Paths, local and gs://, and writing a file so that a killed process never leaves half of it."""
 
 import contextlib
+import os
 import secrets
 from collections.abc import Iterator
 
 from etils import epath
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The path without "~" and relative parts; a remote one, such as gs://bucket/run, as it is."""
+    if "://" in os.fspath(path):
+        return epath.Path(path)
+    return epath.Path(os.path.abspath(os.path.expanduser(path)))
 
 
 @contextlib.contextmanager

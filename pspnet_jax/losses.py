@@ -1,30 +1,166 @@
-"""Softmax cross-entropy over the labeled pixels, and the weight of the auxiliary loss."""
+"""Losses of segmentation over the labeled pixels, and what a loss has to return to be trained by `fit`.
+
+A loss is a function (outputs, batch, step) -> (terms, metrics) of what the model returns in training, the batch, and the step
+int32[]. Each term is a mean, given as a sum and a weight that add up over the parts of a batch; the loss is the sum of
+`scale * sum / weight` over the terms, with sums and weights of the whole batch. Metrics are clu.metrics.Metric objects.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from clu.metrics import Metric
 from ml_collections import ConfigDict
 
 from pspnet_jax.datasets import IGNORE
+from pspnet_jax.errors import UserError
+from pspnet_jax.metrics import MeanIoU
+
+Batch = dict[str, jax.Array]
 
 
-def count_labeled(labels: jax.Array) -> jax.Array:
-    """Number of pixels that are not 255, at least 1, f32[]: the loss of a batch without a labeled pixel is 0, not NaN."""
-    return jnp.maximum(jnp.sum(labels != IGNORE, dtype=jnp.float32), 1)
+class Term(NamedTuple):
+    """A weighted mean in two parts, f32[] each; a mean of weight 0 counts as 0."""
+
+    sum: jax.Array
+    weight: jax.Array
+    scale: jax.Array | float = 1.0
+
+    def mean(self, weight: jax.Array) -> jax.Array:
+        """The sum divided by the weight of the whole batch, without the scale."""
+        return self.sum / jnp.where(weight > 0, weight, 1)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Sum over the labeled pixels of -log softmax(logits)[label]: f32[N, H, W, K], uint8[N, H, W] -> f32[].
+Loss = Callable[[Any, Batch, jax.Array], tuple[dict[str, Term], dict[str, Metric]]]
 
-    Divide by `count_labeled` of the whole batch for the mean; a sum adds up over parts of the batch.
+
+def build(loss: ConfigDict, total_steps: int) -> Loss:
+    """The loss of `config.loss`, for models that return (logits, auxiliary logits or None) and batches with a "label".
+
+    Its terms are named by their kinds, such as "cross_entropy" and "auxiliary_cross_entropy"; its metric is "mean_iou".
+
+    Raises:
+      UserError: loss.terms has an unknown kind.
     """
-    labeled = labels != IGNORE
-    pixels = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(labeled, labels, 0).astype(jnp.int32))
-    return jnp.sum(jnp.where(labeled, pixels, 0))
+    if unknown := [kind for kind in loss.terms if kind not in LOSSES]:
+        raise UserError(f"loss.terms={loss.terms}: {unknown[0]!r} is unknown; expected some of {', '.join(LOSSES)}")
+    auxiliary_scale = auxiliary_weight(loss, total_steps)
+
+    def compute(outputs: Any, batch: Batch, step: jax.Array) -> tuple[dict[str, Term], dict[str, Metric]]:
+        logits, auxiliary = outputs
+        terms = {kind: Term(*LOSSES[kind](logits, batch["label"], loss)) for kind in loss.terms}
+        if auxiliary is not None:
+            scale = auxiliary_scale(step)
+            for kind in loss.terms:
+                terms[f"auxiliary_{kind}"] = Term(*LOSSES[kind](auxiliary, batch["label"], loss), scale)
+        return terms, {"mean_iou": MeanIoU.from_logits(logits, batch["label"])}
+
+    return compute
 
 
 def auxiliary_weight(loss: ConfigDict, total_steps: int) -> optax.Schedule:
     """`config.loss`'s weight of the auxiliary loss by step: constant, or linear down to 0 at total_steps."""
-    if loss.auxiliary_schedule == "constant":
-        return optax.constant_schedule(loss.auxiliary_weight)
-    return optax.linear_schedule(loss.auxiliary_weight, 0.0, total_steps)
+    return SCHEDULES[loss.auxiliary_schedule](loss.auxiliary_weight, total_steps)
+
+
+SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {
+    "constant": lambda weight, total_steps: optax.constant_schedule(weight),
+    "linear": lambda weight, total_steps: optax.linear_schedule(weight, 0.0, total_steps),
+}
+
+
+def pixel_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """Cross-entropy of each pixel, 0 where the label is 255: f32[N, H, W, K], uint8[N, H, W] -> f32[N, H, W].
+
+    Args:
+      logits: of all classes.
+      labels: 0..K-1, or 255.
+      smoothing: the share of each target that is spread over all K classes (Szegedy et al. 2016, section 7).
+    """
+    labeled = labels != IGNORE
+    targets = jnp.where(labeled, labels, 0).astype(jnp.int32)
+    pixels = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    if smoothing:
+        uniform = jax.nn.logsumexp(logits, -1) - jnp.mean(logits, -1)  # cross-entropy with 1/K for each class
+        pixels = (1 - smoothing) * pixels + smoothing * uniform
+    return jnp.where(labeled, pixels, 0)
+
+
+def pixel_weights(labels: jax.Array, class_weights: tuple[float, ...]) -> jax.Array:
+    """The weight of each pixel, f32[N, H, W]: its class's (1 without class weights), 0 where the label is 255."""
+    if not class_weights:
+        return (labels != IGNORE).astype(jnp.float32)
+    table = jnp.zeros(256).at[: len(class_weights)].set(jnp.asarray(class_weights))
+    return table[labels]
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, loss: ConfigDict) -> tuple[jax.Array, jax.Array]:
+    """Softmax cross-entropy with `loss.class_weights` and `loss.label_smoothing`: sum over the pixels, sum of their weights."""
+    weights = pixel_weights(labels, loss.class_weights)
+    pixels = pixel_cross_entropy(logits, labels, loss.label_smoothing)
+    return jnp.sum(pixels * weights if loss.class_weights else pixels), jnp.sum(weights)
+
+
+def ohem(logits: jax.Array, labels: jax.Array, loss: ConfigDict) -> tuple[jax.Array, jax.Array]:
+    """Online hard example mining (Shrivastava et al. 2016): cross-entropy over the hard pixels of each image alone.
+
+    These are the pixels whose class has a probability under `loss.ohem_threshold`, or, where they are fewer, the
+    `loss.ohem_min_kept` pixels of the image that are worst.
+    """
+    weights = pixel_weights(labels, loss.class_weights)
+    hardness = jax.lax.stop_gradient(pixel_cross_entropy(logits, labels).reshape(len(labels), -1))
+    rank = min(loss.ohem_min_kept, hardness.shape[1])
+    bound = jnp.minimum(-jnp.log(loss.ohem_threshold), jnp.sort(hardness, axis=1)[:, -rank])
+    kept = weights * (hardness >= bound[:, None]).reshape(labels.shape)
+    return jnp.sum(kept * pixel_cross_entropy(logits, labels, loss.label_smoothing)), jnp.sum(kept)
+
+
+def focal(logits: jax.Array, labels: jax.Array, loss: ConfigDict) -> tuple[jax.Array, jax.Array]:
+    """Focal loss (Lin et al. 2017): cross-entropy times (1 - p)^`loss.focal_gamma`, p the probability of the pixel's class."""
+    weights = pixel_weights(labels, loss.class_weights)
+    pixels = pixel_cross_entropy(logits, labels)
+    return jnp.sum(weights * -(jnp.expm1(-pixels) ** loss.focal_gamma) * pixels), jnp.sum(weights)
+
+
+def dice(logits: jax.Array, labels: jax.Array, loss: ConfigDict) -> tuple[jax.Array, jax.Array]:
+    """Soft Dice loss (Milletari et al. 2016): 1 - the mean over an image's classes of 2 |P Y| / (|P| + |Y|).
+
+    P are the probabilities and Y the truth of the labeled pixels. Sum over the images, and the number of images with a label.
+    """
+    labeled = labels != IGNORE
+    probabilities = jax.nn.softmax(logits) * labeled[..., None]
+    truth = jax.nn.one_hot(labels, logits.shape[-1])  # zeros for 255
+    overlap, size = (x.sum((1, 2)) for x in (probabilities * truth, probabilities + truth))
+    present = truth.any((1, 2))
+    classes = present.sum(-1)
+    scores = jnp.where(present, 2 * overlap / jnp.maximum(size, 1), 0).sum(-1) / jnp.maximum(classes, 1)
+    return jnp.sum(jnp.where(classes > 0, 1 - scores, 0)), jnp.sum(classes > 0, dtype=jnp.float32)
+
+
+LOSSES: dict[str, Callable[[jax.Array, jax.Array, ConfigDict], tuple[jax.Array, jax.Array]]] = {
+    "cross_entropy": cross_entropy,
+    "ohem": ohem,
+    "focal": focal,
+    "dice": dice,
+}
+
+
+def class_weights(how: str, pixels: np.ndarray, image_pixels: np.ndarray) -> tuple[float, ...]:
+    """Weights of the classes by how frequent they are in the training data.
+
+    Args:
+      how: "inverse", the mean of all classes' pixels over the class's; or "median", the median frequency over the class's
+        (Eigen and Fergus 2015), where the frequency is the share of the class in the images that have it.
+      pixels: int64[K], of each class.
+      image_pixels: int64[K], all labeled pixels of the images that have the class.
+
+    Returns:
+      K weights; 0 for a class without a pixel.
+    """
+    frequencies = pixels / np.maximum(image_pixels, 1) if how == "median" else pixels
+    present = frequencies[pixels > 0]
+    middle = np.median(present) if how == "median" else present.mean()
+    return tuple(float(middle / f) if f > 0 else 0.0 for f in frequencies)

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu.metrics import Metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +48,36 @@ def confusion_matrix(labels: jax.Array, predictions: jax.Array, num_classes: int
     return jnp.bincount(index.ravel(), length=cells + 1)[:cells].reshape(num_classes, num_classes)
 
 
-def summarize(matrix: np.ndarray) -> Metrics:
+def summarize(matrix: np.ndarray | jax.Array) -> Metrics:
     """Divides a confusion matrix [K, K] (rows truth, columns prediction) into metrics."""
-    matrix = np.asarray(matrix, np.float64)
-    right, truth, predicted = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+    counts = np.asarray(matrix, np.float64)
+    right, truth, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
     iou = _ratio(right, truth + predicted - right)
     accuracy = _ratio(right, truth)
-    return Metrics(_mean(iou), _mean(accuracy), float(_ratio(right.sum(), matrix.sum())), iou, accuracy)
+    return Metrics(_mean(iou), _mean(accuracy), float(_ratio(right.sum(), counts.sum())), iou, accuracy)
+
+
+@flax.struct.dataclass
+class MeanIoU(Metric):
+    """Mean IoU of the training batches since the last log line, for `fit`; 0 where no pixel was labeled.
+
+    Attributes:
+      matrix: f32[K, K], a confusion matrix; sums beyond 2^24 pixels a cell are rounded.
+    """
+
+    matrix: jax.Array
+
+    @classmethod
+    def from_logits(cls, logits: jax.Array, labels: jax.Array) -> "MeanIoU":
+        """Counts f32[N, H, W, K] and uint8[N, H, W]."""
+        counts = confusion_matrix(labels, jnp.argmax(logits, -1), logits.shape[-1])
+        return cls(counts.astype(jnp.float32))
+
+    def merge(self, other: "MeanIoU") -> "MeanIoU":
+        return MeanIoU(self.matrix + other.matrix)
+
+    def compute(self) -> float:
+        return float(np.nan_to_num(summarize(self.matrix).mean_iou))
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

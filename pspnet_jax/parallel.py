@@ -5,14 +5,16 @@ out, and "spatial", over which one image may be (of size 1).
 """
 
 import collections
-import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pspnet_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +26,13 @@ def start_processes() -> None:
     reads only the first. Where the other processes do not come, JAX ends this one after five minutes.
 
     Raises:
-      ValueError: no cluster was recognized, or JAX has been used already.
+      UserError: no cluster was recognized, or JAX has been used already.
     """
     logger.info("waiting for the other processes of this job; the same command has to be started on every host")
     try:
         jax.distributed.initialize(num_processes=_variable("JAX_NUM_PROCESSES"), process_id=_variable("JAX_PROCESS_ID"))
     except (RuntimeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"--distributed: the processes of this job could not be joined ({error}); start the same command on every host "
             "of the pod or cluster at the same time, as the scripts in launch/ do, or leave --distributed out on one machine"
         ) from error
@@ -58,14 +60,23 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def to_devices(batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, ahead: int = 2) -> Iterator[dict[str, jax.Array]]:
-    """Turns this process's batches into global ones, `ahead` of their use, so that copying overlaps with computing."""
-    sharding = batch_sharding(mesh)
-    queue: collections.deque[dict[str, jax.Array]] = collections.deque()
-    batches = iter(batches)
-    while True:
-        for batch in itertools.islice(batches, ahead + 1 - len(queue)):
-            queue.append({k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()})
-        if not queue:
-            return
-        yield queue.popleft()
+def to_devices(batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, ahead: int = 2) -> Generator[dict[str, jax.Array]]:
+    """Turns this process's batches into global ones, in a thread that is `ahead` of their use.
+
+    So copying overlaps with computing, and a batch that is there is handed out though the next one may be late.
+    """
+    sharding, iterator = batch_sharding(mesh), iter(batches)
+
+    def put_next() -> dict[str, jax.Array] | None:
+        if (batch := next(iterator, None)) is None:
+            return None
+        return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+    with ThreadPoolExecutor(1, "to devices") as thread:
+        futures = collections.deque(thread.submit(put_next) for _ in range(ahead + 1))
+        try:
+            while (batch := futures.popleft().result()) is not None:
+                futures.append(thread.submit(put_next))
+                yield batch
+        finally:
+            thread.shutdown(cancel_futures=True)

@@ -2,9 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from pspnet_jax import losses
 from pspnet_jax.config import base_config
-from pspnet_jax.losses import auxiliary_weight, count_labeled, cross_entropy
+from pspnet_jax.errors import UserError
+from pspnet_jax.losses import Term, auxiliary_weight
 
 # softmax of (ln 1, ln 2, ln 5) is (1/8, 2/8, 5/8)
 LOGITS = jnp.log(jnp.array([1.0, 2.0, 5.0])) + jnp.array(
@@ -12,11 +15,21 @@ LOGITS = jnp.log(jnp.array([1.0, 2.0, 5.0])) + jnp.array(
 )  # f32[1, 1, 3, 3]: a shift changes nothing
 
 
+def options(**changes) -> ConfigDict:
+    loss = base_config().loss
+    loss.update(changes)
+    return loss
+
+
+def cross_entropy(logits, labels):
+    return losses.cross_entropy(logits, labels, options())[0]
+
+
 def test_cross_entropy_by_hand():
     labels = jnp.array([[[0, 2, 255]]], jnp.uint8)
     # ln 8 + ln (8/5), and nothing for the third pixel
     np.testing.assert_allclose(cross_entropy(LOGITS, labels), 2.0794415 + 0.4700036, rtol=1e-6)
-    assert count_labeled(labels) == 2
+    assert losses.cross_entropy(LOGITS, labels, options())[1] == 2
 
 
 def test_gradient_is_softmax_minus_one_hot_and_nothing_where_ignored():
@@ -30,13 +43,85 @@ def test_gradient_is_softmax_minus_one_hot_and_nothing_where_ignored():
 @pytest.mark.parametrize("logits", [LOGITS, jnp.full((1, 1, 3, 3), 1e30)])
 def test_batch_without_a_labeled_pixel_gives_zero_not_nan(logits):
     labels = jnp.full((1, 1, 3), 255, jnp.uint8)
-    loss, gradient = jax.value_and_grad(lambda x: cross_entropy(x, labels) / count_labeled(labels))(logits)
-    assert loss == 0
-    np.testing.assert_array_equal(gradient, np.zeros((1, 1, 3, 3)))
+
+    def mean(logits, kind):
+        term = Term(*losses.LOSSES[kind](logits, labels, options()))
+        return term.mean(term.weight)
+
+    for kind in losses.LOSSES:
+        loss, gradient = jax.value_and_grad(mean)(logits, kind)
+        assert loss == 0
+        np.testing.assert_array_equal(gradient, np.zeros((1, 1, 3, 3)), err_msg=kind)
 
 
-def test_a_label_that_is_no_class_makes_the_loss_nan_so_that_it_cannot_go_unseen():
-    assert np.isnan(cross_entropy(LOGITS, jnp.array([[[0, 2, 3]]], jnp.uint8)))
+@pytest.mark.parametrize("kind", ["cross_entropy", "ohem", "focal"])
+@pytest.mark.parametrize("class_weights", [(), (1.0, 2.0, 3.0)])
+def test_a_label_that_is_no_class_makes_the_loss_nan_so_that_it_cannot_go_unseen(kind, class_weights):
+    labels = jnp.array([[[0, 2, 3]]], jnp.uint8)
+    assert np.isnan(losses.LOSSES[kind](LOGITS, labels, options(class_weights=class_weights))[0])
+
+
+def test_class_weights_and_label_smoothing_by_hand():
+    """torch.nn.CrossEntropyLoss(weight, label_smoothing) without weights, and with them: sum(w l) / sum(w)."""
+    labels = jnp.array([[[0, 2, 255]]], jnp.uint8)
+    total, weight = losses.cross_entropy(LOGITS, labels, options(class_weights=(0.5, 7.0, 3.0)))
+    np.testing.assert_allclose([total, weight], [0.5 * np.log(8) + 3 * np.log(8 / 5), 3.5], rtol=1e-5)
+    uniform = (np.log(8) + np.log(4) + np.log(8 / 5)) / 3  # cross-entropy with (1/3, 1/3, 1/3)
+    total, _ = losses.cross_entropy(LOGITS, labels, options(label_smoothing=0.1))
+    np.testing.assert_allclose(total, 0.9 * (np.log(8) + np.log(8 / 5)) + 0.1 * 2 * uniform, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "min_kept", "kept"),
+    [(0.2, 1, [0]), (0.3, 1, [0, 1]), (0.01, 2, [0, 1]), (0.01, 1, [0]), (0.01, 9, [0, 1, 2])],
+)
+def test_ohem_keeps_the_pixels_under_the_threshold_and_at_least_so_many_of_the_worst(threshold, min_kept, kept):
+    """The probabilities of the pixels' classes are 1/8, 2/8 and 5/8; the fourth is ignored."""
+    logits = jnp.concatenate([LOGITS, LOGITS[:, :, :1]], axis=2)
+    labels = jnp.array([[[0, 1, 2, 255]]], jnp.uint8)
+    total, weight = losses.ohem(logits, labels, options(ohem_threshold=threshold, ohem_min_kept=min_kept))
+    assert weight == len(kept)
+    np.testing.assert_allclose(total, -np.log(np.array([1 / 8, 2 / 8, 5 / 8]))[kept].sum(), rtol=1e-5)
+
+
+def test_focal_by_hand():
+    labels = jnp.array([[[0, 2, 255]]], jnp.uint8)
+    total, weight = losses.focal(LOGITS, labels, options(focal_gamma=2.0))
+    np.testing.assert_allclose(total, (7 / 8) ** 2 * np.log(8) + (3 / 8) ** 2 * np.log(8 / 5), rtol=1e-5)
+    assert weight == 2
+    plain, _ = losses.focal(LOGITS, labels, options(focal_gamma=0.0))
+    np.testing.assert_allclose(plain, cross_entropy(LOGITS, labels), rtol=1e-6)
+
+
+def test_dice_by_hand():
+    """Two images: the first has classes 0 and 2, the second none. P is (1/8, 2/8, 5/8) in each pixel."""
+    logits, labels = jnp.concatenate([LOGITS, LOGITS]), jnp.array([[[0, 2, 255]], [[255, 255, 255]]], jnp.uint8)
+    total, weight = losses.dice(logits, labels, options())
+    scores = [2 * (1 / 8) / (2 / 8 + 1), 2 * (5 / 8) / (10 / 8 + 1)]
+    np.testing.assert_allclose([total, weight], [1 - np.mean(scores), 1], rtol=1e-5)
+
+
+def test_terms_are_added_up_for_head_and_auxiliary_head():
+    labels = jnp.array([[[0, 2, 255]]], jnp.uint8)
+    loss = losses.build(options(terms=("cross_entropy", "dice"), auxiliary_weight=0.25), total_steps=10)
+    terms, metrics = loss((LOGITS, 2 * LOGITS), {"label": labels}, jnp.int32(3))
+    assert list(terms) == ["cross_entropy", "dice", "auxiliary_cross_entropy", "auxiliary_dice"]
+    assert [float(term.scale) for term in terms.values()] == [1, 1, 0.25, 0.25]
+    np.testing.assert_allclose(terms["auxiliary_cross_entropy"].sum, cross_entropy(2 * LOGITS, labels), rtol=1e-6)
+    # predictions are class 2 everywhere; truth 0, 2: IoU 0, 1/2 and none
+    assert metrics["mean_iou"].compute() == 0.25
+    terms, _ = loss((LOGITS, None), {"label": labels}, jnp.int32(3))
+    assert list(terms) == ["cross_entropy", "dice"]
+    with pytest.raises(UserError, match=r"'crossentropy' is unknown; expected some of cross_entropy, ohem, focal, dice"):
+        losses.build(options(terms=("crossentropy",)), 10)
+
+
+def test_class_weights_from_frequencies_by_hand():
+    pixels, image_pixels = np.array([60, 30, 0, 10]), np.array([100, 50, 0, 100])
+    weights = losses.class_weights("inverse", pixels, image_pixels)
+    np.testing.assert_allclose(weights, [100 / 3 / 60, 100 / 3 / 30, 0, 100 / 3 / 10])
+    weights = losses.class_weights("median", pixels, image_pixels)  # frequencies 0.6, 0.6 and 0.1
+    np.testing.assert_allclose(weights, [1, 1, 0, 6])
 
 
 @pytest.mark.parametrize(

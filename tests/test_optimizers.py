@@ -9,9 +9,10 @@ from flax import traverse_util
 
 from pspnet_jax import models, optimizers
 from pspnet_jax.config import load_recipe
+from pspnet_jax.errors import UserError
 from tests.train import tiny_config
 
-RECIPES = {path.stem: path for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py")}
+RECIPES = {path.stem: path for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")}
 
 # base * (1 - x)^0.9, x = s / total, for s = 0..9: base * (1 - 0.9 x - 0.045 x^2 - 0.0165 x^3), rounded to 11 places
 BY_HAND = {
@@ -96,10 +97,10 @@ def test_sgd_equals_torchs_rule(decay_norm, clip_norm):
 
     optimizer = optimizers.build(config, total_steps=8)
     params = traverse_util.unflatten_dict({k: jnp.array(v, jnp.float32) for k, v in flat.items()}, sep="/")
-    state = optimizer.init(params)
+    state = optimizer.transformation.init(params)
     for gradient in gradients:
         tree = traverse_util.unflatten_dict({k: jnp.array(v, jnp.float32) for k, v in gradient.items()}, sep="/")
-        updates, state = optimizer.update(tree, state, params)
+        updates, state = optimizer.transformation.update(tree, state, params)
         params = jax.tree.map(jnp.add, params, updates)
 
     ours, expected = traverse_util.flatten_dict(params, sep="/"), torch_sgd(flat, gradients, config, 8)
@@ -117,7 +118,8 @@ def test_groups_of_the_whole_network(decay_norm):
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     params = jax.tree.map(lambda x: np.ones(1, np.float32), variables["params"])  # the path alone decides
     optimizer = optimizers.build(config.optimizer, config.total_steps)
-    updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
+    transformation = optimizer.transformation
+    updates, _ = transformation.update(jax.tree.map(np.zeros_like, params), transformation.init(params), params)
 
     normalized = {path[:-1] for path in traverse_util.flatten_dict(variables["batch_stats"])}
     expected = {
@@ -141,5 +143,72 @@ def test_state_has_one_form_whatever_the_options_so_that_a_run_can_go_on_with_ot
     ):
         options = config.copy_and_resolve_references()
         options.update(changed)
-        structures.add(jax.tree.structure(optimizers.build(options, 8).init(params)))
+        structures.add(jax.tree.structure(optimizers.build(options, 8).transformation.init(params)))
     assert len(structures) == 1
+
+
+def updates_of(config, gradients, steps=1):
+    """The updates of the last of some steps with the same gradients."""
+    transformation = optimizers.build(config, total_steps=1000).transformation
+    params = jax.tree.map(jnp.asarray, PARAMS, is_leaf=lambda x: isinstance(x, list))
+    state = transformation.init(params)
+    for _ in range(steps):
+        updates, state = transformation.update(gradients, state, params)
+    return {name: np.asarray(u) for name, u in traverse_util.flatten_dict(updates, sep="/").items()}
+
+
+def test_adamw_by_hand():
+    """In its first step Adam moves by rate * gradient / |gradient|; the decay comes after it, and not to BatchNorm."""
+    config = tiny_config().optimizer
+    config.update(name="adamw", learning_rate=0.01, weight_decay=0.5, clip_norm=0.0, warmup_steps=0, head_multiplier=10.0)
+    gradients = jax.tree.map(lambda x: jnp.array([0.2, -3.0]), PARAMS, is_leaf=lambda x: isinstance(x, list))
+    updates = updates_of(config, gradients)
+    sign = np.array([1.0, -1.0])
+    np.testing.assert_allclose(updates["backbone/stem_conv1/bn/scale"], -0.01 * sign, rtol=1e-5)
+    kernel = np.array(PARAMS["backbone"]["stem_conv1"]["conv"]["kernel"])
+    np.testing.assert_allclose(updates["backbone/stem_conv1/conv/kernel"], -0.01 * (sign + 0.5 * kernel), rtol=1e-5)
+    kernel = np.array(PARAMS["classifier"]["kernel"])
+    np.testing.assert_allclose(updates["classifier/kernel"], -0.1 * (sign + 0.5 * kernel), rtol=1e-5)
+
+
+def test_lars_by_hand():
+    """A step is rate * trust * |p| / |g + decay p| * (g + decay p); BatchNorm's parameters take plain steps."""
+    config = tiny_config().optimizer
+    config.update(name="lars", learning_rate=0.01, weight_decay=0.5, clip_norm=0.0, warmup_steps=0, head_multiplier=10.0)
+    gradient = np.array([0.2, -3.0])
+    gradients = jax.tree.map(lambda x: jnp.asarray(gradient), PARAMS, is_leaf=lambda x: isinstance(x, list))
+    updates = updates_of(config, gradients)
+    np.testing.assert_allclose(updates["head_bn/scale"], -0.1 * gradient, rtol=1e-5)
+    kernel = np.array(PARAMS["classifier"]["kernel"])
+    direction = gradient + 0.5 * kernel
+    expected = -0.1 * 0.001 * np.linalg.norm(kernel) / np.linalg.norm(direction) * direction
+    np.testing.assert_allclose(updates["classifier/kernel"], expected, rtol=1e-5)
+    twice = updates_of(config, gradients, steps=2)
+    ratio = twice["classifier/kernel"] / expected  # momentum 0.9 after the rate, which falls by 0.9/1000 a step
+    np.testing.assert_allclose(ratio, 1 + 0.9, rtol=2e-3)
+
+
+def test_rules_take_the_first_pattern_that_matches_the_whole_path_and_must_cover_all():
+    params = jax.tree.map(jnp.asarray, PARAMS, is_leaf=lambda x: isinstance(x, list))
+    values = optimizers.by_path(
+        (("backbone/.*/kernel", 1.0), (".*bn/.*", 2.0), ("classifier", 9.0), ("classifier/.*", 3.0)), params
+    )
+    flat = traverse_util.flatten_dict(values, sep="/")
+    assert flat == {
+        "backbone/stem_conv1/conv/kernel": 1.0,
+        "backbone/stem_conv1/bn/scale": 2.0,
+        "backbone/stem_conv1/bn/bias": 2.0,
+        "head_bn/scale": 2.0,
+        "head_bn/bias": 2.0,
+        "classifier/kernel": 3.0,
+        "classifier/bias": 3.0,
+    }
+    with pytest.raises(UserError, match=r"no rule covers the parameter classifier/bias; the patterns are backbone/.*, .*bn/"):
+        optimizers.by_path((("backbone/.*", 1.0), (".*bn/.*", 2.0)), params)
+
+
+def test_an_unknown_optimizer_is_named():
+    config = tiny_config().optimizer
+    config.name = "adam"
+    with pytest.raises(UserError, match=r"optimizer.name='adam': expected one of sgd, adamw, lars"):
+        optimizers.build(config, 10)

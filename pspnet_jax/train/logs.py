@@ -1,99 +1,180 @@
-"""What a run says of itself: progress lines, metrics.jsonl, TensorBoard and pictures."""
+"""Training logs: progress lines, metrics.jsonl, TensorBoard and pictures, and where the time went."""
 
+import datetime
 import json
 import logging
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
+from PIL import Image
 
 from pspnet_jax import files
-from pspnet_jax.infer.evaluate import Report
-from pspnet_jax.metrics import summarize
-from pspnet_jax.train.clock import Clock, DataWait
+from pspnet_jax.train.step import Metrics
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
-class Recorder:
+class Writer(Protocol):
+    """What `fit` writes scalars and images with besides its own files: a clu.metric_writers.MetricWriter."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None: ...
+
+    def write_images(self, step: int, images: Mapping[str, Any]) -> None: ...
+
+
+class TrainingLog:
     """Writes the progress of one run; only the job's first process writes.
 
-    Layout: WORKDIR/metrics.jsonl (one JSON object a line, in the order of steps), WORKDIR/tensorboard, WORKDIR/pictures.
+    Layout: WORKDIR/metrics.jsonl (one JSON object a line, in the order of steps) and WORKDIR/pictures.
     """
 
-    def __init__(self, workdir: epath.Path, config: ConfigDict, start: int, wait: DataWait, epoch: int = 0):
-        """Goes on after `start` steps; `epoch` is the number of examples in one, 0 for unknown."""
+    def __init__(self, workdir: epath.Path, config: ConfigDict, start: int, writer: Writer | None, examples_per_epoch: int):
+        """Goes on after `start` steps; the lines of later ones are dropped, as these steps are made again."""
         self._active = jax.process_index() == 0
-        self._pictures, self._jsonl = workdir / "pictures", workdir / "metrics.jsonl"
-        self._config = config
-        lines = self._jsonl.read_text().splitlines() if self._jsonl.exists() else []
-        self._lines = [line for line in lines if json.loads(line)["step"] <= start]  # the rest will be made again
-        self._clock, self._epoch_clock, self._epoch = Clock(start, wait), Clock(start, wait), epoch
+        self._pictures, self._config, self._writer = workdir / "pictures", config, writer
+        self._examples_per_epoch = examples_per_epoch
+        self._interval: Metrics | None = None
+        self.stalls = InputStallTimer()
+        self._clock, self._epoch_clock = Clock(start, self.stalls), Clock(start, self.stalls)
         if self._active:
-            from clu.metric_writers import SummaryWriter  # imports TensorFlow
+            path = workdir / "metrics.jsonl"
+            lines = path.read_text().splitlines() if path.exists() else []
+            with files.atomic(path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= start))
+            self._lines = path.open("a")
 
-            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
-
-    def restart_clock(self, step: int) -> None:
+    def restart_clocks(self, step: int) -> None:
         """Makes the rates count from now, after `step` steps."""
         self._clock.restart(step)
         self._epoch_clock.restart(step)
 
-    def train(self, step: int, scalars: Mapping[str, jax.Array]) -> None:
-        """Prints the progress line of a step and records its scalars; images/s and data wait are those since the last line."""
-        values = {k: float(v) for k, v in scalars.items() if k != "confusion"}
-        values["mean_iou"] = np.nan_to_num(summarize(np.asarray(scalars["confusion"])).mean_iou).item()  # 0: nothing labeled
-        seconds_a_step, values["data_wait"] = self._clock.read(step)
-        values["images_per_second"] = self._config.batch_size / seconds_a_step
+    def started(self, metrics: Metrics) -> None:
+        """Takes the metrics of a step that the devices have begun, for the next progress line."""
+        self.stalls.started(metrics)
+        self._interval = metrics if self._interval is None else _merge(self._interval, metrics)
+
+    def interval(self, step: int) -> None:
+        """Prints the progress line of the steps since the last one, and records their metrics and rates."""
+        assert self._interval is not None
+        values = {name: float(metric.compute()) for name, metric in jax.device_get(self._interval).items()}
+        self._interval = None
+        seconds_per_step, values["data_wait"] = self._clock.read(step)
+        values["images_per_second"] = self._config.batch_size / seconds_per_step
         self._clock.restart(step)
-        left = duration(seconds_a_step * (self._config.total_steps - step))
-        logger.info(
-            f"step {step}/{self._config.total_steps}  loss {values['loss']:.3f}  batch mIoU {values['mean_iou']:.1%}  "
-            f"lr {values['learning_rate']:.5f}  {values['images_per_second']:.1f} images/s  "
-            f"data wait {values['data_wait']:.0%}  {left} left"
-        )
+        shown = "  ".join(text.format(values[name]) for name, text in SHOWN.items() if name in values)
+        left = datetime.timedelta(seconds=round(seconds_per_step * (self._config.total_steps - step)))
+        logger.info(f"{datetime.datetime.now():%m-%d %H:%M}  step {step}/{self._config.total_steps}  {shown}  {left} left")
         self._write("train", step, values)
 
     def end_of_epoch(self, step: int) -> None:
         """Records the rates of an epoch if this step ends one."""
-        seen = step * self._config.batch_size
-        if not self._epoch or seen // self._epoch == (seen - self._config.batch_size) // self._epoch:
+        seen, epoch = step * self._config.batch_size, self._examples_per_epoch
+        if not epoch or seen // epoch == (seen - self._config.batch_size) // epoch:
             return
-        seconds_a_step, data_wait = self._epoch_clock.read(step)
+        seconds_per_step, data_wait = self._epoch_clock.read(step)
         self._epoch_clock.restart(step)
-        rates = {"data_wait": data_wait, "images_per_second": self._config.batch_size / seconds_a_step}
-        self._write("epoch", step, {"epoch": seen // self._epoch, **rates})
+        rates = {"data_wait": data_wait, "images_per_second": self._config.batch_size / seconds_per_step}
+        self._write("epoch", step, {"epoch": seen // epoch, **rates})
 
-    def evaluation(self, step: int, report: Report, seconds: float) -> None:
-        """Records an evaluation, which took `seconds` from training, and saves its pictures."""
+    def evaluation(self, step: int, metrics: Mapping[str, Any], pictures: Mapping[str, Any], seconds: float) -> None:
+        """Records an evaluation, which took `seconds` from training, and saves its pictures, uint8[H, W, 3] or PIL images."""
         self._clock.pause(seconds)
         self._epoch_clock.pause(seconds)
-        self._write("eval", step, report.to_json())
-        if not self._active:
-            return
-        for name, picture in report.pictures.items():
+        self._write("eval", step, metrics)
+        for name, picture in pictures.items() if self._active else ():
+            pixels = np.asarray(picture)
             with files.atomic(self._pictures / f"{name}.png") as path, path.open("wb") as file:
-                picture.save(file, "PNG")
-            self._tensorboard.write_images(step, {name: np.asarray(picture)[None]})
+                Image.fromarray(pixels).save(file, "PNG")
+            if self._writer:
+                self._writer.write_images(step, {name: pixels[None]})
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if not self._active:
             return
-        self._tensorboard.write_scalars(step, {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, float)})
-        self._lines.append(json.dumps({"step": step, "kind": kind, **values}))
-        with files.atomic(self._jsonl) as path:
-            path.write_text("\n".join(self._lines) + "\n")
+        if self._writer:
+            self._writer.write_scalars(step, {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, float)})
+        self._lines.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self._lines.flush()
 
     def close(self) -> None:
+        self.stalls.close()
         if self._active:
-            self._tensorboard.close()
+            self._lines.close()
 
 
-def duration(seconds: float) -> str:
-    """75 -> "1:15", 3700 -> "1:01:40"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+_merge = jax.jit(lambda interval, metrics: {name: metric.merge(metrics[name]) for name, metric in interval.items()})
+SHOWN = {  # in the progress line
+    "loss": "loss {:.3f}",
+    "mean_iou": "batch mIoU {:.1%}",
+    "learning_rate": "lr {:.5f}",
+    "images_per_second": "{:.1f} images/s",
+    "data_wait": "data wait {:.0%}",
+}
+
+
+class InputStallTimer:
+    """Adds up the time in which the devices had ended a step and the next batch was not there yet.
+
+    Attributes:
+      seconds: so far.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._ended: Future[float] | None = None
+        self._thread = ThreadPoolExecutor(1, "end of step")
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yields the batches, and counts what each was waited for."""
+        iterator = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            came = time.perf_counter()
+            if self._ended and self._ended.done():
+                self.seconds += max(0.0, came - max(asked, self._ended.result()))
+            yield batch
+
+    def started(self, metrics: Metrics) -> None:
+        """Takes note of a step that the devices have begun, by one of its results."""
+
+        def end() -> float:
+            jax.block_until_ready(metrics)
+            return time.perf_counter()
+
+        self._ended = self._thread.submit(end)
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+
+class Clock:
+    """Time since a step, without evaluations."""
+
+    def __init__(self, step: int, stalls: InputStallTimer):
+        self._stalls = stalls
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Starts anew after `step` steps."""
+        self._step, self._paused = step, 0.0
+        self._began, self._stalled = time.perf_counter(), self._stalls.seconds
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out the last `seconds`."""
+        self._paused += seconds
+
+    def read(self, step: int) -> tuple[float, float]:
+        """Returns the seconds a step took, and the share of them in which it waited for data."""
+        seconds = time.perf_counter() - self._began - self._paused
+        return seconds / (step - self._step), (self._stalls.seconds - self._stalled) / seconds

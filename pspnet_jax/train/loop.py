@@ -1,117 +1,151 @@
 """The training loop: resume, step, log, evaluate, save, stop."""
 
 import contextlib
+import itertools
 import logging
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from clu import parameter_overview
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from pspnet_jax import config as configs
-from pspnet_jax import files, models, parallel
-from pspnet_jax.infer.evaluate import Report
-from pspnet_jax.train import checkpoint
-from pspnet_jax.train.clock import DataWait
-from pspnet_jax.train.logs import Recorder
-from pspnet_jax.train.step import TrainState, Variables, init_state, make_train_step
+from pspnet_jax import files, parallel
+from pspnet_jax.errors import DivergedError, UserError
+from pspnet_jax.losses import Batch, Loss
+from pspnet_jax.optimizers import Optimizer
+from pspnet_jax.train import resume
+from pspnet_jax.train.checkpoint import SCORE, Checkpoints
+from pspnet_jax.train.logs import TrainingLog, Writer
+from pspnet_jax.train.step import Metrics, TrainState, Variables, make_train_step
 
 logger = logging.getLogger(__name__)
-Evaluate = Callable[[Variables], Report]
+HostBatch = Mapping[str, np.ndarray]
+Evaluate = Callable[[Variables], tuple[Mapping[str, Any], Mapping[str, Any]]]
 
 
 def fit(
     config: ConfigDict,
-    batches: Callable[[int], Iterable[Mapping[str, np.ndarray]]],
+    *,
+    model: nn.Module,
+    loss: Loss,
+    optimizer: Optimizer,
+    batches: Callable[[int], Iterable[HostBatch]],
     evaluate: Evaluate | None,
     workdir: epath.PathLike,
-    epoch: int = 0,
+    examples_per_epoch: int = 0,
+    writer: Writer | None = None,
+    hooks: Sequence[Callable[[int], None]] = (),
 ) -> TrainState:
     """Trains to config.total_steps, from the newest checkpoint in workdir if there is one.
 
     Args:
-      config: a validated config whose dataset.class_names are filled in.
-      batches: called with the number of steps already made; gives this process's batches from there on,
-        {"image": uint8[N, H, W, 3], "label": uint8[N, H, W]}.
-      evaluate: scores the variables on the validation split; None: no evaluation.
+      config: of which this uses seed, batch_size, total_steps, init_from, normalize, every, optimizer.accumulate and ema_decay,
+        model.norm and eval.best_metric; all of it is saved.
+      model: a flax.linen module that is called with images f32[N, H, W, 3], normalized, and train; its state is in
+        "batch_stats", and "dropout" is its random number.
+      loss: of what the model returns in training, see `losses`.
+      optimizer: see `optimizers`.
+      batches: called with the number of steps already made; gives this process's batches from there on, dicts of arrays with
+        the examples along the first axis; "image" is uint8[N, H, W, 3], all else is up to the loss.
+      evaluate: called with {"params", "batch_stats"} every config.every.eval steps; returns metrics, which JSON can hold, among
+        them the number config.eval.best_metric, and pictures by name; None: no evaluation.
       workdir: where checkpoints, metrics and pictures go.
-      epoch: examples after which the training split has been seen once, for the metrics written then; 0: none.
+      examples_per_epoch: examples after which the training data has been seen once, for the rates written then; 0: none.
+      writer: gets all numbers and pictures too, such as clu.metric_writers.SummaryWriter; closed by the caller.
+      hooks: called after each step with its number, such as those of clu.periodic_actions.
 
     Raises:
-      ValueError: the workdir holds a run of another model or other classes, or one that is further than total_steps; or a batch
+      UserError: the workdir holds a run of another model or other classes, or one that is further than total_steps; or a batch
         could not be made, when the steps before it are saved.
-      FloatingPointError: the loss is not finite.
+      DivergedError: the loss is not finite.
       SystemExit: after SIGTERM (143) or Ctrl-C (130), when the state is saved.
     """
-    workdir = epath.Path(workdir).resolve()
-    mesh = parallel.make_mesh()
-    model = models.build(config.model, len(config.dataset.class_names))
+    workdir, mesh, total = files.absolute(workdir), parallel.make_mesh(), config.total_steps
     with contextlib.ExitStack() as closing:  # in reverse order: signals are caught until everything is written
-        stop = StopSignal()
-        closing.callback(stop.close)
-        checkpoints = checkpoint.Checkpoints(workdir)
-        closing.callback(checkpoints.close)
-        state = _start(config, model, mesh, checkpoints, workdir)
-        start, total, every = int(state.step), config.total_steps, config.every
+        stop = closing.enter_context(contextlib.closing(StopSignal()))
+        checkpoints = closing.enter_context(contextlib.closing(Checkpoints(workdir)))
+        newest = checkpoints.steps[-1] if checkpoints.steps else 0
+        feed = iter(batches(min(newest, total - 1)))
+        first = next(feed)  # tells the images' shape
+        state = resume.start(config, model, optimizer, mesh, first["image"].shape[1:], checkpoints, workdir)
+        start = int(state.step)
+        if jax.process_index() == 0:
+            with files.atomic(workdir / "config.json") as path:
+                path.write_text(configs.to_json(config))
         if start == total:
             logger.info(f"{workdir} holds the finished run, step {start} of {total}; delete it to start over")
             return state
         _announce(config, state, mesh, workdir, start)
-        wait, watch = DataWait(), Watch(checkpoints)
-        closing.callback(wait.close)
-        recorder = Recorder(workdir, config, start, wait, epoch)
-        closing.callback(recorder.close)
-        train_step = make_train_step(config, model, mesh)
-        global_batches = parallel.to_devices(wait.timed(batches(start)), mesh)
-        global_batches = _or_save(global_batches, lambda: _save_all(checkpoints, watch, state, config))
-        for step, batch in zip(range(start + 1, total + 1), global_batches, strict=False):
-            state, scalars = train_step(state, batch)
-            wait.started(scalars["loss"])
-            watch.see(step, scalars)
-            stopping = stop.requested(step) and step < total
-            log, save = due(step, every.log, total), stopping or due(step, every.save, total)
-            score = evaluate if due(step, every.eval, total) and not stopping else None
-            if log or save or score:
-                watch.finish()
-            if log:
-                recorder.train(step, scalars)
-            if step == start + 1:  # this one has compiled the step; the rates are those of the others
-                jax.block_until_ready(scalars)
-                recorder.restart_clock(step)
-            else:
-                recorder.end_of_epoch(step)
-            values = _evaluate(score, state, step, recorder) if score else None
-            if save or score:
-                checkpoints.save(step, state, config, values)
-            if stopping:
-                logger.warning(f"stopped by {stop.name}; step {step} is saved, the same command goes on from there")
-                raise SystemExit(128 + stop.number)
-        assert int(state.step) == total, f"the batches ended after step {state.step}, before {total}"
-        return state
+        log = closing.enter_context(contextlib.closing(TrainingLog(workdir, config, start, writer, examples_per_epoch)))
+        train_step = make_train_step(config, model, loss, optimizer, mesh)
+        feed = itertools.chain([first], feed) if start == newest else iter(batches(start))
+        on_devices = closing.enter_context(contextlib.closing(parallel.to_devices(feed, mesh)))
+        return _loop(config, state, train_step, log.stalls.timed(on_devices), evaluate, checkpoints, log, stop, hooks)
 
 
-def _or_save(batches: Iterator[dict[str, jax.Array]], save: Callable[[], None]) -> Iterator[dict[str, jax.Array]]:
-    """Yields the batches; if one cannot be made, calls `save` before that ends the run."""
-    try:
-        yield from batches
-    except ValueError:
-        save()
-        raise
+def _loop(
+    config: ConfigDict,
+    state: TrainState,
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    batches: Iterator[Batch],
+    evaluate: Evaluate | None,
+    checkpoints: Checkpoints,
+    log: TrainingLog,
+    stop: "StopSignal",
+    hooks: Sequence[Callable[[int], None]],
+) -> TrainState:
+    start, total, every = int(state.step), config.total_steps, config.every
+    guard = NonFiniteGuard(checkpoints)
+    for step in range(start + 1, total + 1):
+        try:
+            batch = next(batches)
+        except UserError:  # a wrong example must not cost the steps before it
+            _save_all(checkpoints, guard, state, config)
+            raise
+        except StopIteration as error:
+            raise UserError(f"the batches ended after step {step - 1}, before total_steps={total}") from error
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state, metrics = train_step(state, batch)
+        log.started(metrics)
+        guard.see(step, metrics)
+        stopping = step < total and stop.requested(checkpoints, step)
+        log_due, save_due = due(step, every.log, total), stopping or due(step, every.save, total)
+        evaluate_due = evaluate is not None and not stopping and due(step, every.eval, total)
+        if log_due or save_due or evaluate_due:
+            guard.finish()
+        if log_due:
+            log.interval(step)
+        if step == start + 1:  # this one has compiled the step; the rates are those of the others
+            jax.block_until_ready(metrics)
+            log.restart_clocks(step)
+        else:
+            log.end_of_epoch(step)
+        scores = _evaluate(evaluate, state, step, log, config.eval.best_metric) if evaluate_due else None
+        if save_due or evaluate_due:
+            checkpoints.save(step, state, config, scores)
+        for hook in hooks:
+            hook(step)
+        if stopping:
+            logger.warning(f"stopped by {stop.name}; step {step} is saved, the same command goes on from there")
+            raise SystemExit(128 + stop.number)
+    return state
 
 
-def _save_all(checkpoints: checkpoint.Checkpoints, watch: "Watch", state: TrainState, config: ConfigDict) -> None:
+def _save_all(checkpoints: Checkpoints, guard: "NonFiniteGuard", state: TrainState, config: ConfigDict) -> None:
     """Saves the steps made since the last checkpoint, if any; several processes cannot while one of them fails."""
     step = int(state.step)
     if step in (0, *checkpoints.steps) or jax.process_count() > 1:
         return
-    watch.finish()
+    guard.finish()
     checkpoints.save(step, state, config, None)
     logger.warning(f"step {step} is saved; the same command goes on from there")
 
@@ -119,26 +153,6 @@ def _save_all(checkpoints: checkpoint.Checkpoints, watch: "Watch", state: TrainS
 def due(step: int, every: int, total: int) -> bool:
     """Whether something done each `every` steps (0: never) and at the end is due after `step` steps."""
     return step == total or (every > 0 and step % every == 0)
-
-
-def _start(
-    config: ConfigDict, model: models.PSPNet, mesh: Mesh, checkpoints: checkpoint.Checkpoints, workdir: epath.Path
-) -> TrainState:
-    if checkpoints.steps:
-        checkpoint.check_resumable(configs.read(workdir / "config.json"), config)
-        if checkpoints.steps[-1] > config.total_steps:
-            raise ValueError(
-                f"total_steps={config.total_steps}: the run in {workdir} is at step {checkpoints.steps[-1]} already"
-            )
-    state = checkpoints.restore_newest(checkpoint.abstract_state(config, model, mesh))
-    if state is None:
-        state = init_state(config, model, mesh)()
-        if config.init_from:
-            state = checkpoint.with_weights(state, checkpoint.initial_weights(config, model, mesh), config.init_from)
-    if jax.process_index() == 0:
-        with files.atomic(workdir / "config.json") as path:
-            path.write_text(configs.to_json(config))
-    return state
 
 
 def _announce(config: ConfigDict, state: TrainState, mesh: Mesh, workdir: epath.Path, start: int) -> None:
@@ -154,55 +168,57 @@ def _announce(config: ConfigDict, state: TrainState, mesh: Mesh, workdir: epath.
     )
     if config.model.norm == "frozen":
         logger.info("BatchNorm uses its running statistics and does not update them")
-    else:
-        images = configs.bn_images(config)
-        advice = (
-            "; under 16 the result suffers: raise batch_size (the published runs had 16), or fine-tune with model.norm='frozen'"
+    elif (images := configs.bn_images(config)) < 16:
+        logger.warning(
+            f"BatchNorm sees {images} images; under 16 the result suffers: raise batch_size (the published runs had 16), or "
+            "fine-tune with model.norm='frozen'"
         )
-        if images < 16:
-            logger.warning(f"BatchNorm sees {images} images{advice}")
-        else:
-            logger.info(f"BatchNorm sees {images} images")
+    else:
+        logger.info(f"BatchNorm sees {images} images")
     logger.info(f"training from step {start} to {config.total_steps}; writing to {workdir}")
 
 
-def _evaluate(evaluate: Evaluate, state: TrainState, step: int, recorder: Recorder) -> dict[str, float]:
+def _evaluate(evaluate: Evaluate | None, state: TrainState, step: int, log: TrainingLog, best_metric: str) -> dict[str, float]:
+    """Evaluates and logs; returns the numbers to save with the checkpoint."""
+    assert evaluate is not None
     began = time.perf_counter()
-    report = evaluate(state.variables)
-    recorder.evaluation(step, report, time.perf_counter() - began)
-    metrics = report.metrics
-    names = ("mean_iou", "mean_accuracy", "pixel_accuracy")
-    return {name: getattr(metrics, name) for name in names}
+    metrics, pictures = evaluate(state.variables)
+    log.evaluation(step, metrics, pictures, time.perf_counter() - began)
+    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+    if best_metric not in numbers:
+        raise UserError(f"eval.best_metric={best_metric!r}: the evaluation has {', '.join(numbers)}; choose one of these")
+    return {SCORE: numbers[best_metric], **numbers}
 
 
-class Watch:
+class NonFiniteGuard:
     """Stops a run whose loss or gradient is not finite, looking one step late so that the device never waits for it.
 
     A loss may be finite where its gradient is not, in float16 above all, and the state after that step is lost.
     """
 
-    def __init__(self, checkpoints: checkpoint.Checkpoints):
+    def __init__(self, checkpoints: Checkpoints):
         self._checkpoints = checkpoints
-        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._pending: tuple[int, Metrics] | None = None
 
-    def see(self, step: int, scalars: Mapping[str, jax.Array]) -> None:
+    def see(self, step: int, metrics: Metrics) -> None:
+        """Takes note of a step, and waits for the one before it."""
         self.finish()
-        self._pending = step, scalars
+        self._pending = step, metrics
 
     def finish(self) -> None:
         """Waits for the last step seen.
 
         Raises:
-          FloatingPointError: names the step and the last good checkpoint.
+          DivergedError: names the step and the last good checkpoint.
         """
         if self._pending is None:
             return
-        (step, scalars), self._pending = self._pending, None
-        loss, norm = float(scalars["loss"]), float(scalars["gradient_norm"])
+        (step, metrics), self._pending = self._pending, None
+        loss, norm = (float(metrics[name].compute()) for name in ("loss", "gradient_norm"))
         if not np.isfinite(loss + norm):
             steps = self._checkpoints.steps
             good = f"the last good checkpoint is that of step {steps[-1]}" if steps else "no checkpoint was saved before"
-            raise FloatingPointError(
+            raise DivergedError(
                 f"the loss is {loss}, its gradient's norm {norm} at step {step}; {good}; try a lower optimizer.learning_rate, "
                 "optimizer.warmup_steps or optimizer.clip_norm"
             )
@@ -215,7 +231,8 @@ class StopSignal:
         self.number = signal.SIGTERM
         self._received = False
         self._alone = jax.process_count() == 1  # else JAX catches SIGTERM
-        caught = (signal.SIGTERM, signal.SIGINT) if self._alone else ()
+        can_catch = threading.current_thread() is threading.main_thread()
+        caught = (signal.SIGTERM, signal.SIGINT) if self._alone and can_catch else ()
         self._previous = {number: signal.signal(number, self._receive) for number in caught}
 
     @property
@@ -226,8 +243,8 @@ class StopSignal:
         self.number, self._received = signal.Signals(number), True
         self.close()
 
-    def requested(self, step: int) -> bool:
-        return self._received if self._alone else multihost_utils.reached_preemption_sync_point(step)
+    def requested(self, checkpoints: Checkpoints, step: int) -> bool:
+        return self._received if self._alone else checkpoints.reached_preemption(step)
 
     def close(self) -> None:
         for number, handler in self._previous.items():

@@ -1,20 +1,26 @@
 """The train state and the train step: a pure function of state and batch, compiled for a mesh."""
 
+import functools
+import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from clu.metrics import Average, LastValue, Metric
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from pspnet_jax import losses, models, optimizers, parallel
-from pspnet_jax.metrics import confusion_matrix
+from pspnet_jax import models, parallel
+from pspnet_jax.losses import Batch, Loss
+from pspnet_jax.optimizers import Optimizer
 
-Batch = dict[str, jax.Array]  # image uint8[N, H, W, 3], label uint8[N, H, W]
 Variables = dict[str, Any]  # params, batch_stats
+Metrics = dict[str, Metric]
+Weights = dict[str, jax.Array]  # of the loss's terms, f32[] each
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -24,28 +30,46 @@ class TrainState(flax.struct.PyTreeNode):
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
-    average: Variables | None  # exponential moving average of both, or None when it is off
+    ema: Variables | None  # exponential moving average of both, or None when it is off
+
+    @property
+    def weights(self) -> Variables:
+        """What is trained: {"params", "batch_stats"}."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
 
     @property
     def variables(self) -> Variables:
         """What evaluation uses: the moving average when there is one."""
-        return self.average or {"params": self.params, "batch_stats": self.batch_stats}
+        return self.ema or self.weights
 
 
-def init_state(config: ConfigDict, model: models.PSPNet, mesh: Mesh) -> Callable[[], TrainState]:
-    """Returns the compiled function that draws a fresh state, on every device of the mesh, from config.seed."""
-    optimizer = optimizers.build(config.optimizer, config.total_steps)
+def new_state(config: ConfigDict, optimizer: Optimizer, variables: Variables) -> TrainState:
+    """The state before the first step, given the initial weights."""
+    variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        opt_state=optimizer.transformation.init(variables["params"]),
+        ema=variables if config.optimizer.ema_decay else None,
+        **variables,
+    )
+
+
+def init_state(
+    config: ConfigDict, model: nn.Module, optimizer: Optimizer, mesh: Mesh, image_shape: tuple[int, ...]
+) -> Callable[[], TrainState]:
+    """Returns the compiled function that draws a fresh state, on every device of the mesh, from config.seed.
+
+    Args:
+      config: of which seed and optimizer.ema_decay are used.
+      model: called with images f32[1, *image_shape] and train=False.
+      optimizer: whose state it gets.
+      mesh: the devices.
+      image_shape: (height, width, channels) of the batches' images.
+    """
 
     def init() -> TrainState:
-        size = 8 * max(model.output_stride, 8)  # any size gives the same parameters
-        variables = dict(model.init(jax.random.key(config.seed), jnp.zeros((1, size, size, 3)), train=False))
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=variables["params"],
-            batch_stats=variables["batch_stats"],
-            opt_state=optimizer.init(variables["params"]),
-            average=variables if config.optimizer.ema_decay else None,
-        )
+        variables = model.init(jax.random.key(config.seed), jnp.zeros((1, *image_shape)), train=False)
+        return new_state(config, optimizer, dict(variables))
 
     # Most of the time goes into compiling one random generator a kernel; CPUs do it four times faster unoptimized.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -53,47 +77,60 @@ def init_state(config: ConfigDict, model: models.PSPNet, mesh: Mesh) -> Callable
     return jax.jit(init, out_shardings=parallel.replicated(mesh), compiler_options=options)
 
 
+class Pass(NamedTuple):
+    """What a pass of a part of the batch gives beside the loss."""
+
+    batch_stats: Any
+    weights: Weights
+    means: dict[str, jax.Array]  # the loss and its terms
+    metrics: Metrics
+
+
 def make_train_step(
-    config: ConfigDict, model: models.PSPNet, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Compiles `train_step` for the mesh: the state on every device (and donated), the batch shared out.
+    config: ConfigDict, model: nn.Module, loss: Loss, optimizer: Optimizer, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns the compiled step: (state, batch) -> (state after one update, metrics). The state is donated.
 
-    The step returns the next state and scalars: loss (main + weighted auxiliary), auxiliary_loss, gradient_norm,
-    learning_rate, and confusion, int32[K, K], truth by prediction over the batch.
+    The batch is a dict of arrays whose leading axis is the global batch, sharded over the mesh; "image", uint8[N, H, W, 3], is
+    normalized here. The model is called with train=True, and the loss gets what it returns (see `losses`).
+
+    Returns:
+      metrics that merge over steps: "loss", the mean of each term of the loss by its name, the metrics of the loss,
+      "gradient_norm", and the values of the optimizer's schedules.
     """
-    optimizer = optimizers.build(config.optimizer, config.total_steps)
-    schedule = optimizers.learning_rate(config.optimizer, config.total_steps)
-    auxiliary_weight = losses.auxiliary_weight(config.loss, config.total_steps)
-    parts = config.optimizer.accumulate
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        labeled = losses.count_labeled(batch["label"])
+    def loss_fn(
+        params: Any, batch_stats: Any, step: jax.Array, batch: Batch, key: jax.Array, weights: Weights | None = None
+    ) -> tuple[jax.Array, Pass]:
+        """`weights` are those of the whole batch, of which this may be a part."""
+        outputs, updates = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            models.normalize(batch["image"], config.normalize),
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": key},
+        )
+        terms, metrics = loss(outputs, batch, step)
+        own = jax.lax.stop_gradient({name: term.weight for name, term in terms.items()})
+        means = {name: term.mean((weights or own)[name]) for name, term in terms.items()}
+        total = functools.reduce(operator.add, [term.scale * means[name] for name, term in terms.items()])
+        return total, Pass(updates.get("batch_stats", {}), own, {"loss": total} | means, metrics)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-
-        def loss_fn(params: Any, batch_stats: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-            (logits, auxiliary), updates = model.apply(
-                {"params": params, "batch_stats": batch_stats},
-                models.normalize(part["image"], config.normalize),
-                train=True,
-                mutable=["batch_stats"],
-                rngs={"dropout": key},
-            )
-            loss = losses.cross_entropy(logits, part["label"]) / labeled
-            auxiliary_loss = 0.0 if auxiliary is None else losses.cross_entropy(auxiliary, part["label"]) / labeled
-            loss += auxiliary_weight(state.step) * auxiliary_loss
-            confusion = confusion_matrix(part["label"], jnp.argmax(logits, -1), model.num_classes)
-            return loss, (updates["batch_stats"], {"loss": loss, "auxiliary_loss": auxiliary_loss, "confusion": confusion})
-
-        gradient = jax.grad(loss_fn, has_aux=True)
-        if parts == 1:  # not a scan of length 1: XLA runs convolutions inside loops many times slower on CPUs
-            grads, (batch_stats, scalars) = gradient(state.params, state.batch_stats, batch, key)
+        if (
+            config.optimizer.accumulate == 1
+        ):  # not a scan of length 1: XLA runs convolutions inside loops many times slower on CPUs
+            grads, made = jax.grad(loss_fn, has_aux=True)(state.params, state.batch_stats, state.step, batch, key)
         else:
-            grads, batch_stats, scalars = _accumulated(gradient, state, _split(batch, parts), jax.random.split(key, parts))
-        scalars |= {"gradient_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            grads, made = _accumulated(loss_fn, state, batch, key, config.optimizer.accumulate)
+        updates, opt_state = optimizer.transformation.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        average = _averaged(state.average, {"params": params, "batch_stats": batch_stats}, config.optimizer.ema_decay)
-        return TrainState(state.step + 1, params, batch_stats, opt_state, average), scalars
+        ema = _averaged(state.ema, {"params": params, "batch_stats": made.batch_stats}, config.optimizer.ema_decay)
+        means = made.means | {"gradient_norm": optax.tree.norm(grads)}
+        metrics = {name: Average(value, jnp.ones((), jnp.int32)) for name, value in means.items()} | made.metrics
+        metrics |= {name: LastValue(jnp.asarray(schedule(state.step))) for name, schedule in optimizer.schedules.items()}
+        return TrainState(state.step + 1, params, made.batch_stats, opt_state, ema), metrics
 
     everywhere = parallel.replicated(mesh)
     return jax.jit(
@@ -104,17 +141,30 @@ def make_train_step(
     )
 
 
-def _accumulated(gradient: Callable[..., Any], state: TrainState, parts: Batch, keys: jax.Array) -> tuple[Any, Any, Any]:
-    """Sums gradients and scalars over the parts, one after the other; BatchNorm's statistics are each part's own."""
+def _accumulated(
+    loss_fn: Callable[..., tuple[jax.Array, Pass]], state: TrainState, batch: Batch, key: jax.Array, parts: int
+) -> tuple[Any, Pass]:
+    """Adds up the gradients of the parts, one after the other; BatchNorm's statistics are each part's own.
 
-    def add_part(total: tuple[Any, Any], part_and_key: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Any], Any]:
+    Every part is divided by the weights of the whole batch, which a first pass finds out; where they follow from the batch
+    alone, as with cross-entropy, nothing of the model remains of that pass when it is compiled.
+    """
+    each = _split(batch, parts), jax.random.split(key, parts)
+
+    def weigh(part: tuple[Batch, jax.Array]) -> Weights:
+        return loss_fn(state.params, state.batch_stats, state.step, *part)[1].weights
+
+    weights = jax.tree.map(lambda x: jnp.sum(x, 0), jax.lax.map(weigh, each))
+
+    def add_part(total: tuple[Any, Any], part: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Any], Pass]:
         grads, batch_stats = total
-        new, (batch_stats, scalars) = gradient(state.params, batch_stats, *part_and_key)
-        return (jax.tree.map(jnp.add, grads, new), batch_stats), scalars
+        new, made = jax.grad(loss_fn, has_aux=True)(state.params, batch_stats, state.step, *part, weights)
+        return (jax.tree.map(jnp.add, grads, new), made.batch_stats), made._replace(batch_stats=None)
 
     start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
-    (grads, batch_stats), scalars = jax.lax.scan(add_part, start, (parts, keys))
-    return grads, batch_stats, jax.tree.map(lambda x: jnp.sum(x, 0), scalars)
+    (grads, batch_stats), made = jax.lax.scan(add_part, start, each)
+    means = jax.tree.map(lambda x: jnp.sum(x, 0), made.means)
+    return grads, Pass(batch_stats, weights, means, {name: metric.reduce() for name, metric in made.metrics.items()})
 
 
 def _split(batch: Batch, parts: int) -> Batch:
@@ -122,5 +172,5 @@ def _split(batch: Batch, parts: int) -> Batch:
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
 
 
-def _averaged(average: Variables | None, new: Variables, decay: float) -> Variables | None:
-    return None if average is None else optax.incremental_update(new, average, 1 - decay)
+def _averaged(ema: Variables | None, new: Variables, decay: float) -> Variables | None:
+    return None if ema is None else optax.incremental_update(new, ema, 1 - decay)

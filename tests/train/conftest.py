@@ -3,6 +3,9 @@
 import jax
 import pytest
 
+from pspnet_jax.train.checkpoint import SCORE, Checkpoints
+from tests.train import filled_state, tiny_config
+
 
 @pytest.fixture(scope="package", autouse=True)
 def compilation_cache(tmp_path_factory):
@@ -17,3 +20,13 @@ def compilation_cache(tmp_path_factory):
     yield {name.upper(): str(value) for name, value in values.items()}
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workdir with a checkpoint of the tiny network at step 4, all its numbers 3 and those of the moving average 6."""
+    workdir, config = tmp_path_factory.mktemp("trained"), tiny_config()
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(4, filled_state(config, 3), config, {SCORE: 0.25})
+    checkpoints.close()
+    return workdir

@@ -1,18 +1,18 @@
 import gc
-import logging
+import pathlib
 import shutil
+import zipfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
 
-from pspnet_jax import models, parallel
+from pspnet_jax import parallel
 from pspnet_jax.train import checkpoint
-from pspnet_jax.train.checkpoint import Checkpoints
+from pspnet_jax.train.checkpoint import SCORE, Checkpoints
 from pspnet_jax.train.step import TrainState
-from tests.train import tiny_config
+from tests.train import filled_state, mesh_of, tiny_config
 
 # At the first array that it cannot read, orbax closes its event loop under the reads of the others: their callbacks and
 # coroutines then fail where nobody can catch it.
@@ -24,10 +24,6 @@ def abandoned_reads():
     """Lets what orbax abandons come to its end within the test, not in a later one."""
     yield
     gc.collect()
-
-
-def mesh_of(devices):
-    return parallel.make_mesh(jax.devices()[:devices])
 
 
 def small_state(step, devices=8):
@@ -50,7 +46,7 @@ def save(workdir, scores, config=None):
     """Saves small states; scores: {step: mean IoU or None}."""
     checkpoints = Checkpoints(workdir)
     for step, score in scores.items():
-        checkpoints.save(step, small_state(step), config or tiny_config(), None if score is None else {"mean_iou": score})
+        checkpoints.save(step, small_state(step), config or tiny_config(), None if score is None else {SCORE: score})
     checkpoints.close()
 
 
@@ -103,24 +99,24 @@ def test_the_config_travels_with_the_checkpoint(tmp_path):
 
 
 def truncate(path):
-    for file in path.glob("state/**/d/*"):
+    for file in path.glob("*/**/d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def garble(path):
-    for file in path.glob("state/**/d/*"):
+    for file in path.glob("*/**/d/*"):
         data = bytearray(file.read_bytes())
         data[20:60] = bytes(byte ^ 0xFF for byte in data[20:60])
         file.write_bytes(data)
 
 
 def delete_data(path):
-    for file in path.glob("state/**/d/*"):
+    for file in path.glob("*/**/d/*"):
         file.unlink()
 
 
-def delete_state(path):
-    shutil.rmtree(path / "state")
+def delete_weights(path):
+    shutil.rmtree(path / "weights")
 
 
 def empty_folder(path):
@@ -129,7 +125,7 @@ def empty_folder(path):
 
 
 def garble_metadata(path):
-    (path / "state" / "_METADATA").write_text("{garbage")
+    (path / "weights" / "_METADATA").write_text("{garbage")
 
 
 def empty_all_files(path):
@@ -140,7 +136,7 @@ def empty_all_files(path):
 
 
 @pytest.mark.parametrize(
-    "damage", [truncate, garble, delete_data, delete_state, empty_folder, garble_metadata, empty_all_files]
+    "damage", [truncate, garble, delete_data, delete_weights, empty_folder, garble_metadata, empty_all_files]
 )
 def test_an_unreadable_newest_checkpoint_is_moved_aside_and_the_one_before_it_used(tmp_path, caplog, abandoned_reads, damage):
     save(tmp_path, {2: None, 3: 0.4})
@@ -192,60 +188,6 @@ def test_half_a_checkpoint_of_a_killed_process_does_not_count_and_goes_away(tmp_
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "3"}
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "difference"),
-    [
-        ("model.depth", 50, "model.depth: 18 -> 50"),
-        ("model.bins", (1, 2), r"model.bins: \(1,\) -> \(1, 2\)"),
-        ("normalize.std", (1.0, 1.0, 1.0), "normalize.std: .* -> .1.0, 1.0, 1.0."),
-        ("dataset.class_names", ("sky", "road"), "dataset.class_names: .'sky', 'road', 'car'. -> .'sky', 'road'."),
-        ("dataset.name", "scenes", "dataset.name: 'folder' -> 'scenes'"),
-        ("optimizer.ema_decay", 0.0, "optimizer.ema_decay: 0.75 -> 0.0"),
-    ],
-)
-def test_another_network_or_other_classes_cannot_be_resumed(field, value, difference):
-    changed = tiny_config()
-    changed.update_from_flattened_dict({field: value})
-    with pytest.raises(ValueError, match=rf"holds a run with another config \({difference}\): use the saved values"):
-        checkpoint.check_resumable(tiny_config(), changed)
-
-
-def test_other_changes_are_listed_and_allowed(caplog):
-    changed = tiny_config()
-    changed.update_from_flattened_dict(
-        {"optimizer.learning_rate": 0.1, "dataset.root": "elsewhere", "optimizer.ema_decay": 0.9}
-    )
-    checkpoint.check_resumable(tiny_config(), tiny_config())
-    assert not caplog.records
-    checkpoint.check_resumable(tiny_config(), changed)
-    assert caplog.messages == [
-        "resuming with a changed config: dataset.root: '' -> 'elsewhere'; optimizer.ema_decay: 0.75 -> 0.9; "
-        "optimizer.learning_rate: 0.5 -> 0.1"
-    ]
-
-
-def filled_state(config, value):
-    """The config's whole train state with `value` everywhere but in the moving average, which has twice that."""
-    mesh = mesh_of(1)
-    model = models.build(config.model, len(config.dataset.class_names))
-    shapes = checkpoint.abstract_state(config, model, mesh)
-
-    def fill(tree, value):
-        return jax.tree.map(lambda x: jax.device_put(np.full(x.shape, value, x.dtype), x.sharding), tree)
-
-    return fill(shapes, value).replace(average=fill(shapes.average, 2 * value))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A workdir with a checkpoint of the tiny network at step 4, all its numbers 3 and those of the moving average 6."""
-    workdir, config = tmp_path_factory.mktemp("trained"), tiny_config()
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save(4, filled_state(config, 3), config, {"mean_iou": 0.25})
-    checkpoints.close()
-    return workdir
-
-
 def test_evaluation_reads_config_and_moving_average_on_one_device(trained):
     config, step, variables = checkpoint.load(trained, "best", mesh_of(1))
     assert (config.to_dict(), step) == (tiny_config().to_dict(), 4)
@@ -254,7 +196,7 @@ def test_evaluation_reads_config_and_moving_average_on_one_device(trained):
         assert len(leaf.sharding.device_set) == 1
 
 
-@pytest.mark.parametrize("part", ["state", "config"])
+@pytest.mark.parametrize("part", ["ema", "config"])
 def test_evaluating_an_unreadable_checkpoint_ends_in_one_sentence(trained, tmp_path, abandoned_reads, part):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     for file in (tmp_path / "checkpoints" / "4" / part).rglob("*"):
@@ -271,69 +213,66 @@ def test_evaluating_where_there_is_no_run(tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
-def started(config, trained, fresh):
-    """The fresh state with the weights that config.init_from names."""
-    config.init_from = str(trained)
-    model = models.build(config.model, len(config.dataset.class_names))
-    return checkpoint.with_weights(fresh, checkpoint.initial_weights(config, model, mesh_of(1)), config.init_from)
-
-
-def test_starting_from_another_runs_weights(trained):
-    fresh = filled_state(tiny_config(), 1)
-    state = started(tiny_config(), trained, fresh)
-    for leaf in jax.tree.leaves((state.params, state.batch_stats, state.average)):
-        np.testing.assert_array_equal(leaf, 6)  # the moving average of the other run
-    assert_equal((state.step, state.opt_state), (fresh.step, fresh.opt_state))
-    # apart from each other, or the step could not be given both to keep
-    assert {id(x) for x in jax.tree.leaves(state.average)}.isdisjoint(id(x) for x in jax.tree.leaves(state.params))
-
-
-def test_other_classes_keep_their_fresh_classifiers_and_say_so(trained, caplog):
-    config = tiny_config()
-    config.dataset.class_names = ("a", "b", "c", "d", "e")
-    state = started(config, trained, filled_state(config, 1))
-    for path, leaf in traverse_util.flatten_dict(state.params).items():
-        np.testing.assert_array_equal(leaf, 1 if "classifier" in path[0] else 6, err_msg=str(path))
-    (warning,) = [r.message for r in caplog.records if r.levelno == logging.WARNING and r.name.startswith("pspnet_jax")]
-    assert warning.endswith("drawn at random: auxiliary_classifier, classifier")
-
-
-@pytest.mark.parametrize(
-    ("section", "field", "value", "flag"),
-    [
-        ("model", "width", 16, "--config.model.width=8"),
-        ("model", "stride_in", "conv1x1", "--config.model.stride_in=conv3x3"),
-        ("model", "align_corners", False, "--config.model.align_corners=true"),
-        ("normalize", "order", "BGR", "--config.normalize.order=RGB"),
-    ],
-)
-def test_another_network_cannot_be_started_from_even_if_the_weights_fit(trained, section, field, value, flag):
-    config = tiny_config()
-    config[section][field] = value
-    with pytest.raises(ValueError, match=f"init_from=.*: its network is another one; set {flag}$"):
-        started(config, trained, filled_state(config, 1))
-
-
-def test_a_backbone_alone_leaves_everything_else_fresh(caplog):
-    fresh = filled_state(tiny_config(), 1)
-    given = {
-        part: {"backbone": jax.tree.map(lambda x: np.full(x.shape, 3.0, np.float32), tree["backbone"])}
-        for part, tree in (("params", fresh.params), ("batch_stats", fresh.batch_stats))
-    }
-    state = checkpoint.with_weights(fresh, given, "resnet18.pth")
-    for path, leaf in traverse_util.flatten_dict({"params": state.params, "batch_stats": state.batch_stats}).items():
-        np.testing.assert_array_equal(leaf, 3 if path[1] == "backbone" else 1, err_msg=str(path))
-    assert "not in resnet18.pth" in caplog.text
-    assert "pyramid" in caplog.text
-
-
 def test_weights_alone_make_a_run_that_is_never_overwritten(tmp_path):
     config = tiny_config()
     state = filled_state(config, 5)
-    checkpoint.write_weights(tmp_path / "run", config, {"params": state.params, "batch_stats": state.batch_stats}, mesh_of(1))
+    checkpoint.write_weights(tmp_path / "run", config, state.replace(step=jnp.int32(0)))
     saved, step, variables = checkpoint.load(tmp_path / "run", "latest", mesh_of(2))
     assert (saved.to_dict(), step) == (config.to_dict(), 0)
     for leaf in jax.tree.leaves(variables):
-        np.testing.assert_array_equal(leaf, 5)
+        np.testing.assert_array_equal(leaf, 10)  # the moving average
     with pytest.raises(ValueError, match=r"run: holds a run already; choose another --workdir"):
-        checkpoint.write_weights(tmp_path / "run", config, variables, mesh_of(1))
+        checkpoint.write_weights(tmp_path / "run", config, state)
+
+
+def test_evaluation_reads_neither_the_optimizer_nor_the_weights_beside_the_average(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    for part in ("optimizer", "weights"):
+        shutil.rmtree(tmp_path / "checkpoints" / "4" / part)
+    _, _, variables = checkpoint.load(tmp_path, "4", mesh_of(1))
+    assert {float(leaf.max()) for leaf in jax.tree.leaves(variables)} == {6.0}
+
+
+@pytest.fixture
+def old_run(tmp_path):
+    """A run that version 0.1.0 wrote, of tiny_config at step 4: at place n, leaf i is (n mod 16) / 16 + (i mod 8) + 1/2."""
+    with zipfile.ZipFile(pathlib.Path(__file__).with_name("run_of_0.1.0.zip")) as archive:
+        archive.extractall(tmp_path)
+    return tmp_path
+
+
+def test_a_run_of_the_first_version_is_evaluated_with_its_own_config(old_run, caplog):
+    config, step, variables = checkpoint.load(old_run, "best", mesh_of(2))
+    assert (step, config.to_dict()) == (4, tiny_config().to_dict())  # also where fields were renamed
+    assert not [r for r in caplog.records if r.name.startswith("pspnet_jax")]
+    number = {}  # of each leaf in the old state: step, params, batch_stats, opt_state, average
+    shapes = filled_state(tiny_config(), 0)
+    old = (
+        shapes.step,
+        shapes.params,
+        shapes.batch_stats,
+        shapes.opt_state,
+        {"params": shapes.params, "batch_stats": shapes.batch_stats},
+    )
+    for i, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(old)[0]):
+        number[jax.tree_util.keystr(path)] = i
+    checked = 0
+    for path, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]:
+        values = np.arange(leaf.size) % 16 / 16 + number["[4]" + jax.tree_util.keystr(path)] % 8 + 0.5
+        np.testing.assert_array_equal(leaf, values.reshape(leaf.shape).astype(np.float32))
+        checked += 1
+    assert checked == len(jax.tree.leaves(shapes.weights))
+
+
+def test_a_run_of_the_first_version_goes_on(old_run):
+    """Its momentum, schedule's count and moving average too; what follows is saved in today's layout."""
+    checkpoints = Checkpoints(old_run)
+    state = checkpoints.restore_newest(filled_state(tiny_config(), 0))
+    assert int(state.step) == 4
+    (count,) = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.dtype == jnp.int32]
+    assert int(count) == 4
+    assert float(jax.tree.leaves(state.opt_state)[0][0]) % 1 == 0.5
+    checkpoints.save(5, state.replace(step=jnp.int32(5)), tiny_config(), None)
+    checkpoints.close()
+    again = Checkpoints(old_run).restore_newest(filled_state(tiny_config(), 0))
+    assert_equal(again.replace(step=state.step), state)

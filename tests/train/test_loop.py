@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from clu.metrics import Average
 
 from pspnet_jax import config as configs
 from pspnet_jax import parallel
+from pspnet_jax.errors import UserError
 from pspnet_jax.train import loop
 from pspnet_jax.train.checkpoint import Checkpoints, load
-from pspnet_jax.train.loop import Watch, due, fit
-from tests.train import make_batches, score, tiny_config
+from pspnet_jax.train.loop import NonFiniteGuard, due
+from tests.train import fit, make_batches, score, tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -28,8 +30,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # killed) or sends itself SIGTERM.
 SCRIPT = """
 import os, signal, sys, time
-from pspnet_jax.train.loop import fit
-from tests.train import make_batches, score, tiny_config
+from tests.train import fit, make_batches, score, tiny_config
 
 workdir, event, at = sys.argv[1], sys.argv[2], int(sys.argv[3])
 
@@ -135,7 +136,6 @@ def test_what_a_run_writes(uninterrupted):
         "metrics.jsonl",
         "parameters.txt",
         "pictures",
-        "tensorboard",
     }
     assert configs.read(workdir / "config.json").to_dict() == tiny_config().to_dict()
     assert "backbone/stem_conv1/conv/kernel" in (workdir / "parameters.txt").read_text()
@@ -143,7 +143,7 @@ def test_what_a_run_writes(uninterrupted):
 
 def test_evaluation_sees_the_moving_average_and_decides_which_checkpoint_is_best(uninterrupted):
     scores = {line["step"]: line["mean_iou"] for line in read_metrics(uninterrupted.workdir) if line["kind"] == "eval"}
-    assert scores[12] == score(uninterrupted.state.average).metrics.mean_iou
+    assert scores[12] == score(uninterrupted.state.ema)[0]["mean_iou"]
     best = max(scores, key=lambda step: scores[step])
     assert Checkpoints(uninterrupted.workdir).find("best") == best
     assert saved_steps(uninterrupted.workdir) == [8, 12]
@@ -202,7 +202,7 @@ def test_nan_stops_the_run_and_is_never_saved(tmp_path):
 def test_a_wrong_example_costs_none_of_the_steps_before_it(tmp_path, uninterrupted):
     def batches(start):
         yield from itertools.islice(make_batches(start), 7)
-        raise ValueError("x.png: label value 9")
+        raise UserError("x.png: label value 9")
 
     config = tiny_config()
     config.every.eval = config.every.save = 100
@@ -214,14 +214,17 @@ def test_a_wrong_example_costs_none_of_the_steps_before_it(tmp_path, uninterrupt
 
 
 @pytest.mark.parametrize(("loss", "norm", "said"), [(np.inf, 1.0, "loss is inf.*"), (1.0, np.nan, "loss is 1.0.* norm nan")])
-def test_watch_looks_one_step_late_at_loss_and_gradient(loss, norm, said):
-    watch = Watch(SimpleNamespace(steps=[]))
+def test_the_guard_looks_one_step_late_at_loss_and_gradient(loss, norm, said):
+    def metrics(loss, norm):
+        return {"loss": Average(jnp.float32(loss), jnp.int32(1)), "gradient_norm": Average(jnp.float32(norm), jnp.int32(1))}
+
+    guard = NonFiniteGuard(SimpleNamespace(steps=[]))
     for step in (1, 2):
-        watch.see(step, {"loss": jnp.float32(1.0), "gradient_norm": jnp.float32(1.0)})
-    watch.see(3, {"loss": jnp.float32(loss), "gradient_norm": jnp.float32(norm)})
+        guard.see(step, metrics(1.0, 1.0))
+    guard.see(3, metrics(loss, norm))
     with pytest.raises(FloatingPointError, match=f"{said} at step 3; no checkpoint was saved before"):
-        watch.finish()
-    watch.finish()  # once
+        guard.finish()
+    guard.finish()  # once
 
 
 def test_sigterm_means_what_it_did_once_the_run_is_over(uninterrupted):
@@ -232,3 +235,42 @@ def test_model_and_loop_load_no_tensorflow():
     code = "import sys, pspnet_jax.train.loop, pspnet_jax.models; print([m for m in sys.modules if m.startswith('tensorflow')])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
     assert result.stdout == "[]\n"
+
+
+def test_hooks_and_the_writer_are_called_and_the_wrong_best_metric_is_named(tmp_path):
+    class Writer:
+        def __init__(self):
+            self.scalars, self.images = {}, {}
+
+        def write_scalars(self, step, scalars):
+            self.scalars.setdefault(step, {}).update(scalars)
+
+        def write_images(self, step, images):
+            self.images[step] = images
+
+    config, writer, steps = tiny_config(), Writer(), []
+    config.total_steps = 2
+    config.every.update(log=2, save=2, eval=2)
+    fit(config, make_batches, score, tmp_path / "a", writer=writer, hooks=[steps.append])
+    assert steps == [1, 2]
+    assert list(writer.scalars) == [2]
+    assert {"train/loss", "train/cross_entropy", "train/learning_rate", "eval/mean_iou"} <= set(writer.scalars[2])
+    assert writer.images[2]["street"].shape == (1, 2, 4, 3)
+    config.eval.best_metric = "f1"
+    with pytest.raises(UserError, match=r"eval.best_metric='f1': the evaluation has mean_iou, pixel_accuracy, images; choose"):
+        fit(config, make_batches, score, tmp_path / "b")
+
+
+def test_batches_that_end_too_early_are_named(tmp_path):
+    with pytest.raises(UserError, match="the batches ended after step 3, before total_steps=12"):
+        fit(tiny_config(), lambda start: itertools.islice(make_batches(start), 3), None, tmp_path)
+
+
+def test_progress_lines_speak_of_all_steps_since_the_last_one(uninterrupted, tmp_path):
+    """The loss of a line every four steps is the mean of the four lines of a run that logs each step."""
+    config = tiny_config()
+    config.every.update(log=4, eval=0)
+    fit(config, make_batches, None, tmp_path)
+    each = [line["loss"] for line in read_metrics(uninterrupted.workdir) if line["kind"] == "train"]
+    means = [line["loss"] for line in read_metrics(tmp_path) if line["kind"] == "train"]
+    np.testing.assert_allclose(means, np.reshape(each, (3, 4)).mean(1), rtol=1e-6)

@@ -1,14 +1,16 @@
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspnet_jax import models, parallel
+from pspnet_jax import losses, models, parallel
+from pspnet_jax.metrics import MeanIoU
 from pspnet_jax.models.layers import convolve
 from pspnet_jax.train.step import init_state, make_train_step
-from tests.train import OneLayer, make_batch, tiny_config
+from tests.train import OneLayer, make_batch, parts_of, tiny_config
 
 # float32 rounds to 6e-8; here sums have another order, through some twenty normalized layers, three times over (seen: 3e-6)
 TOLERANCE = 3e-5
@@ -18,11 +20,16 @@ def mesh_of(devices):
     return parallel.make_mesh(jax.devices()[:devices])
 
 
-def prepare(config, devices=8):
+def prepare(config, devices=8, **changed):
     """A step and its first state for a mesh of some devices."""
-    mesh = mesh_of(devices)
-    model = models.build(config.model, len(config.dataset.class_names))
-    return make_train_step(config, model, mesh), init_state(config, model, mesh)()
+    mesh, parts = mesh_of(devices), parts_of(config) | changed
+    state = init_state(config, parts["model"], parts["optimizer"], mesh, (33, 33, 3))()
+    return make_train_step(config, **parts, mesh=mesh), state
+
+
+def values_of(metrics):
+    """Numbers by name; "mean_iou" as its matrix."""
+    return {name: m.matrix if isinstance(m, MeanIoU) else m.compute() for name, m in metrics.items()}
 
 
 def place(batch, devices=8):
@@ -44,7 +51,7 @@ def train(devices, steps=3):
     for i in range(steps):
         state, values = step(state, place(make_batch(i), devices))
         states.append(copied(state))
-        scalars.append(copied(values))
+        scalars.append(copied(values_of(values)))
     return step, states, scalars
 
 
@@ -59,7 +66,8 @@ def again(run, batch, index=0, **changes):
     step, states, _ = run
     state = states[index].replace(**changes)
     state = jax.device_put(jax.tree.map(jnp.array, state), parallel.replicated(mesh_of(8)))
-    return copied(step(state, place(batch)))
+    state, metrics = step(state, place(batch))
+    return copied(state), copied(values_of(metrics))
 
 
 def test_one_device_equals_eight(run):
@@ -72,7 +80,7 @@ def test_one_device_equals_eight(run):
         "parameters": largest_difference(one[3].params, eight[3].params),
         "gradients (momentum)": largest_difference(one[1].opt_state, eight[1].opt_state),
         "BatchNorm statistics": largest_difference(one[3].batch_stats, eight[3].batch_stats),
-        "moving average": largest_difference(one[3].average, eight[3].average),
+        "moving average": largest_difference(one[3].ema, eight[3].ema),
     }
     moved = largest_difference(eight[3].params, eight[0].params)
     print(f"\nlargest differences, 1 device and 8, after 3 steps (parameters moved up to {moved:.3f}): {parts}")
@@ -127,18 +135,18 @@ def test_loss_is_the_mean_over_labeled_pixels_of_main_and_weighted_auxiliary_los
         chosen = np.take_along_axis(logits, np.where(labels == 255, 0, labels)[..., None], -1)[..., 0]
         return (np.log(np.exp(logits).sum(-1)) - chosen)[labels != 255].mean()
 
-    np.testing.assert_allclose(scalars["auxiliary_loss"], mean_loss(auxiliary), rtol=1e-5)
+    np.testing.assert_allclose(scalars["auxiliary_cross_entropy"], mean_loss(auxiliary), rtol=1e-5)
     np.testing.assert_allclose(scalars["loss"], mean_loss(logits) + 0.4 * mean_loss(auxiliary), rtol=1e-5)
     assert largest_difference(state.batch_stats, copied(updates["batch_stats"])) < 1e-5
     truth = np.bincount(batch["label"].ravel(), minlength=256)[:3]
-    np.testing.assert_array_equal(scalars["confusion"].sum(1), truth)
+    np.testing.assert_array_equal(scalars["mean_iou"].sum(1), truth)
 
 
 def test_batch_without_any_labeled_pixel_only_decays_the_weights(run):
     before = run[1][0]
     batch = make_batch(0) | {"label": np.full((8, 33, 33), 255, np.uint8)}
     state, scalars = again(run, batch)
-    assert scalars["loss"] == scalars["auxiliary_loss"] == scalars["gradient_norm"] == scalars["confusion"].sum() == 0
+    assert scalars["loss"] == scalars["auxiliary_cross_entropy"] == scalars["gradient_norm"] == scalars["mean_iou"].sum() == 0
     # rate 0.5 x 1/2 (warm-up), 10 times as much outside the backbone; decay 1e-4; none for BatchNorm
     kernel = before.params["classifier"]["kernel"]
     np.testing.assert_allclose(state.params["classifier"]["kernel"], kernel * (1 - 0.25 * 10 * 1e-4), rtol=1e-6)
@@ -155,15 +163,15 @@ def test_learning_rate_and_step_of_the_scalars(run):
 
 def test_moving_average_equals_its_formula(run):
     _, states, _ = run
-    assert largest_difference(states[0].average, {"params": states[0].params, "batch_stats": states[0].batch_stats}) == 0
+    assert largest_difference(states[0].ema, {"params": states[0].params, "batch_stats": states[0].batch_stats}) == 0
     for before, after in itertools.pairwise(states):
         new = {"params": after.params, "batch_stats": after.batch_stats}
-        expected = jax.tree.map(lambda average, x: 0.75 * average + 0.25 * x, before.average, new)
-        assert largest_difference(after.average, expected) < 1e-6
-        assert after.variables is after.average
+        expected = jax.tree.map(lambda average, x: 0.75 * average + 0.25 * x, before.ema, new)
+        assert largest_difference(after.ema, expected) < 1e-6
+        assert after.variables is after.ema
 
 
-def one_step_in_parts(parts, frozen):
+def one_step_in_parts(parts, frozen, **changed):
     """The state before, and the state and scalars after a step on 16 images.
 
     Those of every second place, of which a part is made, have a tenth of the labels of the others.
@@ -171,10 +179,10 @@ def one_step_in_parts(parts, frozen):
     config, batch = tiny_config(), make_batch(0, size=16)
     batch["label"][1::2, 3:] = 255
     config.optimizer.update(accumulate=parts, ema_decay=0.0)
-    mesh, model = parallel.make_mesh(), OneLayer(frozen)
-    state = init_state(config, model, mesh)()
+    step, state = prepare(config, model=OneLayer(frozen), **changed)
     before = copied(state)
-    return batch, before, *copied(make_train_step(config, model, mesh)(state, place(batch)))
+    state, metrics = step(state, place(batch))
+    return batch, before, copied(state), copied(values_of(metrics))
 
 
 def test_accumulation_equals_the_whole_batch_with_frozen_statistics():
@@ -185,10 +193,37 @@ def test_accumulation_equals_the_whole_batch_with_frozen_statistics():
     moved = largest_difference(whole.params, before.params)
     print(f"\nlargest difference, 1 part and 2 (parameters moved up to {moved:.4f}): {difference}")
     assert difference < 1e-6 < 1e-3 < moved
-    np.testing.assert_array_equal(whole_scalars["confusion"], summed_scalars["confusion"])
+    np.testing.assert_array_equal(whole_scalars["mean_iou"], summed_scalars["mean_iou"])
     for name in ("loss", "gradient_norm", "learning_rate"):
         np.testing.assert_allclose(whole_scalars[name], summed_scalars[name], rtol=1e-5)
     assert largest_difference(whole.batch_stats, before.batch_stats) == 0
+
+
+@pytest.mark.parametrize("terms", [("ohem",), ("dice",), ("cross_entropy", "dice"), ("focal",)])
+def test_accumulation_equals_the_whole_batch_for_each_loss(terms):
+    """Also where the weights of the loss follow from what the network says, as OHEM's do."""
+    config = tiny_config().loss
+    config.update(terms=terms, ohem_threshold=0.4, ohem_min_kept=50, class_weights=(1.0, 0.5, 2.0))
+    _, before, whole, whole_values = one_step_in_parts(1, frozen=True, loss=losses.build(config, 12))
+    _, _, summed, summed_values = one_step_in_parts(4, frozen=True, loss=losses.build(config, 12))
+    difference = largest_difference(whole.params, summed.params)
+    print(f"\nlargest difference, 1 part and 4: {difference}")
+    assert difference < 1e-6 < 1e-3 < largest_difference(whole.params, before.params)
+    np.testing.assert_allclose(whole_values["loss"], summed_values["loss"], rtol=1e-5)
+
+
+def test_the_first_pass_of_an_accumulated_step_costs_nothing_where_weights_follow_from_the_labels():
+    """Cross-entropy's weights are known without the network: compiled, the step has the products of one pass alone."""
+
+    def products(terms):
+        config = tiny_config()
+        config.optimizer.accumulate = 2
+        config.loss.terms = terms
+        step, state = prepare(config, devices=1, model=OneLayer())
+        text = step.lower(state, place(make_batch(0), devices=1)).compile().as_text()
+        return len(re.findall(r" (?:convolution|dot)\(", text)) + text.count("__onednn") + text.count("__eigen")
+
+    assert products(("cross_entropy",)) < products(("ohem",))
 
 
 def test_accumulation_updates_the_running_statistics_once_a_part_by_the_parts_own():

@@ -1,0 +1,262 @@
+"""What each mode does: here configs, data, networks, training and inference meet, one function a mode.
+
+Each takes the command line's arguments (see `main`) and its overrides of the config.
+"""
+
+import argparse
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import rich
+from etils import epath
+from ml_collections import ConfigDict
+
+from pspnet_jax import config as configs
+from pspnet_jax import datasets, files, losses, models, optimizers, parallel, validation, weights
+from pspnet_jax.errors import MissingFileError, UserError
+from pspnet_jax.infer import draw
+from pspnet_jax.infer import evaluate as evaluation
+from pspnet_jax.infer import predict as prediction
+from pspnet_jax.infer.predictor import Predictor
+from pspnet_jax.report import Report
+from pspnet_jax.train import checkpoint, resume
+from pspnet_jax.train.step import new_state
+
+logger = logging.getLogger("pspnet_jax")
+PICTURES = 4  # of the validation split, in each evaluation
+PANELS = 12  # of each split, in --mode check
+
+
+def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """--mode train: trains the recipe in its workdir, or goes on where it stopped."""
+    from clu import metric_writers, periodic_actions  # these import TensorFlow
+
+    from pspnet_jax.data import pipeline
+    from pspnet_jax.train import loop
+
+    config = _recipe(arguments, overrides, jax.device_count())
+    workdir = files.absolute(arguments.workdir or f"runs/{config.name}")
+    if config.init_from:
+        _check_init_from(config)
+    data, scored = pipeline.open_training(config), pipeline.open_split(config, config.eval.split)
+    config.loss.class_weights = _class_weights(config)
+    predictor, host, hosts = _predictor(config), jax.process_index(), jax.process_count()
+
+    def batches(start: int) -> Iterable[Mapping[str, Any]]:
+        dataset = pipeline.train_dataset(config, start_step=start, host=host, hosts=hosts, data=data)
+        return pipeline.as_numpy(dataset)
+
+    def evaluate(variables: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        report, pictures = _score(predictor, variables, config, scored)
+        logger.info(report)
+        return report.to_json(), pictures
+
+    hooks, writer = [], None
+    if host == 0:
+        writer = metric_writers.SummaryWriter(str(workdir / "tensorboard"))
+        if steps := config.profile_steps:
+            folder = str(workdir / "profile")
+            hooks = [
+                periodic_actions.Profile(logdir=folder, num_profile_steps=steps, profile_duration_ms=None, every_secs=None)
+            ]
+    loop.fit(
+        config,
+        model=models.build(config.model, len(config.dataset.class_names)),
+        loss=losses.build(config.loss, config.total_steps),
+        optimizer=optimizers.build(config.optimizer, config.total_steps),
+        batches=batches,
+        evaluate=evaluate,
+        workdir=workdir,
+        examples_per_epoch=data.examples_per_epoch,
+        writer=writer,
+        hooks=hooks,
+    )
+    logger.info(f"{workdir} has checkpoints/, metrics.jsonl, pictures/ and tensorboard/")
+
+
+def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """--mode check: looks at all images and labels of a recipe, and pictures them."""
+    from pspnet_jax.data import pipeline, survey
+
+    config = _recipe(arguments, overrides)
+    info = datasets.describe(config.dataset)
+    output = files.absolute(arguments.output or f"{arguments.workdir or f'runs/{config.name}'}/check")
+    problems = []
+    parts = list(pipeline.training_parts(config.dataset))
+    if config.eval.split != config.dataset.train_split:
+        parts.append((config.dataset, config.eval.split))
+    for number, (dataset, split) in enumerate(parts):
+        found = survey.survey(dataset, split, info.num_classes)
+        problems += found.problems
+        logger.info(found)
+        rich.print(found.table(info))
+        name = split if dataset is config.dataset else f"mixture{number}_{split}"
+        if examples := survey.samples(dataset, found, PANELS):
+            draw.save(draw.contact_sheet(examples, info), output / f"{name}_images.png")
+            draw.save(draw.class_frequencies(found.pixels, info), output / f"{name}_classes.png")
+    logger.info(f"pictures of the labels, and of the classes' frequencies, are in {output}")
+    if problems:
+        raise UserError("\n".join((*problems, f"{len(problems)} problem(s) found")))
+
+
+def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """--mode evaluate: scores a checkpoint with its saved config, and writes a file of its own in WORKDIR/evaluation/."""
+    from pspnet_jax.data import pipeline
+
+    config, step, variables, workdir = _restore(arguments, overrides)
+    scored = pipeline.open_split(config, config.eval.split)
+    report, _ = _score(_predictor(config), variables, config, scored)
+    if jax.process_index() == 0:
+        path = workdir / "evaluation" / f"{report.file_stem(step)}.json"
+        report.write(path)
+        rich.print(report.table())
+        print(report)
+        logger.info(f"step {step} of {workdir}; written to {path}")
+
+
+def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """--mode predict: segments an image, a folder of images, or the images of config.eval.split, with a checkpoint."""
+    if not arguments.output:
+        raise UserError(
+            "--mode predict needs --output (a directory), and --input (an image or a folder) unless it is a split's"
+        )
+    config, _, variables, _ = _restore(arguments, overrides)
+    info = datasets.describe(config.dataset)
+    form = arguments.format or ""
+    paths = prediction.find_images(arguments.input, bool(form)) if arguments.input else _images(config)
+    prediction.predict(_predictor(config), variables, paths, arguments.output, info, form)
+    what = f"the {form} server's form" if form else "index/, color/ and overlay/"
+    logger.info(f"{len(paths)} images segmented: {what} in {arguments.output}")
+
+
+def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """--mode import: turns a file of others' weights into a run that the other modes take as it is."""
+    if not (arguments.input and arguments.workdir):
+        raise UserError("--mode import needs --input (a file of weights) and --workdir (a directory to make the run in)")
+    config = configs.load_recipe(arguments.config) if arguments.config else configs.base_config()
+    recipe = config.copy_and_resolve_references()
+    source = weights.inspect(files.absolute(arguments.input))
+    weights.configure(config, source)
+    config.name = files.absolute(arguments.input).stem
+    if arguments.config:  # the recipe knows better what the weights are for
+        config.name, config.dataset, config.eval = recipe.name, recipe.dataset, recipe.eval
+    config = configs.override(config, overrides)
+    validation.validate(config)
+    info = datasets.describe(config.dataset)
+    config.dataset.class_names, config.dataset.colors = info.class_names, info.colors
+    workdir = files.absolute(arguments.workdir)
+    model = models.build(config.model, info.num_classes)
+    optimizer = optimizers.build(config.optimizer, config.total_steps)
+    state = new_state(config, optimizer, weights.load(source.path, model))
+    checkpoint.write_weights(workdir, config, jax.device_put(state, parallel.replicated(parallel.make_mesh())))
+    logger.info(f"{source}\nwritten to {workdir}; --mode evaluate, predict and export take it with --workdir {workdir}")
+
+
+def export_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """--mode export: writes a checkpoint's weights under semseg's names."""
+    if not (arguments.output and arguments.format):
+        raise UserError("--mode export needs --output (a file to write) and --format (torch or safetensors)")
+    config, step, variables, workdir = _restore(arguments, overrides)
+    if config.normalize.to_dict() != (usual := configs.base_config().normalize.to_dict()):
+        raise UserError(
+            f"{workdir}: its network was trained on images normalized by {config.normalize.to_dict()}, but semseg's code, for "
+            f"which --mode export writes, has {usual}"
+        )
+    model = models.build(config.model, len(config.dataset.class_names))
+    weights.save(files.absolute(arguments.output), variables, model, arguments.format)
+    logger.info(f"step {step} of {workdir} written to {arguments.output}, under semseg's names")
+
+
+JOBS = {
+    "check": check,
+    "train": train,
+    "evaluate": evaluate,
+    "predict": predict,
+    "import": import_weights,
+    "export": export_weights,
+}
+SHARED_JOBS = ("train", "evaluate")  # those that several processes can do together
+
+
+def _recipe(arguments: argparse.Namespace, overrides: Sequence[str], num_devices: int = 1) -> ConfigDict:
+    """The recipe with the command line's overrides, absolute paths, and its classes filled in."""
+    if not arguments.config:
+        raise UserError("--config is missing: name a recipe, such as --config configs/quickstart.py")
+    config = configs.override(configs.load_recipe(arguments.config), overrides)
+    validation.validate(config, num_devices)
+    dataset = config.dataset
+    for field in ("root", "extra_root"):
+        if dataset[field]:
+            dataset[field] = str(files.absolute(dataset[field]))
+    dataset.mixture = tuple((name, str(files.absolute(root)) if root else "", *rest) for name, root, *rest in dataset.mixture)
+    info = datasets.describe(dataset)
+    dataset.class_names, dataset.colors = info.class_names, info.colors
+    return config
+
+
+def _check_init_from(config: ConfigDict) -> None:
+    path = files.absolute(config.init_from)
+    if not path.exists():
+        raise MissingFileError(f"init_from={config.init_from}: no such file or directory")
+    if path.is_dir():
+        checkpoint.Checkpoints(path, read_only=True).find("latest")
+    config.init_from = str(path)
+
+
+def _class_weights(config: ConfigDict) -> tuple[float, ...]:
+    """config.loss.class_weights, or what config.loss.class_weighting makes of the training data's pixels."""
+    if not config.loss.class_weighting:
+        return config.loss.class_weights
+    from pspnet_jax.data import survey
+
+    found = losses.class_weights(config.loss.class_weighting, *survey.class_pixels(config))
+    logger.info(f"class weights: {', '.join(f'{n} {w:.3g}' for n, w in zip(config.dataset.class_names, found, strict=True))}")
+    return found
+
+
+def _restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[ConfigDict, int, Any, epath.Path]:
+    """The checkpoint's config with the command line's overrides, its step, its variables, and the workdir."""
+    if not (arguments.workdir or arguments.config):
+        raise UserError("--workdir is missing: name the directory of a training run")
+    workdir = files.absolute(arguments.workdir or f"runs/{configs.load_recipe(arguments.config).name}")
+    saved, step, variables = checkpoint.load(workdir, arguments.checkpoint, parallel.make_mesh())
+    config = configs.override(saved.copy_and_resolve_references(), overrides)
+    validation.validate(config)
+    if changed := [c for c in resume.differences(saved, config) if c.startswith("model.")]:
+        raise UserError(f"{'; '.join(changed)}: the network is the one that was trained; leave --config.model out")
+    return config, step, variables, workdir
+
+
+def _images(config: ConfigDict) -> dict[str, str]:
+    """The images of config.eval.split, with or without labels, by name."""
+    from pspnet_jax.data import layouts
+
+    dataset = config.dataset
+    if dataset.name not in layouts.LAYOUTS:
+        raise UserError(f"--mode predict needs --input: the images of dataset.name={dataset.name!r} are no files")
+    root, extra_root = (str(files.absolute(path)) if path else "" for path in (dataset.root, dataset.extra_root))
+    pairs = layouts.list_pairs(dataset.name, root, config.eval.split, extra_root)
+    return {pair.name: pair.image for pair in pairs}
+
+
+def _predictor(config: ConfigDict) -> Predictor:
+    num_classes = len(config.dataset.class_names)
+    model = models.build(config.model, num_classes)
+
+    def apply(variables: Any, images: jax.Array) -> Any:
+        return model.apply(variables, images, train=False)
+
+    return Predictor(apply, config, num_classes)
+
+
+def _score(predictor: Predictor, variables: Any, config: ConfigDict, scored: Any) -> tuple[Report, Mapping[str, Any]]:
+    """Scores config.eval.split, which is open already."""
+    from pspnet_jax.data import pipeline
+
+    info = datasets.describe(config.dataset)
+    dataset = pipeline.eval_dataset(scored, host=jax.process_index(), hosts=jax.process_count())
+    return evaluation.evaluate(
+        predictor, variables, pipeline.as_numpy(dataset), info, len(scored), config.eval.split, pictures=PICTURES
+    )

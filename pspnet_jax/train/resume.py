@@ -1,0 +1,137 @@
+"""Where a run starts: from its own past, which it has to fit, from the weights of another, or from random ones."""
+
+import logging
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from pspnet_jax import config as configs
+from pspnet_jax import parallel, weights
+from pspnet_jax.errors import UserError
+from pspnet_jax.optimizers import Optimizer
+from pspnet_jax.train import checkpoint
+from pspnet_jax.train.step import TrainState, Variables, init_state
+
+logger = logging.getLogger(__name__)
+# What a resumed run has to share with its past, and what of it may change, because the parameters mean the same.
+MUST_MATCH = ("model.", "normalize.", "dataset.name", "dataset.class_names", "optimizer.name")
+MAY_CHANGE = ("model.dtype", "model.dropout", "model.norm", "model.factored_head")
+# The same for a run that starts from another's weights.
+MAY_DIFFER_AT_START = (*MAY_CHANGE, "model.auxiliary", "model.output_stride")
+
+
+def start(
+    config: ConfigDict,
+    model: nn.Module,
+    optimizer: Optimizer,
+    mesh: Mesh,
+    image_shape: tuple[int, ...],
+    checkpoints: checkpoint.Checkpoints,
+    workdir: epath.Path,
+) -> TrainState:
+    """Returns the state of the newest checkpoint, or else a fresh one with the weights of config.init_from.
+
+    Raises:
+      UserError: the run in workdir has another config, or is further than config.total_steps; see `initial_weights`.
+    """
+    draw = init_state(config, model, optimizer, mesh, image_shape)
+    if checkpoints.steps:
+        check_resumable(configs.read(workdir / "config.json"), config)
+        if checkpoints.steps[-1] > config.total_steps:
+            raise UserError(
+                f"total_steps={config.total_steps}: the run in {workdir} is at step {checkpoints.steps[-1]} already"
+            )
+        everywhere = parallel.replicated(mesh)
+        shapes = jax.eval_shape(draw)
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
+        state = checkpoints.restore_newest(target)
+        assert state is not None, "the checkpoints were there a moment ago"
+        return state
+    state = draw()
+    if not config.init_from:
+        return state
+    return with_weights(state, initial_weights(config, model, mesh), config.init_from)
+
+
+def initial_weights(config: ConfigDict, model: nn.Module, mesh: Mesh) -> Variables:
+    """Reads config.init_from: the variables of another run, or those that a file of others' weights has for this model.
+
+    Raises:
+      MissingFileError: there is no such run or file.
+      UserError: it cannot be read; or its network is another, or was trained on otherwise normalized images.
+    """
+    if epath.Path(config.init_from).is_dir():
+        saved, step, variables = checkpoint.load(config.init_from, "latest", mesh)
+        _check_same_function(saved, config)
+        logger.info("starting from the weights of %s, step %s", config.init_from, step)
+        return variables
+    source = weights.inspect(config.init_from)
+    weights.check_normalize(config.normalize, source)
+    logger.info("starting from %s", source)
+    return weights.load(config.init_from, model, partial=True)
+
+
+def _check_same_function(saved: ConfigDict, config: ConfigDict) -> None:
+    """Refuses to start a network from the weights of one that computes something else with them."""
+    for section in ("model", "normalize"):
+        fields = {
+            k: v for k, v in saved[section].items() if v != config[section][k] and f"{section}.{k}" not in MAY_DIFFER_AT_START
+        }
+        if fields:
+            raise UserError(f"init_from={config.init_from}: its network is another one; set {weights.flags(section, fields)}")
+
+
+def with_weights(state: TrainState, given: Variables, name: str) -> TrainState:
+    """Puts the weights of a network of the same backbone into a fresh state; what is absent or of another form stays fresh, and
+    is named.
+
+    Args:
+      state: fresh.
+      given: a run's variables, or a part of them as others' files have it.
+      name: where they are from.
+
+    Raises:
+      UserError: the backbones differ.
+    """
+    flat = flax.traverse_util.flatten_dict(given, sep="/")
+    fresh = flax.traverse_util.flatten_dict(state.weights, sep="/")
+    kept = [k for k, v in fresh.items() if k not in flat or flat[k].shape != v.shape]
+    if other := [k for k in kept if "/backbone/" in k]:
+        raise UserError(f"init_from={name}: its backbone is another one: {other[0]} is not there, or has another shape")
+    if kept:
+        modules = dict.fromkeys(k.split("/")[1] for k in kept)
+        logger.warning("not in %s, or of another form, and so drawn at random: %s", name, ", ".join(modules))
+    placed = {k: v if k in kept else jax.device_put(flat[k], v.sharding) for k, v in fresh.items()}
+    merged = flax.traverse_util.unflatten_dict(placed, sep="/")
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, merged)
+    return state.replace(**merged, ema=ema)
+
+
+def differences(saved: ConfigDict, current: ConfigDict) -> list[str]:
+    """Every field whose value differs, as "field: saved -> current"."""
+    new = dict(configs.leaves(current))
+    return [f"{f}: {old!r} -> {new.get(f)!r}" for f, old in configs.leaves(saved) if old != new.get(f)]
+
+
+def check_resumable(saved: ConfigDict, current: ConfigDict) -> None:
+    """Refuses to go on with another network or other classes; says what else has changed.
+
+    Raises:
+      UserError: lists the fields that differ.
+    """
+    changed = differences(saved, current)
+    fatal = [c for c in changed if c.startswith(MUST_MATCH) and not c.startswith(MAY_CHANGE)]
+    if (saved.optimizer.ema_decay > 0) != (current.optimizer.ema_decay > 0):
+        fatal += [c for c in changed if c.startswith("optimizer.ema_decay")]
+    if fatal:
+        raise UserError(
+            f"this workdir holds a run with another config ({'; '.join(fatal)}): use the saved values, "
+            "or another --workdir (--config.init_from=WORKDIR starts from its weights)"
+        )
+    if changed:
+        logger.warning("resuming with a changed config: %s", "; ".join(changed))
