@@ -122,7 +122,8 @@ def focal(logits: jax.Array, labels: jax.Array, loss: ConfigDict) -> tuple[jax.A
     """Focal loss (Lin et al. 2017): cross-entropy times (1 - p)^`loss.focal_gamma`, p the probability of the pixel's class."""
     weights = pixel_weights(labels, loss.class_weights)
     pixels = pixel_cross_entropy(logits, labels)
-    return jnp.sum(weights * -(jnp.expm1(-pixels) ** loss.focal_gamma) * pixels), jnp.sum(weights)
+    wrong = jnp.maximum(-jnp.expm1(-pixels), 1e-7)  # 1 - p; above 0, where a power may have no gradient
+    return jnp.sum(weights * wrong**loss.focal_gamma * pixels), jnp.sum(weights)
 
 
 def dice(logits: jax.Array, labels: jax.Array, loss: ConfigDict) -> tuple[jax.Array, jax.Array]:

@@ -26,7 +26,7 @@ from tests.train import fit, make_batches, score, tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-# Trains the tiny run in a process of its own. At the batch named, which is two ahead of the step that runs, it waits (to be
+# Trains the tiny run in a process of its own. At the batch named, which is up to three ahead of the step that runs, it waits (to be
 # killed) or sends itself SIGTERM.
 SCRIPT = """
 import os, signal, sys, time
@@ -70,7 +70,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory, compilation_cache, uninterrupted):
-    """The same run, killed after step 5 (saved: 4), resumed, stopped by SIGTERM in step 7, resumed, finished."""
+    """The same run, killed after step 5 (saved: 4), resumed, stopped by SIGTERM in step 6 or 7, resumed, finished."""
     workdir = tmp_path_factory.mktemp("interrupted")
     environment = os.environ | compilation_cache | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", SCRIPT, str(workdir)]
@@ -110,8 +110,10 @@ def test_kill_and_resume_give_the_parameters_of_an_uninterrupted_run(interrupted
 @pytest.mark.slow
 def test_sigterm_saves_the_step_and_exits(interrupted):
     assert interrupted.exit_code == 143, interrupted.said
-    assert interrupted.saved_when_stopped[-1] == interrupted.steps_when_stopped[-1] == 7  # where nothing else was due
-    assert "stopped by SIGTERM; step 7 is saved, the same command goes on from there" in interrupted.said
+    saved = interrupted.saved_when_stopped[-1]
+    assert saved == interrupted.steps_when_stopped[-1]
+    assert saved in (6, 7)  # where nothing else was due
+    assert f"stopped by SIGTERM; step {saved} is saved, the same command goes on from there" in interrupted.said
 
 
 @pytest.mark.slow
