@@ -2,19 +2,10 @@
 
 from ml_collections import ConfigDict
 
+from pspnet_jax import models
 from pspnet_jax.config import bn_images, leaves
 
-DEPTHS = (18, 34, 50, 101, 152, 269)
 CHOICES = {
-    "model.depth": DEPTHS,
-    "model.stem": ("deep", "deep32", "conv7"),
-    "model.stride_in": ("conv3x3", "conv1x1"),
-    "model.first_block_dilation": ("full", "half"),
-    "model.output_stride": (8, 16, 32),
-    "model.pool": ("average", "max"),
-    "model.head_kernel": (3, 1),
-    "model.norm": ("batch", "frozen"),
-    "model.dtype": ("float32", "bfloat16"),
     "loss.auxiliary_schedule": ("constant", "linear"),
     "dataset.name": ("folder", "scenes", "tfds", "ade20k", "voc2012", "cityscapes"),
     "dataset.on_error": ("stop", "skip"),
@@ -47,7 +38,7 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     """
     if problems := _tuple_problems(config):
         raise ValueError("\n".join(problems))
-    problems = model_problems(config.model)
+    problems = models.problems(config.model)
     for section in ("normalize", "loss", "dataset", "eval"):
         problems += _choice_problems(config[section], f"{section}.")
     problems += _range_problems(config) + _size_problems(config) + _batch_problems(config, num_devices)
@@ -91,18 +82,6 @@ def _choice_problems(config: ConfigDict, prefix: str) -> list[str]:
     ]
 
 
-def model_problems(model: ConfigDict) -> list[str]:
-    """What is impossible in `config.model` by itself, one sentence a field; empty when all is well."""
-    problems = _choice_problems(model, "model.")
-    if model.width < 8 or model.width % 8:
-        problems.append(f"model.width={model.width}: expected a multiple of 8 (64 is ResNet's)")
-    if any(b < 1 for b in model.bins):
-        problems.append(f"model.bins={model.bins}: expected bins of 1 or more")
-    if not 0 <= model.dropout < 1:
-        problems.append(f"model.dropout={model.dropout}: expected a value from 0 up to, not including, 1")
-    return problems
-
-
 def _range_problems(config: ConfigDict) -> list[str]:
     positive = "batch_size total_steps optimizer.learning_rate optimizer.accumulate every.log every.save eval.batch_size"
     fractions = "augment.rotate_probability augment.blur_probability augment.flip_probability dataset.balance"
@@ -142,7 +121,7 @@ def _size_problems(config: ConfigDict) -> list[str]:
         if min(crop) < 33:
             problems.append(f"{field}={crop}: expected (height, width), each at least 33 pixels")
             continue
-        if config.model.output_stride not in CHOICES["model.output_stride"]:
+        if config.model.output_stride not in models.CHOICES["output_stride"]:
             continue
         features = -(-min(crop) // config.model.output_stride)
         if max(config.model.bins, default=1) > features:

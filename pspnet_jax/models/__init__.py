@@ -1,5 +1,26 @@
-"""The network, as Flax linen modules: normalized images f32[N, H, W, 3] to logits f32[N, H, W, K]."""
+"""The network, as Flax linen modules: normalized images f32[N, H, W, 3] to logits f32[N, H, W, K].
 
-from pspnet_jax.models.pspnet import PSPNet, build, normalize
+model = models.build(config.model, num_classes=150)                               # as the config says
+model = models.PSPNet(backbone=MyBackbone(), head=models.PyramidHead(num_classes=150), pyramid=models.Pyramid())
+"""
 
-__all__ = ["PSPNet", "build", "normalize"]
+from pspnet_jax.models.heads import AuxiliaryHead, Classifier, PyramidHead
+from pspnet_jax.models.layers import ConvNorm, resize
+from pspnet_jax.models.pspnet import CHOICES, PSPNet, build, normalize, problems
+from pspnet_jax.models.pyramid import Pyramid
+from pspnet_jax.models.resnet import ResNet
+
+__all__ = [
+    "CHOICES",
+    "AuxiliaryHead",
+    "Classifier",
+    "ConvNorm",
+    "PSPNet",
+    "Pyramid",
+    "PyramidHead",
+    "ResNet",
+    "build",
+    "normalize",
+    "problems",
+    "resize",
+]

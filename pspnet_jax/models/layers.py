@@ -1,96 +1,102 @@
 """The pieces every part of the network is made of. All tensors are [N, H, W, C]; all sizes are static."""
 
 import functools
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+from pspnet_jax.errors import UserError
+
+T = TypeVar("T")
 
 
-def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1) -> jax.Array:
-    """Convolution with symmetric padding, so that stride s takes H to ceil(H / s); the kernel is HWIO, of odd size.
-
-    A 1x1 convolution is written as a matrix product: XLA runs the gradients of the product several times faster on CPUs.
-    """
-    size = kernel.shape[0]
-    if size == 1:
-        return x[:, ::stride, ::stride] @ kernel[0, 0]
-    pad = dilation * (size - 1) // 2
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(stride, stride),
-        padding=((pad, pad), (pad, pad)),
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-
-
-class Conv(nn.Module):
-    """`convolve` with a float32 kernel of its own, computed in dtype."""
-
-    features: int
-    kernel_size: int = 3
-    stride: int = 1
-    dilation: int = 1
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", he_normal_fan_out, shape)
-        return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.dilation)
-
-
-class BatchNorm(nn.Module):
-    """Batch normalization, eps 1e-5, running averages with momentum 0.9; statistics in float32.
-
-    Under jit with a batch sharded over a mesh the mean below is the mean over all devices: synchronized by construction.
-    Running variances are the biased ones (torch stores n/(n-1) times as much). A variance is the mean of squares minus the
-    square of the mean, in one pass over the values: it loses digits where a mean is far larger than its deviation.
-
-    Attributes:
-      frozen: normalize with the running statistics in training too, and leave them as they are.
+def choose(choices: Mapping[Any, T], field: str, value: object) -> T:
+    """choices[value].
 
     Raises:
-      ValueError: in training, when each channel has a single value, whose variance is 0.
+      UserError: there is no such choice.
     """
+    if value not in choices:
+        raise UserError(not_a_choice(choices, field, value))
+    return choices[value]
 
-    frozen: bool = False
-    dtype: Any = jnp.float32
 
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        batch_statistics = train and not self.frozen
-        if batch_statistics and x.size == x.shape[-1] and not self.is_initializing():
-            raise ValueError(
-                f"BatchNorm at {'/'.join(self.path)} sees one value per channel, whose variance is 0: "
-                "train on 2 or more images, with frozen statistics, or without the 1x1 pyramid bin"
-            )
-        norm = nn.BatchNorm(not batch_statistics, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name="bn")
-        nn.share_scope(self, norm)
-        return norm(x)
+def not_a_choice(choices: Iterable[object], field: str, value: object) -> str:
+    return f"{field}={value!r}: expected one of {', '.join(map(repr, choices))}"
+
+
+he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+# Statistics in float32. Under jit with a batch sharded over a mesh, they are computed over the global batch. Running variances
+# are the biased ones (torch stores n/(n-1) times as much). A variance is the mean of squares minus the square of the mean, in
+# one pass over the values: it loses digits where a mean is far larger than its standard deviation.
+BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
+
+
+def convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int] = (1, 1),
+    padding: Any = "SAME",
+    dimension_numbers: Any = ("NHWC", "HWIO", "NHWC"),
+    **options: Any,
+) -> jax.Array:
+    """`jax.lax.conv_general_dilated`, with 1x1 convolutions (without padding) written as a matrix product.
+
+    XLA runs the gradients of the product several times faster on CPUs.
+    """
+    if kernel.shape[:2] == (1, 1):
+        return x[:, :: strides[0], :: strides[1]] @ kernel[0, 0]
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=dimension_numbers, **options)
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, batch normalization and, unless told otherwise, ReLU."""
+    """Convolution without bias, batch normalization and ReLU: [N, H, W, C] -> [N, h, w, C'], computed in the input's dtype.
+
+    The padding is symmetric, so that stride s takes H to h = ceil(H / s).
+
+    Attributes:
+      features: C'.
+      kernel_size: an odd number.
+      relu: False leaves the ReLU out.
+      frozen_norm: normalize with the running statistics in training too, and leave them as they are.
+
+    Raises:
+      UserError: in training, when each channel has a single value, whose variance is 0.
+    """
 
     features: int
     kernel_size: int = 3
     stride: int = 1
     dilation: int = 1
     relu: bool = True
-    frozen: bool = False
-    dtype: Any = jnp.float32
+    frozen_norm: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x = Conv(self.features, self.kernel_size, self.stride, self.dilation, self.dtype, name="conv")(x)
-        x = BatchNorm(self.frozen, self.dtype, name="bn")(x, train)
+        x = nn.Conv(
+            self.features,
+            (self.kernel_size, self.kernel_size),
+            self.stride,
+            padding=self.dilation * (self.kernel_size // 2),
+            kernel_dilation=self.dilation,
+            use_bias=False,
+            dtype=x.dtype,
+            kernel_init=he_normal_fan_out,
+            conv_general_dilated=convolve,
+            name="conv",
+        )(x)
+        batch_statistics = train and not self.frozen_norm
+        if batch_statistics and x.size == x.shape[-1] and not self.is_initializing():
+            raise UserError(
+                f"BatchNorm at {'/'.join(self.path)}/bn sees one value per channel, whose variance is 0: "
+                "train on 2 or more images, with frozen statistics, or without the 1x1 pyramid bin"
+            )
+        x = BatchNorm(use_running_average=not batch_statistics, dtype=x.dtype, name="bn")(x)
         return nn.relu(x) if self.relu else x
 
 
@@ -100,7 +106,7 @@ def max_pool(x: jax.Array) -> jax.Array:
     The maximum of shifted slices, along the rows, then the columns: on CPUs five times faster than XLA's windowed
     maximum, whose gradient searches every window. Where values tie, the gradient is shared among them.
     """
-    height, width = -(-x.shape[1] // 2), -(-x.shape[2] // 2)
+    height, width = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
     x = functools.reduce(jnp.maximum, (x[:, i : i + 2 * height - 1 : 2] for i in range(3)))
     return functools.reduce(jnp.maximum, (x[:, :, i : i + 2 * width - 1 : 2] for i in range(3)))
@@ -126,7 +132,7 @@ def resize_matrix(size: int, new_size: int, align_corners: bool) -> np.ndarray:
     return matrix.astype(np.float32)
 
 
-def along_height_and_width(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
+def apply_separable(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
     """Applies one matrix along each axis, in float32: [N, H, W, C], [H', H], [W', W] -> f32[N, H', W', C]."""
     exact = jax.lax.Precision.HIGHEST  # TPUs and GPUs would round the weights to bfloat16 or TF32
     x = jnp.einsum("yh,nhwc->nywc", rows, x.astype(jnp.float32), precision=exact)
@@ -136,7 +142,7 @@ def along_height_and_width(x: jax.Array, rows: np.ndarray, columns: np.ndarray) 
 def resize(x: jax.Array, height: int, width: int, align_corners: bool) -> jax.Array:
     """Bilinear resize without antialiasing: [N, h, w, C] -> f32[N, height, width, C]."""
     rows = resize_matrix(x.shape[1], height, align_corners)
-    return along_height_and_width(x, rows, resize_matrix(x.shape[2], width, align_corners))
+    return apply_separable(x, rows, resize_matrix(x.shape[2], width, align_corners))
 
 
 def pool_cells(size: int, bins: int) -> list[tuple[int, int]]:
@@ -153,7 +159,7 @@ def _average_matrix(size: int, bins: int) -> np.ndarray:
 
 def adaptive_average_pool(x: jax.Array, bins: int) -> jax.Array:
     """[N, H, W, C] -> f32[N, bins, bins, C], the mean of each cell."""
-    return along_height_and_width(x, _average_matrix(x.shape[1], bins), _average_matrix(x.shape[2], bins))
+    return apply_separable(x, _average_matrix(x.shape[1], bins), _average_matrix(x.shape[2], bins))
 
 
 def adaptive_max_pool(x: jax.Array, bins: int) -> jax.Array:

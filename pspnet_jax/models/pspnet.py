@@ -1,58 +1,54 @@
-"""PSPNet (Zhao et al., CVPR 2017) put together from `config.model`: backbone, pyramid, head and auxiliary head."""
-
-import functools
-from collections.abc import Sequence
+"""PSPNet (Zhao et al., CVPR 2017), composed of a backbone, a pyramid, a head and an auxiliary head."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from pspnet_jax.models.layers import BatchNorm, ConvNorm, resize
-from pspnet_jax.models.pyramid import Pyramid, PyramidConv
-from pspnet_jax.models.resnet import ResNet
-from pspnet_jax.validation import model_problems
+from pspnet_jax.errors import UserError
+from pspnet_jax.models.heads import AuxiliaryHead, PyramidHead
+from pspnet_jax.models.layers import not_a_choice, resize
+from pspnet_jax.models.pyramid import POOLS, Pyramid
+from pspnet_jax.models.resnet import BLOCKS, FIRST_BLOCK_DILATION, STAGES, STEMS, STRIDE_IN, ResNet
 
-
-class Classifier(nn.Module):
-    """Dropout of whole channels, then a 1x1 convolution with bias: [N, h, w, C] -> f32[N, h, w, K]."""
-
-    num_classes: int
-    dropout: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(x)
-        kernel = self.param("kernel", nn.initializers.normal(0.01), (1, 1, x.shape[-1], self.num_classes))
-        bias = self.param("bias", nn.initializers.zeros, (self.num_classes,))
-        return x.astype(jnp.float32) @ kernel[0, 0] + bias
+CHOICES = {  # what the fields of config.model may be
+    "depth": tuple(BLOCKS),
+    "stem": tuple(STEMS),
+    "stride_in": tuple(STRIDE_IN),
+    "first_block_dilation": tuple(FIRST_BLOCK_DILATION),
+    "output_stride": tuple(STAGES),
+    "pool": tuple(POOLS),
+    "head_kernel": (3, 1),
+    "norm": ("batch", "frozen"),
+    "dtype": ("float32", "bfloat16"),
+}
 
 
 class PSPNet(nn.Module):
-    """The whole network; its fields are those of `config.model`, which says what each means.
+    """A segmentation network of four parts, each of which may be a module of your own.
 
-    With C the backbone's last channel count: the pyramid's levels have C/N channels, the head C/4, the auxiliary head C/8.
+    Attributes:
+      backbone: (images f32[N, H, W, 3], train) -> (third [N, h', w', C/2], fourth [N, h, w, C]), such as `ResNet`.
+      head: (fourth, levels, train) -> scores f32[N, h, w, K], such as `PyramidHead`; `levels` is [] without a pyramid.
+      pyramid: (fourth, train) -> a list of levels [N, b, b, C'], such as `Pyramid`, or None.
+      auxiliary_head: (third, train) -> scores f32[N, h', w', K], such as `AuxiliaryHead`, or None; it runs in training only.
+      align_corners: how the scores are upsampled to the images' size, bilinearly: True as Caffe and semseg, False as mmseg.
+
+    Parameters lie under the fields' names, such as "backbone/...". Those of `PyramidHead` and `AuxiliaryHead` lie directly
+    beside them: "head_conv", "head_bn", "classifier", "auxiliary_conv", "auxiliary_classifier".
     """
 
-    num_classes: int
-    depth: int
-    width: int
-    stem: str
-    stride_in: str
-    first_block_dilation: str
-    output_stride: int
-    bins: Sequence[int]
-    pool: str
-    reduce_channels: bool
-    head_kernel: int
-    factored_head: bool
-    align_corners: bool
-    auxiliary: bool
-    dropout: float
-    norm: str
-    dtype: str
+    backbone: nn.Module
+    head: nn.Module
+    pyramid: nn.Module | None = None
+    auxiliary_head: nn.Module | None = None
+    align_corners: bool = True
 
-    @nn.compact
+    def setup(self) -> None:
+        for head in (self.head, self.auxiliary_head):
+            if isinstance(head, PyramidHead | AuxiliaryHead):
+                nn.share_scope(self, head)
+
     def __call__(self, images: jax.Array, train: bool) -> jax.Array | tuple[jax.Array, jax.Array | None]:
         """Segments normalized images of any size.
 
@@ -63,45 +59,62 @@ class PSPNet(nn.Module):
         Returns:
           Logits f32[N, H, W, K]; with train a pair of them and the auxiliary head's, f32[N, H, W, K], or None without one.
         """
-        dtype, frozen = jnp.dtype(self.dtype), self.norm == "frozen"
-        conv_norm = functools.partial(ConvNorm, frozen=frozen, dtype=dtype)
-        third, fourth = ResNet(
-            self.depth,
-            self.width,
-            self.stem,
-            self.stride_in,
-            self.first_block_dilation,
-            self.output_stride,
-            conv_norm,
-            name="backbone",
-        )(images.astype(dtype), train)
-        levels = Pyramid(self.bins, self.pool, self.reduce_channels, conv_norm, name="pyramid")(fourth, train)
-        channels = fourth.shape[-1]
-        head_conv = PyramidConv(
-            channels // 4, self.head_kernel, self.align_corners, self.factored_head, dtype, name="head_conv"
-        )
-        x = nn.relu(BatchNorm(frozen, dtype, name="head_bn")(head_conv(fourth, levels), train))
-        logits = self._upsampled(Classifier(self.num_classes, self.dropout, name="classifier")(x, train), images)
-        auxiliary = None
-        if self.auxiliary and (train or self.is_initializing()):
-            x = conv_norm(channels // 8, name="auxiliary_conv")(third, train)
-            x = Classifier(self.num_classes, self.dropout, name="auxiliary_classifier")(x, train)
-            auxiliary = self._upsampled(x, images)
-        return (logits, auxiliary) if train else logits
 
-    def _upsampled(self, logits: jax.Array, images: jax.Array) -> jax.Array:
-        return resize(logits, images.shape[1], images.shape[2], self.align_corners)
+        def upsample(scores: jax.Array) -> jax.Array:
+            return resize(scores, images.shape[1], images.shape[2], self.align_corners)
+
+        third, fourth = self.backbone(images, train)
+        levels = self.pyramid(fourth, train) if self.pyramid else []
+        logits, auxiliary = upsample(self.head(fourth, levels, train)), None
+        if self.auxiliary_head and (train or self.is_initializing()):
+            auxiliary = upsample(self.auxiliary_head(third, train))
+        return (logits, auxiliary) if train else logits
 
 
 def build(model: ConfigDict, num_classes: int) -> PSPNet:
     """Builds the network of `config.model` for K = num_classes.
 
     Raises:
-      ValueError: names every field with an impossible value.
+      UserError: names every field with an impossible value.
     """
-    if problems := model_problems(model):
-        raise ValueError("\n".join(problems))
-    return PSPNet(num_classes=num_classes, **model.to_dict())
+    if wrong := problems(model):
+        raise UserError("\n".join(wrong))
+    frozen_norm = model.norm == "frozen"
+    return PSPNet(
+        backbone=ResNet(
+            depth=model.depth,
+            width=model.width,
+            stem=model.stem,
+            stride_in=model.stride_in,
+            first_block_dilation=model.first_block_dilation,
+            output_stride=model.output_stride,
+            frozen_norm=frozen_norm,
+            dtype=jnp.dtype(model.dtype),
+        ),
+        pyramid=Pyramid(model.bins, model.pool, model.reduce_channels, frozen_norm),
+        head=PyramidHead(
+            num_classes=num_classes,
+            kernel_size=model.head_kernel,
+            factored=model.factored_head,
+            align_corners=model.align_corners,
+            dropout=model.dropout,
+            frozen_norm=frozen_norm,
+        ),
+        auxiliary_head=AuxiliaryHead(num_classes, model.dropout, frozen_norm) if model.auxiliary else None,
+        align_corners=model.align_corners,
+    )
+
+
+def problems(model: ConfigDict) -> list[str]:
+    """What is impossible in `config.model` by itself, one sentence per field; empty when all is well."""
+    found = [not_a_choice(choices, f"model.{f}", model[f]) for f, choices in CHOICES.items() if model[f] not in choices]
+    if model.width < 8 or model.width % 8:
+        found.append(f"model.width={model.width}: expected a multiple of 8 (64 is ResNet's)")
+    if any(b < 1 for b in model.bins):
+        found.append(f"model.bins={model.bins}: expected bins of 1 or more")
+    if not 0 <= model.dropout < 1:
+        found.append(f"model.dropout={model.dropout}: expected a value from 0 up to, not including, 1")
+    return found
 
 
 def normalize(images: jax.Array, statistics: ConfigDict) -> jax.Array:

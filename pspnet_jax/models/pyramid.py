@@ -1,7 +1,6 @@
 """The pyramid pooling module, and the convolution that reads it, plain and factored (Zhao et al. 2017, section 3.2)."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -9,35 +8,48 @@ import jax.numpy as jnp
 import numpy as np
 
 from pspnet_jax.models.layers import (
+    ConvNorm,
     adaptive_average_pool,
     adaptive_max_pool,
+    choose,
     convolve,
     he_normal_fan_out,
     resize,
     resize_matrix,
 )
 
+POOLS = {"average": adaptive_average_pool, "max": adaptive_max_pool}
+
 
 class Pyramid(nn.Module):
-    """Pools features to b x b for each bin b: [N, h, w, C] -> one [N, b, b, C/N_levels] a bin (C without reduction).
+    """Pools features to b x b for each bin b: [N, h, w, C] -> one [N, b, b, C/len(bins)] per bin (C without reduction).
 
     Each level is a 1x1 convolution with batch normalization and ReLU over the pooled features.
+
+    Attributes:
+      bins, pool, reduce_channels: as in `config.model`, which says what each means.
+      frozen_norm: as in `ConvNorm`; with a 1x1 bin, training on a single image needs it.
     """
 
-    bins: Sequence[int]
-    pool: str
-    reduce_channels: bool
-    conv_norm: Callable[..., nn.Module]
+    bins: Sequence[int] = (1, 2, 3, 6)
+    pool: str = "average"
+    reduce_channels: bool = True
+    frozen_norm: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> list[jax.Array]:
-        pool = adaptive_average_pool if self.pool == "average" else adaptive_max_pool
-        channels = x.shape[-1] // max(1, len(self.bins)) if self.reduce_channels else x.shape[-1]
-        return [self.conv_norm(channels, 1, name=f"level{i}")(pool(x, bins), train) for i, bins in enumerate(self.bins)]
+        pool, levels = choose(POOLS, "pool", self.pool), []
+        channels = x.shape[-1] // len(self.bins) if self.reduce_channels and self.bins else x.shape[-1]
+        for i, bins in enumerate(self.bins):
+            level = ConvNorm(channels, 1, frozen_norm=self.frozen_norm, name=f"level{i}")
+            levels.append(level(pool(x, bins).astype(x.dtype), train))
+        return levels
 
 
 class PyramidConv(nn.Module):
     """Convolution over concat[x, up(level 0), up(level 1), ...], with symmetric padding and no bias -> [N, h, w, features].
+
+    Computed in the dtype of x.
 
     Attributes:
       factored: compute the same function as a sum of one convolution per input, without building the concatenation,
@@ -48,22 +60,21 @@ class PyramidConv(nn.Module):
     kernel_size: int
     align_corners: bool
     factored: bool
-    dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, levels: Sequence[jax.Array]) -> jax.Array:
         height, width = x.shape[1:3]
         inputs = [x, *levels]
         shape = (self.kernel_size, self.kernel_size, sum(i.shape[-1] for i in inputs), self.features)
-        kernel = self.param("kernel", he_normal_fan_out, shape).astype(self.dtype)
+        kernel = self.param("kernel", he_normal_fan_out, shape).astype(x.dtype)
         if not self.factored:
-            upsampled = [resize(level, height, width, self.align_corners).astype(self.dtype) for level in levels]
+            upsampled = [resize(level, height, width, self.align_corners).astype(x.dtype) for level in levels]
             return convolve(jnp.concatenate([x, *upsampled], axis=-1), kernel)
         own, *parts = jnp.split(kernel, np.cumsum([i.shape[-1] for i in inputs])[:-1], axis=2)
         y = convolve(x, own).astype(jnp.float32)
         for level, part in zip(levels, parts, strict=True):
             y += convolve_upsampled(level, part, height, width, self.align_corners)
-        return y.astype(self.dtype)
+        return y.astype(x.dtype)
 
 
 def convolve_upsampled(level: jax.Array, kernel: jax.Array, height: int, width: int, align_corners: bool) -> jax.Array:

@@ -1,13 +1,16 @@
 """The dilated ResNet, PSPNet's backbone (He et al. 2016, with the dilation of Chen et al. 2015)."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
-from pspnet_jax.models.layers import max_pool
+from pspnet_jax.models.layers import ConvNorm, choose, max_pool
 
-BLOCKS = {
+BLOCKS = {  # of each stage, by depth
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
     50: (3, 4, 6, 3),
@@ -28,6 +31,10 @@ STAGES = {
     16: ((1, 1), (2, 1), (2, 1), (1, 2)),
     32: ((1, 1), (2, 1), (2, 1), (2, 1)),
 }
+# Where a bottleneck takes its stride: stride -> those of its first 1x1 and its 3x3 convolution.
+STRIDE_IN = {"conv3x3": lambda stride: (1, stride), "conv1x1": lambda stride: (stride, 1)}
+# What the dilation of a stage is divided by in its first block.
+FIRST_BLOCK_DILATION = {"full": 1, "half": 2}
 
 
 class BasicBlock(nn.Module):
@@ -36,9 +43,7 @@ class BasicBlock(nn.Module):
     channels: int
     stride: int
     dilation: int
-    stride_in: str  # a basic block has no 1x1 convolution that could take the stride
     conv_norm: Callable[..., nn.Module]
-    expansion = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -53,13 +58,12 @@ class Bottleneck(nn.Module):
     channels: int
     stride: int
     dilation: int
-    stride_in: str
     conv_norm: Callable[..., nn.Module]
-    expansion = 4
+    stride_in: str = "conv3x3"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        stride1, stride2 = (self.stride, 1) if self.stride_in == "conv1x1" else (1, self.stride)
+        stride1, stride2 = choose(STRIDE_IN, "stride_in", self.stride_in)(self.stride)
         y = self.conv_norm(self.channels, 1, stride1, name="conv1")(x, train)
         y = self.conv_norm(self.channels, 3, stride2, self.dilation, name="conv2")(y, train)
         y = self.conv_norm(4 * self.channels, 1, relu=False, name="conv3")(y, train)
@@ -74,36 +78,49 @@ def _add_shortcut(block: BasicBlock | Bottleneck, x: jax.Array, y: jax.Array, tr
 
 
 class ResNet(nn.Module):
-    """f32[N, H, W, 3] -> (layer3's output, layer4's output), with C/2 and C channels, C = 32 * width (8 * width if basic).
+    """Normalized images f32[N, H, W, 3] -> the features of layer3 and of layer4, [N, h, w, C/2] and [N, h, w, C].
 
-    The height and width are ceil(H / output_stride) and ceil(W / output_stride).
+    C = 32 * width (8 * width with basic blocks), h = ceil(H / output_stride) and w = ceil(W / output_stride); at output stride
+    32, layer3 has stride 16.
+
+    Attributes:
+      depth, width, stem, stride_in, first_block_dilation, output_stride: as in `config.model`, which says what each means.
+      frozen_norm: as in `ConvNorm`.
+      dtype: of the activations and so of the features; parameters and statistics stay float32.
+
+    Raises:
+      UserError: in the first call, a field has no such choice.
     """
 
-    depth: int
-    width: int
-    stem: str
-    stride_in: str
-    first_block_dilation: str
-    output_stride: int
-    conv_norm: Callable[..., nn.Module]
+    depth: int = 50
+    width: int = 64
+    stem: str = "deep"
+    stride_in: str = "conv3x3"
+    first_block_dilation: str = "full"
+    output_stride: int = 8
+    frozen_norm: bool = False
+    dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
-        for i, (kernel_size, multiple) in enumerate(STEMS[self.stem]):
-            x = self.conv_norm(int(multiple * self.width), kernel_size, 2 if i == 0 else 1, name=f"stem_conv{i + 1}")(x, train)
+    def __call__(self, images: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
+        conv_norm = functools.partial(ConvNorm, frozen_norm=self.frozen_norm)
+        x = images.astype(self.dtype)
+        for i, (kernel_size, multiple) in enumerate(choose(STEMS, "stem", self.stem)):
+            x = conv_norm(int(multiple * self.width), kernel_size, 2 if i == 0 else 1, name=f"stem_conv{i + 1}")(x, train)
         x = max_pool(x)
-        block = BasicBlock if self.depth in BASIC_DEPTHS else Bottleneck
-        outputs = []
-        for stage, (stride, dilation) in enumerate(STAGES[self.output_stride]):
-            for i in range(BLOCKS[self.depth][stage]):
-                halved = i == 0 and self.first_block_dilation == "half"
+        bottleneck = functools.partial(Bottleneck, stride_in=self.stride_in)
+        block = BasicBlock if self.depth in BASIC_DEPTHS else bottleneck
+        blocks = choose(BLOCKS, "depth", self.depth)
+        divisor = choose(FIRST_BLOCK_DILATION, "first_block_dilation", self.first_block_dilation)
+        features = []
+        for stage, (stride, dilation) in enumerate(choose(STAGES, "output_stride", self.output_stride)):
+            for i in range(blocks[stage]):
                 x = block(
                     channels=self.width * 2**stage,
                     stride=stride if i == 0 else 1,
-                    dilation=max(1, dilation // 2) if halved else dilation,
-                    stride_in=self.stride_in,
-                    conv_norm=self.conv_norm,
+                    dilation=max(1, dilation // divisor) if i == 0 else dilation,
+                    conv_norm=conv_norm,
                     name=f"layer{stage + 1}_block{i}",
                 )(x, train)
-            outputs.append(x)
-        return outputs[2], outputs[3]
+            features.append(x)
+        return features[2], features[3]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from pspnet_jax.errors import MissingFileError, UserError
 from pspnet_jax.models.resnet import BLOCKS
 
 # Where conv3_1 takes its stride, by depth. No weight tells: it stands in the networks, evaluation/prototxt/*.prototxt.
@@ -69,21 +70,21 @@ def read(path: epath.PathLike) -> dict[str, np.ndarray]:
       bias, mean and variance of a BN layer ("conv5_4/bn:0" to ":3").
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is truncated, no Caffe network or one without weights, or a blob contradicts its shape or is not finite.
+      MissingFileError: there is no such file.
+      UserError: it is truncated, no Caffe network or one without weights, or a blob contradicts its shape or is not finite.
     """
     from google.protobuf.message import DecodeError  # comes with TensorFlow's wheels, and is needed here alone
 
     path = epath.Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a .caffemodel")
+        raise MissingFileError(f"{path}: no such file; expected a .caffemodel")
     try:
         net = _net_parameter().FromString(path.read_bytes())
         blobs = {f"{layer.name}:{i}": blob for layer in (*net.layers, *net.layer) for i, blob in enumerate(layer.blobs)}
     except DecodeError as error:
-        raise ValueError(f"{path}: not a .caffemodel, or a part of one; copy or download it again ({error})") from error
+        raise UserError(f"{path}: not a .caffemodel, or a part of one; copy or download it again ({error})") from error
     if not blobs:
-        raise ValueError(f"{path}: holds no layer with weights; expected a trained network, a .caffemodel")
+        raise UserError(f"{path}: holds no layer with weights; expected a trained network, a .caffemodel")
     return {key: _array(blob, key, path) for key, blob in blobs.items()}
 
 
@@ -91,9 +92,9 @@ def _array(blob: Any, key: str, path: epath.Path) -> np.ndarray:
     values = np.array(blob.data or blob.double_data, np.float32)
     shape = tuple(blob.shape.dim) if blob.HasField("shape") else (blob.num, blob.channels, blob.height, blob.width)
     if min(shape, default=1) < 0 or math.prod(shape) != values.size:
-        raise ValueError(f"{path}: blob {key} has {values.size} values for the shape {shape}; copy or download the file again")
+        raise UserError(f"{path}: blob {key} has {values.size} values for the shape {shape}; copy or download the file again")
     if not np.isfinite(values).all():
-        raise ValueError(f"{path}: blob {key} holds values that are not finite; export the network again")
+        raise UserError(f"{path}: blob {key} holds values that are not finite; export the network again")
     layer, index = key.rsplit(":", 1)
     return values.reshape(shape) if index == "0" and not layer.endswith("/bn") else values
 

@@ -5,92 +5,114 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# Field of config.model: its pattern in the text, and what the values mean.
-FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "align_corners": (r"align_corners=(\w+)", {"True": True, "False": False}),
-    "first_block_dilation": (r"contract_dilation=(\w+)", {"True": "half", "False": "full"}),
-    "stride_in": (r"style='(\w+)'", {"pytorch": "conv3x3", "caffe": "conv1x1"}),
-}
-# Strides and dilations of the stages in the text -> output stride. The zoo's -d32 has (1, 2, 2, 2) with (1, 1, 2, 4).
-STAGES = {("1,2,1,1", "1,1,2,4"): 8, ("1,2,2,1", "1,1,1,2"): 16, ("1,2,2,2", "1,1,1,1"): 32}
-_SIDES = r"scale=\((\d{1,5}),(\d{1,5}),?\)"
-TEST_SCALE = (  # of the test pipeline; that of training draws its scale
-    rf"\(keep_ratio=True,{_SIDES},type='Resize'",
-    rf"\(type='Resize',{_SIDES},keep_ratio=True",
-    rf"\bimg_{_SIDES}(?!,ratio_range)",
+from pspnet_jax.errors import UserError
+
+_DIGITS, _SIDES = r"\((\d(?:,\d)*),?\)", r"\((\d{1,5},\d{1,5}),?\)"
+# The settings that matter, and how a config's text without white space has them; of several patterns the first found counts.
+PATTERNS = (
+    ("align_corners", r"align_corners=(\w+)"),
+    ("contract_dilation", r"contract_dilation=(\w+)"),
+    ("style", r"style=('\w+')"),
+    ("strides", rf"\bstrides={_DIGITS}"),
+    ("dilations", rf"\bdilations={_DIGITS}"),
+    ("pool_scales", r"pool_scales=\((\d{1,3}(?:,\d{1,3})*),?\)"),
+    ("to_rgb", r"to_rgb=(False)"),
+    ("mean", r"\bmean=\[([^\]]*)\]"),
+    ("std", r"\bstd=\[([^\]]*)\]"),
+    ("mode", r"mode='(slide)'"),
+    ("crop_size", rf"\bcrop_size={_SIDES}"),
+    ("stride", rf"\bstride={_SIDES}"),
+    ("scale", rf"\(keep_ratio=True,scale={_SIDES},type='Resize'"),  # of the test pipeline; that of training is random
+    ("scale", rf"\(type='Resize',scale={_SIDES},keep_ratio=True"),
+    ("scale", rf"\bimg_scale={_SIDES}(?!,ratio_range)"),
 )
-ZOO = {  # a part of the zoo's file names, and the text that such a model's config has; the first that is found counts
-    "769x769": "align_corners=True, mode='slide', crop_size=(769, 769), stride=(513, 513), img_scale=(2049, 1025)",
-    "480x480": "align_corners=False, mode='slide', crop_size=(480, 480), stride=(320, 320)",
-    r"-d32.*\d{3}x\d{3}": "align_corners=False, strides=(1, 2, 2, 2), dilations=(1, 1, 2, 4)",
-    r"\d{3}x\d{3}": "align_corners=False",
+ZOO = {  # a part of the zoo's file names, and the settings of such a model; the first that is found counts
+    "769x769": {"align_corners": "True", "mode": "slide", "crop_size": "769,769", "stride": "513,513", "scale": "2049,1025"},
+    "480x480": {"align_corners": "False", "mode": "slide", "crop_size": "480,480", "stride": "320,320"},
+    r"-d32.*\d{3}x\d{3}": {"align_corners": "False", "strides": "1,2,2,2", "dilations": "1,1,2,4"},
+    r"\d{3}x\d{3}": {"align_corners": "False"},
 }
+# Field of config.model: the setting, and what its values mean.
+FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "align_corners": ("align_corners", {"True": True, "False": False}),
+    "first_block_dilation": ("contract_dilation", {"True": "half", "False": "full"}),
+    "stride_in": ("style", {"'pytorch'": "conv3x3", "'caffe'": "conv1x1"}),
+}
+# Strides and dilations of the stages -> output stride. The zoo's -d32 has (1, 2, 2, 2) with (1, 1, 2, 4).
+STAGES = {("1,2,1,1", "1,1,2,4"): 8, ("1,2,2,1", "1,1,1,2"): 16, ("1,2,2,2", "1,1,1,1"): 32}
+
+Settings = Mapping[str, str]
 
 
-def config_text(metadata: Mapping[str, Any], name: str) -> str:
-    """The training config as Python text without white space, or what the file name tells of it; "" where neither does."""
+def settings(metadata: Mapping[str, Any], name: str) -> Settings:
+    """The settings of the training config, as it writes them; without a config, those that the file name implies."""
     text = metadata.get("cfg") or metadata.get("config")  # mmengine's key, mmcv's
     if not isinstance(text, str):
-        text = next((text for part, text in ZOO.items() if re.search(part, name)), "")
-    return re.sub(r"\s", "", text)
+        return next((found for part, found in ZOO.items() if re.search(part, name)), {})
+    text = re.sub(r"\s", "", text)
+    found: dict[str, str] = {}
+    for setting, pattern in PATTERNS:
+        if match := re.search(pattern, text):
+            found.setdefault(setting, match[1])
+    return found
 
 
-def model_fields(path: os.PathLike, text: str) -> dict[str, Any]:
-    """The fields of config.model that the text tells.
+def model_fields(path: os.PathLike, settings: Settings) -> dict[str, Any]:
+    """The fields of config.model that the settings decide.
 
     Raises:
-      ValueError: a value that our network lacks.
+      UserError: a value that our network lacks.
     """
     fields: dict[str, Any] = {}
-    for field, (pattern, values) in FIELDS.items():
-        if found := re.search(pattern, text):
-            if found[1] not in values:
-                raise ValueError(f"{path}: its config has {found[0]}; what can be imported is {' or '.join(values)}")
-            fields[field] = values[found[1]]
-    stages = [re.search(rf"\b{field}=\((\d(?:,\d)*),?\)", text) for field in ("strides", "dilations")]
-    if stages[0] and stages[1]:
-        key = stages[0][1], stages[1][1]
-        if key not in STAGES:
+    for field, (setting, values) in FIELDS.items():
+        if value := settings.get(setting):
+            if value not in values:
+                raise UserError(f"{path}: its config has {setting}={value}; what can be imported is {' or '.join(values)}")
+            fields[field] = values[value]
+    if "strides" in settings and "dilations" in settings:
+        stages = settings["strides"], settings["dilations"]
+        if stages not in STAGES:
             supported = " or ".join(f"{strides} with {dilations}" for strides, dilations in STAGES)
-            raise ValueError(f"{path}: its stages have strides {key[0]} with dilations {key[1]}; expected {supported}")
-        fields["output_stride"] = STAGES[key]
-    if found := re.search(r"pool_scales=\((\d{1,3}(?:,\d{1,3})*),?\)", text):
-        fields["bins"] = tuple(map(int, found[1].split(",")))
+            raise UserError(f"{path}: its stages have strides {stages[0]} with dilations {stages[1]}; expected {supported}")
+        fields["output_stride"] = STAGES[stages]
+    if "pool_scales" in settings:
+        fields["bins"] = _integers(settings["pool_scales"])
     return fields
 
 
-def normalize_fields(text: str) -> dict[str, Any]:
-    """The fields of config.normalize that the text tells; its mean and std are in the order in which the network takes them."""
-    order = "BGR" if "to_rgb=False" in text else "RGB"
+def normalize_fields(settings: Settings) -> dict[str, Any]:
+    """The fields of config.normalize; the config's mean and std are in the order in which the network takes the channels."""
+    order = "BGR" if "to_rgb" in settings else "RGB"
     fields: dict[str, Any] = {"order": order}
     for field in ("mean", "std"):
-        found = re.search(rf"\b{field}=\[([^\]]*)\]", text)
-        values = tuple(map(float, re.findall(r"\d+(?:\.\d+)?", found[1]))) if found else ()
+        values = tuple(map(float, re.findall(r"\d+(?:\.\d+)?", settings.get(field, ""))))
         if len(values) == 3:
             fields[field] = values if order == "RGB" else values[::-1]
     return fields
 
 
-def evaluation_fields(text: str, num_classes: int) -> dict[str, Any]:
-    """The fields of config.eval: one scale without flip, in windows if the text has them, else whole images.
+def evaluation_fields(settings: Settings, num_classes: int) -> dict[str, Any]:
+    """The fields of config.eval: one scale without flip, in windows if the config has them, else whole images.
 
-    Where the text does not tell the size that images shrink or grow to, it is 2048x1024 for Cityscapes (19 classes), and
+    Where the config does not give the size that images shrink or grow to, it is 2048x1024 for Cityscapes (19 classes), and
     (2048, 512), long and short side at most, for others.
     """
+    sides = _integers(settings.get("scale", "2048,1024" if num_classes == 19 else "2048,512"))
     fields: dict[str, Any] = {"protocol": "mmseg", "inference": "whole", "scales": (1.0,), "flip": False}
-    scale = next((found for pattern in TEST_SCALE if (found := re.search(pattern, text))), None)
-    sides = (int(scale[1]), int(scale[2])) if scale else (2048, 1024 if num_classes == 19 else 512)
     fields |= {"base_size": max(sides), "short_size": min(sides)}
-    crop, stride = (re.search(rf"\b{field}=\((\d{{1,5}}),(\d{{1,5}}),?\)", text) for field in ("crop_size", "stride"))
-    if "mode='slide'" in text and crop and stride:
-        sizes = {"crop": (int(crop[1]), int(crop[2])), "stride": (int(stride[1]), int(stride[2]))}
+    if {"mode", "crop_size", "stride"} <= settings.keys():
+        sizes = {"crop": _integers(settings["crop_size"]), "stride": _integers(settings["stride"])}
         fields |= {"inference": "windows", **sizes}
     return fields
 
 
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
 def classes(metadata: Mapping[str, Any]) -> tuple[Any, Any]:
     """The classes' names and colors, whatever "meta" has in their places."""
-    told = metadata.get("dataset_meta")  # mmengine's place; mmcv's is "meta" itself, in capitals
-    if isinstance(told, Mapping):
-        return told.get("classes"), told.get("palette")
+    info = metadata.get("dataset_meta")  # mmengine's place; mmcv's is "meta" itself, in capitals
+    if isinstance(info, Mapping):
+        return info.get("classes"), info.get("palette")
     return metadata.get("CLASSES"), metadata.get("PALETTE")

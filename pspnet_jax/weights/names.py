@@ -61,7 +61,9 @@ CAFFE_LEAVES = {"kernel": 0, "scale": 0, "bias": 1, "mean": 2, "var": 3}  # numb
 def _torch_key(table: Mapping[str, str], path: str, bins: Sequence[int], depth: int) -> str | None:
     module, leaf = path.split("/", 1)[1].rsplit("/", 1)
     name = table.get(module) or table.get(re.sub(r"\d+", "#", module))
-    return name and f"{name.format(*re.findall('[0-9]+', module))}.{TORCH_LEAVES[leaf]}"
+    if name is None:
+        return None
+    return f"{name.format(*re.findall('[0-9]+', module))}.{TORCH_LEAVES[leaf]}"
 
 
 def _caffe_key(path: str, bins: Sequence[int], depth: int) -> str | None:
@@ -71,8 +73,8 @@ def _caffe_key(path: str, bins: Sequence[int], depth: int) -> str | None:
     return f"{caffe.layer_name(module, bins, depth)}{norm}:{CAFFE_LEAVES[leaf]}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
     """A family of files.
 
     Attributes:
@@ -94,14 +96,27 @@ class Kind:
 
 _RESNET = {"width": 64, "stride_in": "conv3x3"}
 _PSPNET = _RESNET | {"output_stride": 8, "pool": "average", "reduce_channels": True, "head_kernel": 3}
-_SEMSEG = _PSPNET | {"first_block_dilation": "full", "align_corners": True}
-_MMSEG = _PSPNET | {"first_block_dilation": "half", "align_corners": None}  # its contract_dilation; the latter differs
 _IMAGENET = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375), "order": "RGB"}
-_CAFFE = {"mean": (123.68, 116.779, 103.939), "std": (1.0, 1.0, 1.0), "order": "BGR"}
 _COUNTS = r".*\.num_batches_tracked"  # of training steps, by torch's BatchNorm
 
-KINDS = {
-    "resnet": Kind(
+_SEMSEG = Family(
+    title="a PSPNet of semseg",
+    key=functools.partial(_torch_key, SEMSEG),
+    dropped=_COUNTS,
+    model=_PSPNET | {"first_block_dilation": "full", "align_corners": True},
+    protocol="semseg",
+    normalize=_IMAGENET,
+)
+_MMSEG = Family(
+    title="a PSPNet of mmseg",
+    key=functools.partial(_torch_key, MMSEG),
+    dropped=_COUNTS,
+    model=_PSPNET | {"first_block_dilation": "half", "align_corners": None},  # its contract_dilation; the latter differs
+    protocol="mmseg",
+    normalize=_IMAGENET,
+)
+FAMILIES = {
+    "resnet": Family(
         title="an ImageNet ResNet",
         key=functools.partial(_torch_key, TORCHVISION),
         dropped=_COUNTS + r"|(fc|classifier)\.(weight|bias)",
@@ -109,10 +124,17 @@ KINDS = {
         protocol="",
         normalize=_IMAGENET,
     ),
-    "semseg": Kind("a PSPNet of semseg", functools.partial(_torch_key, SEMSEG), _COUNTS, _SEMSEG, "semseg", _IMAGENET),
-    "mmseg": Kind("a PSPNet of mmseg", functools.partial(_torch_key, MMSEG), _COUNTS, _MMSEG, "mmseg", _IMAGENET),
-    "mmseg_b": Kind("a PSPNet of mmseg", functools.partial(_torch_key, MMSEG_B), _COUNTS, _MMSEG, "mmseg", _IMAGENET),
-    "caffe": Kind("a PSPNet of Caffe", _caffe_key, "", _SEMSEG, "caffe", _CAFFE),
+    "semseg": _SEMSEG,
+    "mmseg": _MMSEG,
+    "mmseg_b": dataclasses.replace(_MMSEG, key=functools.partial(_torch_key, MMSEG_B)),
+    "caffe": dataclasses.replace(
+        _SEMSEG,
+        title="a PSPNet of Caffe",
+        key=_caffe_key,
+        dropped="",
+        protocol="caffe",
+        normalize={"mean": (123.68, 116.779, 103.939), "std": (1.0, 1.0, 1.0), "order": "BGR"},
+    ),
 }
 
 

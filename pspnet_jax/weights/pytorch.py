@@ -13,6 +13,7 @@ import numpy as np
 import safetensors.numpy
 
 from pspnet_jax import files
+from pspnet_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 
@@ -45,19 +46,19 @@ def read_safetensors(path: str) -> tuple[Arrays, Mapping[str, Any]]:
     """Reads a .safetensors file: its arrays, and no metadata.
 
     Raises:
-      ValueError: it is damaged or something else.
+      UserError: it is damaged or something else.
     """
     try:
         return _without_module(safetensors.numpy.load_file(path)), {}
     except (safetensors.SafetensorError, TypeError, KeyError) as error:  # the last two: a dtype that NumPy lacks
-        raise ValueError(f"{path}: cannot be read as safetensors ({error}); fetch it again, or check what it is") from error
+        raise UserError(f"{path}: cannot be read as safetensors ({error}); fetch it again, or check what it is") from error
 
 
 def read_torch(path: str) -> tuple[Arrays, Mapping[str, Any]]:
     """Reads a state_dict, bare or under "state_dict" or "model": its arrays (float32 if floats), and the checkpoint's "meta".
 
     Raises:
-      ValueError: torch is missing, the file is damaged or something else, holds objects, or holds no state_dict.
+      UserError: torch is missing, the file is damaged or something else, holds objects, or holds no state_dict.
     """
     content = _load(path, _import_torch(path))
     content = content if isinstance(content, Mapping) else {}
@@ -68,7 +69,7 @@ def read_torch(path: str) -> tuple[Arrays, Mapping[str, Any]]:
             tensor = tensor.detach()
             arrays[str(key)] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
         except (AttributeError, TypeError, RuntimeError) as error:  # no tensor, or a sparse or quantized one
-            raise ValueError(
+            raise UserError(
                 f"{path}: {key!r} is no dense tensor; expected a state_dict, bare or under 'state_dict' or 'model'"
             ) from error
     metadata = content.get("meta")
@@ -85,11 +86,11 @@ def _load(path: str, torch: ModuleType) -> object:
         raise  # not the file's fault
     except Exception as error:  # whatever a damaged or hostile file makes torch raise
         if found := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(
+            raise UserError(
                 f"{path}: holds Python objects besides tensors ({found[1]}), and reading these could run code, so nothing was "
                 "read; ask who made it for a file with the state_dict alone, best as .safetensors"
             ) from error
-        raise ValueError(
+        raise UserError(
             f"{path}: cannot be read as a PyTorch file of tensors alone; fetch it again, or check what it is"
         ) from error
 
@@ -98,7 +99,7 @@ def _import_torch(path: str) -> ModuleType:
     try:
         import torch
     except ImportError as error:
-        raise ValueError(f'{path}: this format needs PyTorch: pip install ".[torch]", or use .safetensors instead') from error
+        raise UserError(f'{path}: this format needs PyTorch: pip install ".[torch]", or use .safetensors instead') from error
     return torch
 
 
@@ -119,7 +120,7 @@ def write_torch(path: str | os.PathLike, arrays: Arrays) -> None:
     """Writes what semseg's training writes, for its `DataParallel(...).load_state_dict(checkpoint["state_dict"])`.
 
     Raises:
-      ValueError: torch is missing.
+      UserError: torch is missing.
     """
     torch = _import_torch(str(path))
     state_dict = {f"module.{key}": torch.from_numpy(array) for key, array in arrays.items()}

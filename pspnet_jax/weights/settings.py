@@ -8,11 +8,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from pspnet_jax import datasets
+from pspnet_jax.errors import UserError
 from pspnet_jax.weights.source import Source
 
 logger = logging.getLogger(__name__)
 DATASETS = {150: "ade20k", 21: "voc2012", 19: "cityscapes"}  # by the number of classes
-UNTOLD = {  # where a file does not tell: what is likely, and what else it may be
+ASSUMED = {  # where a file does not tell: what is likely, and what else it may be
     "align_corners": (False, True),
     "stride_in": ("conv1x1", "conv3x3"),
     "bins": ((1, 2, 3, 6), "..."),
@@ -23,13 +24,13 @@ def configure(config: ConfigDict, source: Source) -> None:
     """Writes what is known of a segmentation network into config.model, normalize, dataset and eval.
 
     Raises:
-      ValueError: it is a backbone alone.
+      UserError: it is a backbone alone.
     """
     if source.num_classes is None:
-        raise ValueError(f"{source}; there is nothing to evaluate: train from it with --config.init_from={source.path}")
+        raise UserError(f"{source}; there is nothing to evaluate: train from it with --config.init_from={source.path}")
     for field, value in source.model.items():
         if value is None:
-            value, other = UNTOLD[field]
+            value, other = ASSUMED[field]
             flag = flags("model", {field: other})
             logger.warning("%s does not tell model.%s: it is %s without %s", source.path, field, value, flag)
         config.model[field] = value
@@ -53,11 +54,11 @@ def check_normalize(normalize: ConfigDict, source: Source) -> None:
     """Refuses to start from weights that were trained on otherwise normalized images.
 
     Raises:
-      ValueError: names the flags to set.
+      UserError: names the flags to set.
     """
     wrong = {field: value for field, value in source.normalize.items() if not _same(normalize[field], value)}
     if wrong:
-        raise ValueError(f"{source}; it was trained on images normalized otherwise: set {flags('normalize', wrong)}")
+        raise UserError(f"{source}; it was trained on images normalized otherwise: set {flags('normalize', wrong)}")
 
 
 def _same(value: Any, expected: Any) -> bool:

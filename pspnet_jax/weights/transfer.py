@@ -6,12 +6,14 @@ import re
 from collections.abc import Mapping, Set
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from pspnet_jax import models
+from pspnet_jax.errors import UserError
 from pspnet_jax.weights import names, pytorch
 from pspnet_jax.weights.settings import flags
 from pspnet_jax.weights.source import Source, read
@@ -19,71 +21,92 @@ from pspnet_jax.weights.source import Source, read
 LISTED = 4  # of the keys that do not fit, how many a message names
 FORMATS = {"torch": pytorch.write_torch, "safetensors": pytorch.write_safetensors}
 ENDINGS = {"torch": (".pth", ".pt"), "safetensors": (".safetensors",)}
-EXPORTED = names.KINDS["semseg"].model | {"stem": "deep", "bins": (1, 2, 3, 6)}  # the networks that semseg's code computes
+SEMSEG = names.FAMILIES["semseg"]
+EXPORTED = SEMSEG.model | {"stem": "deep", "bins": (1, 2, 3, 6)}  # the networks that semseg's code computes
 EXPORTED_DEPTHS = (50, 101, 152)
 
 
-def load(path: str | os.PathLike, model: models.PSPNet, partial: bool = False) -> dict[str, Any]:
+def load(path: str | os.PathLike, model: nn.Module, partial: bool = False) -> dict[str, Any]:
     """Reads a checkpoint into the variables of a network.
 
     Args:
       path: a file that `inspect` recognizes.
-      model: the network; its form has to be the file's.
+      model: a PSPNet as `models.build` makes it, whose form has to be the file's. For the file of a backbone alone, any module
+        with a `models.ResNet` as its `backbone`.
       partial: leave classifiers of another class count out, and an auxiliary head that the file lacks.
 
     Returns:
       {"params", "batch_stats"}, nested dicts of float32 arrays; from a backbone alone their "backbone" and nothing else.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it cannot be read; its network differs from the model, with the flags to set; or its keys do: the first of
+      MissingFileError: there is no such file.
+      UserError: it cannot be read; its network differs from the model, with the flags to set; or its keys do: the first of
         those that are unexpected, missing, of another shape, no floats or not finite, and how many there are.
     """
     source, arrays = read(path)
-    _check_fields(source, model, partial)
-    shapes = _shapes(model)
+    fields = model_fields(model)
+    _check_fields(source, fields, partial)
+    shapes = _shapes(source, model)
     known = {key: variable for variable in shapes if (key := source.key(variable))}
-    wanted = {key: variable for key, variable in known.items() if not _left_out(variable, source, model)}
+    wanted = {key: variable for key, variable in known.items() if not _left_out(variable, source, fields)}
     _check_arrays(source, arrays, known.keys(), {key: shapes[variable] for key, variable in wanted.items()})
     flat = {variable: np.array(names.to_ours(arrays[key]), np.float32, order="C") for key, variable in wanted.items()}
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _shapes(model: models.PSPNet) -> dict[str, tuple[int, ...]]:
-    """The shapes of all variables, with an auxiliary head's, as others store them."""
-    model, image = model.clone(auxiliary=True), jnp.zeros((1, 64, 64, 3))  # any size has the same variables
-    variables = jax.eval_shape(lambda: jax.tree.map(names.to_theirs, model.init(jax.random.key(0), image, train=False)))
+def model_fields(model: nn.Module) -> dict[str, Any]:
+    """num_classes and the fields of config.model, as far as a network consists of our modules."""
+    fields: dict[str, Any] = {}
+    backbone, head = getattr(model, "backbone", None), getattr(model, "head", None)
+    if isinstance(backbone, models.ResNet):
+        for field in ("depth", "width", "stem", "stride_in", "first_block_dilation", "output_stride"):
+            fields[field] = getattr(backbone, field)
+    if isinstance(model, models.PSPNet) and isinstance(head, models.PyramidHead):
+        pyramid = model.pyramid or models.Pyramid(bins=())
+        auxiliary = model.auxiliary_head
+        if isinstance(pyramid, models.Pyramid) and isinstance(auxiliary, models.AuxiliaryHead | None):
+            fields |= {"bins": tuple(pyramid.bins), "pool": pyramid.pool, "reduce_channels": pyramid.reduce_channels}
+            fields |= {"head_kernel": head.kernel_size, "align_corners": model.align_corners}
+            fields |= {"auxiliary": auxiliary is not None, "num_classes": head.num_classes}
+    return fields
+
+
+def _check_fields(source: Source, fields: Mapping[str, Any], partial: bool) -> None:
+    if not source.model.keys() <= fields.keys():
+        own = "of a backbone other than models.ResNet" if "depth" not in fields else "of other parts than models.build's"
+        raise UserError(f"{source}; it cannot be loaded into a network {own}")
+    wrong = {}
+    for field, value in source.model.items():
+        unused = field == "auxiliary" and (value or partial)
+        if value not in (None, fields[field]) and not unused:
+            wrong[field] = value
+    if wrong:
+        raise UserError(f"{source}; the network differs from it: set {flags('model', wrong)}")
+    if not partial and source.num_classes not in (None, fields.get("num_classes")):
+        raise UserError(f"{source}; the network has {fields['num_classes']} classes")
+
+
+def _shapes(source: Source, model: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of all variables that the file may have, with an auxiliary head's, as others store them."""
+    if source.num_classes is None:
+        network = models.PSPNet(model.backbone, models.PyramidHead(1))  # any head will do
+    else:
+        network = model.clone(auxiliary_head=models.AuxiliaryHead(model.head.num_classes))
+    image = jnp.zeros((1, 64, 64, 3))  # any size has the same variables
+    variables = jax.eval_shape(lambda: jax.tree.map(names.to_theirs, network.init(jax.random.key(0), image, train=False)))
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables, sep="/").items()}
 
 
-def _check_fields(source: Source, model: models.PSPNet, partial: bool) -> None:
-    wrong = {}
-    for field, value in source.model.items():
-        present = _field(model, field)
-        unused = field == "auxiliary" and (value or partial)
-        if value not in (None, present) and not unused:
-            wrong[field] = value
-    if wrong:
-        raise ValueError(f"{source}; the network differs from it: set {flags('model', wrong)}")
-    if not partial and source.num_classes not in (None, model.num_classes):
-        raise ValueError(f"{source}; the network has {model.num_classes} classes")
-
-
-def _field(model: models.PSPNet, field: str) -> Any:
-    value = getattr(model, field)
-    return tuple(value) if field == "bins" else value
-
-
-def _left_out(variable: str, source: Source, model: models.PSPNet) -> bool:
+def _left_out(variable: str, source: Source, fields: Mapping[str, Any]) -> bool:
     """Whether a variable belongs to an auxiliary head that only one side has, or to a classifier of other classes."""
-    unpaired = "/auxiliary" in variable and not (model.auxiliary and source.model.get("auxiliary"))
-    return unpaired or ("classifier/" in variable and source.num_classes != model.num_classes)
+    unpaired = "/auxiliary" in variable and not (fields["auxiliary"] and source.model["auxiliary"])
+    return unpaired or ("classifier/" in variable and source.num_classes != fields["num_classes"])
 
 
 def _check_arrays(source: Source, arrays: pytorch.Arrays, known: Set[str], wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Refuses arrays that are not known, and those wanted that are missing or cannot be what they should be."""
     present = {key: arrays[key] for key in wanted if key in arrays}
-    dropped = re.compile(names.KINDS[source.kind].dropped)
+    dropped = re.compile(source.family.dropped)
     problems = {
         "unexpected": [k for k in arrays if k not in known and not dropped.fullmatch(k)],
         "missing": [k for k in wanted if k not in arrays],
@@ -91,15 +114,19 @@ def _check_arrays(source: Source, arrays: pytorch.Arrays, known: Set[str], wante
         "not floating point": [f"{k} ({v.dtype})" for k, v in present.items() if not jnp.issubdtype(v.dtype, jnp.floating)],
     }
     if not any(problems.values()):
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is told as such
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is reported as such
             finite = {key: np.isfinite(array.astype(np.float32)).all() for key, array in present.items()}
         problems = {"not finite in float32": [key for key in finite if not finite[key]]}
-    told = [f"{len(v)} {what}: {', '.join(v[:LISTED])}{', ...' * (len(v) > LISTED)}" for what, v in problems.items() if v]
-    if told:
-        raise ValueError(f"{source}; its arrays do not fit: {'; '.join(told)}")
+    found = [f"{len(keys)} {what}: {_listed(keys)}" for what, keys in problems.items() if keys]
+    if found:
+        raise UserError(f"{source}; its arrays do not fit: {'; '.join(found)}")
 
 
-def save(path: str | os.PathLike, variables: Any, model: models.PSPNet, fmt: str) -> None:
+def _listed(keys: list[str]) -> str:
+    return ", ".join(keys if len(keys) <= LISTED else [*keys[:LISTED], "..."])
+
+
+def save(path: str | os.PathLike, variables: Any, model: nn.Module, fmt: str) -> None:
     """Writes the variables of a network in semseg's form.
 
     Args:
@@ -110,25 +137,32 @@ def save(path: str | os.PathLike, variables: Any, model: models.PSPNet, fmt: str
         the same arrays without the prefix.
 
     Raises:
-      ValueError: semseg's code cannot compute this network, fmt is unknown, or torch is missing.
+      UserError: semseg's code cannot compute this network, fmt is unknown, or torch is missing.
     """
     if fmt not in FORMATS:
-        raise ValueError(f"--format {fmt}: expected one of {', '.join(FORMATS)}")
+        raise UserError(f"--format {fmt}: expected one of {', '.join(FORMATS)}")
     path = pathlib.Path(path)
     if path.suffix not in ENDINGS[fmt]:
-        raise ValueError(f"--output {path}: expected a name that ends in {' or '.join(ENDINGS[fmt])}, as --format is {fmt}")
+        raise UserError(f"--output {path}: expected a name that ends in {' or '.join(ENDINGS[fmt])}, as --format is {fmt}")
     if path.exists():
-        raise ValueError(f"--output {path}: is there already; choose another name, or delete it")
-    wrong = [f"model.{f}={getattr(model, f)}, not {v}" for f, v in EXPORTED.items() if _field(model, f) != v]
-    if model.depth not in EXPORTED_DEPTHS:
-        wrong.append(f"model.depth={model.depth}, not one of {EXPORTED_DEPTHS}")
+        raise UserError(f"--output {path}: is there already; choose another name, or delete it")
+    fields = model_fields(model)
+    if not EXPORTED.keys() <= fields.keys():
+        raise UserError(f"{path}: semseg's PSPNet is another network than this one, which has other parts than models.build's")
+    wrong = [f"model.{field}={fields[field]}, not {value}" for field, value in EXPORTED.items() if fields[field] != value]
+    if fields["depth"] not in EXPORTED_DEPTHS:
+        wrong.append(f"model.depth={fields['depth']}, not one of {EXPORTED_DEPTHS}")
     if wrong:
-        raise ValueError(f"{path}: semseg's PSPNet is another network than this one, which has {'; '.join(wrong)}")
+        raise UserError(f"{path}: semseg's PSPNet is another network than this one, which has {'; '.join(wrong)}")
+    FORMATS[fmt](path, _semseg_arrays(variables, fields))
+
+
+def _semseg_arrays(variables: Any, fields: Mapping[str, Any]) -> pytorch.Arrays:
     arrays = {}
-    for ours, value in traverse_util.flatten_dict(variables, sep="/").items():
-        key = names.KINDS["semseg"].key(ours, model.bins, model.depth)
+    for path, value in traverse_util.flatten_dict(variables, sep="/").items():
+        key = SEMSEG.key(path, fields["bins"], fields["depth"])
         assert key is not None
         arrays[key] = np.array(names.to_theirs(np.asarray(value)), order="C")
         if key.endswith(".running_mean"):
             arrays[key.replace("running_mean", "num_batches_tracked")] = np.zeros((), np.int64)
-    FORMATS[fmt](path, arrays)
+    return arrays

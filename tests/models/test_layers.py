@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pspnet_jax.errors import UserError
 from pspnet_jax.models import layers
 from tests.models import reference
 
@@ -86,49 +87,50 @@ def test_adaptive_pooling_equals_its_definition_where_bins_do_not_divide(bins):
         np.testing.assert_array_equal(layers.adaptive_max_pool(x, bins), reference.adaptive_pool(x, bins, "max"))
 
 
-@pytest.mark.parametrize(
-    ("size", "stride", "dilation"), [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (3, 1, 2), (3, 1, 4), (3, 2, 2), (7, 2, 1)]
-)
-def test_convolution_equals_its_definition(size, stride, dilation):
-    x, kernel = noise(2, 9, 6, 4), noise(size, size, 4, 3)
-    y = layers.convolve(x, kernel, stride, dilation)
-    assert y.shape == (2, -(-9 // stride), -(-6 // stride), 3)
-    np.testing.assert_allclose(y, reference.convolve(x, kernel.astype(np.float64), stride, dilation), atol=2e-5)
+def conv_norm_of_ones(**fields: object) -> tuple[layers.ConvNorm, dict]:
+    """A ConvNorm whose convolution passes its single channel on, with running mean 0 and variance 1."""
+    module = layers.ConvNorm(1, 1, relu=False, **fields)
+    variables = module.init(jax.random.key(0), jnp.ones((2, 1, 1, 1)), train=False)
+    return module, variables | {"params": variables["params"] | {"conv": {"kernel": jnp.ones((1, 1, 1, 1))}}}
 
 
 def test_batch_norm_by_hand():
     x = jnp.array([0, 4], jnp.float32).reshape(2, 1, 1, 1)  # mean 2, variance 4
-    norm = layers.BatchNorm()
-    variables = norm.init(jax.random.key(0), x, train=False)  # running mean 0, variance 1
-    y, updates = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+    module, variables = conv_norm_of_ones()
+    y, updates = module.apply(variables, x, train=True, mutable=["batch_stats"])
     np.testing.assert_allclose(y.ravel(), np.array([-2, 2]) / np.sqrt(4 + 1e-5), rtol=1e-6)
-    np.testing.assert_allclose(updates["batch_stats"]["mean"], [0.9 * 0 + 0.1 * 2], rtol=1e-6)
-    np.testing.assert_allclose(updates["batch_stats"]["var"], [0.9 * 1 + 0.1 * 4], rtol=1e-6)
-    y = norm.apply(variables | updates, x, train=False)
+    np.testing.assert_allclose(updates["batch_stats"]["bn"]["mean"], [0.9 * 0 + 0.1 * 2], rtol=1e-6)
+    np.testing.assert_allclose(updates["batch_stats"]["bn"]["var"], [0.9 * 1 + 0.1 * 4], rtol=1e-6)
+    y = module.apply(variables | updates, x, train=False)
     np.testing.assert_allclose(y.ravel(), np.array([-0.2, 3.8]) / np.sqrt(1.3 + 1e-5), rtol=1e-6)
 
 
 def test_frozen_batch_norm_uses_and_keeps_the_running_statistics():
     x = noise(2, 3, 3, 4)
-    norm = layers.BatchNorm(frozen=True)
-    variables = reference.random_variables(norm, x, False)
-    y, updates = norm.apply(variables, x, train=True, mutable=["batch_stats"])
-    np.testing.assert_array_equal(y, layers.BatchNorm().apply(variables, x, train=False))
+    module = layers.ConvNorm(5, frozen_norm=True)
+    variables = reference.random_variables(module, x, False)
+    y, updates = module.apply(variables, x, train=True, mutable=["batch_stats"])
+    np.testing.assert_array_equal(y, layers.ConvNorm(5).apply(variables, x, train=False))
     jax.tree.map(np.testing.assert_array_equal, updates, {"batch_stats": variables["batch_stats"]})
 
 
 def test_batch_norm_refuses_to_train_on_one_value_per_channel():
-    x = noise(1, 1, 1, 4)
-    norm = layers.BatchNorm()
-    variables = norm.init(jax.random.key(0), x, train=False)
-    with pytest.raises(ValueError, match=r"one value per channel, whose variance is 0: train on 2 or more images"):
-        norm.apply(variables, x, train=True, mutable=["batch_stats"])
-    np.testing.assert_allclose(norm.apply(variables, x, train=False), x / np.sqrt(1 + 1e-5), rtol=1e-6)
+    x = jnp.full((1, 1, 1, 1), 3.0)
+    module, variables = conv_norm_of_ones()
+    with pytest.raises(UserError, match=r"one value per channel, whose variance is 0: train on 2 or more images"):
+        module.apply(variables, x, train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(module.apply(variables, x, train=False), x / np.sqrt(1 + 1e-5), rtol=1e-6)
 
 
-def test_initial_weights_are_he_normal_over_the_fan_out():
-    kernel = layers.Conv(256, 3).init(jax.random.key(0), jnp.ones((1, 3, 3, 32)))["params"]["kernel"]
-    assert kernel.dtype == jnp.float32
-    assert kernel.shape == (3, 3, 32, 256)
-    np.testing.assert_allclose(kernel.std(), np.sqrt(2 / (3 * 3 * 256)), rtol=0.02)
-    np.testing.assert_allclose(kernel.mean(), 0, atol=0.001)
+@pytest.mark.parametrize(
+    ("size", "stride", "dilation"), [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (3, 1, 4), (3, 2, 2), (7, 2, 1)]
+)
+def test_conv_norms_convolution_equals_its_definition_and_has_the_inputs_dtype(size, stride, dilation):
+    x = noise(2, 9, 6, 4)
+    module = layers.ConvNorm(3, size, stride, dilation, relu=False)
+    variables = module.init(jax.random.key(0), x, train=False)  # of batch normalization: mean 0, variance 1
+    y = module.apply(variables, x, train=False)
+    assert y.shape == (2, -(-9 // stride), -(-6 // stride), 3)
+    kernel = np.asarray(variables["params"]["conv"]["kernel"], np.float64)
+    np.testing.assert_allclose(y * np.sqrt(1 + 1e-5), reference.convolve(x, kernel, stride, dilation), atol=2e-5)
+    assert module.apply(variables, x.astype(jnp.bfloat16), train=False).dtype == jnp.bfloat16

@@ -1,6 +1,7 @@
 """Dilation and stride proven by which positions one output position reads; sizes and block tables."""
 
 import itertools
+import re
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -9,21 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspnet_jax import validation
+from pspnet_jax.errors import UserError
 from pspnet_jax.models import resnet
 from pspnet_jax.models.layers import ConvNorm
 
 
-def backbone(**options: object) -> resnet.ResNet:
-    fields = {
-        "depth": 50,
-        "width": 8,
-        "stem": "deep",
-        "stride_in": "conv3x3",
-        "first_block_dilation": "full",
-        "output_stride": 8,
-    }
-    return resnet.ResNet(**(fields | options), conv_norm=ConvNorm)
+def backbone(**fields: object) -> resnet.ResNet:
+    return resnet.ResNet(**{"width": 8} | fields)
 
 
 def positive_variables(module: nn.Module, x: jax.Array) -> dict:
@@ -54,21 +47,22 @@ def square(*offsets: int) -> set[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(
-    ("block", "stride", "dilation", "stride_in", "expected"),
+    ("block", "expected"),
     [
-        (resnet.Bottleneck, 1, 1, "conv3x3", square(-1, 0, 1)),
-        (resnet.Bottleneck, 1, 2, "conv3x3", square(-2, 0, 2)),
-        (resnet.Bottleneck, 1, 4, "conv3x3", square(-4, 0, 4)),
-        (resnet.Bottleneck, 2, 1, "conv3x3", square(-1, 0, 1)),
-        (resnet.Bottleneck, 2, 1, "conv1x1", square(-2, 0, 2)),  # the 3x3 walks over every second pixel
-        (resnet.BasicBlock, 1, 2, "conv3x3", square(-3, -2, -1, 0, 1, 2, 3)),  # {-2, 0, 2} + {-1, 0, 1}
-        (resnet.BasicBlock, 1, 4, "conv3x3", square(-5, -4, -3, -1, 0, 1, 3, 4, 5)),
+        (resnet.Bottleneck(4, 1, 1, ConvNorm), square(-1, 0, 1)),
+        (resnet.Bottleneck(4, 1, 2, ConvNorm), square(-2, 0, 2)),
+        (resnet.Bottleneck(4, 1, 4, ConvNorm), square(-4, 0, 4)),
+        (resnet.Bottleneck(4, 2, 1, ConvNorm, "conv3x3"), square(-1, 0, 1)),
+        (resnet.Bottleneck(4, 2, 1, ConvNorm, "conv1x1"), square(-2, 0, 2)),  # the 3x3 walks over every second pixel
+        (resnet.BasicBlock(4, 1, 2, ConvNorm), square(-3, -2, -1, 0, 1, 2, 3)),  # {-2, 0, 2} + {-1, 0, 1}
+        (resnet.BasicBlock(4, 1, 4, ConvNorm), square(-5, -4, -3, -1, 0, 1, 3, 4, 5)),
     ],
 )
-def test_a_block_reads_the_positions_of_its_stride_and_dilation(block, stride, dilation, stride_in, expected):
-    module, x = block(4, stride, dilation, stride_in, ConvNorm), jnp.ones((1, 17, 19, 8))
-    variables = positive_variables(module, x)
-    assert reads(lambda x: module.apply(variables, x, False), x, 8 // stride, 8 // stride) == expected
+def test_a_block_reads_the_positions_of_its_stride_and_dilation(block, expected):
+    x = jnp.ones((1, 17, 19, 8))
+    variables = positive_variables(block, x)
+    center = 8 // block.stride
+    assert reads(lambda x: block.apply(variables, x, False), x, center, center) == expected
 
 
 @pytest.mark.parametrize(
@@ -119,6 +113,16 @@ def test_every_stride_halves_and_rounds_up(stem, output_stride, sizes):
         assert third.shape == (1, -(-height // scale), -(-width // scale), 32)
 
 
-def test_the_config_offers_exactly_what_the_tables_hold():
-    tables = {"depth": resnet.BLOCKS, "stem": resnet.STEMS, "output_stride": resnet.STAGES}
-    assert {field: validation.CHOICES[f"model.{field}"] for field in tables} == {field: tuple(t) for field, t in tables.items()}
+@pytest.mark.parametrize(
+    ("field", "value", "choices"),
+    [
+        ("depth", 51, "18, 34, 50, 101, 152, 269"),
+        ("stem", "wide", "'deep', 'deep32', 'conv7'"),
+        ("stride_in", "conv5x5", "'conv3x3', 'conv1x1'"),
+        ("first_block_dilation", "third", "'full', 'half'"),
+        ("output_stride", 4, "8, 16, 32"),
+    ],
+)
+def test_a_wrong_field_is_refused_with_the_choices(field, value, choices):
+    with pytest.raises(UserError, match=re.escape(f"{field}={value!r}: expected one of {choices}")):
+        jax.eval_shape(lambda: backbone(**{field: value}).init(jax.random.key(0), jnp.ones((1, 33, 33, 3)), False))

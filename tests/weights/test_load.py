@@ -14,8 +14,8 @@ from flax import traverse_util
 
 from pspnet_jax import models, weights
 from pspnet_jax.config import base_config
-from pspnet_jax.models.layers import ConvNorm
-from pspnet_jax.models.resnet import ResNet
+from pspnet_jax.errors import UserError
+from pspnet_jax.weights import transfer
 from tests.models.reference import random_variables
 
 torch = pytest.importorskip("torch")
@@ -83,7 +83,7 @@ def check_logits(path: Path, network: "torch.nn.Module", size: tuple[int, int]) 
     x = images(*size)
     logits = compiled(model)(weights.load(path, model), x)
     difference = relative_difference(logits, network(torch.from_numpy(x.transpose(0, 3, 1, 2))))
-    print(f"{path.name}, {size[0]}x{size[1]}: {difference:.1e} of the logits' spread")
+    print(f"{path.name}, {size[0]}x{size[1]}: {difference:.1e} standard deviations of the logits")
     assert difference <= TOLERANCE
 
 
@@ -116,13 +116,56 @@ def test_an_imported_backbone_computes_the_same_features(name, depth, stem, tmp_
     config.model.update(source.model)
     variables = weights.load(tmp_path / name, models.build(config.model, K))
     assert {path[:2] for path in traverse_util.flatten_dict(variables)} == {("params", "backbone"), ("batch_stats", "backbone")}
-    backbone = ResNet(depth, 64, stem, "conv3x3", "full", 32, functools.partial(ConvNorm))
+    backbone = models.ResNet(depth, stem=stem, output_stride=32)
     variables = {collection: tree["backbone"] for collection, tree in variables.items()}
     for size in SIZES:
         _, features = compiled(backbone)(variables, x := images(*size))
         difference = relative_difference(features, network(torch.from_numpy(x.transpose(0, 3, 1, 2))))
-        print(f"{name}, {size[0]}x{size[1]}: {difference:.1e} of the features' spread")
+        print(f"{name}, {size[0]}x{size[1]}: {difference:.1e} standard deviations of the features")
         assert difference <= TOLERANCE
+
+
+class ImageClassifier(nn.Module):
+    """A user's network on our backbone."""
+
+    backbone: nn.Module
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        return nn.Dense(K)(self.backbone(images, train)[1].mean((1, 2)))
+
+
+def test_an_imported_backbone_fits_any_network_on_our_resnet(tmp_path):
+    path = write(tmp_path / "resnet18.pth", reference.randomized(reference.ResNet(18)).state_dict())
+    model = ImageClassifier(models.ResNet(18, stem="conv7", output_stride=32))
+    variables = weights.load(path, model)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images(33, 33), train=False))
+    for collection in ("params", "batch_stats"):
+        expected = {path: leaf.shape for path, leaf in flat(shapes[collection]["backbone"]).items()}
+        assert {path: leaf.shape for path, leaf in flat(variables[collection]["backbone"]).items()} == expected
+    with pytest.raises(UserError, match=r"set --config\.model\.stem=conv7"):
+        weights.load(path, ImageClassifier(models.ResNet(18)))
+    with pytest.raises(UserError, match=r"into a network of a backbone other than models\.ResNet"):
+        weights.load(path, ImageClassifier(nn.Dense(3)))
+
+
+def test_a_whole_network_is_neither_read_into_nor_written_from_other_parts(state, tmp_path):
+    path = write(tmp_path / "pspnet_512x512.safetensors", state)
+    model = models.PSPNet(models.ResNet(18, stem="deep32", first_block_dilation="half"), head=nn.Dense(K))
+    with pytest.raises(UserError, match=r"into a network of other parts than models\.build's"):
+        weights.load(path, model)
+    with pytest.raises(UserError, match=r"which has other parts than models\.build's"):
+        weights.save(tmp_path / "net.pth", {}, model, "torch")
+
+
+def test_the_fields_of_a_network_are_those_it_was_built_from():
+    fields = {"bins": (1, 3), "pool": "max", "head_kernel": 1, "auxiliary": False, "stride_in": "conv1x1"}
+    config = base_config()
+    config.model.update(fields)
+    built = transfer.model_fields(models.build(config.model, K))
+    assert built.pop("num_classes") == K
+    assert built == {field: config.model[field] for field in built}
+    assert set(base_config().model) - built.keys() == {"factored_head", "dropout", "norm", "dtype"}  # the same function
 
 
 def write(path: Path, state: dict) -> Path:
@@ -222,7 +265,7 @@ def test_an_auxiliary_head_that_one_side_lacks(state, tmp_path):
     path = write(tmp_path / "net.safetensors", state)
     without = write(tmp_path / "without.safetensors", {k: v for k, v in state.items() if not k.startswith("auxiliary_head")})
     _, model = configured(without)
-    assert model.auxiliary is False
+    assert model.auxiliary_head is None
     assert flat(weights.load(path, model)).keys() == flat(weights.load(without, model)).keys()
     _, model = configured(path)
     with pytest.raises(ValueError, match=r"set --config\.model\.auxiliary=false"):
