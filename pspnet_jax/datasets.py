@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+NAMES = ("folder", "ade20k", "voc2012", "cityscapes", "scenes", "tfds")  # of config.dataset.name
 IGNORE = 255  # label of the pixels that neither train nor count
 WRONG = 254  # stands for values that do not occur in a benchmark's label files
 MAX_CLASSES = 255  # labels are uint8, and 255 is IGNORE

@@ -207,12 +207,15 @@ def _check_init_from(config: ConfigDict) -> None:
 
 def _class_weights(config: ConfigDict) -> tuple[float, ...]:
     """config.loss.class_weights, or what config.loss.class_weighting makes of the training data's pixels."""
+    names, given = config.dataset.class_names, config.loss.class_weights
     if not config.loss.class_weighting:
-        return config.loss.class_weights
+        if len(given) not in (0, len(names)):
+            raise UserError(f"loss.class_weights={given}: expected one for each of the {len(names)} classes")
+        return given
     from pspnet_jax.data import survey
 
     found = losses.class_weights(config.loss.class_weighting, *survey.class_pixels(config))
-    logger.info(f"class weights: {', '.join(f'{n} {w:.3g}' for n, w in zip(config.dataset.class_names, found, strict=True))}")
+    logger.info(f"class weights: {', '.join(f'{name} {weight:.3g}' for name, weight in zip(names, found, strict=True))}")
     return found
 
 

@@ -153,15 +153,19 @@ def class_weights(how: str, pixels: np.ndarray, image_pixels: np.ndarray) -> tup
     """Weights of the classes by how frequent they are in the training data.
 
     Args:
-      how: "inverse", the mean of all classes' pixels over the class's; or "median", the median frequency over the class's
-        (Eigen and Fergus 2015), where the frequency is the share of the class in the images that have it.
+      how: a key of WEIGHTINGS.
       pixels: int64[K], of each class.
       image_pixels: int64[K], all labeled pixels of the images that have the class.
 
     Returns:
       K weights; 0 for a class without a pixel.
     """
-    frequencies = pixels / np.maximum(image_pixels, 1) if how == "median" else pixels
-    present = frequencies[pixels > 0]
-    middle = np.median(present) if how == "median" else present.mean()
-    return tuple(float(middle / f) if f > 0 else 0.0 for f in frequencies)
+    frequencies, middle = WEIGHTINGS[how](pixels, image_pixels)
+    return tuple(float(middle(frequencies[pixels > 0]) / f) if f > 0 else 0.0 for f in frequencies)
+
+
+WEIGHTINGS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, Callable]]] = {
+    "inverse": lambda pixels, image_pixels: (pixels, np.mean),
+    # Eigen and Fergus 2015, section 6.1
+    "median": lambda pixels, image_pixels: (pixels / np.maximum(image_pixels, 1), np.median),
+}

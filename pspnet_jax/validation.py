@@ -1,21 +1,29 @@
 """The check that refuses a config's wrong values before anything compiles: every one of them is named."""
 
+from collections.abc import Callable, Collection
+
 from ml_collections import ConfigDict
 
-from pspnet_jax import models
+from pspnet_jax import datasets, losses, models, optimizers
 from pspnet_jax.config import bn_images, leaves
+from pspnet_jax.errors import UserError
+from pspnet_jax.infer.protocols import PROTOCOLS
 
-CHOICES = {
-    "loss.auxiliary_schedule": ("constant", "linear"),
-    "dataset.name": ("folder", "scenes", "tfds", "ade20k", "voc2012", "cityscapes"),
+CHOICES: dict[str, Collection[str]] = {
+    "loss.auxiliary_schedule": losses.SCHEDULES,
+    "loss.class_weighting": ("", *losses.WEIGHTINGS),
+    "optimizer.name": optimizers.OPTIMIZERS,
+    "dataset.name": datasets.NAMES,
     "dataset.on_error": ("stop", "skip"),
     "dataset.cache": ("", "memory", "disk"),
     "eval.inference": ("windows", "whole"),
-    "eval.protocol": ("semseg", "caffe", "mmseg"),
+    "eval.protocol": PROTOCOLS,
     "normalize.order": ("RGB", "BGR"),
 }
 TUPLES = {  # type and number of the values in a tuple; None: any number
     "model.bins": (int, None),
+    "loss.terms": (str, None),
+    "loss.class_weights": (float, None),
     "normalize.mean": (float, 3),
     "normalize.std": (float, 3),
     "augment.scale": (float, 2),
@@ -34,16 +42,16 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
       num_devices: devices of the whole job; the batch is shared out among them.
 
     Raises:
-      ValueError: names every wrong field, its value and what is allowed, one a line.
+      UserError: names every wrong field, its value and what is allowed, one a line.
     """
     if problems := _tuple_problems(config):
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     problems = models.problems(config.model)
-    for section in ("normalize", "loss", "dataset", "eval"):
+    for section in ("normalize", "loss", "optimizer", "dataset", "eval"):
         problems += _choice_problems(config[section], f"{section}.")
     problems += _range_problems(config) + _size_problems(config) + _batch_problems(config, num_devices)
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
 
 
 def _tuple_problems(config: ConfigDict) -> list[str]:
@@ -60,7 +68,7 @@ def _tuple_problems(config: ConfigDict) -> list[str]:
             f"{', '.join(map(repr, CHOICES['dataset.name']))}, the weight a number above 0 and under 1000"
         )
     for field, (kind, count) in TUPLES.items():
-        value, kinds = values[field], (int, float) if kind is float else int
+        value, kinds = values[field], (int, float) if kind is float else kind
         if not all(isinstance(v, kinds) for v in value) or len(value) != (count or len(value)):
             problems.append(f"{field}={value}: expected {count or 'any number of'} values of type {kind.__name__}")
     return problems
@@ -82,23 +90,40 @@ def _choice_problems(config: ConfigDict, prefix: str) -> list[str]:
     ]
 
 
+RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {  # for the fields in the first string
+    """batch_size total_steps optimizer.learning_rate optimizer.accumulate optimizer.trust_coefficient loss.ohem_min_kept every.log
+    every.save eval.batch_size""": ("more than 0", lambda x: x > 0),
+    """every.eval profile_steps loss.focal_gamma loss.auxiliary_weight optimizer.power optimizer.weight_decay optimizer.clip_norm
+    optimizer.warmup_steps optimizer.head_multiplier eval.base_size eval.short_size augment.rotate_degrees""": (
+        "0 or more",
+        lambda x: x >= 0,
+    ),
+    """augment.rotate_probability augment.blur_probability augment.flip_probability dataset.balance""": (
+        "a value from 0 to 1",
+        lambda x: 0 <= x <= 1,
+    ),
+    """optimizer.momentum optimizer.beta2 optimizer.ema_decay loss.label_smoothing""": (
+        "a value from 0 up to, not including, 1",
+        lambda x: 0 <= x < 1,
+    ),
+    "loss.ohem_threshold": ("a value above 0, up to 1", lambda x: 0 < x <= 1),
+}
+
+
 def _range_problems(config: ConfigDict) -> list[str]:
-    positive = "batch_size total_steps optimizer.learning_rate optimizer.accumulate every.log every.save eval.batch_size"
-    fractions = "augment.rotate_probability augment.blur_probability augment.flip_probability dataset.balance"
     values = dict(leaves(config))
-    problems = [f"{f}={values[f]}: expected more than 0" for f in positive.split() if not values[f] > 0]
-    problems += [f"{f}={values[f]}: expected a value from 0 to 1" for f in fractions.split() if not 0 <= values[f] <= 1]
-    for field in ("optimizer.momentum", "optimizer.ema_decay"):
-        if not 0 <= values[field] < 1:
-            problems.append(f"{field}={values[field]}: expected a value from 0 up to, not including, 1")
+    problems = [
+        f"{field}={values[field]}: expected {expected}"
+        for fields, (expected, holds) in RANGES.items()
+        for field in fields.split()
+        if not holds(values[field])
+    ]
     if min(config.normalize.std) <= 0:
         problems.append(f"normalize.std={config.normalize.std}: expected values above 0")
-    for field in ("power", "weight_decay", "clip_norm", "warmup_steps", "head_multiplier"):
-        if config.optimizer[field] < 0:
-            problems.append(f"optimizer.{field}={config.optimizer[field]}: expected 0 or more")
-    for field in ("every.eval", "loss.auxiliary_weight", "eval.base_size", "eval.short_size", "augment.rotate_degrees"):
-        if values[field] < 0:
-            problems.append(f"{field}={values[field]}: expected 0 or more")
+    if not config.loss.terms or not set(config.loss.terms) <= losses.LOSSES.keys():
+        problems.append(f"loss.terms={config.loss.terms}: expected one or more of {', '.join(losses.LOSSES)}")
+    if min(config.loss.class_weights, default=1) < 0 or max(config.loss.class_weights, default=1) == 0:
+        problems.append(f"loss.class_weights={config.loss.class_weights}: expected weights of 0 or more, not all 0")
     low, high = config.augment.scale
     if not 0 < low <= high:
         problems.append(f"augment.scale={config.augment.scale}: expected (low, high) with 0 < low <= high")
