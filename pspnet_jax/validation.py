@@ -90,31 +90,27 @@ def _choice_problems(config: ConfigDict, prefix: str) -> list[str]:
     ]
 
 
-RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {  # for the fields in the first string
-    """batch_size total_steps optimizer.learning_rate optimizer.accumulate optimizer.trust_coefficient loss.ohem_min_kept every.log
-    every.save eval.batch_size""": ("more than 0", lambda x: x > 0),
-    """every.eval profile_steps loss.focal_gamma loss.auxiliary_weight optimizer.power optimizer.weight_decay optimizer.clip_norm
-    optimizer.warmup_steps optimizer.head_multiplier eval.base_size eval.short_size augment.rotate_degrees""": (
-        "0 or more",
-        lambda x: x >= 0,
-    ),
-    """augment.rotate_probability augment.blur_probability augment.flip_probability dataset.balance""": (
-        "a value from 0 to 1",
-        lambda x: 0 <= x <= 1,
-    ),
-    """optimizer.momentum optimizer.beta2 optimizer.ema_decay loss.label_smoothing""": (
-        "a value from 0 up to, not including, 1",
-        lambda x: 0 <= x < 1,
-    ),
-    "loss.ohem_threshold": ("a value above 0, up to 1", lambda x: 0 < x <= 1),
-}
+_POSITIVE = """batch_size total_steps every.log every.save eval.batch_size loss.ohem_min_kept
+    optimizer.learning_rate optimizer.accumulate optimizer.trust_coefficient"""
+_NOT_NEGATIVE = """every.eval profile_steps eval.base_size eval.short_size augment.rotate_degrees loss.focal_gamma
+    loss.auxiliary_weight optimizer.power optimizer.weight_decay optimizer.clip_norm optimizer.warmup_steps
+    optimizer.head_multiplier"""
+_PROBABILITIES = "augment.rotate_probability augment.blur_probability augment.flip_probability dataset.balance"
+_SHARES = "optimizer.momentum optimizer.beta2 optimizer.ema_decay loss.label_smoothing"
+RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
+    (_POSITIVE, "more than 0", lambda x: x > 0),
+    (_NOT_NEGATIVE, "0 or more", lambda x: x >= 0),
+    (_PROBABILITIES, "a value from 0 to 1", lambda x: 0 <= x <= 1),
+    (_SHARES, "a value from 0 up to, not including, 1", lambda x: 0 <= x < 1),
+    ("loss.ohem_threshold", "a value above 0, up to 1", lambda x: 0 < x <= 1),
+)
 
 
 def _range_problems(config: ConfigDict) -> list[str]:
     values = dict(leaves(config))
     problems = [
         f"{field}={values[field]}: expected {expected}"
-        for fields, (expected, holds) in RANGES.items()
+        for fields, expected, holds in RANGES
         for field in fields.split()
         if not holds(values[field])
     ]

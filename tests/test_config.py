@@ -25,7 +25,7 @@ PUBLISHED = {
     "model.dropout": 0.1,
     "augment.scale": (0.5, 2.0),
     "augment.rotate_degrees": 10.0,
-    "augment.mirror_probability": 0.5,
+    "augment.flip_probability": 0.5,
     "loss.auxiliary_weight": 0.4,
     "loss.auxiliary_schedule": "constant",
     "optimizer.learning_rate": 0.01,

@@ -16,7 +16,7 @@ def test_the_default_config_is_possible_on_as_many_devices_as_divide_its_batch()
 @pytest.mark.parametrize("field", validation.CHOICES)
 def test_a_value_outside_its_choices_is_refused_with_all_of_them(field):
     choices = validation.CHOICES[field]
-    value = 7 if isinstance(choices[0], int) else "other"
+    value = "other"
     with pytest.raises(ValueError) as error:
         validation.validate(changed({field: value}))
     assert str(error.value) == f"{field}={value!r}: expected one of {', '.join(map(repr, choices))}"
@@ -34,7 +34,7 @@ def test_a_value_outside_its_choices_is_refused_with_all_of_them(field):
         ("model.dropout", 1.0, "a value from 0 up to, not including, 1"),
         ("augment.scale", (2.0, 0.5), "0 < low <= high"),
         ("augment.scale", (0.5,), "2 values of type float"),
-        ("augment.mirror_probability", 1.5, "a value from 0 to 1"),
+        ("augment.flip_probability", 1.5, "a value from 0 to 1"),
         ("augment.crop", (32, 473), "each at least 33 pixels"),
         ("augment.crop", (473,), "2 values of type int"),
         ("augment.crop", ("473", "473"), "2 values of type int"),

@@ -26,8 +26,8 @@ from tests.train import fit, make_batches, score, tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-# Trains the tiny run in a process of its own. At the batch named, which is up to three ahead of the step that runs, it waits (to be
-# killed) or sends itself SIGTERM.
+# Trains the tiny run in a process of its own. At the batch named, which is up to three ahead of the step that runs, it waits
+# (to be killed) or sends itself SIGTERM.
 SCRIPT = """
 import os, signal, sys, time
 from tests.train import fit, make_batches, score, tiny_config

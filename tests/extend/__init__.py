@@ -1,0 +1,51 @@
+"""What a user adds without touching the package: each file is one change, whole, and `test_sizes` says how long it may be.
+
+Here is what stands for the user's data and settings.
+"""
+
+from collections.abc import Iterator
+
+import flax.linen as nn
+import numpy as np
+from ml_collections import ConfigDict
+
+from pspnet_jax import models
+from pspnet_jax.config import base_config
+
+CLASSES = ("dark", "gray", "light")
+
+
+def small_config(steps: int) -> ConfigDict:
+    """33x33 crops, 8 images a step, a line of metrics each step."""
+    config = base_config()
+    config.model.update(depth=18, width=8, bins=(1, 2))
+    config.dataset.class_names = CLASSES
+    config.augment.crop = config.eval.crop = (33, 33)
+    config.batch_size, config.total_steps = 8, steps
+    config.optimizer.update(learning_rate=0.5, head_multiplier=1.0)
+    config.every.log = 1
+    return config
+
+
+class TwoStages(nn.Module):
+    """The least backbone."""
+
+    @nn.compact
+    def __call__(self, images, train):
+        third = models.ConvNorm(16, stride=4, name="stage1")(images, train)
+        return third, models.ConvNorm(32, stride=2, name="stage2")(third, train)
+
+
+def small_model() -> models.PSPNet:
+    """A network that compiles in a moment."""
+    return models.PSPNet(TwoStages(), models.PyramidHead(num_classes=3), models.Pyramid(bins=(1, 2)))
+
+
+def noise(start: int) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of noise whose brightness tells the one class of an image; a tenth of the pixels is ignored."""
+    while True:
+        random = np.random.default_rng(start)
+        labels = np.broadcast_to(random.integers(0, 3, (8, 1, 1), dtype=np.uint8), (8, 33, 33))
+        images = 80 * labels[..., None] + random.integers(0, 80, (8, 33, 33, 3), dtype=np.uint8)
+        yield {"image": images, "label": np.where(random.random(labels.shape) < 0.1, np.uint8(255), labels)}
+        start += 1
