@@ -6,7 +6,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from clu.metrics import Metric
 
 from pspnet_jax import models, optimizers
@@ -78,5 +77,4 @@ def test_depth_is_learned_and_evaluated(tmp_path):
     train, scores = ([line["rmse"] for line in lines if line["kind"] == kind] for kind in ("train", "eval"))
     assert train[-1] < 0.5 * train[0]
     assert scores[-1] < np.std(np.stack([example("validation", i)[1] for i in range(16)]))  # better than the best constant
-    assert scores[-1] == pytest.approx(evaluate(fit(config, model=model, loss=l1, optimizer=optimizer, batches=batches,
-                                                    evaluate=None, workdir=tmp_path).variables)[0]["rmse"])  # fmt: skip
+    assert (tmp_path / "pictures" / "depth.png").exists()
