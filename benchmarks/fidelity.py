@@ -1,11 +1,11 @@
-"""Our network against the real peers: their code, their checkpoint files, random weights, the same image.
+"""Compares our network with the original implementations: their code, their checkpoint files, random weights, the same image.
 
 python -m benchmarks.fidelity peer --semseg PATH --out DIR   # with torch; PATH is a clone of hszhao/semseg
 python -m benchmarks.fidelity peer --mmseg --out DIR         # with mmsegmentation, mmcv-lite and mmengine
 python -m benchmarks.fidelity ours DIR                       # with pspnet_jax and torch
 
-A peer writes NAME.pth, and NAME.npz with the image, its logits, and its logits computed in float64. The steps need no common
-environment, so nothing of ours is imported by the first and nothing of the peers' by the last.
+The step `peer` writes NAME.pth, and NAME.npz with the image, the peer's logits, and its logits computed in float64. The steps
+need no common environment: `peer` imports nothing of ours, and `ours` nothing of the peers'.
 """
 
 import argparse
@@ -26,7 +26,7 @@ MMSEG = (("18", 512, 1024), ("18", 769, 769), ("50", 512, 1024), ("50", 769, 769
 
 
 def random_image(height: int, width: int) -> np.ndarray:
-    """uint8[height, width, 3], RGB: a smooth field with noise of deviation 20."""
+    """uint8[height, width, 3], RGB: a smooth field with noise of standard deviation 20."""
     rng = np.random.default_rng(0)
     rows, columns = (np.maximum(0, 1 - abs(np.linspace(0, 8, n)[:, None] - np.arange(9))) for n in (height, width))
     smooth = np.einsum("yi,xj,ijc->yxc", rows, columns, rng.uniform(0, 255, (9, 9, 3)))
@@ -36,10 +36,10 @@ def random_image(height: int, width: int) -> np.ndarray:
 def randomize(network: Any, predict: Callable, images: Any) -> None:
     """Gives a torch network He-normal kernels and random batch normalization, by one pass over the images.
 
-    Running statistics scatter about those of what really arrives, so that the activations of all layers stay near unit scale
-    and differ from place to place; their constant part is for the 1x1 level, whose variance over one place is 0. Each block
-    adds only a fifth of a unit to its shortcut: with a whole one, ResNet-101 would magnify PyTorch's own rounding to 1e-3 of
-    the logits' spread, and nothing finer could be compared.
+    Running statistics scatter around those of the actual inputs, so that the activations of all layers stay near unit scale
+    and vary over the image; their constant part is for the 1x1 level, whose variance over one position is 0. Each block adds
+    only a fifth of a unit to its shortcut: with a whole one, ResNet-101 would magnify PyTorch's own rounding to 1e-3 standard
+    deviations of the logits, and nothing finer could be compared.
     """
     import torch
 
@@ -85,7 +85,7 @@ def record(file: pathlib.Path, image: np.ndarray, network: Any, predict: Callabl
         exact = predict(images.double())
     arrays = {k: v[0].permute(1, 2, 0).float().numpy() for k, v in {"logits": logits, "exact": exact}.items()}
     np.savez(file, image=image, **arrays)
-    print(f"{file.name}: logits {arrays['logits'].shape}, deviation {arrays['logits'].std():.2f}", flush=True)
+    print(f"{file.name}: logits {arrays['logits'].shape}, standard deviation {arrays['logits'].std():.2f}", flush=True)
 
 
 def semseg(path: str, out: pathlib.Path) -> None:
@@ -148,7 +148,7 @@ def mmsegmentation(out: pathlib.Path) -> None:
 
 
 def train_and_save(network: Any, config: Any, file: pathlib.Path) -> None:
-    """Two steps with a rate too small to matter, so that the file holds all that mmengine's own training leaves in it."""
+    """Two steps with a negligible learning rate, so that the file holds all that mmengine's own training leaves in it."""
     import torch
     from mmengine.runner import Runner
     from mmengine.structures import PixelData
@@ -203,11 +203,11 @@ def ours(directory: pathlib.Path) -> None:
         case = np.load(file)
         theirs, exact = case["logits"], case["exact"]
         logits = our_logits(file.with_suffix(".pth"), case["image"])
-        spread = exact.std(dtype=np.float64)
+        deviation = exact.std(dtype=np.float64)
         pairs = ((logits, theirs), (theirs, exact), (logits, exact))
-        difference, theirs_off, ours_off = (abs(a - b) / spread for a, b in pairs)
+        difference, theirs_off, ours_off = (abs(a - b) / deviation for a, b in pairs)
         same = logits.argmax(-1) == theirs.argmax(-1)
-        best = np.sort(exact[~same], axis=-1)[:, -2:] / spread
+        best = np.sort(exact[~same], axis=-1)[:, -2:] / deviation
         gap = np.diff(best).max(initial=0)  # between the two best classes
         figures = f"{difference.max():.1e} | {np.median(difference):.1e} | {same.mean():.4%} | {gap:.1e}"
         height, width, classes = logits.shape

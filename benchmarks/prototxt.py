@@ -3,8 +3,8 @@
 git clone https://github.com/hszhao/PSPNet
 python -m benchmarks.prototxt --prototxt PSPNet/evaluation/prototxt/*.prototxt
 
-Nothing here knows PSPNet: layers run in the file's order, by its names, bottoms, tops and options; one that is not known is an
-error. Each layer's weights are drawn when it is run, all are written as a .caffemodel, and that is imported as a user would.
+Nothing here knows PSPNet: layers run in the file's order, by its names, bottoms, tops and options; an unknown one is an error.
+Each layer gets random weights when it runs; all are written as a .caffemodel, which is imported as a user would.
 """
 
 import argparse
@@ -65,11 +65,11 @@ class Layers:
     def convolution(
         self, name, x, *, num_output, kernel_size, stride=1, pad=0, dilation=1, bias_term="true", weight_filler=None
     ):
-        self.blobs[name] = reference_caffe.draw_convolution(self.random, x, num_output, kernel_size, bias_term == "true")
+        self.blobs[name] = reference_caffe.random_convolution(self.random, x, num_output, kernel_size, bias_term == "true")
         return functional.conv2d(x, *map(torch.from_numpy, self.blobs[name]), stride=stride, padding=pad, dilation=dilation)
 
     def bn(self, name, x, *, eps=1e-5, frozen="false", momentum=0.9, slope_filler=None, bias_filler=None):
-        self.blobs[name] = reference_caffe.draw_batch_norm(self.random, x)
+        self.blobs[name] = reference_caffe.random_batch_norm(self.random, x)
         return reference_caffe.batch_norm(x, self.blobs[name], float(eps))
 
     def relu(self, name, x):

@@ -1,6 +1,7 @@
-"""The pieces every part of the network is made of. All tensors are [N, H, W, C]; all sizes are static."""
+"""The layers that all parts of the network share. All tensors are [N, H, W, C]; all sizes are static."""
 
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ def choose(choices: Mapping[Any, T], field: str, value: object) -> T:
 
 
 def not_a_choice(choices: Iterable[object], field: str, value: object) -> str:
+    """The sentence that refuses a field's value."""
     return f"{field}={value!r}: expected one of {', '.join(map(repr, choices))}"
 
 
@@ -147,7 +149,7 @@ def resize(x: jax.Array, height: int, width: int, align_corners: bool) -> jax.Ar
 
 def pool_cells(size: int, bins: int) -> list[tuple[int, int]]:
     """Adaptive pooling's cells along one axis: cell i covers floor(i * size / bins) up to ceil((i + 1) * size / bins)."""
-    return [(i * size // bins, -(-(i + 1) * size // bins)) for i in range(bins)]
+    return [(i * size // bins, math.ceil((i + 1) * size / bins)) for i in range(bins)]
 
 
 def _average_matrix(size: int, bins: int) -> np.ndarray:

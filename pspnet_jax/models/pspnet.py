@@ -45,6 +45,7 @@ class PSPNet(nn.Module):
     align_corners: bool = True
 
     def setup(self) -> None:
+        # Checkpoints have the default heads' parameters beside the backbone's, and the random numbers follow from the paths.
         for head in (self.head, self.auxiliary_head):
             if isinstance(head, PyramidHead | AuxiliaryHead):
                 nn.share_scope(self, head)

@@ -1,7 +1,7 @@
-"""Other people's checkpoints in, and ours out under their names. Importing this loads neither torch nor TensorFlow.
+"""Importing checkpoints of other projects, and exporting ours. Importing this module loads neither torch nor TensorFlow.
 
-source = weights.inspect("pspnet_r50-d8_769x769.pth")   # whose file it is, and what network it holds
-weights.configure(config, source)                       # the same as fields of a config
+source = weights.inspect("pspnet_r50-d8_769x769.pth")   # the family of the file, and the network it holds
+weights.configure(config, source)                       # sets the config to match
 model = models.build(config.model, source.num_classes)
 variables = weights.load("pspnet_r50-d8_769x769.pth", model)
 """

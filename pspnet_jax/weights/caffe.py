@@ -1,4 +1,4 @@
-"""Caffe's .caffemodel files, and what the authors' release (github.com/hszhao/PSPNet) calls our modules.
+"""Caffe's .caffemodel files, and the names of our modules in the authors' release (github.com/hszhao/PSPNet).
 
 Its BN layers hold slope, bias, running mean and running variance, and compute slope * (x - mean) / sqrt(variance + 1e-5) + bias
 (src/caffe/layers/bn_layer.cpp). At its crops, 473 and 713, its layers do the arithmetic of our network. Elsewhere they may not:
@@ -17,7 +17,7 @@ from etils import epath
 from pspnet_jax.errors import MissingFileError, UserError
 from pspnet_jax.models.resnet import BLOCKS
 
-# Where conv3_1 takes its stride, by depth. No weight tells: it stands in the networks, evaluation/prototxt/*.prototxt.
+# Where conv3_1 takes its stride, by depth. The weights do not show it; evaluation/prototxt/*.prototxt does.
 STRIDE_IN = {50: "conv1x1", 101: "conv3x3"}
 STEM = {"stem_conv1": "conv1_1_3x3_s2", "stem_conv2": "conv1_2_3x3", "stem_conv3": "conv1_3_3x3"}
 BLOCK = {"conv1": "1x1_reduce", "conv2": "3x3", "conv3": "1x1_increase", "projection": "1x1_proj"}
@@ -41,8 +41,8 @@ SCHEMA = {
 def layer_name(module: str, bins: Sequence[int], depth: int) -> str:
     """The release's name for one of our convolutions; the batch normalization after it is NAME/bn.
 
-    The auxiliary head is in the published files, but not in the networks for evaluation. Its 3x3 convolution is called like
-    conv4_x's next block: conv4_7 at depth 50, conv4_24 at 101.
+    The auxiliary head is in the published files, but not in the networks for evaluation. Its 3x3 convolution is named as the
+    next block of conv4_x would be: conv4_7 at depth 50, conv4_24 at 101.
 
     Args:
       module: path of the convolution, such as "backbone/layer1_block0/conv2", "pyramid/level3" or "classifier".

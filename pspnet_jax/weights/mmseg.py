@@ -1,4 +1,4 @@
-"""What mmsegmentation's checkpoints tell beside the weights: the training config's text in "meta", or the zoo's file name."""
+"""The settings in an mmsegmentation checkpoint: from the text of its training config in "meta", or from the zoo's file name."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""How others name our arrays, and what all networks of one family have in common.
+"""The names of our arrays in files of other projects, and what all networks of one family have in common.
 
 Our paths are those of the flattened variables, such as "params/backbone/layer1_block0/conv2/bn/scale".
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 from pspnet_jax.weights import caffe
 
-# One row a module, ours -> theirs; # stands for a number, {0} for the first of them.
+# One row per module, ours -> theirs; # stands for a number, {0} for the first of them.
 TORCHVISION = {  # timm's names too and, with a stem of three convolutions, those of semseg's ImageNet models
     "backbone/stem_conv#/conv": "conv{0}",
     "backbone/stem_conv#/bn": "bn{0}",
@@ -78,10 +78,10 @@ class Family:
     """A family of files.
 
     Attributes:
-      title: what it is to a user.
+      title: what messages call one of them.
       key: (our path, model.bins, model.depth) -> the array's key in the file; None where the family has no such array.
-      dropped: pattern of the keys that our network has no use for.
-      model: the fields of config.model that its networks share, unless the file tells otherwise; None: only the file tells.
+      dropped: pattern of the keys that our network does not need.
+      model: the fields of config.model that its networks share, unless the file says otherwise; None: only the file says.
       protocol: config.eval.protocol of its published numbers; "" for backbones.
       normalize: config.normalize, as its networks were trained.
     """

@@ -1,4 +1,4 @@
-"""PyTorch's and safetensors' files as flat dicts of arrays; no code in a file is ever run."""
+"""PyTorch and safetensors files as flat dicts of arrays; no code in a file is ever run."""
 
 import os
 import re
@@ -17,8 +17,8 @@ from pspnet_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 
-# What stands beside the weights in checkpoints of training runs: mmengine's message hub, timm's arguments. It is read as
-# `_Inert`, so that nothing of these names is imported or called, and dropped.
+# Names in checkpoints of training runs besides the weights: mmengine's message hub, timm's arguments. Their objects are read
+# as `_Inert`, so that nothing of these names is imported or called, and dropped.
 INERT = (
     "argparse.Namespace",
     "builtins.getattr",

@@ -1,4 +1,4 @@
-"""A source's network, preprocessing, classes and protocol as fields of a config."""
+"""The network, preprocessing, classes and protocol of a source, as fields of a config."""
 
 import logging
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from pspnet_jax.weights.source import Source
 
 logger = logging.getLogger(__name__)
 DATASETS = {150: "ade20k", 21: "voc2012", 19: "cityscapes"}  # by the number of classes
-ASSUMED = {  # where a file does not tell: what is likely, and what else it may be
+ASSUMED = {  # where a file does not tell: the value taken, and what else it may be
     "align_corners": (False, True),
     "stride_in": ("conv1x1", "conv3x3"),
     "bins": ((1, 2, 3, 6), "..."),

@@ -163,10 +163,10 @@ class Network:
 
 
 def random_variables(module: nn.Module, *args: object) -> dict:
-    """Draws every weight and every running statistic f32, none at its neutral value; args are those of the module's call."""
+    """Random weights and running statistics f32, none at its neutral value; args are those of the module's call."""
     random = np.random.default_rng(0)
 
-    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    def random_value(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         name = path[-1].key
         if name == "kernel":
             return random.normal(0, np.sqrt(2 / np.prod(leaf.shape[:-1])), leaf.shape).astype(np.float32)
@@ -175,7 +175,7 @@ def random_variables(module: nn.Module, *args: object) -> dict:
         return random.normal(0, 0.3, leaf.shape).astype(np.float32)
 
     shapes = jax.eval_shape(lambda key: module.init(key, *args), jax.random.key(0))
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(random_value, shapes)
 
 
 def relative_error(value: jax.Array, expected: jax.Array | np.ndarray) -> float:

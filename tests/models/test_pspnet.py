@@ -172,7 +172,7 @@ def test_dropout_drops_whole_channels_in_training_only():
     y = np.asarray(classifier.apply(variables, x, train=True, rngs={"dropout": jax.random.key(0)}))
     np.testing.assert_array_equal(y, np.broadcast_to(y[:, :1, :1], y.shape))
     np.testing.assert_allclose(np.unique(y), [0, 1 / (1 - rate)], rtol=1e-6)
-    assert abs((y == 0).mean() - rate) < 0.06  # four standard deviations of 800 draws
+    assert abs((y == 0).mean() - rate) < 0.06  # four standard deviations of the mean of 800
     assert (y[0] != y[1]).any()
     np.testing.assert_array_equal(classifier.apply(variables, x, train=False), x)
 

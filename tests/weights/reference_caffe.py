@@ -1,7 +1,7 @@
 """The authors' PSPNet as Caffe runs it, in plain torch functions over blobs by layer name, and a writer of .caffemodel files.
 
 Both are written from the release's facts (layer names, strides, order of the concatenation, caffe.proto's field numbers) and
-share no code with the package. Weights are drawn when a layer is first run, in proportion to its input, so that values
+share no code with the package. A layer gets random weights when it first runs, in proportion to its input, so that values
 neither vanish nor explode at any depth.
 """
 
@@ -17,14 +17,14 @@ MEAN_BGR = (103.939, 116.779, 123.68)  # evaluation/eval_all.m
 Blobs = dict[str, list[np.ndarray]]
 
 
-def draw_convolution(random: np.random.Generator, x: torch.Tensor, channels: int, size: int, bias: bool) -> list[np.ndarray]:
+def random_convolution(random: np.random.Generator, x: torch.Tensor, channels: int, size: int, bias: bool) -> list[np.ndarray]:
     """He-normal kernel [O, I, size, size] and, for a classifier, a bias [O]."""
     scale = np.sqrt(2 / (x.shape[1] * size**2))
     kernel = random.standard_normal((channels, x.shape[1], size, size), np.float32) * np.float32(scale)
     return [kernel, random.normal(0, 0.5, channels).astype(np.float32)] if bias else [kernel]
 
 
-def draw_batch_norm(random: np.random.Generator, x: torch.Tensor) -> list[np.ndarray]:
+def random_batch_norm(random: np.random.Generator, x: torch.Tensor) -> list[np.ndarray]:
     """Slope, bias, mean and variance, each [1, C, 1, 1]; the statistics scatter about those of x.
 
     The part of the variance that all channels share is for features of one pixel, whose own variance is 0. Biases about 1
@@ -65,14 +65,14 @@ class Network:
         self, name: str, x: torch.Tensor, channels: int, size: int, stride: int = 1, dilation: int = 1, bias: bool = False
     ) -> torch.Tensor:
         if name not in self.blobs:
-            self.blobs[name] = draw_convolution(self.random, x, channels, size, bias)
+            self.blobs[name] = random_convolution(self.random, x, channels, size, bias)
         pad = dilation * (size // 2)
         return functional.conv2d(x, *map(torch.from_numpy, self.blobs[name]), stride=stride, padding=pad, dilation=dilation)
 
     def conv_bn(self, name: str, x: torch.Tensor, channels: int, size: int, stride: int = 1, dilation: int = 1) -> torch.Tensor:
         y = self.convolution(name, x, channels, size, stride, dilation)
         if f"{name}/bn" not in self.blobs:
-            self.blobs[f"{name}/bn"] = draw_batch_norm(self.random, y)
+            self.blobs[f"{name}/bn"] = random_batch_norm(self.random, y)
         return batch_norm(y, self.blobs[f"{name}/bn"])
 
     def block(self, name: str, x: torch.Tensor, channels: int, stride: int, dilation: int) -> torch.Tensor:
