@@ -67,7 +67,7 @@ def base_config() -> ConfigDict:
     augment.rotate_degrees = 10.0  # uniform in [-this, this] about the center
     augment.rotate_probability = 0.5
     augment.blur_probability = 0.5  # 5x5, weights (1, 4, 6, 4, 1) / 16 down and across
-    augment.mirror_probability = 0.5
+    augment.flip_probability = 0.5
     augment.crop = (473, 473)  # height, width that the network trains on
 
     config.loss = loss = ConfigDict()

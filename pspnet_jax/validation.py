@@ -105,7 +105,7 @@ def model_problems(model: ConfigDict) -> list[str]:
 
 def _range_problems(config: ConfigDict) -> list[str]:
     positive = "batch_size total_steps optimizer.learning_rate optimizer.accumulate every.log every.save eval.batch_size"
-    fractions = "augment.rotate_probability augment.blur_probability augment.mirror_probability dataset.balance"
+    fractions = "augment.rotate_probability augment.blur_probability augment.flip_probability dataset.balance"
     values = dict(leaves(config))
     problems = [f"{f}={values[f]}: expected more than 0" for f in positive.split() if not values[f] > 0]
     problems += [f"{f}={values[f]}: expected a value from 0 to 1" for f in fractions.split() if not 0 <= values[f] <= 1]
