@@ -1,6 +1,7 @@
 """Which pairs of files cannot be used: looked for once for each set of files, and decided alike by all processes of a job."""
 
 import concurrent.futures
+import itertools
 import json
 import logging
 import time
@@ -10,6 +11,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+from orbax.checkpoint import multihost
 
 from pspnet_jax.data import checks, stamps
 from pspnet_jax.data.layouts import Pair
@@ -21,6 +24,8 @@ CHECK_ALL = 5000  # up to this many pairs, every pixel of every label is looked 
 CHECK_SOME = 1000  # of a larger folder, about this many, evenly spread; the others are looked at when they are loaded
 VERSION = 1  # of what is checked: the findings of another version do not count
 TOLD = 5  # sentences about skipped pairs
+WAIT = 24 * 3600 * 1000  # ms for the slowest process; that one has died is noticed far earlier
+_exchanges = itertools.count()  # for names of barriers, which are alike in all processes
 
 
 class Problem(NamedTuple):
@@ -40,30 +45,26 @@ class Findings(NamedTuple):
     error: str  # why the split cannot be listed
 
 
-def screen(
-    list_pairs: Callable[[], list[Pair]], benchmark: str, num_classes: int, skip: bool, cache_dir: str, what: str
-) -> list[Pair]:
+def screen(list_pairs: Callable[[], list[Pair]], dataset: ConfigDict, num_classes: int, what: str) -> list[Pair]:
     """Lists pairs of files, checks them, and returns those to use, which are the same in all processes of the job.
 
     What is wrong with a pair on one host counts on all of them. Of several processes, each has to make this call.
 
     Args:
       list_pairs: lists the split.
-      benchmark: whose values raw labels have.
+      dataset: config.dataset; its on_error says whether wrong pairs are left out, and cache_dir keeps what is found.
       num_classes: K.
-      skip: leave wrong pairs out.
-      cache_dir: config.dataset.cache_dir, where the findings are kept.
       what: the split, for messages.
 
     Raises:
       UserError: the split cannot be listed, or the hosts have different images; about the first wrong pair, and how many more
-        there are; with `skip`, when most are wrong, or a label's values are, which is no damage.
+        there are; with on_error="skip", when most are wrong, or a label's values are, which is no damage.
     """
-    start = time.monotonic()
+    start, skip = time.monotonic(), dataset.on_error == "skip"
     try:
         pairs = list_pairs()
         mine = Findings(stamps.digest([pair.name for pair in pairs]), len(pairs), [], "")
-        mine = mine._replace(problems=_problems(pairs, benchmark, num_classes, skip, cache_dir, what))
+        mine = mine._replace(problems=_problems(pairs, dataset, num_classes, what))
     except UserError as error:
         if jax.process_count() == 1:
             raise
@@ -82,14 +83,14 @@ def screen(
     return [pair for index, pair in enumerate(pairs) if index not in wrong]
 
 
-def _problems(pairs: list[Pair], benchmark: str, num_classes: int, skip: bool, cache_dir: str, what: str) -> list[Problem]:
+def _problems(pairs: list[Pair], dataset: ConfigDict, num_classes: int, what: str) -> list[Problem]:
     """Returns what is wrong with this host's copy of the files, in the order of the pairs."""
-    stride = 1 if skip or len(pairs) <= CHECK_ALL else len(pairs) // CHECK_SOME
+    stride = 1 if dataset.on_error == "skip" or len(pairs) <= CHECK_ALL else len(pairs) // CHECK_SOME
 
     def problem(index: int) -> Problem | None:
         _, image, label, raw = pairs[index]
         try:
-            checks.check_pair(image, label, num_classes, index % stride == 0, benchmark if raw else None)
+            checks.check_pair(image, label, num_classes, index % stride == 0, dataset.name if raw else None)
         except UserError as error:
             return Problem(index, isinstance(error, checks.WrongValues), str(error))
         return None
@@ -103,7 +104,7 @@ def _problems(pairs: list[Pair], benchmark: str, num_classes: int, skip: bool, c
         return json.dumps(found).encode()
 
     files = [file for pair in pairs for file in (pair.image, pair.label)]
-    kept = stamps.once(cache_dir, "checked", files, (VERSION, stride, benchmark, num_classes, pairs), check)
+    kept = stamps.once(dataset.cache_dir, "checked", files, (VERSION, stride, dataset.name, num_classes, pairs), check)
     return [Problem(*each) for each in json.loads(kept)]
 
 
@@ -111,6 +112,8 @@ def _exchange(mine: Findings) -> list[Findings]:
     """Returns the findings of all processes of the job, in their order."""
     if jax.process_count() == 1:
         return [mine]
+    # JAX's first collective fails where a process comes half a minute late, and to check files can take longer.
+    multihost.get_barrier_sync_fn()(key=f"files of {next(_exchanges)}", timeout_ms=WAIT)
     message = np.frombuffer(json.dumps(mine).encode(), np.uint8)
     sizes = np.asarray(multihost_utils.process_allgather(np.array(len(message))))
     padded = np.pad(message, (0, sizes.max() - len(message)))

@@ -27,7 +27,7 @@ import cv2
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from pspnet_jax import datasets
 from pspnet_jax.data import checks, layouts, scenes, screening
@@ -95,14 +95,11 @@ def open_source(dataset: ConfigDict, split: str, check: bool = True) -> Source:
     Raises:
       UserError: the split is not there, its classes are others, or something in it is wrong: which file, and what to do.
     """
-    num_classes = datasets.describe(dataset).num_classes
-    datasets.check_classes(dataset)
     if dataset.name in layouts.LAYOUTS:
-        root, extra_root = (os.path.expanduser(path).rstrip("/") for path in (dataset.root, dataset.extra_root))
-        on_error = dataset.on_error if check else ""
-        return _open_files(dataset.name, root, extra_root, split, num_classes, on_error, dataset.cache_dir)
+        return _open_files(FrozenConfigDict(dataset), split, check)
+    datasets.check_classes(dataset)
     if dataset.name in OTHERS:
-        return OTHERS[dataset.name](dataset, split, num_classes)
+        return OTHERS[dataset.name](dataset, split, datasets.describe(dataset).num_classes)
     raise UserError(f"dataset.name={dataset.name!r}: expected one of {', '.join((*layouts.LAYOUTS, *OTHERS))}")
 
 
@@ -147,8 +144,12 @@ class Files(Source):
 
 
 @functools.lru_cache
-def _open_files(name: str, root: str, extra_root: str, split: str, num_classes: int, on_error: str, cache_dir: str) -> Files:
+def _open_files(dataset: FrozenConfigDict, split: str, check: bool) -> Files:
+    name, num_classes = dataset.name, datasets.describe(dataset).num_classes
+    root, extra_root = (os.path.expanduser(path).rstrip("/") for path in (dataset.root, dataset.extra_root))
+
     def list_pairs() -> list[layouts.Pair]:
+        datasets.check_classes(dataset)
         pairs = layouts.list_pairs(name, root, split, extra_root)
         if unlabeled := [pair.image for pair in pairs if not pair.label]:
             raise UserError(
@@ -159,9 +160,9 @@ def _open_files(name: str, root: str, extra_root: str, split: str, num_classes: 
             )
         return pairs
 
-    if not on_error:
+    if not check:
         return Files(name, list_pairs(), num_classes)
-    pairs = screening.screen(list_pairs, name, num_classes, on_error == "skip", cache_dir, f"{root}, {split}")
+    pairs = screening.screen(list_pairs, dataset, num_classes, f"{root}, {split}")
     count = layouts.official_count(name, split)
     if count not in (None, len(pairs)):
         logger.warning(f"{name} {split} has {count:,} images officially, here {len(pairs):,}")
