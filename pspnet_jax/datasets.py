@@ -9,6 +9,8 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from pspnet_jax.errors import UserError
+
 NAMES = ("folder", "ade20k", "voc2012", "cityscapes", "scenes", "tfds")  # of config.dataset.name
 IGNORE = 255  # label of the pixels that neither train nor count
 WRONG = 254  # stands for values that do not occur in a benchmark's label files
@@ -89,7 +91,7 @@ class DatasetInfo:
     """Class names and their (R, G, B) colors, 0..255, in the order of the labels 0..K-1.
 
     Raises:
-      ValueError: there are not 2 to 255 classes, not one color for each, or a color has a value outside 0..255.
+      UserError: there are not 2 to 255 classes, not one color for each, or a color has a value outside 0..255.
     """
 
     name: str
@@ -98,17 +100,17 @@ class DatasetInfo:
 
     def __post_init__(self) -> None:
         if not 2 <= self.num_classes <= MAX_CLASSES:
-            raise ValueError(
+            raise UserError(
                 f"dataset {self.name!r} has {self.num_classes} classes: expected 2 to {MAX_CLASSES} in dataset.class_names or "
                 f"classes.txt (labels are 8-bit, and {IGNORE} is the ignored one)"
             )
         if len(self.colors) != self.num_classes:
-            raise ValueError(
+            raise UserError(
                 f"dataset.colors has {len(self.colors)} colors for {self.num_classes} classes: expected one a class"
             )
         for name, color in zip(self.class_names, self.colors, strict=True):
             if len(color) != 3 or not all(value in range(256) for value in color):
-                raise ValueError(f"color {color} of class {name!r}: expected (R, G, B), each from 0 to 255")
+                raise UserError(f"color {color} of class {name!r}: expected (R, G, B), each from 0 to 255")
 
     @property
     def num_classes(self) -> int:
@@ -125,16 +127,16 @@ def describe(dataset: ConfigDict) -> DatasetInfo:
       dataset: config.dataset.
 
     Raises:
-      ValueError: nobody names the classes, or see DatasetInfo.
+      UserError: nobody names the classes, or see DatasetInfo.
     """
     entries = dataset.class_names or _own_classes(dataset)
     if not entries and dataset.name == "tfds":
-        raise ValueError(
+        raise UserError(
             f"dataset.class_names is empty: the recipe must name the classes of dataset.tfds_name={dataset.tfds_name!r}"
         )
     if entries is None:
         file = epath.Path(dataset.root) / "classes.txt" if dataset.root else "dataset.root"
-        raise ValueError(
+        raise UserError(
             f"dataset.class_names is empty and there is no {file}: name the classes in the recipe, or in ROOT/classes.txt with "
             "--config.dataset.root=ROOT, one a line in label order, as `name` or `name R G B`"
         )
@@ -146,7 +148,7 @@ def check_classes(dataset: ConfigDict) -> None:
     """Refuses a dataset whose labels mean other classes than dataset.class_names, by its table or a folder's classes.txt.
 
     Raises:
-      ValueError: names the first class that differs.
+      UserError: names the first class that differs.
     """
     own = _own_classes(dataset)
     if own is None:
@@ -155,7 +157,7 @@ def check_classes(dataset: ConfigDict) -> None:
     for index, (there, here) in enumerate(itertools.zip_longest(theirs, ours)):
         unnamed = here == f"class {index}" and there  # of imported weights that do not tell
         if str(there).lower() != str(here).lower() and not unnamed:
-            raise ValueError(
+            raise UserError(
                 f"class {index} of dataset.name={dataset.name!r} at {dataset.root!r} is {there or 'not there'!r}, but in "
                 f"dataset.class_names {here or 'not there'!r}; the labels have to mean the same"
             )
@@ -171,14 +173,14 @@ def _own_classes(dataset: ConfigDict) -> list[str] | None:
         try:
             return file.read_text().removeprefix("\ufeff").splitlines()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: is no UTF-8 text ({error.reason}); save it as UTF-8") from error
+            raise UserError(f"{file}: is no UTF-8 text ({error.reason}); save it as UTF-8") from error
     return None
 
 
 def table(name: str) -> DatasetInfo:
     """Returns the classes of a known dataset, for recipes that read it from a folder: `table("camvid")`."""
     if name not in TABLES:
-        raise ValueError(f"no table of classes for {name!r}: expected one of {', '.join(sorted(TABLES))}")
+        raise UserError(f"no table of classes for {name!r}: expected one of {', '.join(sorted(TABLES))}")
     return DatasetInfo(name, *_parse(TABLES[name].split(";")))
 
 

@@ -25,12 +25,12 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
 
 from pspnet_jax import config as configs
 from pspnet_jax.data import layouts, sources
+from pspnet_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -86,16 +86,15 @@ class _FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
     def _is_there(self, dataset: Any, split: str) -> bool:
         try:
             layouts.list_pairs(dataset.name, dataset.root, split, dataset.extra_root)
-        except ValueError as error:
+        except UserError as error:
             logger.warning("split %r is left out: %s", split, error)
             return False
         return True
 
     def _generate_examples(self, source: sources.Source) -> Iterator[tuple[int, dict[str, Any]]]:
         assert isinstance(source, sources.Files)
-        load = tf.function(source.load, input_signature=[tf.TensorSpec([], tf.int64)])
-        for index, image in enumerate(source.images):
-            yield index, {"image": image, "label": load(tf.constant(index, tf.int64))[1][..., None].numpy()}
+        for index, pair in enumerate(source.pairs):
+            yield index, {"image": pair.image, "label": source.read(index)[1][..., None]}
 
 
 class PspnetAde20k(_FileBuilder):

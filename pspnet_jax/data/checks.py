@@ -9,12 +9,13 @@ import tensorflow as tf
 from PIL import Image, ImageFile
 
 from pspnet_jax import datasets
+from pspnet_jax.errors import UserError
 
 EXIF_ORIENTATION = 0x0112
 Values = Callable[[Sequence[int]], None]  # refuses a histogram of a label's values 0..255
 
 
-class WrongValues(ValueError):
+class WrongValues(UserError):
     """A label is no class index where it has to be one: one wrong file, and likely all of them are wrong alike."""
 
 
@@ -30,7 +31,7 @@ def check_pair(image_file: str, label_file: str, num_classes: int, pixels: bool,
 
     Raises:
       WrongValues: the label's values are wrong, and nothing else.
-      ValueError: anything else.
+      UserError: anything else.
     """
 
     def values(histogram: Sequence[int]) -> None:
@@ -48,8 +49,21 @@ def check_pair(image_file: str, label_file: str, num_classes: int, pixels: bool,
         _inspect(label_file, image_file, lambda label: _label_problem(label, pixels, image_file, size, values))
 
 
+def example_problem(image: np.ndarray, label: np.ndarray, num_classes: int) -> str | None:
+    """Describes what is wrong with a loaded example, if anything is: its types, its sizes, or its label's values."""
+    kinds = [(array.dtype, array.shape[2:], array.ndim) for array in (image, label)]
+    if kinds != [(np.uint8, (3,), 3), (np.uint8, (), 2)]:
+        found = [f"{array.dtype}{list(array.shape)}" for array in (image, label)]
+        return f"has image {found[0]} and label {found[1]}, expected uint8[H, W, 3] and uint8[H, W]"
+    if image.shape[:2] != label.shape:
+        return f"the image is {image.shape[:2]}, the label {label.shape} (height, width)"
+    if label.size and (label + np.uint8(1)).max() > num_classes:  # IGNORE + 1 is 0
+        return datasets.label_problem(np.bincount(label.ravel(), minlength=256).tolist(), num_classes)
+    return None
+
+
 def decode_label(contents: bytes) -> np.ndarray:
-    """Decodes a label file's contents to uint8[H, W]: a palette PNG by its indices, SBD's .mat by its GTcls.Segmentation.
+    """Decodes a label file's contents to uint8[H,W]: a palette PNG by its indices, SBD's .mat by its GTcls.Segmentation.
 
     Raises:
       ValueError: it is neither.
@@ -67,27 +81,27 @@ def _check_mat(file: str, image_file: str, size: tuple[int, int], values: Values
         with tf.io.gfile.GFile(file, "rb") as stream:
             label = decode_label(stream.read())
     except tf.errors.NotFoundError as error:
-        raise ValueError(f"{file}: no such file, which has to go with {image_file}") from error
+        raise UserError(f"{file}: no such file, which has to go with {image_file}") from error
     except (ValueError, tf.errors.OpError) as error:
-        raise ValueError(f"{file}: cannot be read, damaged or cut short ({error}); replace it or remove the pair") from error
+        raise UserError(f"{file}: cannot be read, damaged or cut short ({error}); replace it or remove the pair") from error
     if problem := _size_problem(label.shape[::-1], image_file, size):
-        raise ValueError(f"{file}: {problem}")
+        raise UserError(f"{file}: {problem}")
     values(np.bincount(label.ravel(), minlength=256).tolist())
 
 
 def _inspect(file: str, partner: str, find_problem: Callable[[ImageFile.ImageFile], str | None]) -> tuple[int, int]:
-    """Returns (width, height) of an image file, or raises a ValueError with the problem found in it."""
+    """Returns (width, height) of an image file, or raises a UserError with the problem found in it."""
     try:
         with tf.io.gfile.GFile(file, "rb") as stream, Image.open(stream) as image:
             size, problem = image.size, find_problem(image)
     except tf.errors.NotFoundError as error:
-        raise ValueError(f"{file}: no such file, which has to go with {partner}") from error
+        raise UserError(f"{file}: no such file, which has to go with {partner}") from error
     except WrongValues:
         raise
     except Exception as error:  # whatever Pillow raises over a damaged file
-        raise ValueError(f"{file}: cannot be read, damaged or cut short ({error}); replace it or remove the pair") from error
+        raise UserError(f"{file}: cannot be read, damaged or cut short ({error}); replace it or remove the pair") from error
     if problem:
-        raise ValueError(f"{file}: {problem}")
+        raise UserError(f"{file}: {problem}")
     return size
 
 

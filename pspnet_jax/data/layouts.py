@@ -8,6 +8,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from pspnet_jax import datasets
+from pspnet_jax.errors import MissingFileError, UserError
 
 IMAGES = (".jpg", ".jpeg", ".png")
 ALIASES = {"ade20k": {"train": "training", "val": "validation"}}
@@ -42,25 +43,25 @@ def list_pairs(name: str, root: str, split: str, extra_root: str = "") -> list[P
       extra_root: SBD's directory, for voc2012.
 
     Raises:
-      ValueError: a directory or list is missing: which, and what was expected; or an image is in two of several splits.
+      UserError: a directory or list is missing: which, and what was expected; or an image is in two of several splits.
     """
     if not root:
-        raise ValueError(f"dataset.root is empty: set --config.dataset.root to the directory with {EXPECTED[name]}")
+        raise UserError(f"dataset.root is empty: set --config.dataset.root to the directory with {EXPECTED[name]}")
     if not tf.io.gfile.isdir(root):
-        raise ValueError(f"--config.dataset.root={root}: no such directory; expected one with {EXPECTED[name]}")
+        raise MissingFileError(f"--config.dataset.root={root}: no such directory; expected one with {EXPECTED[name]}")
     parts = _parts(name, split)
     try:
         found = {part: LAYOUTS[name](root, part, extra_root) for part in parts}
-    except ValueError as error:
-        raise ValueError(f"dataset.name={name!r}: {error}; expected {EXPECTED[name]}") from error
+    except UserError as error:
+        raise type(error)(f"dataset.name={name!r}: {error}; expected {EXPECTED[name]}") from error
     pairs = [pair for part in parts for pair in found[part]]
     if name == "folder" and len(parts) > 1:  # where the same names may occur in each
         pairs = [pair._replace(name=f"{part}/{pair.name}") for part in parts for pair in found[part]]
     if not pairs:
-        raise ValueError(f"split {split!r} of {root} has no images")
+        raise UserError(f"split {split!r} of {root} has no images")
     name, number = collections.Counter(pair.name for pair in pairs).most_common(1)[0]
     if number > 1:
-        raise ValueError(f"split {split!r} has {name} {number} times; leave all but one out")
+        raise UserError(f"split {split!r} has {name} {number} times; leave all but one out")
     return pairs
 
 
@@ -74,7 +75,7 @@ def _parts(name: str, split: str) -> list[str]:
     """The splits in "a+b", by the dataset's own names: "training" for ADE20K's "train"."""
     parts = split.split("+")
     if not all(parts):
-        raise ValueError(f"split {split!r}: expected a name, or several in the form 'train+val'")
+        raise UserError(f"split {split!r}: expected a name, or several in the form 'train+val'")
     return [ALIASES.get(name, {}).get(part, part) for part in parts]
 
 
@@ -174,13 +175,13 @@ def _first_with(folder: str, *places: str) -> str:
     for place in places:
         if tf.io.gfile.isdir(f"{place}/{folder}"):
             return place
-    raise ValueError(f"found no {folder}/ in {', '.join(places)}")
+    raise MissingFileError(f"found no {folder}/ in {', '.join(places)}")
 
 
 def _names(file: str) -> list[str]:
     """The first word of each line."""
     if not tf.io.gfile.exists(file):
-        raise ValueError(f"{file}: no such file; it lists the names of the images of a split")
+        raise MissingFileError(f"{file}: no such file; it lists the names of the images of a split")
     with tf.io.gfile.GFile(file) as lines:
         return [line.split()[0] for line in lines if line.strip()]
 
@@ -190,17 +191,17 @@ def _files(directory: str, endings: Sequence[str]) -> dict[str, str]:
     if not tf.io.gfile.isdir(directory):
         parent = os.path.dirname(directory)
         there = ", ".join(sorted(tf.io.gfile.listdir(parent))[:8]) if tf.io.gfile.isdir(parent) else ""
-        raise ValueError(f"{directory}: no such directory" + (f"; {parent} has {there}" if there else ""))
+        raise MissingFileError(f"{directory}: no such directory" + (f"; {parent} has {there}" if there else ""))
     found: dict[str, str] = {}
     for path in _walk(directory):
         name, ending = os.path.splitext(path[len(directory) + 1 :])
         if ending.lower() not in endings:
             continue
         if name in found:
-            raise ValueError(f"{path} and {found[name]}: two files of one name, whose label is ambiguous; remove one")
+            raise UserError(f"{path} and {found[name]}: two files of one name, whose label is ambiguous; remove one")
         found[name] = path
     if not found:
-        raise ValueError(f"{directory}: holds no {', '.join(endings)} files")
+        raise MissingFileError(f"{directory}: holds no {', '.join(endings)} files")
     return found
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pspnet_jax.errors import UserError
+
 MIXTURE, EPOCH, BALANCE, AUGMENT = range(4)  # what a choice is for, so that no two use the same random numbers
 BLOCK = 1000  # positions in which every dataset has its share to the last position
 
@@ -39,11 +41,11 @@ class Order:
           counts: number of examples of each dataset.
           weights: of each dataset, above 0, in any unit.
           balance: probability that a position shows, instead of the next example of the epoch, one that holds a class: the
-            class is drawn from those that the dataset has anywhere, the example from those that hold it.
+            class is sampled from those that the dataset has anywhere, the example from those that hold it.
           presence: bool[count,K] of each dataset, which classes an example holds; needed for balance.
 
         Raises:
-          ValueError: a weight is less than one position in a block.
+          UserError: a weight is less than one position in a block.
         """
         self._seed, self._counts, self._balance = seed, counts, balance
         self._quotas = _apportion(weights)
@@ -64,12 +66,12 @@ class Order:
 
 
 def _apportion(weights: Sequence[float]) -> tuple[int, ...]:
-    """Returns the positions in a block of each weight: rounded down, the rest to those that lost most."""
+    """Returns the number of positions in a block for each weight, by largest-remainder apportionment."""
     exact = BLOCK * np.array(weights) / np.sum(weights)
     quotas = np.floor(exact).astype(int)
     quotas[np.argsort(quotas - exact, kind="stable")[: BLOCK - quotas.sum()]] += 1
     if quotas.min() == 0:
-        raise ValueError(f"dataset.mixture: weights {tuple(weights)[1:]} beside 1: each must be 1/{BLOCK} of their sum or more")
+        raise UserError(f"dataset.mixture: weights {tuple(weights)[1:]} beside 1: each must be 1/{BLOCK} of their sum or more")
     return tuple(quotas.tolist())
 
 

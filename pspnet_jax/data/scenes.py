@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from pspnet_jax.datasets import IGNORE
+from pspnet_jax.errors import UserError
 
 HEIGHT, WIDTH = 96, 128  # pixels
 SPLITS = {"train": 2000, "validation": 200}  # number of scenes
@@ -61,11 +62,11 @@ def scene(split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns scene `index` of a split, the same whenever and wherever it is drawn: uint8[96,128,3] and uint8[96,128].
 
     Raises:
-      ValueError: there is no such scene.
+      UserError: there is no such scene.
     """
     if split not in SPLITS or not 0 <= index < SPLITS[split]:
         sizes = ", ".join(f"{name} 0..{size - 1}" for name, size in SPLITS.items())
-        raise ValueError(f"no scene {index} in split {split!r}: expected one of {sizes}")
+        raise UserError(f"no scene {index} in split {split!r}: expected one of {sizes}")
     rng = np.random.default_rng([list(SPLITS).index(split), index])  # the split's number is its seed
     return draw(rng, water=bool(rng.integers(2)))
 

@@ -1,22 +1,27 @@
-"""Looks at every example of a split: what is wrong, which sizes there are, and how frequent the classes are."""
+"""What is in a split: which examples are wrong, which sizes there are, and how frequent the classes are."""
 
 import collections
 import concurrent.futures
 import dataclasses
+import logging
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 from rich.table import Column, Table
 
-from pspnet_jax.data import layouts
-from pspnet_jax.data.pipeline import reader
-from pspnet_jax.data.sources import open_source
-from pspnet_jax.datasets import DatasetInfo
+from pspnet_jax import datasets
+from pspnet_jax.data import layouts, stamps
+from pspnet_jax.data.cache import Read
+from pspnet_jax.data.sources import Source, open_source, training_parts
+from pspnet_jax.errors import UserError
 from pspnet_jax.progress import progress
 
+logger = logging.getLogger(__name__)
 THREADS = 8
+VERSION = 1  # of counting: tables that another version has kept are not used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Survey:
         ignored = f"{self.ignored / self.area:.2%} of the pixels are ignored"
         return f"{self.split}: {len(self.usable):,} images of {sizes}; {ignored}"
 
-    def table(self, info: DatasetInfo) -> Table:
+    def table(self, info: datasets.DatasetInfo) -> Table:
         """A line for each class, for rich to print."""
         table = Table(Column("class"), *(Column(name, justify="right") for name in ("share of pixels", "images")))
         for name, pixels, images in zip(info.class_names, self.pixels, self.present, strict=True):
@@ -71,16 +76,15 @@ def survey(dataset: ConfigDict, split: str, num_classes: int) -> Survey:
       num_classes: K.
 
     Raises:
-      ValueError: the split cannot be opened.
+      UserError: the split cannot be opened.
     """
     source = open_source(dataset, split, check=False)
-    read = reader(source)
 
     def look(index: int) -> tuple[tuple[int, int], np.ndarray] | str:
         try:
             source.check(index)
-            _, label = read(index)
-        except ValueError as error:
+            _, label = source.read(index)
+        except UserError as error:
             return str(error)
         height, width = label.shape
         return (height, width), np.bincount(label.ravel(), minlength=256)
@@ -108,8 +112,63 @@ def samples(dataset: ConfigDict, found: Survey, count: int) -> list[dict[str, An
     """Returns up to so many usable examples of a split, evenly spread: image uint8[H,W,3], label uint8[H,W] and name."""
     source = open_source(dataset, found.split, check=False)
     chosen = np.unique(np.linspace(0, len(found.usable) - 1, count).round().astype(int)) if found.usable else ()
-    read, examples = reader(source), []
+    examples = []
     for index in (found.usable[i] for i in chosen):
-        image, label = read(index)
+        image, label = source.read(index)
         examples.append({"image": image, "label": label, "name": source.names[index]})
     return examples
+
+
+class ClassPixels(NamedTuple):
+    """How frequent the classes are in the training data; an inverse frequency is labeled / pixels, or pixels.sum() / pixels.
+
+    Attributes:
+      pixels: int64[K], of each class.
+      images: int64[K], number of images that have the class.
+      labeled: int64[K], labeled pixels of these images; pixels / labeled is the frequency of median-frequency balancing.
+    """
+
+    pixels: np.ndarray
+    images: np.ndarray
+    labeled: np.ndarray
+
+
+def class_pixels(config: ConfigDict) -> ClassPixels:
+    """Counts the classes of the training data, dataset.mixture included, each image once; the labels are read once: see stamps.
+
+    Raises:
+      UserError: see `open_source`; or a label is wrong.
+    """
+    totals = []
+    for dataset, split in training_parts(config.dataset):
+        source = open_source(dataset, split)
+        counts = class_counts(source, dataset, source.read)
+        labeled = counts.sum(axis=1)
+        totals.append((counts.sum(axis=0), (counts > 0).sum(axis=0), labeled @ (counts > 0)))
+    return ClassPixels(*np.sum(totals, axis=0))
+
+
+def class_counts(source: Source, dataset: ConfigDict, read: Read) -> np.ndarray:
+    """Returns int64[N,K]: the number of pixels of each class in each of the source's N labels.
+
+    Args:
+      source: the examples.
+      dataset: config.dataset; its cache_dir keeps the counts for as long as names and files stay as they are.
+      read: `source.read`, or the same with a cache.
+    """
+    shape = len(source), source.num_classes
+
+    def count() -> bytes:
+        logger.info(f"counting the classes in {len(source)} labels of {dataset.name}, once")
+        table = np.zeros(shape, np.int32)
+        with progress("classes", len(source)) as advance, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            labels = pool.map(lambda index: np.bincount(read(index)[1].ravel(), minlength=256)[: shape[1]], range(len(source)))
+            for row, counts in zip(table, labels, strict=True):
+                row[:] = counts
+                advance(1)
+        return table.tobytes()
+
+    files = sorted({file for index in range(len(source)) for file in source.files(index)})
+    depends = (VERSION, dataset.name, dataset.root, dataset.tfds_name, shape, list(source.names))
+    kept = stamps.once(dataset.cache_dir, "classes", files, depends, count)
+    return np.frombuffer(kept, np.int32).reshape(shape).astype(np.int64)

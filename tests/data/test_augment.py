@@ -6,7 +6,7 @@ import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 
 from pspnet_jax.config import base_config
-from pspnet_jax.data.augment import Draw, draw, view
+from pspnet_jax.data.augment import AugmentationParams, apply_augmentation, sample_augmentation
 from pspnet_jax.data.order import AUGMENT, generator
 from pspnet_jax.datasets import IGNORE
 
@@ -14,14 +14,12 @@ MEAN = (123.675, 116.28, 103.53)
 FILL = np.array([124, 116, 104])
 
 
-def drawn(scale=1.0, degrees=0.0, blur=False, mirror=False, offset=(0.0, 0.0)) -> Draw:
-    return Draw(scale, degrees, blur, mirror, np.array(offset))
+def params(scale=1.0, degrees=0.0, blur=False, flip=False, offset=(0.0, 0.0)) -> AugmentationParams:
+    return AugmentationParams(scale, degrees, blur, flip, np.array(offset))
 
 
 def fused(image, label, parameters, crop):
-    pixels, classes = np.full((*crop, 3), 77, np.uint8), np.full(crop, 77, np.uint8)  # neither a label nor the padding
-    view(image, label, parameters, MEAN, pixels, classes)
-    return pixels, classes
+    return apply_augmentation(image, label, parameters, crop, MEAN)
 
 
 def bilinear(image, y, x):
@@ -52,10 +50,10 @@ def canvas(label, scale):
     return tuple(max(round(n * scale), 1) for n in label.shape)
 
 
-def at_once(image, label, scale, degrees, mirror=False):
-    """The whole mirrored canvas without blur, scaled and rotated by one map; how far its points are from a tie of labels."""
+def at_once(image, label, scale, degrees, flip=False):
+    """The whole flipped canvas without blur, scaled and rotated by one map; how far its points are from a tie of labels."""
     y, x = ((p + 0.5) / scale - 0.5 for p in turn(*canvas(label, scale), degrees))
-    if mirror:
+    if flip:
         y, x = y[:, ::-1], x[:, ::-1]
     height, width = label.shape
     outside = (y < -0.5) | (y >= height - 0.5) | (x < -0.5) | (x >= width - 0.5)
@@ -68,7 +66,7 @@ def at_once(image, label, scale, degrees, mirror=False):
 
 def step_by_step(image, label, parameters, crop):
     """The five steps at the top of augment.py, one after the other, on the whole canvas in float64, and not rounded."""
-    scale, degrees, blur, mirror, offset = parameters
+    scale, degrees, blur, flip, offset = parameters
     height, width = canvas(label, scale)
     y, x = np.mgrid[:height, :width]
     y, x = (y + 0.5) / scale - 0.5, (x + 0.5) / scale - 0.5
@@ -85,7 +83,7 @@ def step_by_step(image, label, parameters, crop):
         padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), "reflect")
         parts = [taps[i] * taps[j] * padded[i : i + height, j : j + width] for i in range(5) for j in range(5)]
         image = sum(parts) / taps.sum() ** 2
-    if mirror:
+    if flip:
         image, label = image[:, ::-1], label[:, ::-1]
     missing = [max(c - n, 0) for c, n in zip(crop, (height, width), strict=True)]
     around = [(n // 2, n - n // 2) for n in missing]
@@ -110,7 +108,7 @@ def noise(height, width, seed=0):
 
 
 @pytest.mark.parametrize("blur", [False, True])
-@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(
     ("scale", "offset"),
     [
@@ -123,9 +121,9 @@ def noise(height, width, seed=0):
         (2.0, (0.5, 0.5)),
     ],
 )
-def test_scale_blur_mirror_crop_equal_the_definition(scale, offset, mirror, blur):
+def test_scale_blur_flip_crop_equal_the_definition(scale, offset, flip, blur):
     image, label = noise(60, 91)
-    parameters = drawn(scale, 0.0, blur, mirror, offset)
+    parameters = params(scale, 0.0, blur, flip, offset)
     pixels, classes = fused(image, label, parameters, (52, 57))
     expected_pixels, expected_classes = step_by_step(image, label, parameters, (52, 57))
     np.testing.assert_array_equal(classes, expected_classes)
@@ -147,7 +145,7 @@ def uniform(classes, radius):
 
 @pytest.mark.parametrize("blur", [False, True])
 @pytest.mark.parametrize(
-    ("scale", "degrees", "mirror", "offset"),
+    ("scale", "degrees", "flip", "offset"),
     [
         (0.611, 9.7, False, (0.0, 0.0)),
         (1.0, -4.3, True, (0.2, 0.9)),
@@ -155,12 +153,12 @@ def uniform(classes, radius):
         (1.9, -10.0, False, (0.99, 0.99)),
     ],
 )
-def test_rotation_equals_the_definition_on_a_smooth_image(scale, degrees, mirror, offset, blur):
+def test_rotation_equals_the_definition_on_a_smooth_image(scale, degrees, flip, offset, blur):
     """Scaling and rotating at once interpolates once, the definition twice: they agree on what both can show."""
     y, x = np.mgrid[:120, :150]
     image = np.stack([127 + 80 * np.sin(x / 17 + k) + 40 * np.cos(y / 13 - k) for k in range(3)], -1).round().astype(np.uint8)
     label = blocks(120, 150)
-    parameters = drawn(scale, degrees, blur, mirror, offset)
+    parameters = params(scale, degrees, blur, flip, offset)
     pixels, classes = fused(image, label, parameters, (97, 105))
     expected_pixels, expected_classes = step_by_step(image, label, parameters, (97, 105))
     away = uniform(expected_classes, 1)
@@ -174,20 +172,20 @@ def test_rotation_equals_the_definition_on_a_smooth_image(scale, degrees, mirror
 
 def test_rotation_is_padded_exactly_where_the_source_ends():
     image, label = noise(70, 90)
-    pixels, classes = fused(image, label, drawn(1.4, 10.0), (98, 126))
+    pixels, classes = fused(image, label, params(1.4, 10.0), (98, 126))
     expected_pixels, expected_classes, _ = at_once(image, label, 1.4, 10.0)
     assert 0.05 < (expected_classes == IGNORE).mean() < 0.3
     np.testing.assert_array_equal(classes, expected_classes)
     assert_rounded(pixels, expected_pixels)
 
 
-@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(("scale", "degrees"), [(1.9, 0.0), (1.9, -3.9), (0.71, 9.9)])
-def test_points_are_exact_far_from_the_origin(scale, degrees, mirror):
+def test_points_are_exact_far_from_the_origin(scale, degrees, flip):
     """The last crop of an image as wide as those of Cityscapes, of noise: nowhere are points of float32 less exact."""
     image, label = noise(256, 2048)
-    pixels, classes = fused(image, label, drawn(scale, degrees, mirror=mirror, offset=(0.9999, 0.9999)), (181, 713))
-    exact, expected, tie = (array[-181:, -713:] for array in at_once(image, label, scale, degrees, mirror))
+    pixels, classes = fused(image, label, params(scale, degrees, flip=flip, offset=(0.9999, 0.9999)), (181, 713))
+    exact, expected, tie = (array[-181:, -713:] for array in at_once(image, label, scale, degrees, flip))
     wrong = classes != expected
     print(f"{wrong.sum()} labels of {wrong.size} differ, where a point is {tie[wrong].max(initial=0):.1e} pixels from a tie")
     assert tie[wrong].max(initial=0) < 2e-4
@@ -199,9 +197,9 @@ def test_points_are_exact_far_from_the_origin(scale, degrees, mirror):
 @pytest.mark.parametrize("scale", [0.6, 1.9])
 def test_tiny_images(size, scale):
     image, label = noise(*size)
-    for degrees, mirror in ((0.0, False), (0.0, True), (8.0, False), (8.0, True)):
-        pixels, classes = fused(image, label, drawn(scale, degrees, False, mirror), canvas(label, scale))
-        exact, expected, _ = at_once(image, label, scale, degrees, mirror)
+    for degrees, flip in ((0.0, False), (0.0, True), (8.0, False), (8.0, True)):
+        pixels, classes = fused(image, label, params(scale, degrees, False, flip), canvas(label, scale))
+        exact, expected, _ = at_once(image, label, scale, degrees, flip)
         np.testing.assert_array_equal(classes, expected)
         assert_rounded(pixels, exact)
 
@@ -210,34 +208,36 @@ def test_blur_by_hand():
     """A bright pixel spreads by (1, 4, 6, 4, 1)/16 down and across; near the border, what is reflected adds to it."""
     image, label = np.zeros((9, 12, 3), np.uint8), np.zeros((9, 12), np.uint8)
     image[5, 3] = image[1, 11] = 64  # 64/256 = 1/4 of the integer weights
-    pixels, _ = fused(image, label, drawn(blur=True), (9, 12))
+    pixels, _ = fused(image, label, params(blur=True), (9, 12))
     assert pixels[3:8, 1:6, 0].tolist() == [[0, 1, 2, 1, 0], [1, 4, 6, 4, 1], [2, 6, 9, 6, 2], [1, 4, 6, 4, 1], [0, 1, 2, 1, 0]]
     assert pixels[:2, 9:, 0].tolist() == [[2, 8, 12], [2, 7, 10]]  # (4 + 4, 6 + 1) down, (1, 4, 6) across
 
 
 def test_blur_is_what_semseg_calls():
     image, label = noise(60, 70)
-    pixels, _ = fused(image, label, drawn(blur=True), (60, 70))
+    pixels, _ = fused(image, label, params(blur=True), (60, 70))
     np.testing.assert_array_equal(pixels, cv2.GaussianBlur(image.astype(np.float32), (5, 5), 0).round())
 
 
 def test_rotation_turns_counterclockwise():
     label = np.zeros((101, 101), np.uint8)
     label[45:56, 90:] = 1  # in the east
-    _, classes = fused(noise(101, 101)[0], label, drawn(degrees=90.0), (101, 101))
+    _, classes = fused(noise(101, 101)[0], label, params(degrees=90.0), (101, 101))
     assert (classes[:11, 45:56] == 1).all()  # in the north
     assert (classes == 1).sum() == 121
 
 
-def views(image, label, count, config):
-    """The views of one example at the positions 0 to count - 1."""
-    drawn = (draw(generator(7, AUGMENT, position), config.augment) for position in range(count))
-    return [fused(image, label, parameters, config.augment.crop) for parameters in drawn]
+def samples(count, config):
+    """The parameters at the positions 0 to count - 1."""
+    return [sample_augmentation(generator(7, AUGMENT, position), config.augment) for position in range(count)]
 
 
-def draws(count, config) -> Draw:
-    drawn = [draw(generator(7, AUGMENT, position), config.augment) for position in range(count)]
-    return Draw(*map(np.array, zip(*drawn, strict=True)))
+def augmented(image, label, count, config):
+    return [fused(image, label, parameters, config.augment.crop) for parameters in samples(count, config)]
+
+
+def stacked(count, config) -> AugmentationParams:
+    return AugmentationParams(*map(np.array, zip(*samples(count, config), strict=True)))
 
 
 def test_image_and_label_never_drift_apart():
@@ -247,23 +247,23 @@ def test_image_and_label_never_drift_apart():
     label = blocks(100, 130, side=22)
     color = np.append(np.random.default_rng(3).integers(0, 256, (IGNORE, 3)), FILL[None], axis=0).astype(np.uint8)
     decoded = 0
-    for pixels, classes in views(color[label], label, 400, config):
+    for pixels, classes in augmented(color[label], label, 400, config):
         inside = uniform(classes, 4)
         np.testing.assert_array_equal(pixels[inside], color[classes[inside]])
         decoded += inside.sum()
     assert decoded > 400 * 500
-    kinds = draws(400, config)
-    assert ((kinds.degrees != 0) & kinds.mirror & kinds.blur & (kinds.scale < 0.7)).sum() > 5
+    kinds = stacked(400, config)
+    assert ((kinds.degrees != 0) & kinds.flip & kinds.blur & (kinds.scale < 0.7)).sum() > 5
 
 
 def test_neutral_values_cut_the_image_out_at_uniform_places():
     config = base_config()
     config.augment.update(scale=(1.0, 1.0), rotate_degrees=0.0, rotate_probability=1.0, crop=(38, 47))
-    config.augment.update(blur_probability=0.0, mirror_probability=0.0)
+    config.augment.update(blur_probability=0.0, flip_probability=0.0)
     image, label = noise(41, 49)
     image[..., 0], image[..., 1] = np.mgrid[:41, :49]  # a pixel says where it comes from
     counts = np.zeros((4, 3))
-    for pixels, classes in views(image, label, 1200, config):
+    for pixels, classes in augmented(image, label, 1200, config):
         top, left = pixels[0, 0, :2]
         np.testing.assert_array_equal(pixels, image[top : top + 38, left : left + 47])
         np.testing.assert_array_equal(classes, label[top : top + 38, left : left + 47])
@@ -272,7 +272,7 @@ def test_neutral_values_cut_the_image_out_at_uniform_places():
 
 
 def test_distributions():
-    scale, degrees, blur, mirror, offset = draws(4000, base_config())
+    scale, degrees, blur, flip, offset = stacked(4000, base_config())
     tenths, _ = np.histogram(scale, bins=10, range=(0.5, 2.0))
     assert tenths.sum() == 4000
     assert np.abs(tenths - 400).max() < 80  # 4 standard deviations, as all below
@@ -280,19 +280,19 @@ def test_distributions():
     tenths, _ = np.histogram(degrees[rotated], bins=10, range=(-10, 10))
     assert tenths.sum() == rotated.sum()
     assert np.abs(tenths - 200).max() < 60
-    for chance in (rotated, blur, mirror):
+    for chance in (rotated, blur, flip):
         assert abs(chance.mean() - 0.5) < 0.032
     tenths, _, _ = np.histogram2d(*offset.T, bins=10, range=((0, 1), (0, 1)))
     assert np.abs(tenths - 40).max() < 28
-    correlation = np.corrcoef([scale, rotated, blur, mirror, *offset.T]) - np.eye(6)
+    correlation = np.corrcoef([scale, rotated, blur, flip, *offset.T]) - np.eye(6)
     assert np.abs(correlation).max() < 0.064
 
 
-def test_the_key_decides_everything():
+def test_the_random_generator_decides_everything():
     config = base_config()
     config.augment.crop = (49, 49)
     image, label = noise(64, 80)
-    first, again = (views(image, label, 20, config) for _ in range(2))
+    first, again = (augmented(image, label, 20, config) for _ in range(2))
     for (pixels, classes), (pixels_again, classes_again) in zip(first, again, strict=True):
         np.testing.assert_array_equal(pixels, pixels_again)
         np.testing.assert_array_equal(classes, classes_again)
@@ -303,6 +303,6 @@ def test_the_key_decides_everything():
 def test_the_last_pixel_never_falls_off_the_source(width, scale, crop):
     """A canvas rounded up by half a pixel would show the source's very edge, which float32 takes for outside: black."""
     image, label = np.full((40, width, 3), 200, np.uint8), np.full((40, width), 3, np.uint8)
-    pixels, classes = fused(image, label, drawn(scale, offset=(0.999, 0.999)), (33, crop))
+    pixels, classes = fused(image, label, params(scale, offset=(0.999, 0.999)), (33, crop))
     assert (pixels == 200).all()
     assert (classes == 3).all()

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from pspnet_jax import datasets
 from pspnet_jax.data import builders, sources
 from tests import fakes
-from tests.data.test_sources import load, recipe
+from tests.data.test_sources import recipe
 
 
 def prepare(builder, manual, data):
@@ -24,7 +24,7 @@ def assert_same_examples(name, files_recipe, data, split):
     prepared = sources.open_source(recipe(name="tfds", tfds_name=f"pspnet_{name}", root=str(data)), split)
     assert len(prepared) == len(direct) > 0
     for index in range(len(direct)):
-        for ours, theirs in zip(load(prepared, index), load(direct, index), strict=True):
+        for ours, theirs in zip(prepared.read(index), direct.read(index), strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
 

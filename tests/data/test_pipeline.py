@@ -1,9 +1,12 @@
+import dataclasses
+import gc
 import itertools
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -28,8 +31,16 @@ def recipe(root, augmented=True, batch_size=4, total_steps=14):
     config.augment.crop = (40, 48)
     if not augmented:
         config.augment.scale = (1.0, 1.0)
-        config.augment.rotate_probability = config.augment.blur_probability = config.augment.mirror_probability = 0.0
+        config.augment.rotate_probability = config.augment.blur_probability = config.augment.flip_probability = 0.0
     return config
+
+
+def batches_of(config, **how):
+    return pipeline.as_numpy(pipeline.train_dataset(config, **how))
+
+
+def examples_of(config, split, **how):
+    return pipeline.as_numpy(pipeline.eval_dataset(config, split, **how))
 
 
 def assert_same(batches, expected):
@@ -41,14 +52,14 @@ def assert_same(batches, expected):
 def epochs(config):
     """Returns the index of every training example in order, one row an epoch, found by its label."""
     index_of = {fakes.pair("train", index)[1].tobytes(): index for index in range(COUNT)}
-    found = [index_of[label.tobytes()] for batch in pipeline.train_batches(config) for label in batch["label"]]
+    found = [index_of[label.tobytes()] for batch in batches_of(config) for label in batch["label"]]
     return np.array(found[: len(found) // COUNT * COUNT]).reshape(-1, COUNT)
 
 
 def test_without_augmentation_a_batch_holds_the_pairs_as_they_are(root):
     config = recipe(root, augmented=False)
     order = epochs(config).ravel()
-    for step, batch in enumerate(itertools.islice(pipeline.train_batches(config), 3)):
+    for step, batch in enumerate(itertools.islice(batches_of(config), 3)):
         assert batch["image"].shape == (4, 40, 48, 3)
         for i in range(4):
             np.testing.assert_array_equal(batch["image"][i], fakes.pair("train", order[4 * step + i])[0])
@@ -72,24 +83,24 @@ def test_the_order_follows_from_the_seed(root):
 @pytest.mark.parametrize("start", [1, 5, 13])
 def test_a_resumed_run_makes_the_same_batches(root, start):
     config = recipe(root)
-    whole = list(pipeline.train_batches(config))
+    whole = list(batches_of(config))
     assert len(whole) == 14
-    assert_same(list(pipeline.train_batches(config, start_step=start)), whole[start:])
+    assert_same(list(batches_of(config, start_step=start)), whole[start:])
 
 
 def test_resuming_late_does_not_walk_there(root):
     config = recipe(root, total_steps=10**12)
-    late = next(pipeline.train_batches(config, start_step=10**12 - 1))
+    late = next(batches_of(config, start_step=10**12 - 1))
     assert late["image"].shape == (4, 40, 48, 3)
-    assert list(pipeline.train_batches(config, start_step=10**12)) == []
+    assert list(batches_of(config, start_step=10**12)) == []
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_share_out_the_same_batches(root, hosts):
     config = recipe(root)
-    shares = [pipeline.train_batches(config, host=host, hosts=hosts) for host in range(hosts)]
+    shares = [batches_of(config, host=host, hosts=hosts) for host in range(hosts)]
     joined = [{key: np.concatenate([s[key] for s in step]) for key in step[0]} for step in zip(*shares, strict=True)]
-    assert_same(joined, list(pipeline.train_batches(config)))
+    assert_same(joined, list(batches_of(config)))
 
 
 def test_a_batch_may_be_larger_than_the_epoch(root):
@@ -99,19 +110,19 @@ def test_a_batch_may_be_larger_than_the_epoch(root):
 
 def test_augmentation_differs_between_epochs_and_examples(root):
     config = recipe(root, batch_size=COUNT, total_steps=2)
-    first, second = pipeline.train_batches(config)
+    first, second = batches_of(config)
     images = np.concatenate([first["image"], second["image"]])
     assert len({image.tobytes() for image in images}) == 2 * COUNT
 
 
 def test_batch_must_be_a_multiple_of_the_hosts(root):
     with pytest.raises(ValueError, match=r"batch_size=4: expected a multiple of the number of hosts, 3"):
-        pipeline.train_batches(recipe(root), hosts=3)
+        batches_of(recipe(root), hosts=3)
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 5])
 def test_evaluation_has_every_example_once(root, hosts):
-    shares = [list(pipeline.examples(recipe(root), "val", host=host, hosts=hosts)) for host in range(hosts)]
+    shares = [list(examples_of(recipe(root), "val", host=host, hosts=hosts)) for host in range(hosts)]
     assert [[e["name"] for e in share] for share in shares] == [
         [f"{index:03d}" for index in range(host, 3, hosts)] for host in range(hosts)
     ]
@@ -133,16 +144,16 @@ def test_a_wrong_label_met_in_training_is_named(spoiled):
     config, _, label = spoiled
     fakes.write_image(label, np.full((40, 48), 17, np.uint8))
     with pytest.raises(ValueError, match=r"labels/train/002.png: label value 17 at 1920 pixels"):
-        list(pipeline.train_batches(config))
+        list(batches_of(config))
     with pytest.raises(ValueError, match=r"labels/train/002.png: label value 17 at 1920 pixels"):
-        list(pipeline.examples(config, "train"))
+        list(examples_of(config, "train"))
 
 
 def test_batches_before_the_wrong_one_arrive(spoiled):
     config, image, _ = spoiled
-    good = list(pipeline.examples(config, "train"))[:2]
+    good = list(examples_of(config, "train"))[:2]
     image.unlink()
-    examples = pipeline.examples(config, "train")
+    examples = examples_of(config, "train")
     assert_same([next(examples), next(examples)], good)
     with pytest.raises(ValueError, match=r"images/train/002.png: no such file"):
         next(examples)
@@ -153,7 +164,7 @@ def test_an_error_that_no_check_explains_names_the_example(spoiled, monkeypatch)
     monkeypatch.setattr(sources.Files, "check", lambda self, index: None)
     image.write_bytes(b"")
     with pytest.raises(ValueError, match=r"/002.png or .*/002.png: cannot be loaded \(Input is empty\.\); replace it"):
-        list(pipeline.train_batches(config))
+        list(batches_of(config))
 
 
 @pytest.fixture
@@ -169,7 +180,7 @@ def origins(config, **start):
     """Returns the (split, index) of every training example, found by its label."""
     keys = [("train", index) for index in range(COUNT)] + [("other", index) for index in range(3)]
     known = {fakes.pair(*key)[1].tobytes(): key for key in keys}
-    return [known[label.tobytes()] for batch in pipeline.train_batches(config, **start) for label in batch["label"]]
+    return [known[label.tobytes()] for batch in batches_of(config, **start) for label in batch["label"]]
 
 
 def test_datasets_are_mixed_by_weight(mixed):
@@ -187,7 +198,7 @@ def test_mixed_datasets_need_the_same_classes(mixed, tmp_path):
     for names in ("A\nc\nb\nd\n", "a\n"):
         (tmp_path / "two/classes.txt").write_text(names)
         with pytest.raises(ValueError, match=r"class 1 of dataset.name='folder' at .*two' is .* in dataset.class_names 'b'"):
-            pipeline.train_batches(mixed)
+            batches_of(mixed)
 
 
 def test_rare_classes_come_more_often_when_asked_for(tmp_path):
@@ -198,12 +209,20 @@ def test_rare_classes_come_more_often_when_asked_for(tmp_path):
         fakes.write_image(root / f"labels/train/{index:03d}.png", label.astype(np.uint8))
     config = recipe(root, augmented=False, batch_size=10, total_steps=100)
     config.dataset.cache_dir, config.dataset.balance = str(tmp_path / "cache"), 0.8
-    batches = list(pipeline.train_batches(config))
+    batches = list(batches_of(config))
     share = np.mean([(label == 3).any() for batch in batches for label in batch["label"]])
     expected = 0.2 / 7 + 0.8 * (1 / 4 + 3 / 28)
     print(f"{share:.3f} of 1000 examples have the rare class, expected {expected:.3f}")
     assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / 1000)
-    assert_same(list(pipeline.train_batches(config, start_step=80)), batches[80:])
+    assert_same(list(batches_of(config, start_step=80)), batches[80:])
+
+
+def test_balance_needs_a_class_somewhere(tmp_path):
+    config = recipe(fakes.write_folder(tmp_path, {"train": 1}))
+    fakes.write_image(tmp_path / "labels/train/000.png", np.full((40, 48), 255, np.uint8))
+    config.dataset.balance = 0.1
+    with pytest.raises(ValueError, match=r"dataset.balance=0.1: no label of .* has a class in it"):
+        pipeline.open_training(config)
 
 
 def _until(condition):
@@ -212,26 +231,58 @@ def _until(condition):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux lists them")
-def test_closing_an_iterator_ends_its_threads(root):
+@pytest.mark.parametrize("end", ["close", "drop"])
+def test_an_iterator_that_is_closed_or_dropped_leaves_no_thread(root, end):
+    """TensorFlow keeps a pool of threads for all datasets, which the first use starts."""
+
     def use():
-        batches = pipeline.train_batches(recipe(root, total_steps=10**6))
-        next(batches)
-        names = [thread.name for thread in threading.enumerate()]
-        assert any(name.startswith("input") for name in names)
-        batches.close()
-        assert not any(thread.name.startswith("input") for thread in threading.enumerate())
+        batches, examples = batches_of(recipe(root, total_steps=10**6)), examples_of(recipe(root), "train")
+        next(batches), next(examples)
+        during = len(os.listdir("/proc/self/task"))
+        if end == "close":
+            batches.close()
+            examples.close()
+        return during
 
     use()
     before = len(os.listdir("/proc/self/task"))
-    for _ in range(5):
-        use()
+    assert max(use() for _ in range(5)) > before
     assert _until(lambda: len(os.listdir("/proc/self/task")) <= before)
 
 
-def test_a_dropped_iterator_ends_its_threads(root):
-    next(pipeline.train_batches(recipe(root, total_steps=10**6)))
-    next(pipeline.examples(recipe(root), "train"))
-    assert _until(lambda: not any(thread.name.startswith("input") for thread in threading.enumerate()))
+def test_what_the_iterator_held_is_freed(root):
+    data = pipeline.open_training(recipe(root))
+    reader = Reader(data.reads[0])
+    data, reader = dataclasses.replace(data, reads=[reader]), weakref.ref(reader)
+    batches = batches_of(recipe(root), data=data)
+    next(batches)
+    del data, batches
+    assert _until(lambda: gc.collect() >= 0 and reader() is None)
+
+
+class Reader:
+    """Reads by another function, and can be slow."""
+
+    def __init__(self, read, slow=frozenset()):
+        self.read, self.slow, self.release = read, slow, threading.Event()
+
+    def __call__(self, index):
+        if index in self.slow:
+            self.release.wait(60)
+        return self.read(index)
+
+
+def test_a_batch_that_lies_ready_does_not_wait_for_the_next(root):
+    config = recipe(root, batch_size=1)
+    data = pipeline.open_training(config)
+    shown = [data.order[position][1] for position in range(COUNT)]
+    reader = Reader(data.reads[0], slow={shown[2]})
+    batches = batches_of(config, data=dataclasses.replace(data, reads=[reader]))
+    began = time.monotonic()
+    next(batches), next(batches)
+    assert time.monotonic() - began < 30  # the third takes a minute
+    reader.release.set()
+    assert len(list(batches)) == 12
 
 
 SLOW_SCENES = """
@@ -244,7 +295,7 @@ scenes.scene = lambda *arguments: (time.sleep(0.02), fast(*arguments))[1]
 config = base_config()
 config.dataset.name = "scenes"
 config.batch_size = 2
-batches = pipeline.train_batches(config)
+batches = pipeline.as_numpy(pipeline.train_dataset(config))
 next(batches)
 """
 
@@ -268,7 +319,7 @@ def resident():
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4 / 1024
 
 
-for step, batch in zip(range(2001), pipeline.train_batches(config)):
+for step, batch in zip(range(2001), pipeline.as_numpy(pipeline.train_dataset(config))):
     if step in (500, 2000):
         print(resident())
 """

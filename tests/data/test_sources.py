@@ -7,7 +7,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from pspnet_jax.config import base_config
-from pspnet_jax.data import checks, scenes, sources
+from pspnet_jax.data import checks, scenes, screening, sources
+from pspnet_jax.errors import UserError
 from tests import fakes
 
 
@@ -21,13 +22,8 @@ def open_folder(root, split="train"):
     return sources.open_source(recipe(root=str(root)), split)
 
 
-def load(source, index):
-    """Loads as the pipeline does, in a graph."""
-    return next(tf.data.Dataset.from_tensors(np.int64(index)).map(source.load).as_numpy_iterator())
-
-
 def assert_loads(source, index, image, label):
-    loaded = load(source, index)
+    loaded = source.read(index)
     np.testing.assert_array_equal(loaded[0], image)
     np.testing.assert_array_equal(loaded[1], label)
 
@@ -88,7 +84,7 @@ def test_remote_root(monkeypatch):
 def test_a_folder_is_checked_once(tmp_path, monkeypatch):
     root = fakes.write_folder(tmp_path, {"train": 1})
     first = open_folder(root)
-    monkeypatch.setattr(sources.Files, "_check_all", lambda *_: pytest.fail("checked twice"))
+    monkeypatch.setattr(checks, "check_pair", lambda *_: pytest.fail("checked twice"))
     assert open_folder(root) is first
 
 
@@ -149,7 +145,7 @@ def _set_label(path, *values):
 def test_wrong_files_are_named(tmp_path, file, spoil, message):
     root = fakes.write_folder(tmp_path, {"train": 3})
     spoil(root / file)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         open_folder(root)
     assert "\n" not in str(error.value)
 
@@ -157,7 +153,7 @@ def test_wrong_files_are_named(tmp_path, file, spoil, message):
 def test_wrong_values_in_a_palette_label(tmp_path):
     root = fakes.write_folder(tmp_path, {"train": 1})
     fakes.write_palette(root / "labels/train/000.png", np.full((40, 48), 9, np.uint8))
-    with pytest.raises(ValueError, match=r"000.png: label value 9 at 1920 pixels"):
+    with pytest.raises(UserError, match=r"000.png: label value 9 at 1920 pixels"):
         open_folder(root)
 
 
@@ -165,34 +161,32 @@ def test_the_first_of_many_wrong_pairs(tmp_path):
     root = fakes.write_folder(tmp_path, {"train": 9})
     for index in (7, 2, 5):
         fakes.write_image(root / f"labels/train/{index:03d}.png", np.full((40, 48), 9, np.uint8))
-    with pytest.raises(ValueError, match=r"labels/train/002.png: .* \(2 more pairs are wrong, too\)"):
+    with pytest.raises(UserError, match=r"labels/train/002.png: .* \(2 more pairs are wrong, too\)"):
         open_folder(root)
 
 
 def test_a_large_folder_is_sampled_but_every_header_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CHECK_ALL", 5)
-    monkeypatch.setattr(sources, "CHECK_SOME", 2)  # of 6: every third, 0 and 3
+    monkeypatch.setattr(screening, "CHECK_ALL", 5)
+    monkeypatch.setattr(screening, "CHECK_SOME", 2)  # of 6: every third, 0 and 3
     root = fakes.write_folder(tmp_path, {"train": 6})
     fakes.write_image(root / "labels/train/004.png", np.full((40, 48), 9, np.uint8))
     source = open_folder(root)
-    with pytest.raises(tf.errors.InvalidArgumentError):
-        load(source, 4)
-    with pytest.raises(ValueError, match=r"labels/train/004.png: label value 9"):
-        source.check(4)
+    with pytest.raises(UserError, match=r"labels/train/004.png: label value 9"):
+        source.read(4)
     sources._open_files.cache_clear()
     fakes.write_image(root / "labels/train/005.png", np.zeros((40, 47), np.uint8))
-    with pytest.raises(ValueError, match=r"005.png: is 47x40"):
+    with pytest.raises(UserError, match=r"005.png: is 47x40"):
         open_folder(root)
 
 
 def test_missing_directories(tmp_path):
-    with pytest.raises(ValueError, match=r"dataset.root is empty: set --config.dataset.root"):
+    with pytest.raises(UserError, match=r"dataset.root is empty: set --config.dataset.root"):
         sources.open_source(recipe(class_names=("a", "b")), "train")
     root = fakes.write_folder(tmp_path, {"train": 1})
-    with pytest.raises(ValueError, match=r"images/val: no such directory"):
+    with pytest.raises(UserError, match=r"images/val: no such directory"):
         open_folder(root, "val")
     (root / "images/val").mkdir()
-    with pytest.raises(ValueError, match=r"images/val: holds no .jpg, .jpeg, .png files"):
+    with pytest.raises(UserError, match=r"images/val: holds no .jpg, .jpeg, .png files"):
         open_folder(root, "val")
 
 
@@ -208,13 +202,13 @@ def test_scenes_source():
 
 
 def test_scenes_with_too_few_classes():
-    source = sources._open_scenes("train", 2)
-    with pytest.raises(ValueError, match=r"train_00003: label value \d at \d+ pixels, expected 0..1"):
-        source.check(3)
+    source = sources.Scenes(recipe(name="scenes"), "train", 2)
+    with pytest.raises(UserError, match=r"train_00003: label value \d at \d+ pixels, expected 0..1"):
+        source.read(3)
 
 
 def test_scenes_unknown_split():
-    with pytest.raises(ValueError, match=r"no split 'val': expected one of train, validation"):
+    with pytest.raises(UserError, match=r"no split 'val': expected one of train, validation"):
         sources.open_source(recipe(name="scenes"), "val")
 
 
@@ -270,22 +264,20 @@ def test_pspnet_scenes_are_prepared_and_equal_the_scenes(tmp_path, monkeypatch):
         direct = sources.open_source(recipe(name="scenes"), split)
         assert through_tfds.names == direct.names
         for index in range(len(direct)):
-            assert_loads(through_tfds, index, *load(direct, index))
+            assert_loads(through_tfds, index, *direct.read(index))
 
 
 def test_tfds_label_out_of_range_is_named(prepared):
     dataset = tfds_recipe(prepared)
     dataset.class_names = ("a", "b")
     source = sources.open_source(dataset, "train")
-    with pytest.raises(tf.errors.InvalidArgumentError):
-        load(source, 1)
-    with pytest.raises(ValueError, match=r"train_00001: label value 2"):
-        source.check(1)
+    with pytest.raises(UserError, match=r"train_00001: label value 2"):
+        source.read(1)
 
 
 def test_tfds_refusals(prepared, tmp_path):
     def message(*arguments, split="train"):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(UserError) as error:
             sources.open_source(tfds_recipe(*arguments), split)
         return str(error.value)
 
@@ -309,6 +301,6 @@ def test_a_damaged_tfds_record_is_named(tmp_path):
     contents[20_000:20_500] = bytes(500)  # each record takes 7 kB
     file.write_bytes(contents)
     source = sources.open_source(tfds_recipe(str(tmp_path)), "train")
-    source.check(1)
-    with pytest.raises(ValueError, match=r"train_00002: cannot be read \(Corrupted"):
-        source.check(2)
+    source.read(1)
+    with pytest.raises(UserError, match=r"train_00002: cannot be loaded \(Corrupted"):
+        source.read(2)

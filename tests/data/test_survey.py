@@ -1,12 +1,14 @@
 """A survey counts what is there, and lists what is wrong."""
 
+import os
 import re
 import zlib
 
 import numpy as np
 import pytest
 
-from pspnet_jax.data import survey
+from pspnet_jax.config import base_config
+from pspnet_jax.data import sources, survey
 from pspnet_jax.datasets import DatasetInfo
 from tests import fakes
 from tests.data.test_sources import recipe
@@ -68,3 +70,53 @@ def test_every_wrong_file_is_listed_even_if_most_are(tmp_path):
     for sentence, expected in zip(found.problems, words, strict=True):
         assert re.search(expected, sentence)
     assert [example["name"] for example in survey.samples(dataset, found, 3)] == ["004"]
+
+
+class Fakes(sources.Files):
+    """The fakes; of label i only the classes up to i are left, and the reads are counted."""
+
+    def __init__(self, dataset):
+        opened = sources.open_source(dataset, "train")
+        super().__init__(dataset.name, opened.pairs, opened.num_classes)
+        self.reads = 0
+
+    def load(self, index):
+        self.reads += 1
+        image, label = super().load(index)
+        return image, np.where(label <= index, label, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return recipe(root=str(fakes.write_folder(tmp_path / "files", {"train": 3})), cache_dir=str(tmp_path / "cache"))
+
+
+def test_classes_are_counted_once_for_the_same_files(dataset, tmp_path):
+    source = Fakes(dataset)
+    labels = [fakes.pair("train", index)[1] for index in range(3)]
+    expected = [[np.sum(label == c) * (c <= index) for c in range(4)] for index, label in enumerate(labels)]
+    for _ in range(2):
+        np.testing.assert_array_equal(survey.class_counts(source, dataset, source.read), expected)
+    assert source.reads == 3
+    (kept,) = (tmp_path / "cache").glob("classes_*[!k]")
+    kept.write_bytes(kept.read_bytes()[:-1])
+    np.testing.assert_array_equal(survey.class_counts(source, dataset, source.read), expected)
+    os.utime(tmp_path / "files/labels/train/000.png", ns=(0, 0))
+    survey.class_counts(source, dataset, source.read)
+    assert source.reads == 9
+
+
+def test_frequencies_of_classes(dataset, tmp_path):
+    """2 x 3 pixels: 0 0 1 / 1 1 255 and 0 2 2 / 2 2 2; and in the mixture 1 1 1 / 1 1 1."""
+    config, root = base_config(), tmp_path / "tiny"
+    for index, rows in enumerate(([[0, 0, 1], [1, 1, 255]], [[0, 2, 2], [2, 2, 2]])):
+        fakes.write_image(root / f"images/train/{index}.png", np.zeros((2, 3, 3), np.uint8))
+        fakes.write_image(root / f"labels/train/{index}.png", np.array(rows, np.uint8))
+    fakes.write_image(root / "images/more/0.png", np.zeros((2, 3, 3), np.uint8))
+    fakes.write_image(root / "labels/more/0.png", np.ones((2, 3), np.uint8))
+    (root / "classes.txt").write_text("a\nb\nc\nd\n")
+    config.dataset.update(root=str(root), cache_dir=dataset.cache_dir, mixture=(("folder", str(root), "more", 2.0),))
+    found = survey.class_pixels(config)
+    assert found.pixels.tolist() == [3, 9, 5, 0]
+    assert found.images.tolist() == [2, 2, 1, 0]
+    assert found.labeled.tolist() == [5 + 6, 5 + 6, 6, 0]

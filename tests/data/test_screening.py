@@ -1,0 +1,139 @@
+"""Files are checked once for as long as they stay as they are, and all processes of a job use the same pairs."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from pspnet_jax.data import checks, screening, sources
+from pspnet_jax.errors import UserError
+from tests import fakes
+from tests.data.test_sources import recipe
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """Returns the names of the images that are checked from here on, as another process would."""
+    found, check_pair = [], checks.check_pair
+
+    def listening(image, *rest):
+        found.append(pathlib.Path(image).name)
+        check_pair(image, *rest)
+
+    monkeypatch.setattr(checks, "check_pair", listening)
+    return found
+
+
+def reopened(dataset):
+    """Opens the split as the next start does."""
+    sources._open_files.cache_clear()
+    return sources.open_source(dataset, "train")
+
+
+def test_the_next_start_does_not_check_again(tmp_path, checked):
+    dataset = recipe(root=str(fakes.write_folder(tmp_path, {"train": 3})))
+    reopened(dataset)
+    assert sorted(checked) == ["000.png", "001.png", "002.png"]
+    reopened(dataset)
+    assert len(checked) == 3
+    fakes.write_image(tmp_path / "labels/train/001.png", np.full((40, 48), 9, np.uint8))
+    for _ in range(2):  # what is wrong is kept, too
+        with pytest.raises(UserError, match=r"labels/train/001.png: label value 9"):
+            reopened(dataset)
+    assert len(checked) == 6
+
+
+@pytest.mark.parametrize("change", [{"on_error": "skip"}, {"class_names": ("a", "b", "c", "d", "e")}])
+def test_what_decides_about_a_file_decides_about_the_stamp(tmp_path, checked, monkeypatch, change):
+    """To skip files, all pixels are looked at, and what is no class among four may be one among five."""
+    dataset = recipe(root=str(fakes.write_folder(tmp_path, {"train": 3})))
+    (tmp_path / "classes.txt").unlink()
+    dataset.class_names = ("a", "b", "c", "d")
+    monkeypatch.setattr(screening, "CHECK_ALL", 2)
+    monkeypatch.setattr(screening, "CHECK_SOME", 1)
+    reopened(dataset)
+    dataset.update(change)
+    reopened(dataset)
+    assert len(checked) == 6
+
+
+def test_without_a_directory_to_write_to_files_are_checked_each_time(tmp_path, checked):
+    dataset = recipe(root=str(fakes.write_folder(tmp_path, {"train": 3})), cache_dir=str(tmp_path / "classes.txt"))
+    for times in (1, 2):
+        assert len(reopened(dataset)) == 3
+        assert len(checked) == 3 * times
+
+
+# One of two processes with files of its own; says what it has of them, or why not.
+PROCESS = """
+import json, sys
+from pspnet_jax import parallel
+
+parallel.start_processes()
+import jax
+from pspnet_jax.config import base_config
+from pspnet_jax.data import sources
+
+NAMES = tuple(f"class {index}" for index in range(4))
+for root, on_error in json.loads(sys.argv[1]):
+    dataset = base_config().dataset
+    dataset.update(root=f"{root}/{jax.process_index()}", on_error=on_error, cache_dir=f"{root}/cache", class_names=NAMES)
+    try:
+        print("said", json.dumps(sources.open_source(dataset, "train").names))
+    except ValueError as error:
+        print("said", json.dumps(str(error)))
+"""
+
+
+def test_two_processes_use_the_same_pairs(tmp_path):
+    """Six pairs each, of which the first process has damage in 001, and the second in 004; then other names, and none."""
+    for kind, damaged in (("damaged", ("001", "004")), ("other", ()), ("missing", ())):
+        for process in range(2):
+            fakes.write_folder(tmp_path / kind / str(process), {"train": 6})
+        for process, name in enumerate(damaged):
+            (tmp_path / kind / str(process) / f"images/train/{name}.png").write_bytes(b"")
+    for kind in ("images", "labels"):
+        file = tmp_path / "other/1" / kind / "train/002.png"
+        file.rename(file.with_stem("007"))
+    (tmp_path / "missing/0").rename(tmp_path / "missing/gone")
+    cases = [("damaged", "skip"), ("damaged", "stop"), ("other", "skip"), ("missing", "stop")]
+    first, second = run_two([(str(tmp_path / kind), on_error) for kind, on_error in cases])
+    assert first[0] == second[0] == ["000", "002", "003", "005"]
+    assert first[1] == second[1]
+    assert first[1].startswith(f"{tmp_path}/damaged/0/images/train/001.png: cannot be read")
+    assert first[1].endswith("(1 more pairs are wrong, too)")
+    for said in (first[2], second[2]):
+        assert "process 1 has other images than process 0 (6, there 6); every host needs the same files" in said
+    assert "missing/0: no such directory" in first[3]
+    assert second[3] == f"process 0: {first[3]}"
+
+
+def run_two(cases):
+    """Returns what each of two processes says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
+        "XLA_FLAGS": "",
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+    }
+    command = [sys.executable, "-c", PROCESS, json.dumps(cases)]
+    processes = [
+        subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0]
+    return [[json.loads(line[5:]) for line in text.splitlines() if line.startswith("said ")] for text in said]
