@@ -81,7 +81,7 @@ class Report:
     def file_stem(self, step: int, root: str = "") -> str:
         """Returns a file name without its ending, which names all settings, so that different ones never share a file.
 
-        For example "cityscapes_val_step90000_semseg_windows_crop713-713_stride0-0_base_size2048_short_size0_scales1.0_flipTrue".
+        As "voc2012_val_step30000_base_size512_crop473-473_flipTrue_windows_semseg_scales1.0_short_size0_stride0-0".
 
         Args:
           step: of the checkpoint.

@@ -126,12 +126,10 @@ def test_scores_made_in_different_ways_go_to_different_files():
     """Each setting changes the name, as do the step, the split, the dataset and its directory."""
 
     def stem(info=INFO, split="val", step=7, root="", **fields):
-        report = Report(
-            summarize(np.eye(4)), np.ones(4), 1, info, {"split": split, **predictor(**fields).description}, "cpu", 1.0
-        )
-        return report.file_stem(step, root)
+        protocol = {"split": split, **predictor(**fields).description}
+        return Report(summarize(np.eye(4)), np.ones(4), 1, info, protocol, "cpu", 1.0).file_stem(step, root)
 
-    assert stem() == "colors_val_step7_semseg_windows_crop33-33_stride0-0_base_size0_short_size0_scales1.0_flipFalse"
+    assert stem() == "colors_val_step7_base_size0_crop33-33_flipFalse_windows_semseg_scales1.0_short_size0_stride0-0"
     others = [
         stem(info=dataclasses.replace(INFO, name="other")),
         stem(split="test"),
