@@ -75,9 +75,8 @@ def share_outside(protocol: str, case: tuple, repeat: int) -> None:
     variables = jax.jit(model.init, static_argnames="train")(jax.random.key(0), jnp.zeros((1, 65, 65, 3)), train=False)
     network = jax.jit(model.apply, static_argnames="train")
     inside, calls = 0.0, {}
-    for batch in plan_images([image], config, devices=1).batches:
-        shape = (len(batch.windows.place), batch.windows.rows.pixel.shape[1], batch.windows.columns.pixel.shape[1], 3)
-        calls[shape] = calls.get(shape, 0) + (1 if PROTOCOLS[protocol].mirror_views else 2)
+    for batch in plan_images([image], PROTOCOLS[protocol](config), devices=1).batches:
+        calls[batch.pixels.shape] = calls.get(batch.pixels.shape, 0) + (1 if PROTOCOLS[protocol].flips_views else 2)
     for shape, times in calls.items():
         x = jnp.zeros(shape)
         inside += times * seconds(lambda x=x: network(variables, x, train=False).block_until_ready(), min(repeat, 2))

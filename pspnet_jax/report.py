@@ -1,8 +1,9 @@
-"""A score and how it was made: what makes two numbers comparable is printed and saved with them."""
+"""A score and how it was made: what makes two numbers comparable is printed, saved and named with them."""
 
 import dataclasses
 import json
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,7 @@ class Report:
             "mean_iou": metrics.mean_iou,
             "mean_accuracy": metrics.mean_accuracy,
             "pixel_accuracy": metrics.pixel_accuracy,
+            "dataset": self.info.name,
             "images": self.images,
             **self.protocol,
             "device": self.device,
@@ -75,6 +77,23 @@ class Report:
                 for name, iou, accuracy, pixels in zip(*columns, strict=True)
             ],
         }
+
+    def file_stem(self, step: int, root: str = "") -> str:
+        """Returns a file name without its ending, which names all settings, so that different ones never share a file.
+
+        As "voc2012_val_step30000_base_size512_crop473-473_flipTrue_windows_semseg_scales1.0_short_size0_stride0-0".
+
+        Args:
+          step: of the checkpoint.
+          root: the dataset's directory, for those that its name does not tell apart ("folder").
+        """
+
+        def word(name: str, value: Any) -> str:
+            return value if isinstance(value, str) else name + "-".join(map(str, value if isinstance(value, list) else [value]))
+
+        settings = [word(name, value) for name, value in self.protocol.items() if name != "split"]
+        words = [self.info.name, root, self.protocol["split"], f"step{step}", *settings]
+        return "_".join(re.sub(r"[^\w.]+", "-", word).strip("-") for word in words if word)
 
     def write(self, path: epath.PathLike) -> None:
         """Writes `to_json` to a file."""

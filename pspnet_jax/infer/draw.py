@@ -1,5 +1,6 @@
 """Pictures of labels: palette PNGs, labels over images, image and truth and prediction side by side, class frequencies."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ def side_by_side(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, i
       info: names and colors.
     """
     height, width = truth.shape
-    zoom = max(1, -(-PANEL // width))
+    zoom = max(1, math.ceil(PANEL / width))
     panels = {"image": image, "truth": colorize(truth, info.colors), "prediction": colorize(prediction, info.colors)}
     present = [k for k in range(info.num_classes) if (truth == k).any() or (prediction == k).any()]
     width, height = zoom * width, zoom * height
@@ -115,7 +116,7 @@ def _over_legend(picture: Image.Image, classes: Sequence[int], info: DatasetInfo
     entry = LINE + 2 * MARGIN + max((round(_font().getlength(info.class_names[k])) for k in classes), default=0)
     a_row = max(1, picture.width // entry)
     below = picture.height + MARGIN
-    extended = Image.new("RGB", (picture.width, below + LINE * -(-len(classes) // a_row)), "white")
+    extended = Image.new("RGB", (picture.width, below + LINE * math.ceil(len(classes) / a_row)), "white")
     extended.paste(picture)
     pen = ImageDraw.Draw(extended)
     for i, k in enumerate(classes):

@@ -12,6 +12,7 @@ from PIL import Image
 from pspnet_jax.datasets import IGNORE, DatasetInfo
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer.draw import side_by_side
+from pspnet_jax.infer.plan import ceil_div
 from pspnet_jax.infer.predictor import Example, Predictor
 from pspnet_jax.metrics import confusion_matrix, summarize
 from pspnet_jax.progress import progress
@@ -39,34 +40,34 @@ def evaluate(
       pictures: number of examples, spread over this process's, to picture.
 
     Returns:
-      the score, and image, truth and prediction side by side, by name of the example.
+      The score, and pictures (image, truth and prediction side by side) by name of the example.
 
     Raises:
-      UserError: no pixel of the split has a label.
+      UserError: there are more or fewer examples than `num_examples`, a label has another size than its image, or no pixel of
+        the split has a label.
     """
     began = time.perf_counter()
     variables = predictor.place(variables)
-    share = -(-(num_examples - jax.process_index()) // jax.process_count())
+    share = ceil_div(num_examples - jax.process_index(), jax.process_count())
     chosen = {round(i) for i in np.linspace(0, share - 1, pictures)}
-    drawn: dict[str, Image.Image] = {}
+    panels: dict[str, Image.Image] = {}
     total = np.zeros((info.num_classes, info.num_classes), np.int64)
-    images, newest = 0, None
+    images, counts = 0, list[jax.Array]()
     with progress(f"evaluating {split}", share) as advance:
         for group, labels in predictor.stream(variables, examples):
-            before, newest = newest, _count(_truth(group, labels.shape), labels, info.num_classes)
+            counts.append(_count(_truth(group, labels.shape), labels, info.num_classes))
             for i, example in enumerate(group):
                 if images + i in chosen:
                     height, width = example["label"].shape
                     prediction = np.asarray(labels)[i, :height, :width]
-                    drawn[example["name"]] = side_by_side(example["image"], example["label"], prediction, info)
+                    panels[example["name"]] = side_by_side(example["image"], example["label"], prediction, info)
             images += len(group)
-            if before is not None:
-                total += np.asarray(before)  # one group late, so that the devices always have the next to work on
+            if len(counts) > 1:  # one group late, so that the devices always have the next to work on
+                total += np.asarray(counts.pop(0))
             advance(len(group))
-    if newest is not None:
-        total += np.asarray(newest)
-    total, images = _over_processes(total, images)
-    assert images == num_examples, f"{images} images scored, but {split} has {num_examples}"
+    total, images = _over_processes(total + sum(map(np.asarray, counts)), images)
+    if images != num_examples:
+        raise UserError(f"split {split!r}: {images} images came, but it has {num_examples}; each must be scored once")
     if not total.any():
         raise UserError(
             f"split {split!r}: all pixels of its {images} images are labeled {IGNORE} (ignored), so it cannot be scored; "
@@ -75,7 +76,7 @@ def evaluate(
     rate = images / (time.perf_counter() - began)
     device = f"{predictor.num_devices * jax.process_count()} x {predictor.device_kind}"
     protocol = {"split": split, **predictor.description}
-    return Report(summarize(total), total.sum(1), images, info, protocol, device, rate), drawn
+    return Report(summarize(total), total.sum(1), images, info, protocol, device, rate), panels
 
 
 _count = jax.jit(confusion_matrix, static_argnums=2)
@@ -86,9 +87,8 @@ def _truth(group: Sequence[Example], shape: tuple[int, ...]) -> np.ndarray:
     truth = np.full(shape, IGNORE, np.uint8)
     for place, example in zip(truth, group, strict=False):
         label = example["label"]
-        assert label.shape == example["image"].shape[:2], (
-            f"{example['name']}: label {label.shape}, image {example['image'].shape}"
-        )
+        if label.shape != example["image"].shape[:2]:
+            raise UserError(f"{example['name']}: its label is {label.shape}, but its image {example['image'].shape[:2]}")
         place[: label.shape[0], : label.shape[1]] = label
     return truth
 

@@ -1,132 +1,209 @@
-"""What there is to do for some images, as data: sizes and places travel as taps and indices, and only upper bounds of them
-(`bucket`) are shapes that have to be compiled."""
+"""The inference plan of a batch of images: windows, batches, resampling weights.
 
-from collections.abc import Sequence
+A canvas is a scaled image and its padding, from which windows are cut, and on which the network's scores are accumulated.
+Sizes and places travel as numbers, and only upper bounds of them (`bucket`) are shapes that have to be compiled.
+"""
+
+import collections
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from pspnet_jax.infer.layout import View, inward_taps, lay_out, outward_taps
-from pspnet_jax.infer.protocols import PROTOCOLS
-from pspnet_jax.infer.resample import Taps
+from pspnet_jax.infer.protocols import Protocol
+from pspnet_jax.infer.resample import ResamplingWeights
 
 STRIP = 32  # rows of an image that are finished at a time, K numbers a pixel
 
+ToImage = tuple[ResamplingWeights, ResamplingWeights]  # [M, H, T] and [M, W, T], see canvas_to_image
+
+
+class Axis(NamedTuple):
+    """Rows, or columns, of one image in one view."""
+
+    source: int  # pixels of the image
+    scaled: int
+    flipped: bool  # the canvas, with its windows, is that of the flipped image
+    canvas: int  # the scaled image, or the window where that is larger
+    before: int  # pixels of padding before the scaled image
+    window: int
+    starts: list[int]  # of the windows on the canvas
+
+
+class View(NamedTuple):
+    """One image at one scale, and flipped or not."""
+
+    rows: Axis
+    columns: Axis
+
+    @property
+    def window(self) -> tuple[int, int]:
+        return self.rows.window, self.columns.window
+
+    @property
+    def num_windows(self) -> int:
+        return len(self.rows.starts) * len(self.columns.starts)
+
 
 class Window(NamedTuple):
-    """One window; or N of them, of one size h x w, with a leading axis."""
-
-    place: np.ndarray  # int32[3]: image on its device, first row and column on the canvas
-    rows: Taps  # [h, T], of the image; the padding has weight 0
-    columns: Taps  # [w, T]
-    rows_first: np.ndarray  # bool: as MATLAB has it, the axis that shrinks most (or grows least) is resized first
-    padding: np.ndarray  # f32[3], a color
+    view: int
+    place: tuple[int, int, int]  # image on its device, first row and column on the canvas
+    pixels: np.ndarray  # [h, w, 3], in gray levels
 
 
 class Batch(NamedTuple):
-    """Windows of one size for the network; each device has as many, of its own images, ordered by view."""
+    """Windows of one size for the network; each of D devices has N / D of its own images, ordered by view, then zeros."""
 
-    windows: Window
-    parts: list[tuple[int, np.ndarray]]  # a view and, int32[devices, 2], from and up to which window a device has it
-    finished: list[int]  # the views that have no more windows after this batch
+    pixels: np.ndarray  # f32[N, h, w, 3], in gray levels
+    places: np.ndarray  # int32[N, 3], see Window
+    parts: list[tuple[int, np.ndarray]]  # a view and, int32[D, 2], from and up to which window a device has it
+
+
+class Canvas(NamedTuple):
+    """One view of all images."""
+
+    size: tuple[int, int]  # holds those of all images
+    num_windows: int
+    to_image: ToImage
 
 
 class Plan(NamedTuple):
     """All there is to do for some images; their number M, height H and width W are rounded up to bounds."""
 
-    images: np.ndarray  # uint8[M, H, W, 3]
-    batches: list[Batch]
-    canvases: list[tuple[int, int]]  # by view: height and width that hold those of all images
-    outward: list[tuple[Taps, Taps]]  # by view, rows and columns: [M, H, T] and [M, W, T]
-    together: bool  # keeping all views until the end takes less memory than adding them up one by one
+    shape: tuple[int, int, int]  # M, H, W
+    canvases: list[Canvas]  # by view
+    batches: Iterator[Batch]  # made one by one, as they are asked for
+    held: int  # views held until the end: all, where that takes less memory than adding them up one by one, else the last
 
 
-def plan_images(images: Sequence[np.ndarray], config: ConfigDict, devices: int) -> Plan:
-    """Plans images uint8[H, W, 3] that are shared out among devices; of the config, eval, normalize and model are used."""
-    protocol, corners = PROTOCOLS[config.eval.protocol], config.model.align_corners
-    layouts = [lay_out(image.shape[0], image.shape[1], config.eval) for image in images]
-    count = devices * power_of_two(-(-len(images) // devices))
-    stacked = np.zeros((count, *_bounds([image.shape for image in images]), 3), np.uint8)
-    for place, image in zip(stacked, images, strict=False):
-        place[: image.shape[0], : image.shape[1]] = image
-    canvases, outward = [], []
-    for views in zip(*layouts, strict=True):  # one view of all images
-        height, width = _bounds([(rows.canvas - 1, columns.canvas - 1) for rows, columns, _ in views])
-        canvases.append((height + 1, width + 1))  # Caffe's sizes are one more than round ones
-        rows = [outward_taps(view.rows, False, protocol, corners) for view in views]
-        columns = [outward_taps(view.columns, view.mirrored, protocol, corners) for view in views]
-        outward.append((_stack(rows, count, stacked.shape[1]), _stack(columns, count, stacked.shape[2])))
-    areas = [height * width for height, width in canvases]
-    together = sum(areas) <= stacked.shape[1] * stacked.shape[2] + max(areas)
-    return Plan(stacked, _batches(layouts, config, devices, count // devices), canvases, outward, together)
+def plan_images(images: Sequence[np.ndarray], protocol: Protocol, devices: int) -> Plan:
+    """Plans images uint8[H, W, 3] that are shared out among devices."""
+    per_device = power_of_two(ceil_div(len(images), devices))
+    shape = (devices * per_device, *_bounds([image.shape[:2] for image in images]))
+    views = [views_of(image.shape[0], image.shape[1], protocol) for image in images]
+    canvases = [_canvas(of_images, shape, protocol) for of_images in zip(*views, strict=True)]
+    areas = [canvas.size[0] * canvas.size[1] for canvas in canvases]
+    held = len(areas) if sum(areas) <= shape[1] * shape[2] + max(areas) else 1
+    return Plan(shape, canvases, _batches(images, views, protocol, devices, per_device), held)
 
 
-def _batches(layouts: list[list[View]], config: ConfigDict, devices: int, images: int) -> list[Batch]:
-    """Shares all windows out among the devices, each of which has so many images, and into batches."""
-    todo: dict[tuple[int, int], list[list[tuple[int, Window]]]] = {}  # (view, window) by size and device
-    for v in range(len(layouts[0])):
-        for i, views in enumerate(layouts):
-            device, slot = divmod(i, images)
-            size = views[v].rows.window, views[v].columns.window
-            of_size = todo.setdefault(size, [[] for _ in range(devices)])
-            of_size[device] += [(v, window) for window in _windows(views[v], slot, config)]
-    share = -(-config.eval.batch_size // devices)
-    batches = [batch for size, by_device in todo.items() for batch in _batches_of_size(size, by_device, share)]
-    last = {v: i for i, batch in enumerate(batches) for v, _ in batch.parts}
-    return [batch._replace(finished=[v for v in last if last[v] == i]) for i, batch in enumerate(batches)]
-
-
-def _windows(view: View, slot: int, config: ConfigDict) -> list[Window]:
-    rows, columns, mirrored = view
-    protocol = PROTOCOLS[config.eval.protocol]
-    vertical, horizontal = inward_taps(rows, False, protocol), inward_taps(columns, mirrored, protocol)
-    rows_first = np.array(rows.scaled / rows.source <= columns.scaled / columns.source)
-    larger = rows.scaled > rows.window or columns.scaled > columns.window
-    padding = protocol.padding(np.array(config.normalize.mean), larger).astype(np.float32)
-    return [
-        Window(
-            np.array([slot, y, x], np.int32),
-            Taps(*(part[y : y + rows.window] for part in vertical)),
-            Taps(*(part[x : x + columns.window] for part in horizontal)),
-            rows_first,
-            padding,
-        )
-        for y in rows.starts
-        for x in columns.starts
-    ]
-
-
-def _batches_of_size(size: tuple[int, int], todo: list[list[tuple[int, Window]]], share: int) -> list[Batch]:
-    """Shares out (view, window), by device, in batches of at most `share` a device, all with the same number."""
-    longest = max(map(len, todo))
-    n = min(share, power_of_two(longest))
-    blank = Window(
-        np.zeros(3, np.int32), Taps(*np.zeros((2, 0, 0))), Taps(*np.zeros((2, 0, 0))), np.array(False), np.zeros(3, np.float32)
+def _canvas(views: Sequence[View], shape: tuple[int, int, int], protocol: Protocol) -> Canvas:
+    height, width = _bounds([(view.rows.canvas - 1, view.columns.canvas - 1) for view in views])
+    rows, columns = ([canvas_to_image(axis, protocol) for axis in axes] for axes in zip(*views, strict=True))
+    return Canvas(
+        (height + 1, width + 1),  # Caffe's sizes are one more than round ones
+        sum(view.num_windows for view in views),
+        (_stack(rows, shape[0], shape[1]), _stack(columns, shape[0], shape[2])),
     )
-    batches = []
-    for start in range(0, longest, n):
-        shares = [list(zip(*entries[start : start + n], strict=True)) or [(), ()] for entries in todo]
-        windows = [window for _, share in shares for window in (*share, *[blank] * (n - len(share)))]
-        place, rows, columns, rows_first, padding = zip(*windows, strict=True)
-        stacked = Window(
-            np.stack(place),
-            _stack(rows, len(rows), size[0]),
-            _stack(columns, len(columns), size[1]),
-            np.stack(rows_first),
-            np.stack(padding),
-        )
-        views = sorted({v for views, _ in shares for v in views})
-        bounds = [[[sum(u < v for u in views), sum(u <= v for u in views)] for views, _ in shares] for v in views]
-        batches.append(Batch(stacked, list(zip(views, np.array(bounds, np.int32), strict=True)), []))
-    return batches
 
 
-def _stack(taps: Sequence[Taps], count: int, size: int) -> Taps:
-    """Stacks [n, T] of any n and T, with taps of weight 0 after them, to [count, size, T]; T becomes a power of two."""
-    shape = (count, size, power_of_two(max(t.pixel.shape[1] for t in taps)))
-    stacked = Taps(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
-    for i, one in enumerate(taps):
+def views_of(height: int, width: int, protocol: Protocol) -> list[View]:
+    """Returns the views of an image, and where their windows lie."""
+    settings = protocol.settings
+    flips = (False, True) if settings.flip and protocol.flips_views else (False,)
+    views = []
+    for scale, flipped in itertools.product(settings.scales, flips):
+        scaled = protocol.scaled_size(height, width, scale)
+        crop = scaled if settings.inference == "whole" else settings.crop
+        rows, columns = zip((height, width), scaled, (False, flipped), crop, settings.stride, strict=True)
+        views.append(View(_axis(*rows, protocol), _axis(*columns, protocol)))
+    return views
+
+
+def _axis(source: int, scaled: int, flipped: bool, crop: int, stride: int, protocol: Protocol) -> Axis:
+    window, before = protocol.window(crop, scaled)
+    canvas = max(scaled, window)
+    return Axis(source, scaled, flipped, canvas, before, window, window_starts(canvas, window, stride))
+
+
+def window_starts(size: int, window: int, stride: int = 0) -> list[int]:
+    """Returns each window's first pixel, for `size` >= window pixels: `stride` apart, the last flush with the end.
+
+    Stride 0 is two thirds of the window, rounded up, as the authors have it.
+    """
+    stride = stride or ceil_div(2 * window, 3)
+    return [min(start, size - window) for start in range(0, size - window + stride, stride)]
+
+
+def image_to_canvas(image: np.ndarray, view: View, protocol: Protocol) -> np.ndarray:
+    """Returns a view's canvas [h, w, 3] in gray levels, float32 or, as it may be where nothing is padded, uint8."""
+    rows, columns = view
+    scaled = protocol.scale(image, rows.scaled, columns.scaled)
+    if columns.flipped:
+        scaled = scaled[:, ::-1]
+    if scaled.shape[:2] == (rows.canvas, columns.canvas):
+        return scaled
+    exceeds = rows.scaled > rows.window or columns.scaled > columns.window
+    canvas = np.tile(protocol.padding(exceeds).astype(np.float32), (rows.canvas, columns.canvas, 1))
+    canvas[rows.before : rows.before + rows.scaled, columns.before : columns.before + columns.scaled] = scaled
+    return canvas
+
+
+def canvas_to_image(axis: Axis, protocol: Protocol) -> ResamplingWeights:
+    """Returns the weights that take sums over windows, on the canvas, to means over windows, on the image."""
+    index, weight = protocol.weights_to_image(axis.source, axis.scaled)
+    index = axis.before + (axis.scaled - 1 - index if axis.flipped else index)
+    times_seen = np.zeros(axis.canvas, np.float32)
+    for start in axis.starts:
+        times_seen[start : start + axis.window] += 1
+    return ResamplingWeights(index, weight / times_seen[index])
+
+
+def _batches(
+    images: Sequence[np.ndarray], views: list[list[View]], protocol: Protocol, devices: int, per_device: int
+) -> Iterator[Batch]:
+    """Shares all windows out among the devices, and into batches of one size."""
+    shares = [slice(i * per_device, (i + 1) * per_device) for i in range(devices)]
+    for size in dict.fromkeys(view.window for of_images in zip(*views, strict=True) for view in of_images):
+        longest = max(count_windows(itertools.chain(*views[share]))[size] for share in shares)
+        n = min(ceil_div(protocol.settings.batch_size, devices), power_of_two(longest))
+        queues = [_windows(images[share], views[share], size, protocol) for share in shares]
+        for _ in range(ceil_div(longest, n)):
+            yield _batch([list(itertools.islice(queue, n)) for queue in queues], n)
+
+
+def _windows(
+    images: Sequence[np.ndarray], views: list[list[View]], size: tuple[int, int], protocol: Protocol
+) -> Iterator[Window]:
+    """Cuts the windows of one size, ordered by view; of the canvases, only one exists at a time."""
+    for number, of_images in enumerate(zip(*views, strict=True)):
+        for i, (image, view) in enumerate(zip(images, of_images, strict=True)):
+            if view.window == size:
+                canvas = image_to_canvas(image, view, protocol)
+                for y, x in itertools.product(view.rows.starts, view.columns.starts):
+                    yield Window(number, (i, y, x), canvas[y : y + size[0], x : x + size[1]])
+
+
+def count_windows(views: Iterable[View]) -> collections.Counter[tuple[int, int]]:
+    """Counts windows by their size."""
+    counts: collections.Counter[tuple[int, int]] = collections.Counter()
+    for view in views:
+        counts[view.window] += view.num_windows
+    return counts
+
+
+def _batch(by_device: list[list[Window]], n: int) -> Batch:
+    """Stacks at most n windows a device."""
+    size = next(window.pixels.shape for windows in by_device for window in windows)
+    pixels = np.zeros((len(by_device) * n, *size), np.float32)
+    places = np.zeros((len(by_device) * n, 3), np.int32)
+    for device, windows in enumerate(by_device):
+        for i, window in enumerate(windows, device * n):
+            pixels[i], places[i] = window.pixels, window.place
+    views = [[window.view for window in windows] for windows in by_device]
+    parts = []
+    for view in sorted(set(itertools.chain(*views))):
+        bounds = [np.searchsorted(own, (view, view + 1)) for own in views]
+        parts.append((view, np.array(bounds, np.int32)))
+    return Batch(pixels, places, parts)
+
+
+def _stack(weights: Sequence[ResamplingWeights], count: int, size: int) -> ResamplingWeights:
+    """Stacks [n, T] of any n and T, with weights of 0 after them, to [count, size, T]; T becomes a power of two."""
+    shape = (count, size, power_of_two(max(one.index.shape[1] for one in weights)))
+    stacked = ResamplingWeights(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+    for i, one in enumerate(weights):
         for target, source in zip(stacked, one, strict=True):
             target[i, : source.shape[0], : source.shape[1]] = source
     return stacked
@@ -143,11 +220,15 @@ def bucket(height: int, width: int) -> tuple[int, int]:
     """
     longer = max(height, width)
     step = max(STRIP, power_of_two(longer) // 8)
-    long = -(-longer // step) * step
-    quarters = (max(2, -(-4 * side // long)) for side in (height, width))
-    height, width = (-(-part * long // (4 * STRIP)) * STRIP for part in quarters)
+    long = ceil_div(longer, step) * step
+    quarters = (max(2, ceil_div(4 * side, long)) for side in (height, width))
+    height, width = (ceil_div(part * long, 4 * STRIP) * STRIP for part in quarters)
     return height, width
 
 
 def power_of_two(at_least: int) -> int:
     return 1 << (at_least - 1).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

@@ -8,6 +8,7 @@ from etils import epath
 from PIL import Image, ImageOps
 
 from pspnet_jax.datasets import DatasetInfo
+from pspnet_jax.errors import MissingFileError, UserError
 from pspnet_jax.infer import submission
 from pspnet_jax.infer.draw import overlay, palette_image, save
 from pspnet_jax.infer.predictor import Example, Predictor
@@ -38,7 +39,7 @@ def predict(
       form: "cityscapes", "ade20k" or "voc" for a submission to the benchmark's server.
 
     Raises:
-      ValueError: an image cannot be read, or the form is of other classes.
+      UserError: an image cannot be read, or the form is of other classes.
     """
     server = submission.choose(form, info) if form else None
     output = epath.Path(output)
@@ -66,22 +67,22 @@ def find_images(source: epath.PathLike, subfolders: bool = False) -> dict[str, e
     """Returns an image, or those in a folder (and in its subfolders), by name, in order.
 
     Raises:
-      FileNotFoundError: there is no such file or folder, or no image in it.
-      ValueError: two images have the same name but for their endings, so that their results would overwrite each other.
+      MissingFileError: there is no such file or folder, or no image in it.
+      UserError: two images have the same name but for their endings, so that their results would overwrite each other.
     """
     source = epath.Path(source).expanduser()
     if not source.exists():
-        raise FileNotFoundError(f"--input {source}: no such file or folder")
+        raise MissingFileError(f"--input {source}: no such file or folder")
     if not source.is_dir():
         return {source.stem: source}
     found = _files_below(source) if subfolders else source.iterdir()
     paths = sorted(p for p in found if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
     if not paths:
-        raise FileNotFoundError(f"--input {source}: no images in this folder; expected files ending in {', '.join(SUFFIXES)}")
+        raise MissingFileError(f"--input {source}: no images in this folder; expected files ending in {', '.join(SUFFIXES)}")
     by_name: dict[str, epath.Path] = {}
     for path in paths:
         if path.stem in by_name:
-            raise ValueError(
+            raise UserError(
                 f"--input {source}: {by_name[path.stem].name} and {path.name} would both be written as {path.stem}.png; "
                 "rename one"
             )
@@ -90,7 +91,7 @@ def find_images(source: epath.PathLike, subfolders: bool = False) -> dict[str, e
 
 
 def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
-    for path in folder.iterdir():
+    for path in folder.iterdir():  # epath's rglob knows no gs://, and leaves links to folders out
         yield from _files_below(path) if path.is_dir() else [path]
 
 
@@ -98,7 +99,7 @@ def read_image(path: epath.PathLike) -> np.ndarray:
     """Returns uint8[H, W, 3], RGB, turned upright as its EXIF orientation says.
 
     Raises:
-      ValueError: the file is no image, is damaged, or has more than 8 bits a channel.
+      UserError: the file is no image, is damaged, or has more than 8 bits a channel.
     """
     try:
         with epath.Path(path).open("rb") as file, Image.open(file) as image:
@@ -106,7 +107,7 @@ def read_image(path: epath.PathLike) -> np.ndarray:
                 raise ValueError(f"{image.mode} pixels, expected 8 bits a channel")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+        raise UserError(f"{path}: cannot be read as an image ({error})") from error
 
 
 def _examples(images: Mapping[str, epath.PathLike]) -> Iterator[Example]:

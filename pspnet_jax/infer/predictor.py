@@ -1,13 +1,31 @@
-"""Prediction of whole images on the devices: all scales, overlapping windows and mirror images.
+"""Prediction of whole images on the devices: all scales, overlapping windows and flips. Read first; the way of an image:
 
-What an image's size decides comes as data (see plan.py), what a protocol decides as functions (see protocol.py). The network
-is one compiled program for one batch of windows, whatever the images, scales or weights; what is around it takes a few programs
-for each bucket of sizes.
+    image                    uint8[H, W, 3]
+      |  protocol.scale        resampled as the protocol does (and flipped, where the flipped image is a view of its own)
+      |  image_to_canvas       padded, where it is smaller than a window
+    canvas                   f32[h, w, 3], one for each view                                     on the host: plan.py
+      |  plan.batches          windows cut out, several views and images to a batch
+    windows                  f32[N, y, x, 3]
+    ..........................................................................................................
+      |  _prepare              normalized (and flipped, where each window goes through the network twice)
+      |  network                                                                                 on the devices: here
+    logits                   [N, y, x, K], and those of the flipped windows
+      |  protocol.combine_flip
+      |  _accumulate_windows   added where the windows lie on the canvas
+    sums                     f32[M, h, w, K], one for each view; M images share the devices
+      |  canvas.to_image       resampled to the image's size, divided by how many windows saw a pixel
+      |  protocol.finalize_scores
+      |  _accumulate_view, _most_probable
+    labels                   uint8[M, H, W]
+
+plan.py (what an image's size decides, as numbers) is to be read next, then resample.py and protocols.py (what a protocol
+decides). The network is one compiled program for one batch of windows, whatever the images, scales or weights; what is around
+it takes a few programs for each bucket of sizes.
 """
 
-import collections
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,21 +35,22 @@ from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from pspnet_jax import models, parallel
-from pspnet_jax.infer.layout import lay_out
-from pspnet_jax.infer.plan import STRIP, Plan, Window, plan_images, power_of_two
-from pspnet_jax.infer.protocols import PROTOCOLS
-from pspnet_jax.infer.resample import Taps, along
+from pspnet_jax.errors import UserError
+from pspnet_jax.infer.plan import STRIP, Plan, ToImage, ceil_div, count_windows, plan_images, power_of_two, views_of
+from pspnet_jax.infer.protocols import PROTOCOLS, Protocol
+from pspnet_jax.infer.resample import ResamplingWeights, resample
 
 Example = dict[str, Any]  # image uint8[H, W, 3], and what else its source gives
+ViewSums = tuple[jax.Array, ToImage]  # sums over windows on the canvas, and the weights that take these to the image
 
 
 class Predictor:
     """Runs a network over whole images, of any sizes together.
 
     Images are shared out among the devices, and each takes the windows of its own through the network,
-    ceil(eval.batch_size / devices) at a time, or fewer where there are fewer; where a protocol mirrors windows, the mirror
-    images of these follow as a second batch. Windows of each size (all have eval.crop, but those of eval.inference="whole" and,
-    in protocol "mmseg", of images smaller than it) have their own batches and compile their own network. Probabilities
+    ceil(eval.batch_size / devices) at a time, or fewer where there are fewer; where a protocol flips windows, the flipped
+    ones follow as a second batch. Windows of each size (all have eval.crop, but those of eval.inference="whole" and,
+    in protocol "mmseg", of images smaller than it) have their own batches and compile their own network. Scores
     and their sums are float32 whatever the network computes in.
     """
 
@@ -50,34 +69,29 @@ class Predictor:
           num_classes: K.
           devices: of this process; None: all of them.
         """
-        self._config = config
+        self._settings = config.eval
         self._mesh = parallel.make_mesh(devices or jax.local_devices())
         self._sharding = parallel.batch_sharding(self._mesh)
         self._num_classes = num_classes
-        protocol = PROTOCOLS[config.eval.protocol]
-        self._mirror_windows = config.eval.flip and not protocol.mirror_views
-        normalize = functools.partial(models.normalize, statistics=config.normalize)
-        self._draw = self._on_each_device(functools.partial(_draw, draw=protocol.draw, normalize=normalize))
+        self._protocol = protocol = PROTOCOLS[config.eval.protocol](config)
         self._network = jax.jit(apply, out_shardings=self._sharding)
-        self._mirror = self._on_each_device(lambda windows: windows[:, :, ::-1])
-        self._add = self._on_each_device(functools.partial(_add, merge=protocol.merge), donate_argnums=0)
-        self._accumulate = self._on_each_device(functools.partial(_accumulate, settle=protocol.settle), donate_argnums=0)
-        self._label_strips = self._on_each_device(functools.partial(_label_strips, settle=protocol.settle))
-        self._label = self._on_each_device(_most_probable)
+        self._prepare = self._on_each_device(_prepare, config.normalize, config.eval.flip and not protocol.flips_views)
+        self._accumulate_windows = self._on_each_device(_accumulate_windows, protocol, donate_argnums=0)
+        self._accumulate_view = self._on_each_device(_accumulate_view, protocol, donate_argnums=0)
+        self._most_probable = self._on_each_device(_most_probable, protocol)
 
-    def _on_each_device(self, function: Callable, **jit_options: Any) -> Callable:
+    def _on_each_device(self, function: Callable, *static: Any, **jit_options: Any) -> Callable:
         """Compiles a function of arrays whose leading axis is shared out, to be run on each device's share."""
         # check_vma=False: it wants the zeros that a loop starts from marked as differing between devices
         spec = PartitionSpec("data")
-        sharded = jax.shard_map(function, mesh=self._mesh, in_specs=spec, out_specs=spec, check_vma=False)
-        return jax.jit(sharded, **jit_options)
+        function = functools.partial(function, *static)
+        return jax.jit(jax.shard_map(function, mesh=self._mesh, in_specs=spec, out_specs=spec, check_vma=False), **jit_options)
 
     @property
     def description(self) -> dict[str, Any]:
         """What makes scores comparable: the fields of config.eval that decide them."""
-        settings = self._config.eval
-        irrelevant = {"split", "batch_size"} | ({"crop", "stride"} if settings.inference == "whole" else set())
-        fields = {field: value for field, value in settings.items() if field not in irrelevant}
+        irrelevant = {"split", "batch_size"} | ({"crop", "stride"} if self._settings.inference == "whole" else set())
+        fields = {field: value for field, value in self._settings.items() if field not in irrelevant}
         return {field: list(value) if isinstance(value, tuple) else value for field, value in fields.items()}
 
     @property
@@ -109,100 +123,90 @@ class Predictor:
 
         Returns:
           uint8[M, S, T], on the devices: image i has [i, :H, :W], and the rest, up to compiled sizes, means nothing.
+
+        Raises:
+          UserError: an image has another type or shape.
         """
         plan = self._plan(images)
-        if plan.together:
-            return self._label_strips(list(self._views(variables, plan)))
-        return self._label(self._total(variables, plan))
+        return self._most_probable(*self._add_views(variables, plan, plan.held))
 
     def probabilities(self, variables: Any, images: Sequence[np.ndarray]) -> jax.Array:
         """As `labels`, but returns probabilities f32[M, S, T, K]."""
         plan = self._plan(images)
-        return self._total(variables, plan) / len(plan.outward)
+        total, _ = self._add_views(variables, plan, held=0)
+        return total / len(plan.canvases)
 
     def stream(self, variables: Any, examples: Iterable[Example]) -> Iterator[tuple[list[Example], jax.Array]]:
         """Yields the examples in order, in groups that fill the network's batch, each with the `labels` of its images."""
-        group: list[Example] = []
-        windows: collections.Counter[tuple[int, int]] = collections.Counter()
-        for example in examples:
-            before, windows = windows, self._windows(*example["image"].shape[:2])
-            if group and windows.keys() != before.keys():
-                yield group, self._group_labels(variables, group)
-                group = []
-            if not group:
-                full = self._images_to_fill(max(windows.values()))
-            group.append(example)
-            if len(group) == full:
-                yield group, self._group_labels(variables, group)
-                group = []
-        if group:
-            yield group, self._group_labels(variables, group)
 
-    def _group_labels(self, variables: Any, group: list[Example]) -> jax.Array:
-        return self.labels(variables, [example["image"] for example in group])
+        def windows(example: Example) -> Mapping[tuple[int, int], int]:
+            return count_windows(views_of(*example["image"].shape[:2], self._protocol))
 
-    def _windows(self, height: int, width: int) -> collections.Counter[tuple[int, int]]:
-        """Counts the windows of each size."""
-        counts: collections.Counter[tuple[int, int]] = collections.Counter()
-        for rows, columns, _ in lay_out(height, width, self._config.eval):
-            counts[rows.window, columns.window] += len(rows.starts) * len(columns.starts)
-        return counts
-
-    def _images_to_fill(self, windows: int) -> int:
-        """Returns how many images of so many windows of a size fill a batch of the network."""
-        return self._mesh.size * power_of_two(-(-self._config.eval.batch_size // (self._mesh.size * windows)))
+        for _, run in itertools.groupby(examples, lambda example: windows(example).keys()):
+            alike = iter(run)
+            for first in alike:
+                wanted = ceil_div(self._settings.batch_size, self.num_devices * max(windows(first).values()))
+                group = [first, *itertools.islice(alike, self.num_devices * power_of_two(wanted) - 1)]
+                yield group, self.labels(variables, [example["image"] for example in group])
 
     def _plan(self, images: Sequence[np.ndarray]) -> Plan:
-        assert all(image.dtype == np.uint8 and image.shape[2:] == (3,) for image in images)
-        return plan_images(images, self._config, self._mesh.size)
+        for image in images:
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise UserError(f"an image is {image.dtype}{list(image.shape)}: expected uint8[height, width, 3] (RGB)")
+        return plan_images(images, self._protocol, self.num_devices)
 
-    def _total(self, variables: Any, plan: Plan) -> jax.Array:
-        """Adds the views up at the images' size, f32[M, H, W, K], one by one as they are done."""
-        total = jnp.zeros((*plan.images.shape[:3], self._num_classes), device=self._sharding)
+    def _add_views(self, variables: Any, plan: Plan, held: int) -> tuple[jax.Array | None, list[ViewSums]]:
+        """Adds views up at the images' size, f32[M, H, W, K], as they are done; the last `held` are returned as they are."""
+        added = len(plan.canvases) - held
+        total = self._zeros(plan.shape) if added else None
+        last: list[ViewSums] = []
         for view in self._views(variables, plan):
-            total = self._accumulate(total, *view)
+            if added:
+                total, added = self._accumulate_view(total, *view), added - 1
+            else:
+                last.append(view)
             del view  # here, not when the next one is done
-        return total
+        return total, last
 
-    def _views(self, variables: Any, plan: Plan) -> Iterator[tuple[jax.Array, tuple[Taps, Taps]]]:
-        """Yields each view's sums over windows on its canvas, f32[M, h, w, K], and its taps, when it is done."""
-        images = jax.device_put(plan.images, self._sharding)
+    def _views(self, variables: Any, plan: Plan) -> Iterator[ViewSums]:
+        """Yields each view's sums over windows on its canvas, f32[M, h, w, K], and its way to the image, when it is done."""
         sums: dict[int, jax.Array] = {}
+        missing = [canvas.num_windows for canvas in plan.canvases]
         for batch in plan.batches:
-            windows = self._draw(images, batch.windows)
-            both = [windows, self._mirror(windows)] if self._mirror_windows else [windows]
-            logits = [self._network(variables, x) for x in both]
+            windows = self._prepare(jax.device_put(batch.pixels, self._sharding))
+            places = jax.device_put(batch.places, self._sharding)
+            logits = [self._network(variables, x) for x in windows]
             for view, bounds in batch.parts:
                 if view not in sums:
-                    shape = (len(images), *plan.canvases[view], self._num_classes)
-                    sums[view] = jnp.zeros(shape, device=self._sharding)
-                sums[view] = self._add(sums[view], logits, batch.windows.place, bounds)
-                if view in batch.finished:  # before the next view needs as much memory
-                    yield sums.pop(view), plan.outward[view]
+                    sums[view] = self._zeros((plan.shape[0], *plan.canvases[view].size))
+                sums[view] = self._accumulate_windows(sums[view], logits, places, bounds)
+                missing[view] -= np.diff(bounds).sum()
+                if not missing[view]:  # before the next view needs as much memory
+                    yield sums.pop(view), plan.canvases[view].to_image
             del logits  # before the next ones
 
-
-def _draw(images: jax.Array, windows: Window, draw: Callable, normalize: Callable) -> jax.Array:
-    """Draws windows, normalized f32[n, h, w, 3], from images uint8[m, H, W, 3]."""
-
-    def one(window: Window) -> jax.Array:
-        inside = (window.rows.weight.sum(-1) > 0)[:, None, None] & (window.columns.weight.sum(-1) > 0)[:, None]
-        drawn = draw(images[window.place[0]], window.rows, window.columns, window.rows_first)
-        return normalize(jnp.where(inside, drawn, window.padding))
-
-    return jax.lax.map(one, windows)
+    def _zeros(self, shape: tuple[int, ...]) -> jax.Array:
+        return jnp.zeros((*shape, self._num_classes), device=self._sharding)
 
 
-def _add(sums: jax.Array, logits: list, places: jax.Array, bounds: jax.Array, merge: Callable) -> jax.Array:
-    """Adds what the network says of the windows of one view to its sums, where they were drawn; in strips, for memory."""
+def _prepare(statistics: ConfigDict, flip: bool, windows: jax.Array) -> list[jax.Array]:
+    """Normalizes windows f32[n, h, w, 3], and flips them for a second batch."""
+    normalized = models.normalize(windows, statistics)
+    return [normalized, normalized[:, :, ::-1]] if flip else [normalized]
+
+
+def _accumulate_windows(
+    protocol: Protocol, sums: jax.Array, logits: list[jax.Array], places: jax.Array, bounds: jax.Array
+) -> jax.Array:
+    """Adds the scores of one view's windows to its sums, where they were cut out; in strips, for memory."""
     _, height, width, num_classes = logits[0].shape
     shape = (1, min(STRIP, height), width, num_classes)
-    strips = -(-height // shape[1])
+    strips = ceil_div(height, shape[1])
 
     def add(i: jax.Array, sums: jax.Array) -> jax.Array:
         window, strip = jnp.divmod(i, strips)
         first = jnp.minimum(strip * shape[1], height - shape[1])
-        new = merge(*(jax.lax.dynamic_slice(x, (window, first, 0, 0), shape) for x in logits))
+        new = protocol.combine_flip(*(jax.lax.dynamic_slice(x, (window, first, 0, 0), shape) for x in logits))
         fresh = first + jnp.arange(shape[1]) >= strip * shape[1]  # the last strip may begin within the one before
         image, top, left = places[window]
         place = (image, top + first, left, 0)
@@ -212,37 +216,36 @@ def _add(sums: jax.Array, logits: list, places: jax.Array, bounds: jax.Array, me
     return jax.lax.fori_loop(bounds[0, 0] * strips, bounds[0, 1] * strips, add, sums)
 
 
-def _accumulate(total: jax.Array, sums: jax.Array, outward: tuple[Taps, Taps], settle: Callable) -> jax.Array:
-    """Adds a view, resized and settled, to the total f32[m, H, W, K]; in strips, for memory."""
+def _accumulate_view(protocol: Protocol, total: jax.Array, sums: jax.Array, to_image: ToImage) -> jax.Array:
+    """Adds a view's scores, at the images' size, to the total f32[m, H, W, K]; in strips, for memory."""
     strips = total.reshape(-1, STRIP, *total.shape[2:])
 
     def add(i: jax.Array, strips: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(strips, strips[i] + settle(_strip(sums, outward, i)), i, 0)
+        scores = strips[i] + protocol.finalize_scores(_strip(sums, to_image, i))
+        return jax.lax.dynamic_update_index_in_dim(strips, scores, i, 0)
 
     return jax.lax.fori_loop(0, len(strips), add, strips).reshape(total.shape)
 
 
-def _label_strips(views: list, settle: Callable) -> jax.Array:
-    """Returns the labels uint8[m, H, W] that all views give together; K numbers a pixel exist for one strip at a time."""
+def _most_probable(protocol: Protocol, total: jax.Array | None, views: list[ViewSums]) -> jax.Array:
+    """Returns the labels uint8[m, H, W] by the total, if any, and the views that are not in it; in strips, for memory."""
     rows, columns = views[0][1]
-    count, height, _ = rows.pixel.shape
+    count, height, width = *rows.index.shape[:2], columns.index.shape[1]
+    strips = jnp.zeros((0,)) if total is None else total.reshape(-1, STRIP, width, total.shape[-1])
 
     def labels(i: jax.Array) -> jax.Array:
-        return _most_probable(sum(settle(_strip(sums, outward, i)) for sums, outward in views))
+        scores = [] if total is None else [strips[i]]
+        scores += [protocol.finalize_scores(_strip(sums, to_image, i)) for sums, to_image in views]
+        return jnp.argmax(sum(scores), -1).astype(jnp.uint8)
 
-    strips = jax.lax.map(labels, jnp.arange(count * height // STRIP))
-    return strips.reshape(count, height, columns.pixel.shape[1])
+    return jax.lax.map(labels, jnp.arange(count * height // STRIP)).reshape(count, height, width)
 
 
-def _strip(sums: jax.Array, outward: tuple[Taps, Taps], i: jax.Array) -> jax.Array:
-    """Resizes to the i-th strip of the images: f32[m, h, w, K] -> f32[STRIP, W, K]."""
-    rows, columns = outward
-    image, first = jnp.divmod(i * STRIP, rows.pixel.shape[1])
-    pixel, weight = (jax.lax.dynamic_slice(x, (image, first, 0), (1, STRIP, x.shape[-1]))[0] for x in rows)
+def _strip(sums: jax.Array, to_image: ToImage, i: jax.Array) -> jax.Array:
+    """Resamples to the i-th strip of the images: f32[m, h, w, K] -> f32[STRIP, W, K]."""
+    rows, columns = to_image
+    image, first = jnp.divmod(i * STRIP, rows.index.shape[1])
+    index, weight = (jax.lax.dynamic_slice(x, (image, first, 0), (1, STRIP, x.shape[-1]))[0] for x in rows)
     below = image * sums.shape[1]  # gathers from the whole array, so that no image of it has to be copied
-    strip = along(sums.reshape(-1, *sums.shape[2:]), Taps(pixel + below, weight), 0)
-    return along(strip, Taps(*(x[image] for x in columns)), 1)
-
-
-def _most_probable(probabilities: jax.Array) -> jax.Array:
-    return jnp.argmax(probabilities, -1).astype(jnp.uint8)
+    strip = resample(sums.reshape(-1, *sums.shape[2:]), ResamplingWeights(index + below, weight), 0)
+    return resample(strip, ResamplingWeights(*(x[image] for x in columns)), 1)

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pspnet_jax import datasets
+from pspnet_jax.errors import UserError
 from pspnet_jax.infer.draw import palette_image
 
 
@@ -44,13 +45,13 @@ def choose(form: str, info: datasets.DatasetInfo) -> Submission:
     """Returns the server's form, if the network predicts its classes.
 
     Raises:
-      ValueError: there is no such form, or the number of classes is another.
+      UserError: there is no such form, or the number of classes is another.
     """
     if form not in SUBMISSIONS:
-        raise ValueError(f"--format {form}: expected one of {', '.join(SUBMISSIONS)}")
+        raise UserError(f"--format {form}: expected one of {', '.join(SUBMISSIONS)}")
     submission = SUBMISSIONS[form]
     if info.num_classes != len(datasets.RAW_VALUES[submission.dataset]):
-        raise ValueError(
+        raise UserError(
             f"--format {form}: its server scores {len(datasets.RAW_VALUES[submission.dataset])} classes, but this network "
             f"predicts the {info.num_classes} of {info.name!r}"
         )

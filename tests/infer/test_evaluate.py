@@ -1,7 +1,9 @@
 """Every image counts once, and a report says how it was made."""
 
+import dataclasses
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,8 +15,11 @@ from rich.console import Console
 
 from pspnet_jax.config import base_config
 from pspnet_jax.datasets import DatasetInfo
+from pspnet_jax.errors import UserError
 from pspnet_jax.infer.evaluate import evaluate
 from pspnet_jax.infer.predictor import Predictor
+from pspnet_jax.metrics import summarize
+from pspnet_jax.report import Report
 
 INFO = DatasetInfo("colors", ("red", "green", "blue", "never"), ((255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)))
 STRONGEST = np.eye(3, 4, dtype=np.float32) * 10 + np.array([0, 0, 0, -99], np.float32)  # the class of the strongest channel
@@ -51,7 +56,7 @@ SIZES = ((40, 40), (40, 40), (36, 50), (40, 40), (36, 50))
 @pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.parametrize("inference", ["windows", "whole"])
 def test_every_pixel_of_every_image_counts_once(devices, inference):
-    report = evaluate(predictor(devices, inference=inference), STRONGEST, examples(*SIZES), INFO, len(SIZES), "val")
+    report, _ = evaluate(predictor(devices, inference=inference), STRONGEST, examples(*SIZES), INFO, len(SIZES), "val")
     matrix = expected_matrix(examples(*SIZES))
     assert report.images == 5
     np.testing.assert_array_equal(report.pixels, matrix.sum(1))
@@ -61,8 +66,15 @@ def test_every_pixel_of_every_image_counts_once(devices, inference):
 
 
 def test_an_example_too_many_or_too_few_is_an_error():
-    with pytest.raises(AssertionError, match="2 images scored, but val has 3"):
+    with pytest.raises(UserError, match="split 'val': 2 images came, but it has 3"):
         evaluate(predictor(), STRONGEST, examples(*SIZES[:2]), INFO, 3, "val")
+
+
+def test_a_label_of_another_size_is_refused():
+    (example,) = examples((40, 40))
+    example["label"] = example["label"][:-1]
+    with pytest.raises(UserError, match=r"0: its label is \(39, 40\), but its image \(40, 40\)"):
+        evaluate(predictor(), STRONGEST, [example], INFO, 1, "val")
 
 
 def test_a_split_without_labels_is_refused():
@@ -76,7 +88,7 @@ def test_the_report_in_words_and_in_json(tmp_path):
     image = np.zeros((2, 40, 3), np.uint8)
     image[0, :, 0] = image[1, :, 1] = 255
     example = {"image": image, "label": np.zeros((2, 40), np.uint8), "name": "street/one"}
-    report = evaluate(predictor(flip=True, scales=(1.0, 1.5)), STRONGEST, [example], INFO, 1, "val", pictures=1)
+    report, pictures = evaluate(predictor(flip=True, scales=(1.0, 1.5)), STRONGEST, [example], INFO, 1, "val", pictures=1)
     console = Console(width=140, color_system=None)
     with console.capture() as capture:
         console.print(report.table())
@@ -94,18 +106,47 @@ def test_the_report_in_words_and_in_json(tmp_path):
     assert saved["classes"][1] == {"name": "green", "iou": 0.0, "accuracy": None, "pixels": 0}
     assert saved["scales"] == [1.0, 1.5]
     assert saved["flip"] is True
-    assert list(report.pictures) == ["street/one"]
+    assert saved["dataset"] == "colors"
+    assert list(pictures) == ["street/one"]
 
 
 def test_the_report_names_stride_and_short_side_where_they_are_given():
     given = {"protocol": "mmseg", "base_size": 80, "short_size": 40, "stride": (20, 22), "scales": (1.0,)}
-    _, line = str(evaluate(predictor(**given), STRONGEST, examples(*SIZES[:1]), INFO, 1, "val")).splitlines()
+    report, _ = evaluate(predictor(**given), STRONGEST, examples(*SIZES[:1]), INFO, 1, "val")
+    _, line = str(report).splitlines()
     assert "windows 33x33 stride 20x22, long side 80, short side at most 40, scales 1.0, flip off, protocol mmseg; " in line
 
 
 def test_pictures_are_spread_over_the_split():
-    report = evaluate(predictor(), STRONGEST, examples(*SIZES), INFO, 5, "val", pictures=3)
-    assert list(report.pictures) == ["0", "2", "4"]
+    _, pictures = evaluate(predictor(), STRONGEST, examples(*SIZES), INFO, 5, "val", pictures=3)
+    assert list(pictures) == ["0", "2", "4"]
+
+
+def test_scores_made_in_different_ways_go_to_different_files():
+    """Each setting changes the name, as do the step, the split, the dataset and its directory."""
+
+    def stem(info=INFO, split="val", step=7, root="", **fields):
+        protocol = {"split": split, **predictor(**fields).description}
+        return Report(summarize(np.eye(4)), np.ones(4), 1, info, protocol, "cpu", 1.0).file_stem(step, root)
+
+    assert stem() == "colors_val_step7_base_size0_crop33-33_flipFalse_windows_semseg_scales1.0_short_size0_stride0-0"
+    others = [
+        stem(info=dataclasses.replace(INFO, name="other")),
+        stem(split="test"),
+        stem(step=8),
+        stem(root="/data/one"),
+        stem(root="/data/two"),
+        *(stem(protocol=protocol) for protocol in ("caffe", "mmseg")),
+        stem(inference="whole"),
+        stem(crop=(33, 35)),
+        stem(stride=(0, 20)),
+        stem(base_size=80),
+        stem(short_size=40),
+        stem(scales=(1.0, 1.5)),
+        stem(flip=True),
+    ]
+    assert len({stem(), *others}) == 1 + len(others)
+    assert all(re.fullmatch(r"[\w.-]+", name) for name in others)
 
 
 PROCESS = """
@@ -117,7 +158,7 @@ from pspnet_jax.infer import evaluate
 from tests.infer.test_evaluate import INFO, SIZES, STRONGEST, examples, predictor
 weights = jax.device_put(STRONGEST, jax.NamedSharding(jax.make_mesh((2,), ("all",)), jax.P()))
 share = list(examples(*SIZES))[jax.process_index()::2]
-report = evaluate.evaluate(predictor(), weights, share, INFO, len(SIZES), "val")
+report, _ = evaluate.evaluate(predictor(), weights, share, INFO, len(SIZES), "val")
 large, _ = evaluate._over_processes(np.full((2, 2), 2**40 + 1), 0)
 print(report.images, *report.pixels, *large.ravel())
 """

@@ -6,17 +6,18 @@ import numpy as np
 import pytest
 
 from pspnet_jax.config import base_config
-from pspnet_jax.infer.layout import inward_taps, lay_out, outward_taps, window_starts
-from pspnet_jax.infer.plan import bucket, plan_images
+from pspnet_jax.infer.plan import bucket, canvas_to_image, image_to_canvas, plan_images, views_of, window_starts
 from pspnet_jax.infer.protocols import PROTOCOLS
 
 SIX = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
-def settings(**fields):
+def make(**fields):
+    """A protocol with its settings."""
     config = base_config()
     config.eval.update({"crop": (473, 473), "base_size": 512, "scales": SIX, "batch_size": 8, "flip": True} | fields)
-    return config
+    config.normalize.mean = (1.5, 2.5, 3.25)
+    return PROTOCOLS[config.eval.protocol](config)
 
 
 def blank(height, width):
@@ -48,73 +49,90 @@ def test_window_starts_with_a_stride():
 
 
 @pytest.mark.parametrize(("protocol", "base", "before"), [("semseg", 8, 1), ("caffe", 7, 0)])
-def test_padding_is_centered_or_after_and_has_no_weight(protocol, base, before):
+def test_padding_is_centered_or_after_in_the_mean_color(protocol, base, before):
     """8 pixels in a window of 11; of the three missing, the odd one comes after."""
-    (view,) = lay_out(8, 8, settings(protocol=protocol, crop=(11, 11), base_size=base, scales=(1.0,)).eval)
-    covered = inward_taps(view.rows, False, PROTOCOLS[protocol]).weight.sum(1)
-    np.testing.assert_allclose(covered, [0] * before + [1] * 8 + [0] * (3 - before), rtol=1e-6)
+    protocol = make(protocol=protocol, crop=(11, 11), base_size=base, scales=(1.0,))
+    (view,) = views_of(8, 8, protocol)
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    canvas = image_to_canvas(image, view, protocol)
+    expected = np.tile(np.array([1.5, 2.5, 3.25], np.float32), (11, 11, 1))
+    expected[before : before + 8, before : before + 8] = image
+    np.testing.assert_array_equal(canvas, expected)
+
+
+def test_caffe_pads_an_image_that_exceeds_the_window_in_whole_gray_levels():
+    protocol = make(protocol="caffe", crop=(11, 11), base_size=19, scales=(1.0,))
+    (view,) = views_of(8, 20, protocol)
+    canvas = image_to_canvas(blank(8, 20), view, protocol)
+    assert canvas.shape == (11, 20, 3)
+    np.testing.assert_array_equal(canvas[8:], np.tile([2, 3, 3], (3, 20, 1)))
 
 
 def test_windows_of_a_small_image_are_as_large_as_it_is_for_mmseg_alone():
     for protocol, window in (("semseg", (11, 11)), ("caffe", (11, 11)), ("mmseg", (8, 11))):
-        (view, *_) = lay_out(8, 16, settings(protocol=protocol, crop=(11, 11), base_size=16, scales=(1.0,)).eval)
-        assert (view.rows.window, view.columns.window) == window
+        (view, *_) = views_of(8, 16, make(protocol=protocol, crop=(11, 11), base_size=16, scales=(1.0,)))
+        assert view.window == window
 
 
-def test_mirrored_taps_by_hand():
-    """6 pixels, one to one, windows of 4 at 0 and 2: pixel 0 lies at 5 on the mirrored canvas; two are seen twice."""
-    settings_ = settings(protocol="mmseg", crop=(4, 4), stride=(2, 2), base_size=0, scales=(1.0,)).eval
-    plain, mirrored = lay_out(6, 6, settings_)
-    assert (plain.mirrored, mirrored.mirrored) == (False, True)
-    inward = inward_taps(mirrored.columns, True, PROTOCOLS["mmseg"])
-    outward = outward_taps(mirrored.columns, True, PROTOCOLS["mmseg"], False)
-    assert list(inward.pixel[:, 0]) == list(outward.pixel[:, 0]) == [5, 4, 3, 2, 1, 0]
-    np.testing.assert_array_equal(outward.weight[:, 0], [1, 1, 0.5, 0.5, 1, 1])
+def test_a_flipped_view_by_hand():
+    """6 pixels, one to one, windows of 4 at 0 and 2: pixel 0 lies at 5 on the flipped canvas; two are seen twice."""
+    protocol = make(protocol="mmseg", crop=(4, 4), stride=(2, 2), base_size=0, scales=(1.0,))
+    plain, flipped = views_of(6, 6, protocol)
+    assert (plain.columns.flipped, flipped.columns.flipped, flipped.rows.flipped) == (False, True, False)
+    image = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(image_to_canvas(image, flipped, protocol), image[:, ::-1])
+    to_image = canvas_to_image(flipped.columns, protocol)
+    assert list(to_image.index[:, 0]) == [5, 4, 3, 2, 1, 0]
+    np.testing.assert_array_equal(to_image.weight[:, 0], [1, 1, 0.5, 0.5, 1, 1])
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_each_window_is_in_one_batch(protocol):
-    """Four images on two devices, of 4 views or 8; a view is finished in the last batch that has it."""
-    config = settings(protocol=protocol, crop=(40, 40), base_size=64, scales=(0.5, 1.0, 2.0, 0.25), batch_size=6)
+    """Four images on two devices, of 4 views or 8."""
+    protocol = make(protocol=protocol, crop=(40, 40), base_size=64, scales=(0.5, 1.0, 2.0, 0.25), batch_size=6)
     sizes = [(48, 64), (64, 40), (50, 50), (20, 64)]
-    plan = plan_images([blank(*size) for size in sizes], config, devices=2)
-    found, finished = [], []
-    for windows, parts, done in plan.batches:
-        places, size = windows.place.reshape(2, -1, 3), (windows.rows.pixel.shape[1], windows.columns.pixel.shape[1])
+    images = [np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8) for i, size in enumerate(sizes)]
+    plan = plan_images(images, protocol, devices=2)
+    found = []
+    for batch in plan.batches:
+        pixels, places = (x.reshape(2, -1, *x.shape[1:]) for x in (batch.pixels, batch.places))
         assert places.shape[1] <= 3
-        for view, bounds in parts:
-            assert view not in finished
+        for view, bounds in batch.parts:
             for device in range(2):
-                found += [(view, 2 * device + i, (y, x), size) for i, y, x in places[device, slice(*bounds[device])]]
-        finished += done
+                for i in range(*bounds[device]):
+                    slot, y, x = places[device, i]
+                    found.append((view, 2 * device + slot, (y, x), pixels[device, i]))
     expected = [
-        (v, i, start, (rows.window, columns.window))
-        for i, size in enumerate(sizes)
-        for v, (rows, columns, _) in enumerate(lay_out(*size, config.eval))
-        for start in itertools.product(rows.starts, columns.starts)
+        (v, i, (y, x), image_to_canvas(image, view, protocol)[y : y + view.window[0], x : x + view.window[1]])
+        for i, image in enumerate(images)
+        for v, view in enumerate(views_of(*image.shape[:2], protocol))
+        for y, x in itertools.product(view.rows.starts, view.columns.starts)
     ]
-    assert sorted(found) == sorted(expected)
-    assert sorted(finished) == list(range(len(plan.outward)))
+    found, expected = (sorted(windows, key=lambda window: window[:3]) for windows in (found, expected))
+    assert [window[:3] for window in found] == [window[:3] for window in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours[3], theirs[3])
+    assert sum(canvas.num_windows for canvas in plan.canvases) == len(expected)
 
 
 def test_the_way_that_takes_less_memory():
-    """K numbers a pixel: the canvases of six scales of 512, or the image and two canvases. Mirrored views are kept, too."""
-    assert plan_images([blank(3000, 4000)], settings(), 1).together
-    assert not plan_images([blank(384, 512)], settings(), 1).together  # canvases 8.7 times as large as the image
-    assert plan_images([blank(384, 512)], settings(scales=(1.0,)), 1).together
-    assert not plan_images([blank(1500, 2000)], settings(protocol="mmseg", base_size=2048, short_size=512), 1).together
+    """K numbers a pixel: the canvases of six scales of 512, or the image and two canvases. Flipped views are held, too."""
+    assert plan_images([blank(3000, 4000)], make(), 1).held == 6
+    assert plan_images([blank(384, 512)], make(), 1).held == 1  # canvases 8.7 times as large as the image
+    assert plan_images([blank(384, 512)], make(scales=(1.0,)), 1).held == 1  # which is all
+    assert plan_images([blank(1500, 2000)], make(protocol="mmseg", base_size=2048, short_size=512), 1).held == 1
 
 
 def test_a_data_set_of_many_sizes_has_few_compiled_shapes():
     """As ADE20K has them: sides of 200 to 1024 pixels, scaled to a long side of 512, 896 and so on."""
-    config, images, canvases, windows = settings(scales=(0.5, 1.0, 1.75)), set(), set(), set()
+    protocol, images, canvases, windows = make(scales=(0.5, 1.0, 1.75)), set(), set(), set()
     for height, width in itertools.product(range(200, 1025, 75), repeat=2):
-        plan = plan_images([blank(height, width)], config, devices=1)
-        images.add(plan.images.shape)
-        canvases |= set(plan.canvases)
-        windows |= {batch.windows.rows.pixel.shape for batch in plan.batches}
+        plan = plan_images([blank(height, width)], protocol, devices=1)
+        images.add(plan.shape)
+        canvases |= {canvas.size for canvas in plan.canvases}
+        windows.add(next(plan.batches).pixels.shape)
     print(f"{len(images)} shapes of images, {len(canvases)} of canvases, for 144 sizes")
-    assert windows == {(8, 473, 2)}
+    assert windows == {(8, 473, 473, 3)}
     assert len(images) <= 9 * 5
     assert len(canvases) <= 3 * 5
 

@@ -66,7 +66,7 @@ def test_whole_inference_with_flip_is_one_window_as_large_as_the_scaled_image(pr
     config = settings(protocol=protocol, inference="whole", scales=(1.6,))
     whole = probabilities(crooked, ONE, images, config, devices=2)
     for image, ours in zip(images, whole, strict=True):
-        crop = PROTOCOLS[protocol].scaled_size(*image.shape[:2], config.eval, 1.6)
+        crop = PROTOCOLS[protocol](config).scaled_size(*image.shape[:2], 1.6)
         (window,) = probabilities(crooked, ONE, [image], settings(protocol=protocol, crop=crop, scales=(1.6,)))
         np.testing.assert_allclose(ours, window, atol=1e-6)
 
@@ -93,11 +93,9 @@ def test_padding_is_never_counted():
     np.testing.assert_array_equal(ours, np.broadcast_to([1, 0, 0], ours.shape))
 
 
-@pytest.mark.parametrize("together", [True, False])
-def test_labels_are_the_most_probable_classes_with_all_views_at_once_and_one_by_one(monkeypatch, together):
-    monkeypatch.setattr(
-        "pspnet_jax.infer.predictor.plan_images", lambda *args: plan.plan_images(*args)._replace(together=together)
-    )
+@pytest.mark.parametrize("held", [1, 6])
+def test_labels_are_the_most_probable_classes_with_all_views_at_once_and_one_by_one(monkeypatch, held):
+    monkeypatch.setattr("pspnet_jax.infer.predictor.plan_images", lambda *args: plan.plan_images(*args)._replace(held=held))
     images, config = [picture(14, 18), picture(30, 12, 1)], settings(protocol="mmseg", scales=(0.5, 1.0, 1.5))
     predictor = Predictor(crooked, config, CLASSES, jax.devices()[:2])
     labels = predictor.labels(ONE, images)
@@ -141,13 +139,13 @@ def test_stream_keeps_the_order_and_fills_the_batch(fields, groups):
     predictor = Predictor(
         lambda w, x: x @ w, settings(**({"batch_size": 12, "base_size": 0, "flip": False} | fields)), CLASSES, jax.devices()[:1]
     )
-    weights = predictor.place(np.eye(3, dtype=np.float32))
+    weights, normalize = predictor.place(np.eye(3, dtype=np.float32)), base_config().normalize
     found = list(predictor.stream(weights, [{"image": image, "name": i} for i, image in enumerate(images)]))
     assert [[example["name"] for example in group] for group, _ in found] == groups
     for group, labels in found:
         group_images = [example["image"] for example in group]
         for image, label in zip(group_images, cropped(labels, group_images), strict=True):
-            strongest = ((image - predictor._config.normalize.mean) / predictor._config.normalize.std).argmax(-1)
+            strongest = ((image - normalize.mean) / normalize.std).argmax(-1)
             np.testing.assert_array_equal(label, strongest)
 
 

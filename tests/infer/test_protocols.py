@@ -7,7 +7,7 @@ import pytest
 
 from pspnet_jax.config import base_config
 from pspnet_jax.infer.predictor import Predictor
-from pspnet_jax.infer.protocols import PROTOCOLS, mean_of_softmaxes, renormalized, softmax_of_sum
+from pspnet_jax.infer.protocols import PROTOCOLS
 from tests.infer import reference
 
 SIX = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
@@ -17,6 +17,10 @@ def settings(**fields):
     config = base_config()
     config.eval.update({"crop": (11, 9), "base_size": 20, "scales": (1.0,), "batch_size": 4, "flip": True} | fields)
     return config
+
+
+def make(protocol, **fields):
+    return PROTOCOLS[protocol](settings(**fields))
 
 
 def difference(image, config):
@@ -98,23 +102,50 @@ def test_mmseg_sizes_and_corners_written_out(size, fields, align_corners):
     ],
 )
 def test_scaled_size_by_hand(protocol, size, fields, scale, scaled):
-    assert PROTOCOLS[protocol].scaled_size(*size, settings(**fields).eval, scale) == scaled
+    assert make(protocol, **fields).scaled_size(*size, scale) == scaled
 
 
-def test_merges_by_hand():
-    """Two pixels, two classes; log 3 makes 3/4 to 1/4. The mirror image's pixels come in reverse order."""
+@pytest.mark.parametrize("size", [(360, 480, 181, 241), (7, 300, 450, 3), (200, 120, 201, 121), (1, 5, 9, 1), (64, 48, 32, 24)])
+def test_images_are_scaled_as_opencv_does(size):
+    """mmseg exactly, against its integer arithmetic written out; semseg in floating point, to a thousandth of a gray level."""
+    height, width, new_height, new_width = size
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    exact = make("mmseg").scale(image, new_height, new_width)
+    np.testing.assert_array_equal(exact, reference.cv2_8bit(image, new_height, new_width))
+    floating = make("semseg").scale(image, new_height, new_width)
+    assert floating.dtype == np.float32
+    np.testing.assert_allclose(floating, reference.interpolate(image.astype(float), new_height, new_width), atol=1e-3)
+
+
+def test_images_are_scaled_as_imresize_does():
+    """Rounded after each axis, the one that shrinks most first: of 3 x 2 pixels to one, the rows, in which 1/3 becomes 0; of
+    the same transposed, the columns; and of 2 x 2 to 1 x 1 the rows, where 1/2 becomes 1, and 1 and 0 then 1 again."""
+    caffe = make("caffe")
+    image = np.dstack([np.array([[0, 1], [1, 0], [0, 0]], np.uint8)] * 3)
+    assert caffe.scale(image, 1, 1).tolist() == [[[0, 0, 0]]]
+    assert caffe.scale(image.transpose(1, 0, 2), 1, 1).tolist() == [[[0, 0, 0]]]
+    assert caffe.scale(np.dstack([np.array([[0, 1], [0, 0]], np.uint8)] * 3), 1, 1).tolist() == [[[1, 1, 1]]]
+    image = np.random.default_rng(0).integers(0, 256, (23, 40, 3), dtype=np.uint8)
+    for size in ((12, 21), (10, 39), (47, 81), (23, 40), (30, 11)):
+        np.testing.assert_array_equal(caffe.scale(image, *size), reference.imresize(image, *size))
+
+
+def test_flips_are_combined_by_hand():
+    """Two pixels, two classes; log 3 makes 3/4 to 1/4. The flipped image's pixels come in reverse order."""
     log3 = np.log(3)
-    logits, mirrored = np.array([[log3, 0], [0, 0]]), np.array([[0, log3], [log3, 0]])
-    np.testing.assert_allclose(mean_of_softmaxes(logits), [[3 / 4, 1 / 4], [1 / 2, 1 / 2]], rtol=1e-6)
-    np.testing.assert_allclose(mean_of_softmaxes(logits, mirrored), [[3 / 4, 1 / 4], [3 / 8, 5 / 8]], rtol=1e-6)
-    np.testing.assert_allclose(softmax_of_sum(logits), [[3 / 4, 1 / 4], [1 / 2, 1 / 2]], rtol=1e-6)
-    np.testing.assert_allclose(softmax_of_sum(logits, mirrored), [[9 / 10, 1 / 10], [1 / 4, 3 / 4]], rtol=1e-6)
+    logits, flipped = np.array([[log3, 0], [0, 0]]), np.array([[0, log3], [log3, 0]])
+    semseg, caffe = make("semseg").combine_flip, make("caffe").combine_flip
+    np.testing.assert_allclose(semseg(logits), [[3 / 4, 1 / 4], [1 / 2, 1 / 2]], rtol=1e-6)
+    np.testing.assert_allclose(semseg(logits, flipped), [[3 / 4, 1 / 4], [3 / 8, 5 / 8]], rtol=1e-6)
+    np.testing.assert_allclose(caffe(logits), [[3 / 4, 1 / 4], [1 / 2, 1 / 2]], rtol=1e-6)
+    np.testing.assert_allclose(caffe(logits, flipped), [[9 / 10, 1 / 10], [1 / 4, 3 / 4]], rtol=1e-6)
 
 
 def test_large_logits_do_not_overflow():
     """MATLAB's exp of 100 and more is infinite in single precision; ours is the limit."""
-    np.testing.assert_array_equal(softmax_of_sum(np.array([[200.0, 0.0]]), np.array([[200.0, 0.0]])), [[1, 0]])
+    np.testing.assert_array_equal(make("caffe").combine_flip(np.array([[200.0, 0.0]]), np.array([[200.0, 0.0]])), [[1, 0]])
 
 
-def test_renormalized_by_hand():
-    np.testing.assert_allclose(renormalized(jnp.array([[0.2, 0.6], [0.0, 0.0]])), [[0.25, 0.75], [0, 0]], rtol=1e-6)
+def test_caffe_makes_the_scores_of_a_pixel_sum_to_one():
+    scores = make("caffe").finalize_scores(jnp.array([[0.2, 0.6], [0.0, 0.0]]))
+    np.testing.assert_allclose(scores, [[0.25, 0.75], [0, 0]], rtol=1e-6)
