@@ -258,9 +258,12 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ConfigDict]:
     arguments, overrides = parser.parse_known_args(argv)
     config, argv = load_recipe(arguments.config), ["", *overrides]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-    if rest := values(argv)[1:]:
-        parser.error(f"{rest[0]}: unknown argument")
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        if rest := values(argv)[1:]:
+            parser.error(f"{rest[0]}: unknown argument")
+    except (flags.Error, AttributeError, TypeError, ValueError) as error:
+        parser.error(str(error))
     config.augment.crop = tuple(arguments.crop or config.augment.crop)
     arguments.batch = arguments.batch or [config.batch_size]
     arguments.head = arguments.head or [name for name, factored in HEADS.items() if factored == config.model.factored_head]

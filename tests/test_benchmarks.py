@@ -1,6 +1,7 @@
 """The recipes of the three benchmarks on tiny copies: check, train, evaluate, predict for the server; and benchmarks.model."""
 
 import dataclasses
+import importlib
 import json
 import re
 import sys
@@ -99,9 +100,9 @@ def tiny_recipe(tmp_path, monkeypatch):
 
 
 def test_flops_are_those_of_the_convolutions_whichever_head_runs():
-    """Two for each multiply-add of every convolution of the plain network; the rest is less than 3% of them."""
+    """Two for each multiply-add of every convolution of the plain network; XLA leaves out products with padding, some 4%."""
     config = base_config()
-    config.model.update(depth=18, width=8, stem="conv7", auxiliary=False, factored_head=True)
+    config.model.update(depth=18, stem="conv7", auxiliary=False, factored_head=True)
     task = candidates.make_task(config, 5, "inference", 2, "bfloat16", parallel.make_mesh(jax.devices()[:1]))
     task = dataclasses.replace(task, batch={"image": np.zeros((2, 473, 473, 3), np.uint8)})
     _, init, _ = candidates.functions_and_data(task, "plain")
@@ -112,7 +113,8 @@ def test_flops_are_those_of_the_convolutions_whichever_head_runs():
         if level := re.search(r"level(\d)", name):
             side = (1, 2, 3, 6)[int(level[1])]
         expected += kernel.size * 2 * 2 * side**2 if "kernel" in name else 0
-    assert 1 < candidates.count_flops(task) / expected < 1.03
+    flops = candidates.count_flops(task)
+    assert 0.95 * expected < flops < expected
 
 
 def test_candidates_take_turns_and_one_that_fails_says_why():
@@ -161,16 +163,15 @@ def test_largest_differences_by_hand():
     assert found == {"absolute": 0.5, "relative": pytest.approx(0.3), "array": "['b']"}
 
 
-def test_figures_of_every_job_and_head_as_json(tiny_recipe, tmp_path, capsys):
+def test_figures_of_every_job_as_json(tiny_recipe, tmp_path, capsys):
     output = tmp_path / "model.json"
-    model.main(f"--config {tiny_recipe} --dtype float32 --head plain factored --rounds 2 --output {output}".split())
+    model.main(f"--config {tiny_recipe} --dtype float32 --rounds 2 --output {output}".split())
     rows = json.loads(output.read_text())["rows"]
-    names = ["ours, plain", "ours, factored"]
-    assert [(row["job"], row["network"]) for row in rows] == [(job, name) for job in candidates.JOBS for name in names]
+    assert [(row["job"], row["network"]) for row in rows] == [(job, "ours, plain") for job in candidates.JOBS]
     for row in rows:
         assert row["images_per_second"] == pytest.approx(8 / row["median_seconds"])
         assert row["compile_seconds"] > 0 < row["program_bytes"]
-    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| train")]) == 2
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines() if "ours" in line] == list(candidates.JOBS)
 
 
 def test_check_finds_float32_near_the_reference_and_bfloat16_farther(tiny_recipe, tmp_path):
@@ -184,39 +185,61 @@ def test_check_finds_float32_near_the_reference_and_bfloat16_farther(tiny_recipe
     assert found["bfloat16", "parameters"] > 10 * found["float32", "parameters"]
 
 
-def test_semseg_learns_at_the_recipes_rates(tiny_recipe, tmp_path, monkeypatch):
-    """A stand-in with semseg's names: the head's rate is ten times the backbone's, and both layouts are measured."""
-    torch = pytest.importorskip("torch")
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/pspnet.py").write_text(
-        "import torch\n"
-        "class PSPNet(torch.nn.Module):\n"
-        "    def __init__(self, layers, bins, dropout, classes, use_ppm, pretrained):\n"
-        "        super().__init__()\n"
-        "        assert (layers, classes, use_ppm, pretrained) == (50, 3, True, False)\n"
-        "        self.layer0, self.cls = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, classes, 1)\n"
-        "    def forward(self, x, y=None):\n"
-        "        x = self.cls(self.layer0(x))\n"
-        "        loss = torch.nn.functional.cross_entropy(x, y, ignore_index=255) if self.training else None\n"
-        "        return (x.max(1)[1], loss, loss) if self.training else x\n"
-    )
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    output = tmp_path / "model.json"
-    model.main(f"--config {tiny_recipe} --semseg {tmp_path} --rounds 1 --batch 2 --output {output}".split())
-    names = [row["network"] for row in json.loads(output.read_text())["rows"]]
-    assert names == ["ours, plain", "semseg", "semseg, channels_last"] * 4
+SEMSEG = """
+import torch
+calls = []
+class PSPNet(torch.nn.Module):
+    def __init__(self, layers, bins, dropout, classes, use_ppm, pretrained):
+        super().__init__()
+        self.layer0, self.cls = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, classes, 1)
+    def forward(self, x, y=None):
+        logits = self.cls(self.layer0(x))
+        calls.append((self.training, x.is_contiguous(memory_format=torch.channels_last), logits.dtype, [*self.parameters()]))
+        loss = torch.nn.functional.cross_entropy(logits, y, ignore_index=255) if self.training else None
+        return (logits.max(1)[1], loss, loss) if self.training else logits
+"""
 
-    network = sys.modules["model.pspnet"].PSPNet(50, (1,), 0.1, 3, use_ppm=True, pretrained=False)
-    optimizer = candidates.semseg_optimizer(network, base_config().optimizer)
+
+@pytest.fixture
+def semseg(tmp_path, monkeypatch):
+    """A stand-in for the clone, that records what its network is called with."""
+    pytest.importorskip("torch")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/pspnet.py").write_text(SEMSEG)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("model.pspnet")
+    for name in ("model.pspnet", "model"):
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("job", candidates.JOBS)
+def test_semseg_runs_in_the_dtype_and_both_layouts(job, semseg, tmp_path):
+    import torch
+
+    for dtype in candidates.DTYPES:
+        task = candidates.make_task(base_config(), 3, job, 2, dtype, parallel.make_mesh(jax.devices()[:1]))
+        build = model.builders(task, ["plain"], str(tmp_path))
+        assert list(build) == ["ours, plain", "semseg", "semseg, channels_last"]
+        for name, last in (("semseg", False), ("semseg, channels_last", True)):
+            candidate = build[name]()
+            candidate.time(1)
+            *called, parameters = semseg.calls[-1]
+            assert called == [job == "train", last, getattr(torch, dtype)]
+            before = parameters[2].detach().clone()  # the head's kernel
+            candidate.time(1)
+            assert torch.equal(before, parameters[2]) == (job == "inference")
+
+
+def test_semseg_learns_faster_outside_the_backbone(semseg):
+    import torch
+
+    network = semseg.PSPNet(50, (1,), 0.1, 3, use_ppm=True, pretrained=False)
     before = [parameter.detach().clone() for parameter in network.parameters()]
     for parameter in network.parameters():
         parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    moved = [old - new.detach() for old, new in zip(before, network.parameters(), strict=True)]
-    for old, step, rate in zip(before, moved, (0.01, 0.01, 0.1, 0.1), strict=True):
-        torch.testing.assert_close(step, rate * (1 + 1e-4 * old), rtol=1e-4, atol=1e-6)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "model"]:
-        monkeypatch.delitem(sys.modules, name)
+    candidates.semseg_optimizer(network, base_config().optimizer).step()
+    for old, new, rate in zip(before, network.parameters(), (0.01, 0.01, 0.1, 0.1), strict=True):
+        torch.testing.assert_close(old - new, rate * (1 + 1e-4 * old), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +247,9 @@ def test_semseg_learns_at_the_recipes_rates(tiny_recipe, tmp_path, monkeypatch):
     [
         ("--semseg x --config.model.depth=18", "depth 50, 101 or 152, not 18"),
         ("--semseg x --crop 480 480", r"crops of 8k\+1 pixels, not \(480, 480\)"),
-        ("--rouns 3", "--rouns: unknown argument"),
+        ("--rouns 3", "'rouns'"),
+        ("--config.model.dept=18", "dept"),
+        ("rounds", "rounds: unknown argument"),
     ],
 )
 def test_wrong_arguments(tiny_recipe, capsys, arguments, message):
