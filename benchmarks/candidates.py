@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from pspnet_jax import datasets, models, parallel
-from pspnet_jax.train.step import init_state, make_train_step
+from pspnet_jax.train.step import TrainState, init_state, make_train_step
 
 JOBS, DTYPES = ("inference", "train"), ("float32", "bfloat16")
 HEADS = {"plain": False, "factored": True}  # model.factored_head
@@ -72,34 +71,29 @@ def make_task(config: ConfigDict, num_classes: int, job: str, batch_size: int, d
     return Task(config, num_classes, job, random_batch(batch_size, config.augment.crop, num_classes), mesh)
 
 
-def train_functions(config: ConfigDict, num_classes: int, mesh: Mesh) -> tuple[Any, Any]:
-    """The jitted train step, (state, batch) -> (state, scalars), and the jitted function that makes its first state."""
+def job_functions(config: ConfigDict, num_classes: int, job: str, mesh: Mesh) -> tuple[Any, Any]:
+    """The jitted function of a job and that which makes the train state it starts from.
+
+    To train is (state, batch) -> (state, scalars), to infer (state, normalized images) -> logits.
+    """
     model = models.build(config.model, num_classes)
-    return make_train_step(config, model, mesh), init_state(config, model, mesh)
+    init = init_state(config, model, mesh)
+    if job == "train":
+        return make_train_step(config, model, mesh), init
 
+    def infer(state: TrainState, images: jax.Array) -> jax.Array:
+        return model.apply(state.variables, images, train=False)
 
-def inference_functions(config: ConfigDict, num_classes: int, mesh: Mesh) -> tuple[Any, Any]:
-    """The jitted network, (variables, normalized images) -> logits, and the jitted function that makes its variables."""
-    model = models.build(config.model, num_classes)
-    everywhere, shared = parallel.replicated(mesh), parallel.batch_sharding(mesh)
-
-    def infer(variables: Any, images: jax.Array) -> jax.Array:
-        return model.apply(variables, images, train=False)
-
-    def init() -> Any:
-        return model.init(jax.random.key(config.seed), jnp.zeros((1, 65, 65, 3)), train=False)
-
-    return jax.jit(infer, in_shardings=(everywhere, shared), out_shardings=shared), jax.jit(init, out_shardings=everywhere)
+    shared = parallel.batch_sharding(mesh)
+    return jax.jit(infer, in_shardings=(parallel.replicated(mesh), shared), out_shardings=shared), init
 
 
 def functions_and_data(task: Task, head: str) -> tuple[Any, Any, Any]:
-    """The jitted function of a task with one of HEADS, the jitted function that makes its weights, and its input."""
+    """The jitted function of a task with one of HEADS, the jitted function that makes its state, and its input."""
     config = ConfigDict(task.config.to_dict())
     config.model.factored_head = HEADS[head]
-    if task.job == "train":
-        return *train_functions(config, task.num_classes, task.mesh), task.batch
-    images = np.asarray(models.normalize(task.batch["image"], config.normalize))
-    return *inference_functions(config, task.num_classes, task.mesh), images
+    data = task.batch if task.job == "train" else np.asarray(models.normalize(task.batch["image"], config.normalize))
+    return *job_functions(config, task.num_classes, task.job, task.mesh), data
 
 
 def count_flops(task: Task) -> float:

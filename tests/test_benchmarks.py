@@ -107,7 +107,7 @@ def test_flops_are_those_of_the_convolutions_whichever_head_runs():
     task = dataclasses.replace(task, batch={"image": np.zeros((2, 473, 473, 3), np.uint8)})
     _, init, _ = candidates.functions_and_data(task, "plain")
     expected = 0
-    for path, kernel in jax.tree_util.tree_leaves_with_path(jax.eval_shape(init)["params"]):
+    for path, kernel in jax.tree_util.tree_leaves_with_path(jax.eval_shape(init).params):
         name = jax.tree_util.keystr(path)
         side = 237 if "stem" in name else 119 if "layer1" in name else 60
         if level := re.search(r"level(\d)", name):
