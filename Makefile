@@ -1,5 +1,5 @@
-# make quickstart | make test | make lint: each makes .venv first. PYTHON chooses the interpreter, 3.11 to 3.13.
-PYTHON ?= python3
+# make quickstart | make test | make lint: each makes .venv first, with the newest of python3.13, python3.12 and python3.11 that
+# runs here. PYTHON=... chooses the interpreter, 3.11 to 3.13; if it is another version than that of .venv, .venv is made anew.
 BIN := .venv/bin
 
 .PHONY: quickstart test lint
@@ -15,10 +15,21 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+ifdef PYTHON
+ifneq ($(shell $(PYTHON) -V 2>/dev/null),$(if $(wildcard $(BIN)/python),$(shell $(BIN)/python -V)))
+.PHONY: .venv/runtime
+CLEAR := --clear
+endif
+else  # tried, not only looked for: pyenv's commands may be there and fail, and Debian keeps ensurepip in a package of its own
+PYTHON = $(shell for p in python3.13 python3.12 python3.11; do $$p -c 'import ensurepip' 2>/dev/null && echo $$p && break; done)
+endif
+
 .venv/runtime: requirements.txt
+	@test "$(PYTHON)" || { echo "error: no python3.13, python3.12 or python3.11 that runs and has ensurepip (Debian, Ubuntu:" \
+	  "apt install python3.12-venv); name one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
-	  { echo "error: $(PYTHON) is not Python 3.11 to 3.13; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	  { echo "error: $(PYTHON) does not run, or is not Python 3.11 to 3.13; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(CLEAR) .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 

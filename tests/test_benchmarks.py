@@ -1,14 +1,25 @@
-"""The recipes of the three benchmarks on tiny copies: check, train, evaluate, predict for the server."""
+"""The recipes of the three benchmarks on tiny copies: check, train, evaluate, predict for the server; and benchmarks.model."""
 
+import dataclasses
+import importlib
 import json
+import re
+import sys
 from pathlib import Path
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax import datasets
+from benchmarks import candidates, model
+from pspnet_jax import datasets, models, parallel
+from pspnet_jax.config import base_config
 from pspnet_jax.main import main
+from pspnet_jax.models.layers import ConvNorm
+from pspnet_jax.models.pspnet import Classifier
 from tests import fakes
 from tests.test_main import ROOT, SMALL, error
 
@@ -56,3 +67,192 @@ def test_a_benchmark_from_its_files_to_its_server(name, tmp_path, capsys, monkey
     if split == "test":
         said = error(capsys, "--mode=evaluate", f"--workdir={run}", "--config.eval.split=test")
         assert "split 'test' has no labels" in said
+
+
+class Tiny(nn.Module):
+    """A normalized convolution and a classifier: the least network that benchmarks.model can run."""
+
+    dtype: str
+    num_classes = 3
+    output_stride = 8
+
+    @nn.compact
+    def __call__(self, images, train):
+        x = ConvNorm(8, dtype=jnp.dtype(self.dtype), name="layer")(images, train)
+        logits = Classifier(3, dropout=0.1, name="classifier")(x, train)
+        return (logits, None) if train else logits
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path, monkeypatch):
+    """A recipe file whose network is Tiny: 8 images of 33x33, 3 classes."""
+    monkeypatch.setattr(models, "build", lambda model, num_classes: Tiny(model.dtype))
+    recipe = tmp_path / "tiny.py"
+    recipe.write_text(
+        "from pspnet_jax.config import base_config\n"
+        "def get_config():\n"
+        "    config = base_config()\n"
+        "    config.dataset.class_names = ('sky', 'road', 'car')\n"
+        "    config.augment.crop, config.batch_size = (33, 33), 8\n"
+        "    return config\n"
+    )
+    return recipe
+
+
+def test_flops_are_those_of_the_convolutions_whichever_head_runs():
+    """Two for each multiply-add of every convolution of the plain network; XLA leaves out products with padding, some 4%."""
+    config = base_config()
+    config.model.update(depth=18, stem="conv7", auxiliary=False, factored_head=True)
+    task = candidates.make_task(config, 5, "inference", 2, "bfloat16", parallel.make_mesh(jax.devices()[:1]))
+    task = dataclasses.replace(task, batch={"image": np.zeros((2, 473, 473, 3), np.uint8)})
+    _, init, _ = candidates.functions_and_data(task, "plain")
+    expected = 0
+    for path, kernel in jax.tree_util.tree_leaves_with_path(jax.eval_shape(init).params):
+        name = jax.tree_util.keystr(path)
+        side = 237 if "stem" in name else 119 if "layer1" in name else 60
+        if level := re.search(r"level(\d)", name):
+            side = (1, 2, 3, 6)[int(level[1])]
+        expected += kernel.size * 2 * 2 * side**2 if "kernel" in name else 0
+    flops = candidates.count_flops(task)
+    assert 0.95 * expected < flops < expected
+
+
+def test_candidates_take_turns_and_one_that_fails_says_why():
+    calls = []
+
+    def build(name):
+        return lambda: candidates.Candidate(lambda: calls.append(name), lambda _: calls.append("wait"), 1.5, 64)
+
+    def fail():
+        raise RuntimeError("no memory\nfor 2 GiB")
+
+    rows = model.measure({"a": build("a"), "b": build("b"), "c": fail}, rounds=2, steps=2)
+    warm_up, turns = ["a", "wait", "b", "wait"], ["a", "a", "wait", "b", "b", "wait"]
+    assert calls == [*warm_up, *turns, *turns]
+    assert rows["c"] == {"error": "no memory"}
+    assert {name: len(row["seconds"]) for name, row in rows.items() if name != "c"} == {"a": 2, "b": 2}
+
+
+def test_rates_follow_from_the_median():
+    row = model.summarize({"seconds": [0.5, 0.4, 1.4], "cpu_seconds": [1, 2, 4]}, images=16, flops=8e12, peak=64e12)
+    assert row["median_seconds"] == 0.5
+    assert row["median_cpu_seconds"] == 2
+    assert row["spread"] == pytest.approx(2)
+    assert (row["images_per_second"], row["flops_per_second"], row["share_of_peak"]) == (32, 16e12, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
+        ("NVIDIA H100 PCIe", "bfloat16", 756e12),
+        ("Tesla V100-SXM2-16GB", "bfloat16", None),
+        ("TPU v5 lite", "float32", 197e12),
+        ("TPU v5p", "bfloat16", 459e12),
+        ("cpu", "float32", None),
+    ],
+)
+def test_peak_of_a_device_kind(kind, dtype, peak):
+    assert model.peak_flops(kind, dtype) == peak
+
+
+def test_largest_differences_by_hand():
+    expected = {"a": np.array([3.0, 4.0]), "b": np.array([0.1])}
+    value = {"a": np.array([3.0, 4.5]), "b": np.array([0.13])}
+    found = model.largest_differences(value, expected)  # of a: 0.5 of 5; of b: 0.03 of 0.1
+    assert found == {"absolute": 0.5, "relative": pytest.approx(0.3), "array": "['b']"}
+
+
+def test_figures_of_every_job_as_json(tiny_recipe, tmp_path, capsys):
+    output = tmp_path / "model.json"
+    model.main(f"--config {tiny_recipe} --dtype float32 --rounds 2 --output {output}".split())
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["job"], row["network"]) for row in rows] == [(job, "ours, plain") for job in candidates.JOBS]
+    for row in rows:
+        assert row["images_per_second"] == pytest.approx(8 / row["median_seconds"])
+        assert row["compile_seconds"] > 0 < row["program_bytes"]
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines() if "ours" in line] == list(candidates.JOBS)
+
+
+def test_check_finds_float32_near_the_reference_and_bfloat16_farther(tiny_recipe, tmp_path):
+    output = tmp_path / "check.json"
+    model.main(f"--config {tiny_recipe} --check --output {output}".split())
+    rows = json.loads(output.read_text())["rows"]
+    found = {(row["dtype"], row["of"]): row["relative"] for row in rows}
+    for of in ("loss", "optimizer state", "parameters"):
+        assert found["float32", of] < 1e-5
+    assert 1e-3 < found["bfloat16", "optimizer state"] < 0.1
+    assert found["bfloat16", "parameters"] > 10 * found["float32", "parameters"]
+
+
+SEMSEG = """
+import torch
+calls = []
+class PSPNet(torch.nn.Module):
+    def __init__(self, layers, bins, dropout, classes, use_ppm, pretrained):
+        super().__init__()
+        self.layer0, self.cls = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, classes, 1)
+    def forward(self, x, y=None):
+        logits = self.cls(self.layer0(x))
+        calls.append((self.training, x.is_contiguous(memory_format=torch.channels_last), logits.dtype, [*self.parameters()]))
+        loss = torch.nn.functional.cross_entropy(logits, y, ignore_index=255) if self.training else None
+        return (logits.max(1)[1], loss, loss) if self.training else logits
+"""
+
+
+@pytest.fixture
+def semseg(tmp_path, monkeypatch):
+    """A stand-in for the clone, that records what its network is called with."""
+    pytest.importorskip("torch")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/pspnet.py").write_text(SEMSEG)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("model.pspnet")
+    for name in ("model.pspnet", "model"):
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("job", candidates.JOBS)
+def test_semseg_runs_in_the_dtype_and_both_layouts(job, semseg, tmp_path):
+    import torch
+
+    for dtype in candidates.DTYPES:
+        task = candidates.make_task(base_config(), 3, job, 2, dtype, parallel.make_mesh(jax.devices()[:1]))
+        build = model.builders(task, ["plain"], str(tmp_path))
+        assert list(build) == ["ours, plain", "semseg", "semseg, channels_last"]
+        for name, last in (("semseg", False), ("semseg, channels_last", True)):
+            candidate = build[name]()
+            candidate.time(1)
+            *called, parameters = semseg.calls[-1]
+            assert called == [job == "train", last, getattr(torch, dtype)]
+            before = parameters[2].detach().clone()  # the head's kernel
+            candidate.time(1)
+            assert torch.equal(before, parameters[2]) == (job == "inference")
+
+
+def test_semseg_learns_faster_outside_the_backbone(semseg):
+    import torch
+
+    network = semseg.PSPNet(50, (1,), 0.1, 3, use_ppm=True, pretrained=False)
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    candidates.semseg_optimizer(network, base_config().optimizer).step()
+    for old, new, rate in zip(before, network.parameters(), (0.01, 0.01, 0.1, 0.1), strict=True):
+        torch.testing.assert_close(old - new, rate * (1 + 1e-4 * old), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--semseg x --config.model.depth=18", "depth 50, 101 or 152, not 18"),
+        ("--semseg x --crop 480 480", r"crops of 8k\+1 pixels, not \(480, 480\)"),
+        ("--rouns 3", "'rouns'"),
+        ("--config.model.dept=18", "dept"),
+        ("rounds", "rounds: unknown argument"),
+    ],
+)
+def test_wrong_arguments(tiny_recipe, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        model.parse(f"--config {tiny_recipe} {arguments}".split())
+    assert re.search(message, capsys.readouterr().err)

@@ -24,8 +24,12 @@ PARAMETERS = {
     (50, "deep32", 21): (48_977_034, 46_611_829),
     (101, "deep32", 21): (67_969_162, 65_603_957),
 }
-# Largest error in standard deviations of the logits, float32 against float64: 4e-6 seen, 4e-5 with statistics of few values.
+# Largest error in standard deviations of the logits, float32 against float64: 4e-6 seen, 4e-5 with batch statistics of few
+# values. The fewest are the 1x1 level's, one an image. Where they lie closer together than their size, by a factor of r, the
+# mean of squares less the square of the mean loses r^2 x 6e-8 of the variance: with three images r reached 76 in one channel,
+# and the error 3e-5 to 2e-4, by how a JAX version happens to round; with four r is at most 20, and all versions are alike.
 TOLERANCE = {False: 2e-5, True: 1e-4}
+IMAGES = 4
 VARIANTS = [  # (train, size, overrides of config.model); together they hold every value of every option
     (True, (33, 47), {}),
     (
@@ -101,7 +105,7 @@ def test_parameter_count_of_depth_269_is_that_of_152_and_the_extra_blocks():
 
 @pytest.mark.parametrize(("train", "size", "overrides"), VARIANTS)
 def test_network_equals_the_float64_reference(train, size, overrides):
-    network, images = small(**overrides), noise(3, *size, 3)
+    network, images = small(**overrides), noise(IMAGES, *size, 3)
     variables = reference.random_variables(network, images, False)
     apply = jax.jit(lambda v, x: network.apply(v, x, train=train, mutable=["batch_stats"]))
     outputs, updates = apply(variables, images)
@@ -113,7 +117,7 @@ def test_network_equals_the_float64_reference(train, size, overrides):
         if output is not None:
             error = reference.relative_error(output, expected)
             print(f"float32 against float64, over the standard deviation: {error:.1e}")
-            assert output.shape == (3, *size, 5)
+            assert output.shape == (IMAGES, *size, 5)
             assert error < TOLERANCE[train]
     statistics = traverse_util.flatten_dict(updates["batch_stats"], sep="/")
     for path, expected in model.statistics.items():
