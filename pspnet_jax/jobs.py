@@ -33,14 +33,14 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode train: trains the recipe in its workdir, or goes on where it stopped."""
     from clu import metric_writers, periodic_actions  # these import TensorFlow
 
-    from pspnet_jax.data import pipeline
+    from pspnet_jax.data import pipeline, sources
     from pspnet_jax.train import loop
 
     config = _recipe(arguments, overrides, jax.device_count())
     workdir = files.absolute(arguments.workdir or f"runs/{config.name}")
     if config.init_from:
         _check_init_from(config)
-    data, scored = pipeline.open_training(config), pipeline.open_split(config, config.eval.split)
+    scored, data = sources.open_source(config.dataset, config.eval.split), pipeline.open_training(config)
     config.loss.class_weights = _class_weights(config)
     predictor, host, hosts = _predictor(config), jax.process_index(), jax.process_count()
 
@@ -78,13 +78,13 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode check: looks at all images and labels of a recipe, and pictures them."""
-    from pspnet_jax.data import pipeline, survey
+    from pspnet_jax.data import sources, survey
 
     config = _recipe(arguments, overrides)
     info = datasets.describe(config.dataset)
     output = files.absolute(arguments.output or f"{arguments.workdir or f'runs/{config.name}'}/check")
     problems = []
-    parts = list(pipeline.training_parts(config.dataset))
+    parts = list(sources.training_parts(config.dataset))
     if config.eval.split != config.dataset.train_split:
         parts.append((config.dataset, config.eval.split))
     for number, (dataset, split) in enumerate(parts):
@@ -103,13 +103,14 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode evaluate: scores a checkpoint with its saved config, and writes a file of its own in WORKDIR/evaluation/."""
-    from pspnet_jax.data import pipeline
+    from pspnet_jax.data import sources
 
     config, step, variables, workdir = _restore(arguments, overrides)
-    scored = pipeline.open_split(config, config.eval.split)
+    scored = sources.open_source(config.dataset, config.eval.split)
     report, _ = _score(_predictor(config), variables, config, scored)
     if jax.process_index() == 0:
-        path = workdir / "evaluation" / f"{report.file_stem(step)}.json"
+        root = config.dataset.root if config.dataset.name == "folder" else ""
+        path = workdir / "evaluation" / f"{report.file_stem(step, root)}.json"
         report.write(path)
         rich.print(report.table())
         print(report)
@@ -214,7 +215,8 @@ def _class_weights(config: ConfigDict) -> tuple[float, ...]:
         return given
     from pspnet_jax.data import survey
 
-    found = losses.class_weights(config.loss.class_weighting, *survey.class_pixels(config))
+    counts = survey.class_pixels(config)
+    found = losses.class_weights(config.loss.class_weighting, counts.pixels, counts.labeled)
     logger.info(f"class weights: {', '.join(f'{name} {weight:.3g}' for name, weight in zip(names, found, strict=True))}")
     return found
 
@@ -259,7 +261,7 @@ def _score(predictor: Predictor, variables: Any, config: ConfigDict, scored: Any
     from pspnet_jax.data import pipeline
 
     info = datasets.describe(config.dataset)
-    dataset = pipeline.eval_dataset(scored, host=jax.process_index(), hosts=jax.process_count())
+    dataset = pipeline.eval_dataset(config, host=jax.process_index(), hosts=jax.process_count(), source=scored)
     return evaluation.evaluate(
         predictor, variables, pipeline.as_numpy(dataset), info, len(scored), config.eval.split, pictures=PICTURES
     )
