@@ -48,10 +48,9 @@ class Predictor:
     """Runs a network over whole images, of any sizes together.
 
     Images are shared out among the devices, and each takes the windows of its own through the network,
-    ceil(eval.batch_size / devices) at a time, or fewer where there are fewer; where a protocol flips windows, the flipped
-    ones follow as a second batch. Windows of each size (all have eval.crop, but those of eval.inference="whole" and,
-    in protocol "mmseg", of images smaller than it) have their own batches and compile their own network. Scores
-    and their sums are float32 whatever the network computes in.
+    ceil(eval.batch_size / devices) at a time, or fewer where there are fewer. Windows of each size (all have eval.crop, but
+    those of eval.inference="whole" and, in protocol "mmseg", of images smaller than it) have their own batches and compile
+    their own network. Scores and their sums are float32 whatever the network computes in.
     """
 
     def __init__(
