@@ -139,12 +139,12 @@ def image_to_canvas(image: np.ndarray, view: View, protocol: Protocol) -> np.nda
 
 def canvas_to_image(axis: Axis, protocol: Protocol) -> ResamplingWeights:
     """Returns the weights that take sums over windows, on the canvas, to means over windows, on the image."""
-    index, weight = protocol.weights_to_image(axis.source, axis.scaled)
-    index = axis.before + (axis.scaled - 1 - index if axis.flipped else index)
+    indices, weight = protocol.weights_to_image(axis.source, axis.scaled)
+    indices = axis.before + (axis.scaled - 1 - indices if axis.flipped else indices)
     times_seen = np.zeros(axis.canvas, np.float32)
     for start in axis.starts:
         times_seen[start : start + axis.window] += 1
-    return ResamplingWeights(index, weight / times_seen[index])
+    return ResamplingWeights(indices, weight / times_seen[indices])
 
 
 def _batches(
@@ -197,7 +197,7 @@ def _batch(by_device: list[list[Window]], n: int, size: tuple[int, int]) -> Batc
 
 def _stack(weights: Sequence[ResamplingWeights], count: int, size: int) -> ResamplingWeights:
     """Stacks [n, T] of any n and T, with weights of 0 after them, to [count, size, T]; T becomes a power of two."""
-    shape = (count, size, power_of_two(max(one.index.shape[1] for one in weights)))
+    shape = (count, size, power_of_two(max(one.indices.shape[1] for one in weights)))
     stacked = ResamplingWeights(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
     for i, one in enumerate(weights):
         for target, source in zip(stacked, one, strict=True):
