@@ -46,17 +46,14 @@ class View(NamedTuple):
         return len(self.rows.starts) * len(self.columns.starts)
 
 
-class Window(NamedTuple):
-    view: int
-    place: tuple[int, int, int]  # image on its device, first row and column on the canvas
-    pixels: np.ndarray  # [h, w, 3], in gray levels
+Window = tuple[int, tuple[int, int, int], np.ndarray]  # view, place, pixels [h, w, 3] in gray levels
 
 
 class Batch(NamedTuple):
     """Windows of one size for the network; each of D devices has N / D of its own images, ordered by view, then zeros."""
 
     pixels: np.ndarray  # f32[N, h, w, 3], in gray levels
-    places: np.ndarray  # int32[N, 3], see Window
+    places: np.ndarray  # int32[N, 3]: image on its device, first row and column on the canvas
     parts: list[tuple[int, np.ndarray]]  # a view and, int32[D, 2], from and up to which window a device has it
 
 
@@ -142,12 +139,12 @@ def image_to_canvas(image: np.ndarray, view: View, protocol: Protocol) -> np.nda
 
 def canvas_to_image(axis: Axis, protocol: Protocol) -> ResamplingWeights:
     """Returns the weights that take sums over windows, on the canvas, to means over windows, on the image."""
-    index, weight = protocol.weights_to_image(axis.source, axis.scaled)
-    index = axis.before + (axis.scaled - 1 - index if axis.flipped else index)
+    indices, weight = protocol.weights_to_image(axis.source, axis.scaled)
+    indices = axis.before + (axis.scaled - 1 - indices if axis.flipped else indices)
     times_seen = np.zeros(axis.canvas, np.float32)
     for start in axis.starts:
         times_seen[start : start + axis.window] += 1
-    return ResamplingWeights(index, weight / times_seen[index])
+    return ResamplingWeights(indices, weight / times_seen[indices])
 
 
 def _batches(
@@ -160,7 +157,7 @@ def _batches(
         n = min(ceil_div(protocol.settings.batch_size, devices), power_of_two(longest))
         queues = [_windows(images[share], views[share], size, protocol) for share in shares]
         for _ in range(ceil_div(longest, n)):
-            yield _batch([list(itertools.islice(queue, n)) for queue in queues], n)
+            yield _batch([list(itertools.islice(queue, n)) for queue in queues], n, size)
 
 
 def _windows(
@@ -172,7 +169,7 @@ def _windows(
             if view.window == size:
                 canvas = image_to_canvas(image, view, protocol)
                 for y, x in itertools.product(view.rows.starts, view.columns.starts):
-                    yield Window(number, (i, y, x), canvas[y : y + size[0], x : x + size[1]])
+                    yield number, (i, y, x), canvas[y : y + size[0], x : x + size[1]]
 
 
 def count_windows(views: Iterable[View]) -> collections.Counter[tuple[int, int]]:
@@ -183,25 +180,24 @@ def count_windows(views: Iterable[View]) -> collections.Counter[tuple[int, int]]
     return counts
 
 
-def _batch(by_device: list[list[Window]], n: int) -> Batch:
+def _batch(by_device: list[list[Window]], n: int, size: tuple[int, int]) -> Batch:
     """Stacks at most n windows a device."""
-    size = next(window.pixels.shape for windows in by_device for window in windows)
-    pixels = np.zeros((len(by_device) * n, *size), np.float32)
+    pixels = np.zeros((len(by_device) * n, *size, 3), np.float32)
     places = np.zeros((len(by_device) * n, 3), np.int32)
     for device, windows in enumerate(by_device):
-        for i, window in enumerate(windows, device * n):
-            pixels[i], places[i] = window.pixels, window.place
-    views = [[window.view for window in windows] for windows in by_device]
-    parts = []
-    for view in sorted(set(itertools.chain(*views))):
-        bounds = [np.searchsorted(own, (view, view + 1)) for own in views]
-        parts.append((view, np.array(bounds, np.int32)))
+        for i, (_, place, window) in enumerate(windows, device * n):
+            pixels[i], places[i] = window, place
+    views = [[view for view, _, _ in windows] for windows in by_device]
+    parts = [
+        (view, np.array([np.searchsorted(own, (view, view + 1)) for own in views], np.int32))
+        for view in sorted(set(itertools.chain(*views)))
+    ]
     return Batch(pixels, places, parts)
 
 
 def _stack(weights: Sequence[ResamplingWeights], count: int, size: int) -> ResamplingWeights:
     """Stacks [n, T] of any n and T, with weights of 0 after them, to [count, size, T]; T becomes a power of two."""
-    shape = (count, size, power_of_two(max(one.index.shape[1] for one in weights)))
+    shape = (count, size, power_of_two(max(one.indices.shape[1] for one in weights)))
     stacked = ResamplingWeights(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
     for i, one in enumerate(weights):
         for target, source in zip(stacked, one, strict=True):
@@ -209,8 +205,8 @@ def _stack(weights: Sequence[ResamplingWeights], count: int, size: int) -> Resam
     return stacked
 
 
-def _bounds(shapes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
-    return bucket(max(shape[0] for shape in shapes), max(shape[1] for shape in shapes))
+def _bounds(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    return bucket(max(height for height, _ in sizes), max(width for _, width in sizes))
 
 
 def bucket(height: int, width: int) -> tuple[int, int]:

@@ -3,7 +3,7 @@
     image                    uint8[H, W, 3]
       |  protocol.scale        resampled as the protocol does (and flipped, where the flipped image is a view of its own)
       |  image_to_canvas       padded, where it is smaller than a window
-    canvas                   f32[h, w, 3], one for each view                                     on the host: plan.py
+    canvas                   [h, w, 3], one for each view                                          on the host: plan.py
       |  plan.batches          windows cut out, several views and images to a batch
     windows                  f32[N, y, x, 3]
     ..........................................................................................................
@@ -48,10 +48,9 @@ class Predictor:
     """Runs a network over whole images, of any sizes together.
 
     Images are shared out among the devices, and each takes the windows of its own through the network,
-    ceil(eval.batch_size / devices) at a time, or fewer where there are fewer; where a protocol flips windows, the flipped
-    ones follow as a second batch. Windows of each size (all have eval.crop, but those of eval.inference="whole" and,
-    in protocol "mmseg", of images smaller than it) have their own batches and compile their own network. Scores
-    and their sums are float32 whatever the network computes in.
+    ceil(eval.batch_size / devices) at a time, or fewer where there are fewer. Windows of each size (all have eval.crop, but
+    those of eval.inference="whole" and, in protocol "mmseg", of images smaller than it) have their own batches and compile
+    their own network. Scores and their sums are float32 whatever the network computes in.
     """
 
     def __init__(
@@ -134,13 +133,15 @@ class Predictor:
         """As `labels`, but returns probabilities f32[M, S, T, K]."""
         plan = self._plan(images)
         total, _ = self._add_views(variables, plan, held=0)
+        assert total is not None
         return total / len(plan.canvases)
 
     def stream(self, variables: Any, examples: Iterable[Example]) -> Iterator[tuple[list[Example], jax.Array]]:
         """Yields the examples in order, in groups that fill the network's batch, each with the `labels` of its images."""
 
         def windows(example: Example) -> Mapping[tuple[int, int], int]:
-            return count_windows(views_of(*example["image"].shape[:2], self._protocol))
+            height, width, _ = example["image"].shape
+            return count_windows(views_of(height, width, self._protocol))
 
         for _, run in itertools.groupby(examples, lambda example: windows(example).keys()):
             alike = iter(run)
@@ -230,7 +231,7 @@ def _accumulate_view(protocol: Protocol, total: jax.Array, sums: jax.Array, to_i
 def _most_probable(protocol: Protocol, total: jax.Array | None, views: list[ViewSums]) -> jax.Array:
     """Returns the labels uint8[m, H, W] by the total, if any, and the views that are not in it; in strips, for memory."""
     rows, columns = views[0][1]
-    count, height, width = *rows.index.shape[:2], columns.index.shape[1]
+    (count, height, _), width = rows.indices.shape, columns.indices.shape[1]
     strips = jnp.zeros((0,)) if total is None else total.reshape(-1, STRIP, width, total.shape[-1])
 
     def labels(i: jax.Array) -> jax.Array:
@@ -244,8 +245,8 @@ def _most_probable(protocol: Protocol, total: jax.Array | None, views: list[View
 def _strip(sums: jax.Array, to_image: ToImage, i: jax.Array) -> jax.Array:
     """Resamples to the i-th strip of the images: f32[m, h, w, K] -> f32[STRIP, W, K]."""
     rows, columns = to_image
-    image, first = jnp.divmod(i * STRIP, rows.index.shape[1])
-    index, weight = (jax.lax.dynamic_slice(x, (image, first, 0), (1, STRIP, x.shape[-1]))[0] for x in rows)
+    image, first = jnp.divmod(i * STRIP, rows.indices.shape[1])
+    indices, weight = (jax.lax.dynamic_slice(x, (image, first, 0), (1, STRIP, x.shape[-1]))[0] for x in rows)
     below = image * sums.shape[1]  # gathers from the whole array, so that no image of it has to be copied
-    strip = resample(sums.reshape(-1, *sums.shape[2:]), ResamplingWeights(index + below, weight), 0)
+    strip = resample(sums.reshape(-1, *sums.shape[2:]), ResamplingWeights(indices + below, weight), 0)
     return resample(strip, ResamplingWeights(*(x[image] for x in columns)), 1)

@@ -82,7 +82,7 @@ def test_a_flipped_view_by_hand():
     image = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     np.testing.assert_array_equal(image_to_canvas(image, flipped, protocol), image[:, ::-1])
     to_image = canvas_to_image(flipped.columns, protocol)
-    assert list(to_image.index[:, 0]) == [5, 4, 3, 2, 1, 0]
+    assert list(to_image.indices[:, 0]) == [5, 4, 3, 2, 1, 0]
     np.testing.assert_array_equal(to_image.weight[:, 0], [1, 1, 0.5, 0.5, 1, 1])
 
 

@@ -16,7 +16,7 @@ def test_bilinear_by_hand():
     """2 -> 4: centers at -0.25, 0.25, 0.75, 1.25 of the source, the outer two held to its edges; 4 -> 2: at 0.5 and 2.5."""
     np.testing.assert_allclose(resized([0.0, 8.0], bilinear(4, 2)), [0, 2, 6, 8])
     np.testing.assert_allclose(resized([0.0, 2.0, 8.0, 100.0], bilinear(2, 4)), [1, 54])
-    np.testing.assert_array_equal(bilinear(5, 1).index, 0)
+    np.testing.assert_array_equal(bilinear(5, 1).indices, 0)
 
 
 def test_bilinear_with_aligned_corners_by_hand():
@@ -27,7 +27,7 @@ def test_bilinear_with_aligned_corners_by_hand():
 def test_antialiased_by_hand():
     """4 -> 2: centers at 0.5 and 2.5, half-width 2, so weights 1/8, 3/8, 3/8, 1/8, of which one falls on the mirror image."""
     half = bilinear_antialiased(2, 4)
-    np.testing.assert_array_equal(half.index, [[0, 0, 1, 2], [1, 2, 3, 3]])
+    np.testing.assert_array_equal(half.indices, [[0, 0, 1, 2], [1, 2, 3, 3]])
     np.testing.assert_array_equal(half.weight, [[1 / 8, 3 / 8, 3 / 8, 1 / 8]] * 2)
     np.testing.assert_allclose(resized([0.0, 8.0], bilinear_antialiased(4, 2)), [0, 2, 6, 8])  # larger: as bilinear
     # 5 -> 2: the second center at 3.25 has 0.1, 0.5, 0.9, 0.7 of the last four and 0.3 of the mirror image, together 2.5
