@@ -143,3 +143,21 @@ def test_benchmark_recipes_take_another_depth(name):
     assert (config.model.depth, config.name) == (152, f"{name}_152")
     with pytest.raises(ValueError, match=r"model\.depth=51: expected one of 18, "):
         validation.validate(configs.load_recipe(f"{FOLDER / name}.py:51"))
+
+
+def test_the_last_of_several_values_counts_also_for_tuples_and_in_absls_other_forms():
+    config = configs.override(configs.base_config(), ["--config.augment.scale=1.0,2.0", "--config.seed", "-1", "--config.augment.scale=0.25,4.0"])
+    assert (config.augment.scale, config.seed) == ((0.25, 4.0), -1)
+    assert not configs.override(configs.base_config(), ["--config.eval.flip=true", "--noconfig.eval.flip"]).eval.flip
+
+
+def test_a_saved_field_that_is_no_longer_known_is_reported_and_left_out(caplog):
+    saved = configs.base_config().to_dict()
+    saved["optimizer"]["nesterov"], saved["loss"]["terms"], saved["batch_size"] = True, 7, 4
+    restored = configs.from_dict(saved)
+    assert restored.batch_size == 4
+    assert restored.loss.terms == ("cross_entropy",)
+    assert caplog.messages == [
+        "the saved config has loss.terms=7, which this version does not know; it is left out",
+        "the saved config has optimizer.nesterov=True, which this version does not know; it is left out",
+    ]

@@ -1,5 +1,6 @@
 """The command line, from a recipe to pictures, and what it says to wrong input."""
 
+import ast
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pspnet_jax.config import base_config, leaves
 from pspnet_jax.main import main
 from tests import fakes
 
@@ -84,7 +86,8 @@ def test_evaluate_prints_the_number_training_ended_with(run, capsys):
     workdir, _ = run
     assert main(["--mode", "evaluate", "--workdir", str(workdir)]) == 0
     trained = records(workdir, "eval")[-1]
-    scored = json.loads((workdir / "evaluation" / "val_3_windows_1.0_flip.json").read_text())
+    (file,) = (workdir / "evaluation").glob("*_val_step3_*_crop40-48_*scales1.0_*.json")
+    scored = json.loads(file.read_text())
     assert scored["mean_iou"] == trained["mean_iou"]
     assert scored["images"] == 3
     printed = capsys.readouterr().out
@@ -95,7 +98,8 @@ def test_evaluate_prints_the_number_training_ended_with(run, capsys):
 def test_evaluate_takes_another_split_and_other_scales(run):
     workdir, _ = run
     assert main(["--mode=evaluate", f"--workdir={workdir}", "--config.eval.split=train", "--config.eval.scales=0.5,1.0"]) == 0
-    scored = json.loads((workdir / "evaluation" / "train_3_windows_0.5_1.0_flip.json").read_text())
+    (file,) = (workdir / "evaluation").glob("*_train_step3_*scales0.5-1.0_*.json")
+    scored = json.loads(file.read_text())
     assert (scored["images"], scored["scales"], scored["split"]) == (9, [0.5, 1.0], "train")
 
 
@@ -150,6 +154,10 @@ def test_another_network_in_the_same_workdir_is_refused(run, capsys):
         (["--mode=evaluate"], "--workdir is missing"),
         (["--mode=predict", "--workdir=nowhere"], "--output"),
         (["--mode=check"], "--config is missing"),
+        (["--config=configs/camvid.py", "--config.model.depth"], "model.depth"),
+        (["--config=configs/camvid.py", "--config.loss.terms=dice,lovasz"], "loss.terms=('dice', 'lovasz'): expected one or more of"),
+        (["--config=configs/quickstart.py", "--config.loss.class_weights=1.0,2.0"], "expected one for each of the 9 classes"),
+        (["--config=configs/camvid.py", "7"], "7: unknown argument"),
     ],
 )
 def test_a_mistake_ends_in_one_sentence(arguments, words, capsys, monkeypatch):
@@ -206,9 +214,21 @@ def test_check_looks_at_a_mixture_too(run, capsys, tmp_path):
 
 def test_an_opencv_that_is_too_old_is_named():
     code = """import sys, cv2; cv2.__version__ = "4.13.0"
+from pspnet_jax.config import base_config, leaves
 from pspnet_jax.main import main
 sys.exit(main(["--config=configs/quickstart.py"]))"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: OpenCV is 4.13.0, whose bilinear maps are coarse; run pip install")
     assert "Traceback" not in done.stderr
+
+
+def test_help_lists_every_field_with_its_default_and_its_comment(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    fields = re.findall(r"^--config\.([\w.]+)=(.+?)(?:  (.*))?$", said, flags=re.MULTILINE)
+    defaults = dict(leaves(base_config()))
+    assert {field: ast.literal_eval(value) for field, value, _ in fields} == defaults
+    assert all(comment for _, _, comment in fields)
