@@ -55,7 +55,7 @@ def summarize(matrix: np.ndarray) -> Metrics:
     return Metrics(_mean(iou), _mean(accuracy), float(_ratio(right.sum(), matrix.sum())), iou, accuracy)
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def _ratio(part: np.ndarray | np.number, whole: np.ndarray | np.number) -> np.ndarray:
     return np.divide(part, whole, out=np.full_like(whole, np.nan), where=whole > 0)
 
 
