@@ -80,7 +80,7 @@ class MeanIoU(Metric):
         return float(np.nan_to_num(summarize(self.matrix).mean_iou))
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def _ratio(part: np.ndarray | np.number, whole: np.ndarray | np.number) -> np.ndarray:
     return np.divide(part, whole, out=np.full_like(whole, np.nan), where=whole > 0)
 
 
