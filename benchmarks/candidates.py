@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from pspnet_jax import datasets, models, parallel
+from pspnet_jax import datasets, losses, models, optimizers, parallel
 from pspnet_jax.train.step import TrainState, init_state, make_train_step
 
 JOBS, DTYPES = ("inference", "train"), ("float32", "bfloat16")
@@ -74,12 +74,13 @@ def make_task(config: ConfigDict, num_classes: int, job: str, batch_size: int, d
 def job_functions(config: ConfigDict, num_classes: int, job: str, mesh: Mesh) -> tuple[Any, Any]:
     """The jitted function of a job and that which makes the train state it starts from.
 
-    To train is (state, batch) -> (state, scalars), to infer (state, normalized images) -> logits.
+    To train is (state, batch) -> (state, metrics), to infer (state, normalized images) -> logits.
     """
     model = models.build(config.model, num_classes)
-    init = init_state(config, model, mesh)
+    optimizer = optimizers.build(config.optimizer, config.total_steps)
+    init = init_state(config, model, optimizer, mesh, (*config.augment.crop, 3))
     if job == "train":
-        return make_train_step(config, model, mesh), init
+        return make_train_step(config, model, losses.build(config.loss, config.total_steps), optimizer, mesh), init
 
     def infer(state: TrainState, images: jax.Array) -> jax.Array:
         return model.apply(state.variables, images, train=False)

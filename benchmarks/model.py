@@ -183,8 +183,8 @@ def one_step(task: Task, head: str, state: Any) -> dict[str, Any]:
     """Loss, updated parameters and optimizer state of one train step from a host's state, as host arrays."""
     function, _, batch = functions_and_data(task, head)
     state = jax.device_put(jax.tree.map(np.array, state), parallel.replicated(task.mesh))  # a copy: the step donates it
-    state, scalars = function(state, jax.device_put(batch, parallel.batch_sharding(task.mesh)))
-    found = {"loss": scalars["loss"], "optimizer state": state.opt_state, "parameters": state.params}
+    state, metrics = function(state, jax.device_put(batch, parallel.batch_sharding(task.mesh)))
+    found = {"loss": metrics["loss"].compute(), "optimizer state": state.opt_state, "parameters": state.params}
     return jax.tree.map(np.asarray, found)
 
 

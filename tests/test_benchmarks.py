@@ -9,7 +9,6 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,8 +17,7 @@ from benchmarks import candidates, model
 from pspnet_jax import datasets, models, parallel
 from pspnet_jax.config import base_config
 from pspnet_jax.main import main
-from pspnet_jax.models.layers import ConvNorm
-from pspnet_jax.models.pspnet import Classifier
+from pspnet_jax.models import Classifier, ConvNorm
 from tests import fakes
 from tests.test_main import ROOT, SMALL, error
 
@@ -73,12 +71,10 @@ class Tiny(nn.Module):
     """A normalized convolution and a classifier: the least network that benchmarks.model can run."""
 
     dtype: str
-    num_classes = 3
-    output_stride = 8
 
     @nn.compact
     def __call__(self, images, train):
-        x = ConvNorm(8, dtype=jnp.dtype(self.dtype), name="layer")(images, train)
+        x = ConvNorm(8, name="layer")(images.astype(self.dtype), train)
         logits = Classifier(3, dropout=0.1, name="classifier")(x, train)
         return (logits, None) if train else logits
 

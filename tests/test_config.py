@@ -146,7 +146,9 @@ def test_benchmark_recipes_take_another_depth(name):
 
 
 def test_the_last_of_several_values_counts_also_for_tuples_and_in_absls_other_forms():
-    config = configs.override(configs.base_config(), ["--config.augment.scale=1.0,2.0", "--config.seed", "-1", "--config.augment.scale=0.25,4.0"])
+    config = configs.override(
+        configs.base_config(), ["--config.augment.scale=1.0,2.0", "--config.seed", "-1", "--config.augment.scale=0.25,4.0"]
+    )
     assert (config.augment.scale, config.seed) == ((0.25, 4.0), -1)
     assert not configs.override(configs.base_config(), ["--config.eval.flip=true", "--noconfig.eval.flip"]).eval.flip
 

@@ -155,7 +155,10 @@ def test_another_network_in_the_same_workdir_is_refused(run, capsys):
         (["--mode=predict", "--workdir=nowhere"], "--output"),
         (["--mode=check"], "--config is missing"),
         (["--config=configs/camvid.py", "--config.model.depth"], "model.depth"),
-        (["--config=configs/camvid.py", "--config.loss.terms=dice,lovasz"], "loss.terms=('dice', 'lovasz'): expected one or more of"),
+        (
+            ["--config=configs/camvid.py", "--config.loss.terms=dice,lovasz"],
+            "loss.terms=('dice', 'lovasz'): expected one or more of",
+        ),
         (["--config=configs/quickstart.py", "--config.loss.class_weights=1.0,2.0"], "expected one for each of the 9 classes"),
         (["--config=configs/camvid.py", "7"], "7: unknown argument"),
     ],

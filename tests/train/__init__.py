@@ -12,8 +12,7 @@ from ml_collections import ConfigDict
 
 from pspnet_jax import losses, models, optimizers, parallel
 from pspnet_jax.config import base_config
-from pspnet_jax.models.layers import ConvNorm
-from pspnet_jax.models.pspnet import Classifier
+from pspnet_jax.models import Classifier, ConvNorm
 from pspnet_jax.train import loop
 from pspnet_jax.train.step import TrainState, init_state
 
@@ -37,12 +36,10 @@ class OneLayer(nn.Module):
     """The least network that a step can train: a normalized convolution and a classifier."""
 
     frozen: bool = False
-    num_classes = 3
-    output_stride = 8
 
     @nn.compact
     def __call__(self, images, train):
-        x = ConvNorm(8, frozen=self.frozen, name="layer")(images, train)
+        x = ConvNorm(8, frozen_norm=self.frozen, name="layer")(images, train)
         logits = Classifier(3, dropout=0.0, name="classifier")(x, train)
         return (logits, None) if train else logits
 
