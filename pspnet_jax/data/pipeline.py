@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import dataclasses
+import os
 import re
 import weakref
 from collections.abc import Callable, Generator, Sequence
@@ -18,6 +19,8 @@ from pspnet_jax.data.order import AUGMENT, Order, generator
 from pspnet_jax.data.sources import Source, open_source, training_parts
 from pspnet_jax.errors import UserError
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+THREADS = CORES + 1  # for Python, which waits for TensorFlow in them: in TensorFlow's own, it could wait for itself
 AHEAD = 2  # batches, or examples in evaluation, that lie ready beside those being made
 
 
@@ -176,6 +179,7 @@ def _mapped(numbers: tf.data.Dataset, function: Callable[[int], tuple], spec: di
 
     options = tf.data.Options()
     options.deterministic = True
+    options.threading.private_threadpool_size = THREADS
     options.experimental_optimization.inject_prefetch = False
     mapped = numbers.map(element, num_parallel_calls=tf.data.AUTOTUNE)
     mapped.function = function  # lives as long as the dataset and its iterators
