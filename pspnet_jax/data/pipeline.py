@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from pspnet_jax import datasets
 from pspnet_jax.data import augment, survey
 from pspnet_jax.data.cache import CacheBudget, Read, cached
 from pspnet_jax.data.order import AUGMENT, Order, generator
@@ -49,6 +50,9 @@ def open_training(config: ConfigDict, source: Source | None = None) -> TrainingD
     Raises:
       UserError: see open_source, Order and cache.py; or balance is on, and no label has a class in it.
     """
+    num_classes = datasets.describe(config.dataset).num_classes
+    if source and source.num_classes != num_classes:
+        raise UserError(f"this source has {source.num_classes} classes, dataset.class_names {num_classes}; both mean the same")
     sources: list[Source] = []
     reads, presence, budget = [], [], CacheBudget(config.dataset)
     for dataset, split in training_parts(config.dataset):
