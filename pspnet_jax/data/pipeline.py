@@ -158,7 +158,7 @@ def _as_numpy(dataset: tf.data.Dataset) -> Generator[dict[str, Any], None, None]
         for element in dataset.as_numpy_iterator():
             yield {key: value.decode() if isinstance(value, bytes) else value for key, value in element.items()}
     except tf.errors.OpError as error:
-        if match := re.search(r"raised in Python: (\d+)", str(error)):
+        if match := re.search(r"\(error (\d+)\)", str(error)):
             raise _raised.pop(int(match[1])) from None
         raise
 
@@ -175,7 +175,7 @@ def _mapped(numbers: tf.data.Dataset, function: Callable[[int], tuple], spec: di
             return call(int(number))
         except Exception as error:  # TensorFlow would make text of it
             _raised[id(error)] = error
-            raise RuntimeError(f"raised in Python: {id(error)}") from None
+            raise RuntimeError(f"{error} (error {id(error)})") from None
 
     def element(number: tf.Tensor) -> dict[str, tf.Tensor]:
         values = tf.numpy_function(keeping_errors, [number], [s.dtype for s in spec.values()], stateful=False)
