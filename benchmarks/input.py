@@ -1,6 +1,7 @@
 """How fast training examples are made: decoding alone, the whole pipeline, and hszhao/semseg's loader on the same files.
 
-python -m benchmarks.input [--semseg DIR] [--repeats 12] [--seconds 8]
+python -m benchmarks.input [--semseg DIR] [--base DIR] [--repeats 12] [--seconds 8]
+python -m benchmarks.input --python
 
 Every measurement is a process of its own, which leaves out its first batches; the repeats go round all of them in turn,
 and a ratio is the median of the ratios within each round, so that it holds where the machine's speed drifts.
@@ -95,7 +96,29 @@ def ours(name: str, root: pathlib.Path) -> Iterable[object]:
     config = base_config()
     config.dataset.name, config.dataset.root = name, str(root)
     config.batch_size, config.augment.crop, config.total_steps = BATCH, (KINDS[name].crop,) * 2, 10**9
-    return pipeline.train_batches(config)
+    return pipeline.as_numpy(pipeline.train_dataset(config))
+
+
+def python_milliseconds(name: str, root: pathlib.Path) -> float:
+    """Returns the CPU time of an example of hardly any pixels: for no longer does an example hold Python's lock.
+
+    Decoders, OpenCV and NumPy's loops over pixels run without the lock, and take next to no time here.
+    """
+    from pspnet_jax.config import base_config
+    from pspnet_jax.data import augment, pipeline
+    from pspnet_jax.data.order import AUGMENT, generator
+
+    write_images(root, dataclasses.replace(KINDS[name], size=(32, 32)))
+    config = base_config()
+    config.dataset.name, config.dataset.root, config.augment.crop = name, str(root), (33, 33)
+    data, times = pipeline.open_training(config), []
+    for position in range(2000):
+        began = time.thread_time()
+        dataset, index = data.order[position]
+        params = augment.sample_augmentation(generator(config.seed, AUGMENT, position), config.augment)
+        augment.apply_augmentation(*data.reads[dataset](index), params, config.augment.crop, config.normalize.mean)
+        times.append(time.thread_time() - began)
+    return 1e3 * statistics.median(times)
 
 
 def semseg(name: str, root: pathlib.Path) -> Iterable[object]:
@@ -166,12 +189,15 @@ def _peak_megabytes() -> float:
 
 def compare(name: str, root: pathlib.Path, arguments: argparse.Namespace) -> None:
     """Measures all ways on the same images, prints a table, and how ours compares with the others."""
-    ways = [way for way in WAYS if way != "semseg" or arguments.semseg]
+    ways = [way for way in WAYS if way != "semseg" or arguments.semseg] + ["base"] * bool(arguments.base)
     found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _, way in itertools.product(range(arguments.repeats), ways):
-        command = [sys.executable, "-m", "benchmarks.input", "--way", way, "--kind", name, "--root", str(root)]
+        command = [sys.executable, "-m", "benchmarks.input", "--way", "ours" if way == "base" else way]
+        command += ["--kind", name, "--root", str(root)]
         command += ["--seconds", str(arguments.seconds), "--semseg", arguments.semseg]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        where = arguments.base if way == "base" else None
+        environment = os.environ | {"PYTHONPATH": where} if where else None
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=where, env=environment)
         found[way].append(json.loads(done.stdout.splitlines()[-1]))
     sizes = (np.mean([os.path.getsize(file) / 1e3 for file in files]) for files in zip(*_files(name, root), strict=True))
     print(
@@ -192,6 +218,8 @@ def compare(name: str, root: pathlib.Path, arguments: argparse.Namespace) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--semseg", default="", help="a checkout of hszhao/semseg")
+    parser.add_argument("--base", default="", help="a checkout of this project in an earlier state, to compare with")
+    parser.add_argument("--python", action="store_true", help="only Python's share of an example")
     parser.add_argument("--kind", choices=KINDS, help="only these images")
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=8)
@@ -205,6 +233,10 @@ def main() -> None:
     for name in [arguments.kind] if arguments.kind else KINDS:
         with tempfile.TemporaryDirectory() as directory:
             root = pathlib.Path(directory)
+            if arguments.python:
+                share = python_milliseconds(name, root)
+                print(f"{name}-like: {share:.2f} ms of Python an example, so at most {1e3 / share:.0f} images/s in a process")
+                continue
             write_images(root, KINDS[name])
             compare(name, root, arguments)
 

@@ -1,4 +1,4 @@
-"""How far a job over many images is, on stderr."""
+"""Progress of a job over many images, on stderr."""
 
 import contextlib
 import datetime

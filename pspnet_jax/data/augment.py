@@ -13,6 +13,7 @@ The blur's weights are what cv2.GaussianBlur(image, (5, 5), 0) computes there, i
 a fixed table for up to 7 taps. Its formula for sigma, 1.1 for 5 taps, would give (0.071, 0.244, 0.370, 0.244, 0.071).
 """
 
+import math
 from typing import NamedTuple
 
 import cv2
@@ -67,7 +68,7 @@ def apply_augmentation(
     Returns:
       uint8[h,w,3] and uint8[h,w].
     """
-    out_image, out_label = np.empty((*crop, 3), np.uint8), np.empty(crop, np.uint8)
+    out_image, out_label = _empty((*crop, 3)), _empty(crop)
     size, fill = np.array(crop), np.round(mean)
     canvas = np.maximum(np.round(np.array(label.shape) * params.scale), 1).astype(int)
     start = (params.offset * (np.maximum(canvas - size, 0) + 1)).astype(int) - np.maximum(size - canvas, 0) // 2
@@ -142,6 +143,14 @@ def _warp(
     matrix = np.column_stack([a[::-1, ::-1], b[::-1]])  # OpenCV's points are (horizontal, vertical)
     flags = interpolation | cv2.WARP_INVERSE_MAP
     cv2.warpAffine(source, matrix, out.shape[1::-1], dst=out, flags=flags, borderMode=border, borderValue=value)
+
+
+def _empty(shape: tuple[int, ...]) -> np.ndarray:
+    """Returns uint8 memory that begins at a multiple of 64 bytes, so that TensorFlow takes it without a copy."""
+    size = math.prod(shape)
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].reshape(shape)
 
 
 def _fill(out: np.ndarray, color: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import dataclasses
+import os
 import re
 import weakref
 from collections.abc import Callable, Generator, Sequence
@@ -12,12 +13,15 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from pspnet_jax import datasets
 from pspnet_jax.data import augment, survey
 from pspnet_jax.data.cache import CacheBudget, Read, cached
 from pspnet_jax.data.order import AUGMENT, Order, generator
 from pspnet_jax.data.sources import Source, open_source, training_parts
 from pspnet_jax.errors import UserError
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+THREADS = CORES + 1  # for Python, which waits for TensorFlow in them: in TensorFlow's own, it could wait for itself
 AHEAD = 2  # batches, or examples in evaluation, that lie ready beside those being made
 
 
@@ -46,6 +50,9 @@ def open_training(config: ConfigDict, source: Source | None = None) -> TrainingD
     Raises:
       UserError: see open_source, Order and cache.py; or balance is on, and no label has a class in it.
     """
+    num_classes = datasets.describe(config.dataset).num_classes
+    if source and source.num_classes != num_classes:
+        raise UserError(f"this source has {source.num_classes} classes, dataset.class_names {num_classes}; both mean the same")
     sources: list[Source] = []
     reads, presence, budget = [], [], CacheBudget(config.dataset)
     for dataset, split in training_parts(config.dataset):
@@ -151,7 +158,7 @@ def _as_numpy(dataset: tf.data.Dataset) -> Generator[dict[str, Any], None, None]
         for element in dataset.as_numpy_iterator():
             yield {key: value.decode() if isinstance(value, bytes) else value for key, value in element.items()}
     except tf.errors.OpError as error:
-        if match := re.search(r"raised in Python: (\d+)", str(error)):
+        if match := re.search(r"\(error (\d+)\)", str(error)):
             raise _raised.pop(int(match[1])) from None
         raise
 
@@ -168,7 +175,7 @@ def _mapped(numbers: tf.data.Dataset, function: Callable[[int], tuple], spec: di
             return call(int(number))
         except Exception as error:  # TensorFlow would make text of it
             _raised[id(error)] = error
-            raise RuntimeError(f"raised in Python: {id(error)}") from None
+            raise RuntimeError(f"{error} (error {id(error)})") from None
 
     def element(number: tf.Tensor) -> dict[str, tf.Tensor]:
         values = tf.numpy_function(keeping_errors, [number], [s.dtype for s in spec.values()], stateful=False)
@@ -176,6 +183,7 @@ def _mapped(numbers: tf.data.Dataset, function: Callable[[int], tuple], spec: di
 
     options = tf.data.Options()
     options.deterministic = True
+    options.threading.private_threadpool_size = THREADS
     options.experimental_optimization.inject_prefetch = False
     mapped = numbers.map(element, num_parallel_calls=tf.data.AUTOTUNE)
     mapped.function = function  # lives as long as the dataset and its iterators

@@ -105,7 +105,8 @@ def _problems(pairs: list[Pair], dataset: ConfigDict, num_classes: int, what: st
 
     files = [file for pair in pairs for file in (pair.image, pair.label)]
     kept = stamps.once(dataset.cache_dir, "checked", files, (VERSION, stride, dataset.name, num_classes, pairs), check)
-    return [Problem(*each) for each in json.loads(kept)]
+    suspects = [problem(index) for index, *_ in json.loads(kept)]  # once more: a read may have failed by chance
+    return [suspect for suspect in suspects if suspect]
 
 
 def _exchange(mine: Findings) -> list[Findings]:

@@ -1,5 +1,6 @@
 import dataclasses
 import gc
+import hashlib
 import itertools
 import os
 import subprocess
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 
 from pspnet_jax.config import base_config
-from pspnet_jax.data import pipeline, sources
+from pspnet_jax.data import augment, pipeline, sources
+from pspnet_jax.data.order import AUGMENT, generator
+from pspnet_jax.errors import UserError
 from tests import fakes
 
 COUNT = 7  # images, in batches of 4: batches straddle the epochs
@@ -78,6 +81,103 @@ def test_the_order_follows_from_the_seed(root):
     np.testing.assert_array_equal(epochs(config), first)
     config.seed = 1
     assert (epochs(config) != first).any()
+
+
+# Of three batches, flipped and cropped, which moves pixels and does not compute any; as the pipeline before tf.data made them.
+CHECKSUMS = {
+    "folder": "cf672947ac2db1f7",
+    "memory": "cf672947ac2db1f7",
+    "disk": "cf672947ac2db1f7",
+    "balance": "664f22a1db0a9079",
+    "cityscapes": "3c7a642c6eecb4e9",
+    "scenes": "d085e09a471683e9",
+}
+
+
+@pytest.mark.parametrize("name", CHECKSUMS)
+def test_batches_are_what_they_have_always_been(tmp_path, name):
+    """From every source that does not compress images: two mixed folders with and without caches and balance, raw labels."""
+    config = recipe(tmp_path)
+    config.dataset.cache_dir, config.augment.crop, config.seed = str(tmp_path / "cache"), (41, 47), 3
+    config.augment.scale, config.augment.rotate_probability, config.augment.blur_probability = (1.0, 1.0), 0.0, 0.0
+    if name == "cityscapes":
+        fakes.write_cityscapes(tmp_path, {"train": 4, "train_extra": 2}, size=(64, 128))
+        config.dataset.name, config.dataset.train_split = "cityscapes", "train+train_extra"
+    elif name == "scenes":
+        config.dataset.name = "scenes"
+    else:
+        fakes.write_folder(tmp_path, {"train": COUNT})
+        fakes.write_folder(tmp_path / "other", {"other": 3}, size=(61, 35))
+        config.dataset.mixture = (("folder", str(tmp_path / "other"), "other", 0.4),)
+        config.dataset.balance = 0.6 if name == "balance" else 0.0
+        config.dataset.cache = name if name in ("memory", "disk") else ""
+    for _ in range(2):  # the second time from the cache
+        digest = hashlib.sha256()
+        for batch in itertools.chain(batches_of(config, start_step=11), batches_of(config, start_step=13, host=1, hosts=2)):
+            digest.update(batch["image"].tobytes() + batch["label"].tobytes())
+        assert digest.hexdigest()[:16] == CHECKSUMS[name]
+
+
+def test_with_augmentation_a_batch_holds_what_the_parts_make(root):
+    config = recipe(root, total_steps=3)
+    data, read = pipeline.open_training(config), sources.open_source(config.dataset, "train").read
+    for step, batch in enumerate(batches_of(config, data=data)):
+        for i, position in enumerate(range(4 * step, 4 * step + 4)):
+            params = augment.sample_augmentation(generator(config.seed, AUGMENT, position), config.augment)
+            _, index = data.order[position]
+            image, label = augment.apply_augmentation(*read(index), params, (40, 48), config.normalize.mean)
+            np.testing.assert_array_equal(batch["image"][i], image)
+            np.testing.assert_array_equal(batch["label"][i], label)
+
+
+def test_the_element_spec_is_static(root):
+    config = recipe(root)
+    spec = pipeline.train_dataset(config, hosts=2).element_spec
+    assert {key: (s.shape.as_list(), s.dtype.name) for key, s in spec.items()} == {
+        "image": ([2, 40, 48, 3], "uint8"),
+        "label": ([2, 40, 48], "uint8"),
+    }
+    assert pipeline.train_dataset(config, start_step=3).cardinality() == 11
+    assert pipeline.eval_dataset(config, "val", host=1, hosts=2).cardinality() == 1
+
+
+def test_an_epoch_counts_what_is_mixed_in(mixed):
+    data = pipeline.open_training(mixed)
+    assert data.examples_per_epoch == 9  # 7 * 1.25
+    assert [order for order in (data.order[position][0] for position in range(1000))].count(1) == 200
+
+
+class Stripes(sources.Source):
+    """A reader as a user writes it: nothing but names, number of classes and `load`."""
+
+    num_classes = 4
+
+    def __init__(self, wrong=None):
+        self.names, self.wrong = [f"stripes {index}" for index in range(5)], wrong
+
+    def load(self, index):
+        if index == self.wrong:
+            raise KeyError("no such record")
+        return np.full((40, 48, 3), index, np.uint8), np.full((40, 48), index % 4, np.uint8)
+
+
+def test_a_reader_of_ones_own(root):
+    config = recipe(root, augmented=False, batch_size=5, total_steps=2)
+    data = pipeline.open_training(config, source=Stripes())
+    for batch in batches_of(config, data=data):
+        assert sorted(batch["image"][:, 0, 0, 0]) == [0, 1, 2, 3, 4]
+        np.testing.assert_array_equal(batch["label"], batch["image"][..., 0] % 4)
+    names = [example["name"] for example in pipeline.as_numpy(pipeline.eval_dataset(config, source=Stripes()))]
+    assert names == Stripes().names
+    with pytest.raises(UserError, match=r"stripes 3: cannot be loaded \('no such record'\)"):
+        list(batches_of(config, data=pipeline.open_training(config, source=Stripes(wrong=3))))
+
+
+def test_a_reader_of_other_classes_is_refused(root):
+    config = recipe(root)
+    config.dataset.class_names = ("class 0", "class 1", "class 2")
+    with pytest.raises(UserError, match=r"this source has 4 classes, dataset.class_names 3"):
+        pipeline.open_training(config, source=Stripes())
 
 
 @pytest.mark.parametrize("start", [1, 5, 13])

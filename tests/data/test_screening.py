@@ -42,10 +42,22 @@ def test_the_next_start_does_not_check_again(tmp_path, checked):
     reopened(dataset)
     assert len(checked) == 3
     fakes.write_image(tmp_path / "labels/train/001.png", np.full((40, 48), 9, np.uint8))
-    for _ in range(2):  # what is wrong is kept, too
+    for times in (7, 8):  # what is wrong is kept, too, and looked at again
         with pytest.raises(UserError, match=r"labels/train/001.png: label value 9"):
             reopened(dataset)
-    assert len(checked) == 6
+        assert len(checked) == times
+
+
+def test_a_read_that_fails_by_chance_is_no_damage(tmp_path, monkeypatch):
+    root, check_pair, failures = fakes.write_folder(tmp_path, {"train": 3}), checks.check_pair, iter([True])
+
+    def flaky(*pair):
+        if next(failures, False):
+            raise UserError(f"{pair[0]}: cannot be read (Input/output error)")
+        check_pair(*pair)
+
+    monkeypatch.setattr(checks, "check_pair", flaky)
+    assert len(reopened(recipe(root=str(root)))) == 3
 
 
 @pytest.mark.parametrize("change", [{"on_error": "skip"}, {"class_names": ("a", "b", "c", "d", "e")}])
