@@ -79,7 +79,7 @@ def base_config() -> ConfigDict:
     augment.crop = (473, 473)  # height, width that the network trains on
 
     config.loss = loss = ConfigDict()
-    loss.terms = ("cross_entropy",)  # which losses are added up: cross_entropy, ohem, focal, dice
+    loss.terms = "cross_entropy"  # cross_entropy, ohem, focal or dice; several are added up in the form "cross_entropy+dice"
     loss.class_weights = ()  # one a class; empty: all alike
     loss.class_weighting = ""  # class weights by the training data: inverse or median frequency; empty: none
     loss.label_smoothing = 0.0  # share of the target that is spread over all classes; cross_entropy, ohem

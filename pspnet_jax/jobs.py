@@ -53,14 +53,10 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         logger.info(report)
         return report.to_json(), pictures
 
-    hooks, writer = [], None
-    if host == 0:
-        writer = metric_writers.SummaryWriter(str(workdir / "tensorboard"))
-        if steps := config.profile_steps:
-            folder = str(workdir / "profile")
-            hooks = [
-                periodic_actions.Profile(logdir=folder, num_profile_steps=steps, profile_duration_ms=None, every_secs=None)
-            ]
+    hooks = []
+    if host == 0 and config.profile_steps:
+        options = {"num_profile_steps": config.profile_steps, "profile_duration_ms": None, "every_secs": None}
+        hooks = [periodic_actions.Profile(logdir=workdir / "profile", **options)]
     loop.fit(
         config,
         model=models.build(config.model, len(config.dataset.class_names)),
@@ -70,7 +66,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         evaluate=evaluate,
         workdir=workdir,
         examples_per_epoch=data.examples_per_epoch,
-        writer=writer,
+        writer=metric_writers.SummaryWriter,
         hooks=hooks,
     )
     logger.info(f"{workdir} has checkpoints/, metrics.jsonl, pictures/ and tensorboard/")

@@ -45,20 +45,32 @@ def build(loss: ConfigDict, total_steps: int) -> Loss:
     Raises:
       UserError: loss.terms has an unknown kind.
     """
-    if unknown := [kind for kind in loss.terms if kind not in LOSSES]:
-        raise UserError(f"loss.terms={loss.terms}: {unknown[0]!r} is unknown; expected some of {', '.join(LOSSES)}")
+    if wrong := problems(loss):
+        raise UserError("\n".join(wrong))
+    kinds = loss.terms.split("+")
     auxiliary_scale = auxiliary_weight(loss, total_steps)
 
     def compute(outputs: Any, batch: Batch, step: jax.Array) -> tuple[dict[str, Term], dict[str, Metric]]:
         logits, auxiliary = outputs
-        terms = {kind: Term(*LOSSES[kind](logits, batch["label"], loss)) for kind in loss.terms}
+        terms = {kind: Term(*LOSSES[kind](logits, batch["label"], loss)) for kind in kinds}
         if auxiliary is not None:
             scale = auxiliary_scale(step)
-            for kind in loss.terms:
+            for kind in kinds:
                 terms[f"auxiliary_{kind}"] = Term(*LOSSES[kind](auxiliary, batch["label"], loss), scale)
         return terms, {"mean_iou": MeanIoU.from_logits(logits, batch["label"])}
 
     return compute
+
+
+def problems(loss: ConfigDict) -> list[str]:
+    """What is impossible in `config.loss` by itself, one sentence per field; empty when all is well."""
+    found = []
+    if unknown := [kind for kind in loss.terms.split("+") if kind not in LOSSES]:
+        choices = f"one of {', '.join(LOSSES)}, or several in the form 'cross_entropy+dice'"
+        found.append(f"loss.terms={loss.terms!r}: {unknown[0]!r} is unknown; expected {choices}")
+    if min(loss.class_weights, default=1) < 0 or max(loss.class_weights, default=1) == 0:
+        found.append(f"loss.class_weights={loss.class_weights}: expected weights of 0 or more, not all 0")
+    return found
 
 
 def auxiliary_weight(loss: ConfigDict, total_steps: int) -> optax.Schedule:

@@ -22,7 +22,6 @@ CHOICES: dict[str, Collection[str]] = {
 }
 TUPLES = {  # type and number of the values in a tuple; None: any number
     "model.bins": (int, None),
-    "loss.terms": (str, None),
     "loss.class_weights": (float, None),
     "normalize.mean": (float, 3),
     "normalize.std": (float, 3),
@@ -116,10 +115,7 @@ def _range_problems(config: ConfigDict) -> list[str]:
     ]
     if min(config.normalize.std) <= 0:
         problems.append(f"normalize.std={config.normalize.std}: expected values above 0")
-    if not config.loss.terms or not set(config.loss.terms) <= losses.LOSSES.keys():
-        problems.append(f"loss.terms={config.loss.terms}: expected one or more of {', '.join(losses.LOSSES)}")
-    if min(config.loss.class_weights, default=1) < 0 or max(config.loss.class_weights, default=1) == 0:
-        problems.append(f"loss.class_weights={config.loss.class_weights}: expected weights of 0 or more, not all 0")
+    problems += losses.problems(config.loss)
     low, high = config.augment.scale
     if not 0 < low <= high:
         problems.append(f"augment.scale={config.augment.scale}: expected (low, high) with 0 < low <= high")

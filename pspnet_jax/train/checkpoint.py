@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, Sharding
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
@@ -174,7 +174,7 @@ def _reason(error: Exception) -> str:
     return lines[0][:200]
 
 
-def _read_tree(path: epath.Path, sharding: NamedSharding, parts: Sequence[str] = ("params", "batch_stats")) -> Any:
+def _read_tree(path: epath.Path, sharding: Sharding, parts: Sequence[str] = ("params", "batch_stats")) -> Any:
     """Reads those parts of a saved tree that are not empty, whatever their shapes."""
 
     def target(saved: Any) -> Any:

@@ -4,7 +4,7 @@ import datetime
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
@@ -22,11 +22,13 @@ T = TypeVar("T")
 
 
 class Writer(Protocol):
-    """What `fit` writes scalars and images with besides its own files: a clu.metric_writers.MetricWriter."""
+    """What training logs write scalars and images with besides their own files: a clu.metric_writers.MetricWriter."""
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None: ...
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class TrainingLog:
@@ -35,10 +37,18 @@ class TrainingLog:
     Layout: WORKDIR/metrics.jsonl (one JSON object a line, in the order of steps) and WORKDIR/pictures.
     """
 
-    def __init__(self, workdir: epath.Path, config: ConfigDict, start: int, writer: Writer | None, examples_per_epoch: int):
+    def __init__(
+        self,
+        workdir: epath.Path,
+        config: ConfigDict,
+        start: int,
+        writer: Callable[[str], Writer] | None,
+        examples_per_epoch: int,
+    ):
         """Goes on after `start` steps; the lines of later ones are dropped, as these steps are made again."""
         self._active = jax.process_index() == 0
-        self._pictures, self._config, self._writer = workdir / "pictures", config, writer
+        self._writer = writer(str(workdir / "tensorboard")) if writer and self._active else None
+        self._pictures, self._config = workdir / "pictures", config
         self._examples_per_epoch = examples_per_epoch
         self._interval: Metrics | None = None
         self.stalls = InputStallTimer()
@@ -107,6 +117,8 @@ class TrainingLog:
         self.stalls.close()
         if self._active:
             self._lines.close()
+        if self._writer:
+            self._writer.close()
 
 
 _merge = jax.jit(lambda interval, metrics: {name: metric.merge(metrics[name]) for name, metric in interval.items()})

@@ -42,7 +42,7 @@ def fit(
     evaluate: Evaluate | None,
     workdir: epath.PathLike,
     examples_per_epoch: int = 0,
-    writer: Writer | None = None,
+    writer: Callable[[str], Writer] | None = None,
     hooks: Sequence[Callable[[int], None]] = (),
 ) -> TrainState:
     """Trains to config.total_steps, from the newest checkpoint in workdir if there is one.
@@ -60,7 +60,7 @@ def fit(
         them the number config.eval.best_metric, and pictures by name; None: no evaluation.
       workdir: where checkpoints, metrics and pictures go.
       examples_per_epoch: examples after which the training data has been seen once, for the rates written then; 0: none.
-      writer: gets all numbers and pictures too, such as clu.metric_writers.SummaryWriter; closed by the caller.
+      writer: such as clu.metric_writers.SummaryWriter; called with WORKDIR/tensorboard, it gets all numbers and pictures, too.
       hooks: called after each step with its number, such as those of clu.periodic_actions.
 
     Raises:

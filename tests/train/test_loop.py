@@ -242,7 +242,7 @@ def test_model_and_loop_load_no_tensorflow():
 def test_hooks_and_the_writer_are_called_and_the_wrong_best_metric_is_named(tmp_path):
     class Writer:
         def __init__(self):
-            self.scalars, self.images = {}, {}
+            self.scalars, self.images, self.closed = {}, {}, False
 
         def write_scalars(self, step, scalars):
             self.scalars.setdefault(step, {}).update(scalars)
@@ -250,14 +250,18 @@ def test_hooks_and_the_writer_are_called_and_the_wrong_best_metric_is_named(tmp_
         def write_images(self, step, images):
             self.images[step] = images
 
+        def close(self):
+            self.closed = True
+
     config, writer, steps = tiny_config(), Writer(), []
     config.total_steps = 2
     config.every.update(log=2, save=2, eval=2)
-    fit(config, make_batches, score, tmp_path / "a", writer=writer, hooks=[steps.append])
+    fit(config, make_batches, score, tmp_path / "a", writer=lambda logdir: writer, hooks=[steps.append])
     assert steps == [1, 2]
     assert list(writer.scalars) == [2]
     assert {"train/loss", "train/cross_entropy", "train/learning_rate", "eval/mean_iou"} <= set(writer.scalars[2])
     assert writer.images[2]["street"].shape == (1, 2, 4, 3)
+    assert writer.closed
     config.eval.best_metric = "f1"
     with pytest.raises(UserError, match=r"eval.best_metric='f1': the evaluation has mean_iou, pixel_accuracy, images; choose"):
         fit(config, make_batches, score, tmp_path / "b")
