@@ -177,6 +177,7 @@ class Predictor:
             windows = self._prepare(jax.device_put(batch.pixels, self._sharding))
             places = jax.device_put(batch.places, self._sharding)
             logits = [self._network(variables, x) for x in windows]
+            jax.block_until_ready(sums)  # of the batch before, while this one runs: a longer queue would fill the memory
             for view, bounds in batch.parts:
                 if view not in sums:
                     sums[view] = self._zeros((plan.shape[0], *plan.canvases[view].size))
