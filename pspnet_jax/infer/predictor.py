@@ -173,11 +173,10 @@ class Predictor:
         """Yields each view's sums over windows on its canvas, f32[M, h, w, K], and its way to the image, when it is done."""
         sums: dict[int, jax.Array] = {}
         missing = [canvas.num_windows for canvas in plan.canvases]
-        for batch in plan.batches:
-            windows = self._prepare(jax.device_put(batch.pixels, self._sharding))
-            places = jax.device_put(batch.places, self._sharding)
-            logits = [self._network(variables, x) for x in windows]
-            for view, bounds in batch.parts:
+        for pixels, places, parts in plan.batches:
+            logits = [self._network(variables, x) for x in self._prepare(jax.device_put(pixels, self._sharding))]
+            del pixels  # as soon as the devices have them
+            for view, bounds in parts:
                 if view not in sums:
                     sums[view] = self._zeros((plan.shape[0], *plan.canvases[view].size))
                 sums[view] = self._accumulate_windows(sums[view], logits, places, bounds)

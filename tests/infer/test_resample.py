@@ -9,7 +9,7 @@ from pspnet_jax.infer.resample import bilinear, bilinear_antialiased, bilinear_c
 
 
 def resized(line, found):
-    return (np.array(line)[found.index] * found.weight).sum(1)
+    return (np.array(line)[found.indices] * found.weight).sum(1)
 
 
 def test_bilinear_by_hand():
