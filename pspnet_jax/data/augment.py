@@ -21,11 +21,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from pspnet_jax.datasets import IGNORE
+from pspnet_jax.errors import UserError
 
 if int(cv2.__version__.split(".")[0]) < 5:  # opencv-python 4 may lie over the version that was asked for
-    raise ImportError(
-        f"OpenCV is {cv2.__version__}, whose bilinear maps are coarse; run pip install 'opencv-python-headless>=5'"
-    )
+    raise UserError(f"OpenCV is {cv2.__version__}, whose bilinear maps are coarse; run pip install 'opencv-python-headless>=5'")
 cv2.setNumThreads(0)  # a call runs in its caller's thread: the pipeline has one for each core
 RADIUS = 2  # pixels that the blur reaches
 
