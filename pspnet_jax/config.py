@@ -64,8 +64,8 @@ def base_config() -> ConfigDict:
     dataset.class_names = ()  # empty: from the dataset's table, or a folder's classes.txt
     dataset.colors = ()  # one (R, G, B) a class; empty: as class_names
     dataset.on_error = "stop"  # at a damaged file or one of a wrong kind, when files are checked: stop, or skip it and say so
-    dataset.cache = ""  # decoded images: "memory" or "disk" keeps them after the first epoch; empty: decode each time
-    dataset.cache_dir = ""  # for cache="disk" and balance; empty: pspnet_jax in the system's temporary directory
+    dataset.cache = ""  # keeps decoded images: memory, in each process; disk, for all processes of a machine; empty: none
+    dataset.cache_dir = ""  # for the cache on disk, and what was found out about files; empty: TMPDIR/pspnet_jax
     dataset.balance = 0.0  # share of the examples drawn so that every class comes equally often, from images that have it
     dataset.mixture = ()  # further training data, ("name", "root", "split", weight) each; the dataset above has weight 1:
     # --config.dataset.mixture="(('folder', 'more/data', 'train', 0.5),)" takes a third of the examples from there

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from pspnet_jax.errors import UserError
 
-NAMES = ("folder", "ade20k", "voc2012", "cityscapes", "scenes", "tfds")  # of config.dataset.name
 IGNORE = 255  # label of the pixels that neither train nor count
 WRONG = 254  # stands for values that do not occur in a benchmark's label files
 MAX_CLASSES = 255  # labels are uint8, and 255 is IGNORE
@@ -35,6 +34,16 @@ COUNTS = {
     "voc2012": {"train": 1_464, "train_aug": 10_582, "trainval": 2_913, "val": 1_449, "test": 1_456},
     "cityscapes": {"train": 2_975, "val": 500, "test": 1_525, "train_extra": 19_998},
 }
+
+# What a directory holds that is read by each config.dataset.name, see data/layouts.py; the others are no directories of files.
+EXPECTED_FILES = {
+    "folder": "images/SPLIT and labels/SPLIT",
+    "ade20k": "images/{training,validation} and annotations/{training,validation}, as ADEChallengeData2016 has them",
+    "voc2012": "JPEGImages, SegmentationClass and ImageSets/Segmentation, as VOCdevkit/VOC2012 has them; for train_aug also "
+    "SegmentationClassAug, or SBD's benchmark_RELEASE/dataset beside it or as --config.dataset.extra_root",
+    "cityscapes": "leftImg8bit/{train,val}/CITY and gtFine/{train,val}/CITY (for train_extra gtCoarse), all in one place",
+}
+NAMES = (*EXPECTED_FILES, "scenes", "tfds")
 
 Color = tuple[int, int, int]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 def _without_notes() -> Iterator[None]:
     """Filters TensorFlow's start-up notes, which no setting of its own turns off, out of stderr; all else gets through, also
     what a crash says, as the filter is a process of its own."""
+    if not shutil.which("grep"):
+        yield
+        return
     stderr = os.dup(2)
     try:
         command = ["grep", "--line-buffered", "-vE", "^[IWE]0000 |absl::InitializeLog|^To enable the following instructions"]

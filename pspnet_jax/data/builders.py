@@ -29,6 +29,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from pspnet_jax import config as configs
+from pspnet_jax import datasets
 from pspnet_jax.data import layouts, sources
 from pspnet_jax.errors import UserError
 
@@ -54,7 +55,7 @@ class _FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
     @property
     def MANUAL_DOWNLOAD_INSTRUCTIONS(self) -> str:
         archives = f"{', '.join(self.ARCHIVES)}, or " if self.ARCHIVES else ""
-        return f"--manual_dir has to hold {archives}{layouts.EXPECTED[self.BENCHMARK]}."
+        return f"--manual_dir has to hold {archives}{datasets.EXPECTED_FILES[self.BENCHMARK]}."
 
     def _info(self) -> tfds.core.DatasetInfo:
         image = tfds.features.Image(shape=(None, None, 3))

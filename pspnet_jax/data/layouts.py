@@ -46,14 +46,18 @@ def list_pairs(name: str, root: str, split: str, extra_root: str = "") -> list[P
       UserError: a directory or list is missing: which, and what was expected; or an image is in two of several splits.
     """
     if not root:
-        raise UserError(f"dataset.root is empty: set --config.dataset.root to the directory with {EXPECTED[name]}")
+        raise UserError(
+            f"dataset.root is empty: set --config.dataset.root to the directory with {datasets.EXPECTED_FILES[name]}"
+        )
     if not tf.io.gfile.isdir(root):
-        raise MissingFileError(f"--config.dataset.root={root}: no such directory; expected one with {EXPECTED[name]}")
+        raise MissingFileError(
+            f"--config.dataset.root={root}: no such directory; expected one with {datasets.EXPECTED_FILES[name]}"
+        )
     parts = _parts(name, split)
     try:
         found = {part: LAYOUTS[name](root, part, extra_root) for part in parts}
     except UserError as error:
-        raise type(error)(f"dataset.name={name!r}: {error}; expected {EXPECTED[name]}") from error
+        raise type(error)(f"dataset.name={name!r}: {error}; expected {expected}") from error
     pairs = [pair for part in parts for pair in found[part]]
     if name == "folder" and len(parts) > 1:  # where the same names may occur in each
         pairs = [pair._replace(name=f"{part}/{pair.name}") for part in parts for pair in found[part]]
@@ -226,11 +230,4 @@ LAYOUTS: dict[str, Callable[[str, str, str], list[Pair]]] = {
     "voc2012": _voc2012,
     "cityscapes": _cityscapes,
 }
-EXPECTED = {
-    "folder": "images/SPLIT and labels/SPLIT",
-    "ade20k": "images/{training,validation} and annotations/{training,validation}, as ADEChallengeData2016 has them",
-    "voc2012": "JPEGImages, SegmentationClass and ImageSets/Segmentation, as VOCdevkit/VOC2012 has them; for train_aug also "
-    "SegmentationClassAug, or SBD's benchmark_RELEASE/dataset beside it or as --config.dataset.extra_root",
-    "cityscapes": "leftImg8bit/{train,val}/CITY and gtFine/{train,val}/CITY (for train_extra gtCoarse), all in one place",
-}
-assert EXPECTED.keys() == LAYOUTS.keys() >= datasets.RAW_VALUES.keys()
+assert LAYOUTS.keys() == datasets.EXPECTED_FILES.keys() >= datasets.RAW_VALUES.keys()
