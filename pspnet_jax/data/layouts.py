@@ -45,14 +45,11 @@ def list_pairs(name: str, root: str, split: str, extra_root: str = "") -> list[P
     Raises:
       UserError: a directory or list is missing: which, and what was expected; or an image is in two of several splits.
     """
+    expected = datasets.EXPECTED_FILES[name]
     if not root:
-        raise UserError(
-            f"dataset.root is empty: set --config.dataset.root to the directory with {datasets.EXPECTED_FILES[name]}"
-        )
+        raise UserError(f"dataset.root is empty: set --config.dataset.root to the directory with {expected}")
     if not tf.io.gfile.isdir(root):
-        raise MissingFileError(
-            f"--config.dataset.root={root}: no such directory; expected one with {datasets.EXPECTED_FILES[name]}"
-        )
+        raise MissingFileError(f"--config.dataset.root={root}: no such directory; expected one with {expected}")
     parts = _parts(name, split)
     try:
         found = {part: LAYOUTS[name](root, part, extra_root) for part in parts}
