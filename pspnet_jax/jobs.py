@@ -4,10 +4,12 @@ Each takes the command line's arguments (see `main`) and its overrides of the co
 """
 
 import argparse
+import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import rich
 from etils import epath
@@ -25,51 +27,78 @@ from pspnet_jax.train import checkpoint, resume
 from pspnet_jax.train.step import new_state
 
 logger = logging.getLogger("pspnet_jax")
+Evaluation = tuple[Mapping[str, Any], Mapping[str, Any]]  # metrics, and pictures by name
 PICTURES = 4  # of the validation split, in each evaluation
 PANELS = 12  # of each split, in --mode check
 
 
 def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode train: trains the recipe in its workdir, or goes on where it stopped."""
-    from clu import metric_writers, periodic_actions  # these import TensorFlow
-
-    from pspnet_jax.data import pipeline, sources
+    from pspnet_jax.data import pipeline, sources  # imports TensorFlow, as does clu.metric_writers after it
     from pspnet_jax.train import loop
+
+    from clu import metric_writers  # isort: skip
 
     config = _recipe(arguments, overrides, jax.device_count())
     workdir = files.absolute(arguments.workdir or f"runs/{config.name}")
     if config.init_from:
         _check_init_from(config)
-    scored, data = sources.open_source(config.dataset, config.eval.split), pipeline.open_training(config)
+    validation_source = sources.open_source(config.dataset, config.eval.split)
+    data = pipeline.open_training(config)
     config.loss.class_weights = _class_weights(config)
-    predictor, host, hosts = _predictor(config), jax.process_index(), jax.process_count()
+    model = models.build(config.model, len(config.dataset.class_names))
+    host, hosts = jax.process_index(), jax.process_count()
 
     def batches(start: int) -> Iterable[Mapping[str, Any]]:
         dataset = pipeline.train_dataset(config, start_step=start, host=host, hosts=hosts, data=data)
         return pipeline.as_numpy(dataset)
 
-    def evaluate(variables: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        report, pictures = _score(predictor, variables, config, scored)
-        logger.info(report)
-        return report.to_json(), pictures
-
-    hooks = []
-    if host == 0 and config.profile_steps:
-        options = {"num_profile_steps": config.profile_steps, "profile_duration_ms": None, "every_secs": None}
-        hooks = [periodic_actions.Profile(logdir=workdir / "profile", **options)]
     loop.fit(
         config,
-        model=models.build(config.model, len(config.dataset.class_names)),
+        model=model,
         loss=losses.build(config.loss, config.total_steps),
         optimizer=optimizers.build(config.optimizer, config.total_steps),
         batches=batches,
-        evaluate=evaluate,
+        evaluate=evaluator(config, model, validation_source),
         workdir=workdir,
         examples_per_epoch=data.examples_per_epoch,
         writer=metric_writers.SummaryWriter,
-        hooks=hooks,
+        hooks=[_profile(workdir / "profile", config.profile_steps)] if config.profile_steps and host == 0 else (),
     )
     logger.info(f"{workdir} has checkpoints/, metrics.jsonl, pictures/ and tensorboard/")
+
+
+def evaluator(config: ConfigDict, model: nn.Module, source: Any) -> Callable[[Any], Evaluation]:
+    """Returns what `fit` takes to evaluate a segmentation model: variables -> (the report's numbers, pictures).
+
+    Args:
+      config: of which eval, normalize, model.align_corners and dataset are used.
+      model: maps normalized images f32[N, H, W, 3] to logits [N, H, W, K] with train=False.
+      source: the split, opened (see `data.sources`).
+    """
+    predictor = _predictor(config, model)
+
+    def evaluate(variables: Any) -> Evaluation:
+        report, pictures = _score(predictor, variables, config, source)
+        logger.info(report)
+        return report.to_json(), pictures
+
+    return evaluate
+
+
+def _profile(folder: epath.Path, steps: int) -> Callable[[int], None]:
+    """Returns a hook that has JAX's profiler trace so many steps, from the tenth after its first call."""
+    from clu import periodic_actions
+
+    actions: list[periodic_actions.Profile] = []
+
+    def hook(step: int) -> None:
+        if not actions:
+            options = {"num_profile_steps": steps, "profile_duration_ms": None, "every_secs": None}
+            actions.append(periodic_actions.Profile(logdir=folder, first_profile=step + 9, **options))
+        actions[0](step)
+
+    return hook
 
 
 def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -102,14 +131,14 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from pspnet_jax.data import sources
 
     config, step, variables, workdir = _restore(arguments, overrides)
-    scored = sources.open_source(config.dataset, config.eval.split)
-    report, _ = _score(_predictor(config), variables, config, scored)
+    source = sources.open_source(config.dataset, config.eval.split)
+    report, _ = _score(_predictor(config), variables, config, source)
     if jax.process_index() == 0:
         root = config.dataset.root if config.dataset.name == "folder" else ""
         path = workdir / "evaluation" / f"{report.file_stem(step, root)}.json"
-        report.write(path)
         rich.print(report.table())
         print(report)
+        report.write(path)
         logger.info(f"step {step} of {workdir}; written to {path}")
 
 
@@ -125,7 +154,7 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     paths = prediction.find_images(arguments.input, bool(form)) if arguments.input else _images(config)
     prediction.predict(_predictor(config), variables, paths, arguments.output, info, form)
     what = f"the {form} server's form" if form else "index/, color/ and overlay/"
-    logger.info(f"{len(paths)} images segmented: {what} in {arguments.output}")
+    logger.info(f"{len(paths)} image(s) segmented: {what} in {arguments.output}")
 
 
 def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -198,7 +227,8 @@ def _check_init_from(config: ConfigDict) -> None:
     if not path.exists():
         raise MissingFileError(f"init_from={config.init_from}: no such file or directory")
     if path.is_dir():
-        checkpoint.Checkpoints(path, read_only=True).find("latest")
+        with contextlib.closing(checkpoint.Checkpoints(path, read_only=True)) as checkpoints:
+            checkpoints.find("latest")
     config.init_from = str(path)
 
 
@@ -225,8 +255,8 @@ def _restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[C
     saved, step, variables = checkpoint.load(workdir, arguments.checkpoint, parallel.make_mesh())
     config = configs.override(saved.copy_and_resolve_references(), overrides)
     validation.validate(config)
-    if changed := [c for c in resume.differences(saved, config) if c.startswith("model.")]:
-        raise UserError(f"{'; '.join(changed)}: the network is the one that was trained; leave --config.model out")
+    if changed := [c for c in resume.differences(saved, config) if c.startswith(("model.", "normalize."))]:
+        raise UserError(f"{'; '.join(changed)}: the network is the one that was trained; leave these fields out")
     return config, step, variables, workdir
 
 
@@ -242,22 +272,23 @@ def _images(config: ConfigDict) -> dict[str, str]:
     return {pair.name: pair.image for pair in pairs}
 
 
-def _predictor(config: ConfigDict) -> Predictor:
+def _predictor(config: ConfigDict, model: nn.Module | None = None) -> Predictor:
+    """The predictor of a model, by default the config's own."""
     num_classes = len(config.dataset.class_names)
-    model = models.build(config.model, num_classes)
+    network = model or models.build(config.model, num_classes)
 
     def apply(variables: Any, images: jax.Array) -> Any:
-        return model.apply(variables, images, train=False)
+        return network.apply(variables, images, train=False)
 
     return Predictor(apply, config, num_classes)
 
 
-def _score(predictor: Predictor, variables: Any, config: ConfigDict, scored: Any) -> tuple[Report, Mapping[str, Any]]:
-    """Scores config.eval.split, which is open already."""
+def _score(predictor: Predictor, variables: Any, config: ConfigDict, source: Any) -> tuple[Report, Mapping[str, Any]]:
+    """Scores config.eval.split, opened as `source`."""
     from pspnet_jax.data import pipeline
 
     info = datasets.describe(config.dataset)
-    dataset = pipeline.eval_dataset(config, host=jax.process_index(), hosts=jax.process_count(), source=scored)
+    dataset = pipeline.eval_dataset(config, host=jax.process_index(), hosts=jax.process_count(), source=source)
     return evaluation.evaluate(
-        predictor, variables, pipeline.as_numpy(dataset), info, len(scored), config.eval.split, pictures=PICTURES
+        predictor, variables, pipeline.as_numpy(dataset), info, len(source), config.eval.split, pictures=PICTURES
     )

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from pspnet_jax import models, parallel
+from pspnet_jax import parallel
 from pspnet_jax.train import checkpoint
-from pspnet_jax.train.loop import fit
-from tests.train import OneLayer, make_batches, tiny_config
+from tests.train import OneLayer, fit, make_batches, tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -81,11 +80,8 @@ import jax
 from pspnet_jax import parallel
 
 parallel.start_processes()
-from pspnet_jax import models
-from pspnet_jax.train.loop import fit
-from tests.train import OneLayer, make_batches, tiny_config
+from tests.train import OneLayer, fit, make_batches, tiny_config
 
-models.build = lambda model, num_classes: OneLayer()
 workdir, at = sys.argv[1], int(sys.argv[2])
 host = jax.process_index()
 assert jax.process_count() == 2 and jax.local_device_count() == 1
@@ -98,7 +94,7 @@ def batches(start):
             time.sleep(1)
         yield {name: array[4 * host : 4 * host + 4] for name, array in batch.items()}
 
-fit(tiny_config(), batches, None, workdir)
+fit(tiny_config(), batches, None, workdir, model=OneLayer())
 """
 
 
@@ -140,9 +136,8 @@ def test_two_processes_stop_and_resume_together_and_equal_one(tmp_path, monkeypa
 
     mesh = parallel.make_mesh(jax.devices()[:2])
     monkeypatch.setattr(parallel, "make_mesh", lambda: mesh)
-    monkeypatch.setattr(models, "build", lambda model, num_classes: OneLayer())
-    alone = fit(tiny_config(), make_batches, None, tmp_path / "one")
-    target = checkpoint.abstract_state(tiny_config(), OneLayer(), mesh)
+    alone = fit(tiny_config(), make_batches, None, tmp_path / "one", model=OneLayer())
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), alone)
     together = checkpoint.Checkpoints(tmp_path / "two", read_only=True).restore(12, target)
     differences = jax.tree.map(lambda x, y: float(np.max(np.abs(np.asarray(x) - np.asarray(y)), initial=0)), together, alone)
     largest = max(jax.tree.leaves(differences))

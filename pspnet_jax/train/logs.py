@@ -3,6 +3,7 @@
 import datetime
 import json
 import logging
+import numbers
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -109,8 +110,10 @@ class TrainingLog:
         if not self._active:
             return
         if self._writer:
-            self._writer.write_scalars(step, {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, float)})
-        self._lines.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+            self._writer.write_scalars(
+                step, {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, numbers.Real | jax.Array)}
+            )
+        self._lines.write(json.dumps({"step": step, "kind": kind, **values}, default=float) + "\n")
         self._lines.flush()
 
     def close(self) -> None:

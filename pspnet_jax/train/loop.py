@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import logging
+import numbers
 import signal
 import threading
 import time
@@ -49,7 +50,7 @@ def fit(
 
     Args:
       config: of which this uses seed, batch_size, total_steps, init_from, normalize, every, optimizer.accumulate and ema_decay,
-        model.norm and eval.best_metric; all of it is saved.
+        model.norm and eval.best_metric; all of it is saved, and compared when a run is resumed.
       model: a flax.linen module that is called with images f32[N, H, W, 3], normalized, and train; its state is in
         "batch_stats", and "dropout" is its random number.
       loss: of what the model returns in training, see `losses`.
@@ -75,12 +76,10 @@ def fit(
         checkpoints = closing.enter_context(contextlib.closing(Checkpoints(workdir)))
         newest = checkpoints.steps[-1] if checkpoints.steps else 0
         feed = iter(batches(min(newest, total - 1)))
-        first = next(feed)  # tells the images' shape
+        if (first := next(feed, None)) is None:  # read before there is a state, for the images' shape
+            raise UserError("there is no batch to train on")
         state = resume.start(config, model, optimizer, mesh, first["image"].shape[1:], checkpoints, workdir)
         start = int(state.step)
-        if jax.process_index() == 0:
-            with files.atomic(workdir / "config.json") as path:
-                path.write_text(configs.to_json(config))
         if start == total:
             logger.info(f"{workdir} holds the finished run, step {start} of {total}; delete it to start over")
             return state
@@ -107,12 +106,11 @@ def _loop(
     guard = NonFiniteGuard(checkpoints)
     for step in range(start + 1, total + 1):
         try:
-            batch = next(batches)
-        except UserError:  # a wrong example must not cost the steps before it
+            if (batch := next(batches, None)) is None:
+                raise UserError(f"the batches ended after step {step - 1}, before total_steps={total}")
+        except Exception:  # a wrong example must not cost the steps before it
             _save_all(checkpoints, guard, state, config)
             raise
-        except StopIteration as error:
-            raise UserError(f"the batches ended after step {step - 1}, before total_steps={total}") from error
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, metrics = train_step(state, batch)
         log.started(metrics)
@@ -156,8 +154,10 @@ def due(step: int, every: int, total: int) -> bool:
 
 
 def _announce(config: ConfigDict, state: TrainState, mesh: Mesh, workdir: epath.Path, start: int) -> None:
-    """Says what is about to run; the parameter table goes to a file."""
+    """Says what is about to run, and writes its config and the table of its parameters."""
     if jax.process_index() == 0:
+        with files.atomic(workdir / "config.json") as path:
+            path.write_text(configs.to_json(config))
         with files.atomic(workdir / "parameters.txt") as path:
             path.write_text(parameter_overview.get_parameter_overview(state.params, include_stats=False) + "\n")
     groups = {name: parameter_overview.count_parameters(tree) for name, tree in state.params.items()}
@@ -184,16 +184,16 @@ def _evaluate(evaluate: Evaluate | None, state: TrainState, step: int, log: Trai
     began = time.perf_counter()
     metrics, pictures = evaluate(state.variables)
     log.evaluation(step, metrics, pictures, time.perf_counter() - began)
-    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
-    if best_metric not in numbers:
-        raise UserError(f"eval.best_metric={best_metric!r}: the evaluation has {', '.join(numbers)}; choose one of these")
-    return {SCORE: numbers[best_metric], **numbers}
+    found = {name: float(value) for name, value in metrics.items() if isinstance(value, numbers.Real | jax.Array)}
+    if best_metric not in found:
+        raise UserError(f"eval.best_metric={best_metric!r}: the evaluation has {', '.join(found)}; choose one of these")
+    return {SCORE: found[best_metric], **found}
 
 
 class NonFiniteGuard:
     """Stops a run whose loss or gradient is not finite, looking one step late so that the device never waits for it.
 
-    A loss may be finite where its gradient is not, in float16 above all, and the state after that step is lost.
+    A loss may be finite where its gradient is not, and the state after that step is lost.
     """
 
     def __init__(self, checkpoints: Checkpoints):
@@ -214,7 +214,7 @@ class NonFiniteGuard:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
-        loss, norm = (float(metrics[name].compute()) for name in ("loss", "gradient_norm"))
+        loss, norm = (float(jax.device_get(metrics[name]).compute()) for name in ("loss", "gradient_norm"))
         if not np.isfinite(loss + norm):
             steps = self._checkpoints.steps
             good = f"the last good checkpoint is that of step {steps[-1]}" if steps else "no checkpoint was saved before"

@@ -1,7 +1,5 @@
 """The train state and the train step: a pure function of state and batch, compiled for a mesh."""
 
-import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,13 +18,13 @@ from pspnet_jax.optimizers import Optimizer
 
 Variables = dict[str, Any]  # params, batch_stats
 Metrics = dict[str, Metric]
-Weights = dict[str, jax.Array]  # of the loss's terms, f32[] each
+TermWeights = dict[str, jax.Array]  # what the sums of the loss's terms are divided by, f32[] each
 
 
 class TrainState(flax.struct.PyTreeNode):
     """All that a run needs to go on: everything else follows from the config and the step."""
 
-    step: jax.Array  # int32[], number of updates made
+    step: jax.Array  # int32[], number of updates aux
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
@@ -77,11 +75,11 @@ def init_state(
     return jax.jit(init, out_shardings=parallel.replicated(mesh), compiler_options=options)
 
 
-class Pass(NamedTuple):
-    """What a pass of a part of the batch gives beside the loss."""
+class Aux(NamedTuple):
+    """What loss_fn returns beside the loss."""
 
     batch_stats: Any
-    weights: Weights
+    weights: TermWeights
     means: dict[str, jax.Array]  # the loss and its terms
     metrics: Metrics
 
@@ -100,8 +98,8 @@ def make_train_step(
     """
 
     def loss_fn(
-        params: Any, batch_stats: Any, step: jax.Array, batch: Batch, key: jax.Array, weights: Weights | None = None
-    ) -> tuple[jax.Array, Pass]:
+        params: Any, batch_stats: Any, step: jax.Array, batch: Batch, key: jax.Array, weights: TermWeights | None = None
+    ) -> tuple[jax.Array, Aux]:
         """`weights` are those of the whole batch, of which this may be a part."""
         outputs, updates = model.apply(
             {"params": params, "batch_stats": batch_stats},
@@ -113,24 +111,23 @@ def make_train_step(
         terms, metrics = loss(outputs, batch, step)
         own = jax.lax.stop_gradient({name: term.weight for name, term in terms.items()})
         means = {name: term.mean((weights or own)[name]) for name, term in terms.items()}
-        total = functools.reduce(operator.add, [term.scale * means[name] for name, term in terms.items()])
-        return total, Pass(updates.get("batch_stats", {}), own, {"loss": total} | means, metrics)
+        total = sum((term.scale * means[name] for name, term in terms.items()), jnp.zeros(()))
+        return total, Aux(updates.get("batch_stats", {}), own, {"loss": total} | means, metrics)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        if (
-            config.optimizer.accumulate == 1
-        ):  # not a scan of length 1: XLA runs convolutions inside loops many times slower on CPUs
-            grads, made = jax.grad(loss_fn, has_aux=True)(state.params, state.batch_stats, state.step, batch, key)
+        # Without parts there is no scan of length 1: XLA runs convolutions inside loops many times slower on CPUs.
+        if config.optimizer.accumulate == 1:
+            grads, aux = jax.grad(loss_fn, has_aux=True)(state.params, state.batch_stats, state.step, batch, key)
         else:
-            grads, made = _accumulated(loss_fn, state, batch, key, config.optimizer.accumulate)
+            grads, aux = _accumulated(loss_fn, state, batch, key, config.optimizer.accumulate)
         updates, opt_state = optimizer.transformation.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = _averaged(state.ema, {"params": params, "batch_stats": made.batch_stats}, config.optimizer.ema_decay)
-        means = made.means | {"gradient_norm": optax.tree.norm(grads)}
-        metrics = {name: Average(value, jnp.ones((), jnp.int32)) for name, value in means.items()} | made.metrics
+        ema = _averaged(state.ema, {"params": params, "batch_stats": aux.batch_stats}, config.optimizer.ema_decay)
+        means = aux.means | {"gradient_norm": optax.tree.norm(grads)}
+        metrics = {name: Average(value, jnp.ones((), jnp.int32)) for name, value in means.items()} | aux.metrics
         metrics |= {name: LastValue(jnp.asarray(schedule(state.step))) for name, schedule in optimizer.schedules.items()}
-        return TrainState(state.step + 1, params, made.batch_stats, opt_state, ema), metrics
+        return TrainState(state.step + 1, params, aux.batch_stats, opt_state, ema), metrics
 
     everywhere = parallel.replicated(mesh)
     return jax.jit(
@@ -142,8 +139,8 @@ def make_train_step(
 
 
 def _accumulated(
-    loss_fn: Callable[..., tuple[jax.Array, Pass]], state: TrainState, batch: Batch, key: jax.Array, parts: int
-) -> tuple[Any, Pass]:
+    loss_fn: Callable[..., tuple[jax.Array, Aux]], state: TrainState, batch: Batch, key: jax.Array, parts: int
+) -> tuple[Any, Aux]:
     """Adds up the gradients of the parts, one after the other; BatchNorm's statistics are each part's own.
 
     Every part is divided by the weights of the whole batch, which a first pass finds out; where they follow from the batch
@@ -151,20 +148,20 @@ def _accumulated(
     """
     each = _split(batch, parts), jax.random.split(key, parts)
 
-    def weigh(part: tuple[Batch, jax.Array]) -> Weights:
+    def weigh(part: tuple[Batch, jax.Array]) -> TermWeights:
         return loss_fn(state.params, state.batch_stats, state.step, *part)[1].weights
 
     weights = jax.tree.map(lambda x: jnp.sum(x, 0), jax.lax.map(weigh, each))
 
-    def add_part(total: tuple[Any, Any], part: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Any], Pass]:
+    def add_part(total: tuple[Any, Any], part: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Any], Aux]:
         grads, batch_stats = total
-        new, made = jax.grad(loss_fn, has_aux=True)(state.params, batch_stats, state.step, *part, weights)
-        return (jax.tree.map(jnp.add, grads, new), made.batch_stats), made._replace(batch_stats=None)
+        new, aux = jax.grad(loss_fn, has_aux=True)(state.params, batch_stats, state.step, *part, weights)
+        return (jax.tree.map(jnp.add, grads, new), aux.batch_stats), aux._replace(batch_stats=None)
 
     start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
-    (grads, batch_stats), made = jax.lax.scan(add_part, start, each)
-    means = jax.tree.map(lambda x: jnp.sum(x, 0), made.means)
-    return grads, Pass(batch_stats, weights, means, {name: metric.reduce() for name, metric in made.metrics.items()})
+    (grads, batch_stats), aux = jax.lax.scan(add_part, start, each)
+    means = jax.tree.map(lambda x: jnp.sum(x, 0), aux.means)
+    return grads, Aux(batch_stats, weights, means, {name: metric.reduce() for name, metric in aux.metrics.items()})
 
 
 def _split(batch: Batch, parts: int) -> Batch:

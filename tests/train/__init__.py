@@ -73,8 +73,8 @@ def parts_of(config: ConfigDict) -> dict[str, Any]:
 
 
 def fit(config: ConfigDict, batches: Any, evaluate: Any, workdir: Any, **more: Any) -> TrainState:
-    """`loop.fit` with the config's own parts."""
-    return loop.fit(config, **parts_of(config), batches=batches, evaluate=evaluate, workdir=workdir, **more)
+    """`loop.fit` with the config's own parts, unless others are given."""
+    return loop.fit(config, **(parts_of(config) | more), batches=batches, evaluate=evaluate, workdir=workdir)
 
 
 def mesh_of(devices: int) -> Mesh:

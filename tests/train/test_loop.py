@@ -159,6 +159,7 @@ def test_a_finished_run_stays_as_it_is(uninterrupted, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "pspnet_jax"):
         assert_equal(fit(config, make_batches, score, tmp_path), uninterrupted.state)
     assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert configs.read(tmp_path / "config.json").batch_size == 8  # as it ran
     assert "resuming with a changed config: batch_size: 8 -> 16" in caplog.messages
     assert f"{tmp_path} holds the finished run, step 12 of 12; delete it to start over" in caplog.messages
 
@@ -211,7 +212,7 @@ def test_a_wrong_example_costs_none_of_the_steps_before_it(tmp_path, uninterrupt
     with pytest.raises(ValueError, match="label value 9"):
         fit(config, batches, None, tmp_path)
     (saved,) = saved_steps(tmp_path)
-    assert saved >= 7 - 3  # batches are made up to three steps ahead
+    assert saved == 7  # the seven batches before it are handed out first
     assert_equal(fit(config, make_batches, None, tmp_path), uninterrupted.state)
 
 
@@ -270,6 +271,9 @@ def test_hooks_and_the_writer_are_called_and_the_wrong_best_metric_is_named(tmp_
 def test_batches_that_end_too_early_are_named(tmp_path):
     with pytest.raises(UserError, match="the batches ended after step 3, before total_steps=12"):
         fit(tiny_config(), lambda start: itertools.islice(make_batches(start), 3), None, tmp_path)
+    assert saved_steps(tmp_path) == [3]
+    with pytest.raises(UserError, match="there is no batch to train on"):
+        fit(tiny_config(), lambda start: iter(()), None, tmp_path / "other")
 
 
 def test_progress_lines_speak_of_all_steps_since_the_last_one(uninterrupted, tmp_path):
