@@ -80,8 +80,8 @@ def base_config() -> ConfigDict:
 
     config.loss = loss = ConfigDict()
     loss.terms = "cross_entropy"  # cross_entropy, ohem, focal or dice; several are added up in the form "cross_entropy+dice"
-    loss.class_weights = ()  # one a class; empty: all alike
-    loss.class_weighting = ""  # class weights by the training data: inverse or median frequency; empty: none
+    loss.class_weights = ()  # one a class, for all terms but dice; empty: all alike
+    loss.class_weighting = ""  # sets them by the training data: inverse or median (frequency); empty: not
     loss.label_smoothing = 0.0  # share of the target that is spread over all classes; cross_entropy, ohem
     loss.ohem_threshold = 0.7  # ohem: pixels whose class has a lower probability count
     loss.ohem_min_kept = 100_000  # ohem: and at least this many of each image

@@ -68,10 +68,6 @@ def problems(loss: ConfigDict) -> list[str]:
     if unknown := [kind for kind in loss.terms.split("+") if kind not in LOSSES]:
         choices = f"one of {', '.join(LOSSES)}, or several in the form 'cross_entropy+dice'"
         found.append(f"loss.terms={loss.terms!r}: {unknown[0]!r} is unknown; expected {choices}")
-    if (loss.class_weights or loss.class_weighting) and "dice" in loss.terms.split("+"):
-        found.append(f"loss.terms={loss.terms!r}: dice has no class weights; leave loss.class_weights and class_weighting out")
-    if loss.class_weights and loss.class_weighting:
-        found.append(f"loss.class_weighting={loss.class_weighting!r}: expected '' where loss.class_weights are given")
     if min(loss.class_weights, default=1) < 0 or max(loss.class_weights, default=1) == 0:
         found.append(f"loss.class_weights={loss.class_weights}: expected weights of 0 or more, not all 0")
     return found
