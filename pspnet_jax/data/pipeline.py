@@ -3,8 +3,9 @@
 import atexit
 import contextlib
 import dataclasses
+import functools
+import inspect
 import os
-import re
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -17,11 +18,13 @@ from pspnet_jax import datasets
 from pspnet_jax.data import augment, survey
 from pspnet_jax.data.cache import CacheBudget, Read, cached
 from pspnet_jax.data.order import AUGMENT, Order, generator
-from pspnet_jax.data.sources import Source, open_source, training_parts
+from pspnet_jax.data.sources import Example, Source, open_source, training_parts
 from pspnet_jax.errors import UserError
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-THREADS = CORES + 1  # for Python, which waits for TensorFlow in them: in TensorFlow's own, it could wait for itself
+THREADS = CORES + 1  # for readers in Python
+INDEX, NAME = tf.TensorSpec((), tf.int64), tf.TensorSpec((), tf.string)
+IMAGE, LABEL = tf.TensorSpec((None, None, 3), tf.uint8), tf.TensorSpec((None, None), tf.uint8)
 AHEAD = 2  # batches, or examples in evaluation, that lie ready beside those being made
 
 
@@ -31,11 +34,13 @@ class TrainingData:
 
     Attributes:
       order: which example of which dataset each position shows.
-      reads: a function for each dataset: index -> image uint8[H,W,3], label uint8[H,W].
+      sources: the datasets.
+      reads: a function for each dataset: index -> image uint8[H,W,3], label uint8[H,W]; `source.read`, or a cache of it.
       examples_per_epoch: number of examples after which the first dataset has been shown once.
     """
 
     order: Order
+    sources: Sequence[Source]
     reads: Sequence[Read]
     examples_per_epoch: int
 
@@ -68,7 +73,7 @@ def open_training(config: ConfigDict, source: Source | None = None) -> TrainingD
         reads.append(read)
     weights = (1.0, *(weight for *_, weight in config.dataset.mixture))
     order = Order(config.seed, list(map(len, sources)), weights, config.dataset.balance, presence)
-    return TrainingData(order, reads, round(len(sources[0]) * sum(weights)))
+    return TrainingData(order, sources, reads, round(len(sources[0]) * sum(weights)))
 
 
 def train_dataset(
@@ -96,17 +101,37 @@ def train_dataset(
         raise UserError(f"batch_size={config.batch_size}: expected a multiple of the number of hosts, {hosts}")
     opened, share, crop = data or open_training(config), config.batch_size // hosts, config.augment.crop
 
-    def example(number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The example that is this host's `number`-th since step 0."""
-        step, i = divmod(number, share)
-        position = step * config.batch_size + host * share + i
-        dataset, index = opened.order[position]
-        params = augment.sample_augmentation(generator(config.seed, AUGMENT, position), config.augment)
-        return augment.apply_augmentation(*opened.reads[dataset](index), params, crop, config.normalize.mean)
+    def position(number: int) -> int:
+        """The position of the example that is this host's `number`-th since step 0."""
+        step, i = divmod(int(number), share)
+        return step * config.batch_size + host * share + i
+
+    def choose(number: int) -> tuple[int, int]:
+        return opened.order[position(number)]
+
+    def crop_of(number: int, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        params = augment.sample_augmentation(generator(config.seed, AUGMENT, position(number)), config.augment)
+        return augment.apply_augmentation(image, label, params, crop, config.normalize.mean)
+
+    def read_again(batch: int) -> None:
+        for number in range((start_step + batch) * share, (start_step + batch + 1) * share):
+            dataset, index = choose(number)
+            crop_of(number, *opened.reads[dataset](index))
+
+    loads = [_load(source, read) for source, read in zip(opened.sources, opened.reads, strict=True)]
+    image_spec, label_spec = tf.TensorSpec((*crop, 3), tf.uint8), tf.TensorSpec(crop, tf.uint8)
+
+    def element(number: tf.Tensor) -> dict[str, tf.Tensor]:
+        dataset, index = _python(choose, [number], [INDEX, INDEX])
+        image, label = tf.switch_case(tf.cast(dataset, tf.int32), [functools.partial(load, index) for load in loads])
+        image, label = _python(crop_of, [number, image, label], [image_spec, label_spec])
+        return {"image": image, "label": label}
 
     numbers = tf.data.Dataset.range(start_step * share, config.total_steps * share)
-    spec = {"image": tf.TensorSpec((*crop, 3), tf.uint8), "label": tf.TensorSpec(crop, tf.uint8)}
-    return _mapped(numbers, example, spec).batch(share, drop_remainder=True).prefetch(AHEAD)
+    in_python = any(read != source.read for source, read in zip(opened.sources, opened.reads, strict=True))
+    mapped = _mapped(numbers, element, in_python or not all(source.in_graph for source in opened.sources))
+    dataset = mapped.batch(share, drop_remainder=True).prefetch(AHEAD)
+    return _keeping(dataset, choose, crop_of, loads, read_again=read_again)
 
 
 def eval_dataset(
@@ -128,16 +153,18 @@ def eval_dataset(
       UserError: see open_source.
     """
     opened = source or open_source(config.dataset, split)
+    load = _load(opened, opened.read)
 
-    def example(index: int) -> tuple[np.ndarray, np.ndarray, bytes]:
-        return *opened.read(index), opened.names[index].encode()
+    def name_of(index: int) -> bytes:
+        return opened.names[int(index)].encode()
 
-    spec = {
-        "image": tf.TensorSpec((None, None, 3), tf.uint8),
-        "label": tf.TensorSpec((None, None), tf.uint8),
-        "name": tf.TensorSpec((), tf.string),
-    }
-    return _mapped(tf.data.Dataset.range(host, len(opened), hosts), example, spec).prefetch(AHEAD)
+    def element(index: tf.Tensor) -> dict[str, tf.Tensor]:
+        image, label = load(index)
+        (name,) = _python(name_of, [index], [NAME])
+        return {"image": image, "label": label, "name": name}
+
+    dataset = _mapped(tf.data.Dataset.range(host, len(opened), hosts), element, not opened.in_graph).prefetch(AHEAD)
+    return _keeping(dataset, load, name_of, read_again=lambda count: opened.read(host + count * hosts))
 
 
 def as_numpy(dataset: tf.data.Dataset) -> Generator[dict[str, Any], None, None]:
@@ -154,43 +181,74 @@ def as_numpy(dataset: tf.data.Dataset) -> Generator[dict[str, Any], None, None]:
 
 
 def _as_numpy(dataset: tf.data.Dataset) -> Generator[dict[str, Any], None, None]:
+    count = 0
     try:
         for element in dataset.as_numpy_iterator():
             yield {key: value.decode() if isinstance(value, bytes) else value for key, value in element.items()}
-    except tf.errors.OpError as error:
-        if match := re.search(r"\(error (\d+)\)", str(error)):
-            raise _raised.pop(int(match[1])) from None
+            count += 1
+    except tf.errors.OpError:
+        dataset.read_again(count)  # raises what is wrong with it, which TensorFlow has made text of
         raise
 
 
-def _mapped(numbers: tf.data.Dataset, function: Callable[[int], tuple], spec: dict[str, tf.TensorSpec]) -> tf.data.Dataset:
-    """Maps numbers by a Python function, many at once and in order, to elements of the form that `spec` gives."""
+def _load(source: Source, read: Read) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
+    """Returns graph code: an index -> the image and label that `read` returns, by the source's own graph if it has one."""
+    if source.in_graph and read == source.read:
+        return source.checked_tensors
+    return _Reader(read)
 
-    alive = weakref.ref(function)  # what numpy_function is given lives as long as the process, and with it a cache in memory
 
-    def keeping_errors(number: np.int64) -> tuple:
-        try:
-            call = alive()
-            assert call is not None
-            return call(int(number))
-        except Exception as error:  # TensorFlow would make text of it
-            _raised[id(error)] = error
-            raise RuntimeError(f"{error} (error {id(error)})") from None
+class _Reader:
+    """A Python reader as graph code."""
 
-    def element(number: tf.Tensor) -> dict[str, tf.Tensor]:
-        values = tf.numpy_function(keeping_errors, [number], [s.dtype for s in spec.values()], stateful=False)
-        return {key: tf.ensure_shape(value, s.shape) for (key, s), value in zip(spec.items(), values, strict=True)}
+    def __init__(self, read: Read):
+        self._read = read
 
+    def __call__(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        image, label = _python(
+            self._call, [index], [tf.TensorSpec((None, None, 3), tf.uint8), tf.TensorSpec((None, None), tf.uint8)]
+        )
+        return image, label
+
+    def _call(self, index: int) -> Example:
+        return self._read(int(index))
+
+
+def _python(function: Callable[..., Any], inputs: list[tf.Tensor], specs: list[tf.TensorSpec]) -> list[tf.Tensor]:
+    """Calls a Python function of arrays in a graph, which does not keep it alive: see `_keeping`."""
+    alive = (weakref.WeakMethod if inspect.ismethod(function) else weakref.ref)(function)
+
+    def call(*arrays: Any) -> Any:
+        python = alive()
+        assert python is not None, "the dataset is gone"
+        return python(*arrays)
+
+    values = tf.numpy_function(call, inputs, [spec.dtype for spec in specs], stateful=False)
+    return [tf.ensure_shape(value, spec.shape) for value, spec in zip(values, specs, strict=True)]
+
+
+def _keeping(dataset: tf.data.Dataset, *python: object, read_again: Callable[[int], object]) -> tf.data.Dataset:
+    """Makes Python objects live as long as the dataset: TensorFlow would keep them, caches included, until the process ends.
+
+    `read_again` reads the n-th element in Python, to raise what is wrong with it.
+    """
+    dataset.python, dataset.read_again = python, read_again
+    return dataset
+
+
+def _mapped(numbers: tf.data.Dataset, element: Callable[[tf.Tensor], Any], in_python: bool) -> tf.data.Dataset:
+    """Maps numbers to elements, many at once and in order.
+
+    Readers in Python call TensorFlow and wait for it; in TensorFlow's shared threads that could deadlock: they get their own.
+    """
     options = tf.data.Options()
     options.deterministic = True
-    options.threading.private_threadpool_size = THREADS
     options.experimental_optimization.inject_prefetch = False
-    mapped = numbers.map(element, num_parallel_calls=tf.data.AUTOTUNE)
-    mapped.function = function  # lives as long as the dataset and its iterators
-    return mapped.with_options(options)
+    if in_python:
+        options.threading.private_threadpool_size = THREADS
+    return numbers.map(element, num_parallel_calls=tf.data.AUTOTUNE).with_options(options)
 
 
-_raised: dict[int, Exception] = {}  # on their way through TensorFlow, by id
 _open: weakref.WeakSet[Generator] = weakref.WeakSet()
 
 

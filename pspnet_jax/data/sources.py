@@ -43,10 +43,12 @@ class Source:
     Attributes:
       names: one per example, see `layouts.Pair`.
       num_classes: K.
+      in_graph: whether `tensors` loads an example by TensorFlow alone, which is faster than Python.
     """
 
     names: Sequence[str]
     num_classes: int
+    in_graph = False
 
     def __len__(self) -> int:
         return len(self.names)
@@ -71,6 +73,19 @@ class Source:
             self.check(index)
             raise UserError(f"{self.where(index)}: {problem}")
         return image, label
+
+    def tensors(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Does the same as `load` as graph code, where `in_graph` is set; index is an int64 scalar."""
+        raise NotImplementedError
+
+    def checked_tensors(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns what `tensors` does, unless sizes differ or a label is wrong; `read` then says in a sentence what it is."""
+        image, label = self.tensors(index)
+        image, label = tf.ensure_shape(image, [None, None, 3]), tf.ensure_shape(label, [None, None])
+        same_size = tf.reduce_all(tf.shape(image)[:2] == tf.shape(label))
+        in_range = tf.cast(tf.reduce_max(label + 1), tf.int32) <= self.num_classes  # in uint8, 255 + 1 is 0
+        with tf.control_dependencies([tf.debugging.Assert(same_size & in_range, ["a wrong example"])]):
+            return tf.identity(image), tf.identity(label)
 
     def check(self, index: int) -> None:
         """Looks closer than `load` does, and raises a UserError that says what is wrong with an example, if it can tell."""
@@ -126,11 +141,34 @@ class Files(Source):
         self.names = [pair.name for pair in pairs]
         self._classes = datasets.classes_of_raw_values(benchmark) if any(pair.raw for pair in pairs) else None
 
+        self._images = tf.constant([pair.image for pair in pairs])
+        self._labels = tf.constant([pair.label for pair in pairs])
+        self._raw = tf.constant([pair.raw for pair in pairs])
+
+    in_graph = True
+
     def load(self, index: int) -> Example:
-        pair = self.pairs[index]
-        image, contents, gray = map(np.asarray, _read_pair()(tf.constant(pair.image), tf.constant(pair.label)))
-        label = gray if gray.size else checks.decode_label(contents.item())
-        return image, label if self._classes is None or not pair.raw else cv2.LUT(label, self._classes)
+        image, label = self._load(tf.constant(index, tf.int64))
+        return np.asarray(image), np.asarray(label)
+
+    @functools.cached_property
+    def _load(self) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
+        return tf.function(self.tensors, input_signature=[tf.TensorSpec([], tf.int64)]).get_concrete_function()
+
+    def tensors(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        contents = tf.io.read_file(self._labels[index])
+        gray_png = (tf.strings.substr(contents, 1, 3) == "PNG") & (tf.strings.substr(contents, 25, 1) == "\x00")
+        label = tf.cond(
+            gray_png,  # the color type in its header
+            lambda: tf.io.decode_png(contents, channels=1)[..., 0],
+            lambda: tf.numpy_function(checks.decode_label, [contents], tf.uint8, stateful=False),
+        )
+        if self._classes is not None:
+            to_classes = functools.partial(cv2.LUT, lut=self._classes)  # takes a tenth of tf.gather's time
+            label = tf.cond(
+                self._raw[index], lambda: tf.numpy_function(to_classes, [label], tf.uint8, stateful=False), lambda: label
+            )
+        return _decode_image(tf.io.read_file(self._images[index])), label
 
     def check(self, index: int) -> None:
         _, image, label, raw = self.pairs[index]
@@ -207,9 +245,16 @@ class Tfds(Source):
 
         self._parse = tf.function(parse).get_concrete_function(tf.TensorSpec([], tf.string))
 
+    in_graph = True
+
     def load(self, index: int) -> Example:
         image, label = self._parse(tf.constant(self._records[index]))
         return np.asarray(image), np.asarray(label)
+
+    def tensors(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        record = tf.numpy_function(lambda i: self._records[i], [index], tf.string, stateful=False)
+        image, label = self._parse(tf.ensure_shape(record, []))
+        return image, label
 
     def files(self, index: int) -> Sequence[str]:
         return self._files
@@ -238,24 +283,6 @@ def _prepared_builder(name: str, root: str) -> tfds.core.DatasetBuilder:
 
 
 OTHERS = {"scenes": Scenes, "tfds": Tfds}  # beside the files of layouts.LAYOUTS
-
-
-@functools.cache
-def _read_pair() -> Callable[..., tuple[tf.Tensor, ...]]:
-    """Returns a function of the files of an image and a label, which gives the image, and the label's contents or, where it is
-    a gray PNG, the label: one call, which lets go of Python's lock once, is much faster than one for each operation."""
-
-    def read_pair(image: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        contents = tf.io.read_file(label)
-        is_gray_png = (tf.strings.substr(contents, 1, 3) == "PNG") & (tf.strings.substr(contents, 25, 1) == "\x00")
-        contents, gray = tf.cond(
-            is_gray_png,  # by the color type in its header
-            lambda: ("", tf.io.decode_png(contents, channels=1)[..., 0]),
-            lambda: (contents, tf.zeros([0, 0], tf.uint8)),
-        )
-        return _decode_image(tf.io.read_file(image)), contents, gray
-
-    return tf.function(read_pair).get_concrete_function(*[tf.TensorSpec([], tf.string)] * 2)
 
 
 def _reason(error: Exception) -> str:
