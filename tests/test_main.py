@@ -226,7 +226,7 @@ def test_help_lists_every_field_with_its_default_and_its_comment(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
-    said = capsys.readouterr().out
+    said = capsys.readouterr().out.split("fields of the config")[1]
     fields = re.findall(r"^--config\.([\w.]+)=(.+?)(?:  (.*))?$", said, flags=re.MULTILINE)
     defaults = dict(leaves(base_config()))
     assert {field: ast.literal_eval(value) for field, value, _ in fields} == defaults
