@@ -123,7 +123,8 @@ def train_dataset(
 
     def element(number: tf.Tensor) -> dict[str, tf.Tensor]:
         dataset, index = _python(choose, [number], [INDEX, INDEX])
-        image, label = tf.switch_case(tf.cast(dataset, tf.int32), [functools.partial(load, index) for load in loads])
+        branches = [functools.partial(load, index) for load in loads]
+        image, label = tf.switch_case(tf.cast(dataset, tf.int32), branches) if len(loads) > 1 else branches[0]()
         image, label = _python(crop_of, [number, image, label], [image_spec, label_spec])
         return {"image": image, "label": label}
 
