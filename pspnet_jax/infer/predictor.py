@@ -89,7 +89,8 @@ class Predictor:
     @property
     def description(self) -> dict[str, Any]:
         """What makes scores comparable: the fields of config.eval that decide them."""
-        irrelevant = {"split", "batch_size", "best_metric"} | ({"crop", "stride"} if self._settings.inference == "whole" else set())
+        irrelevant = {"split", "batch_size", "best_metric"}
+        irrelevant |= {"crop", "stride"} if self._settings.inference == "whole" else set()
         fields = {field: value for field, value in self._settings.items() if field not in irrelevant}
         return {field: list(value) if isinstance(value, tuple) else value for field, value in fields.items()}
 
