@@ -39,7 +39,7 @@ def start(
     Raises:
       UserError: the run in workdir has another config, or is further than config.total_steps; see `initial_weights`.
     """
-    draw = init_state(config, model, optimizer, mesh, image_shape)
+    init = init_state(config, model, optimizer, mesh, image_shape)
     if checkpoints.steps:
         check_resumable(configs.read(workdir / "config.json"), config)
         if checkpoints.steps[-1] > config.total_steps:
@@ -47,12 +47,12 @@ def start(
                 f"total_steps={config.total_steps}: the run in {workdir} is at step {checkpoints.steps[-1]} already"
             )
         everywhere = parallel.replicated(mesh)
-        shapes = jax.eval_shape(draw)
+        shapes = jax.eval_shape(init)
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
         state = checkpoints.restore_newest(target)
         assert state is not None, "the checkpoints were there a moment ago"
         return state
-    state = draw()
+    state = init()
     if not config.init_from:
         return state
     return with_weights(state, initial_weights(config, model, mesh), config.init_from)
