@@ -274,7 +274,7 @@ def _images(config: ConfigDict) -> dict[str, str]:
 
 def _predictor(config: ConfigDict, model: nn.Module | None = None) -> Predictor:
     """The predictor of a model, by default the config's own."""
-    num_classes = len(config.dataset.class_names)
+    num_classes = datasets.describe(config.dataset).num_classes
     network = model or models.build(config.model, num_classes)
 
     def apply(variables: Any, images: jax.Array) -> Any:
