@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pspnet_jax import jobs
 from pspnet_jax.config import base_config, leaves
 from pspnet_jax.main import main
 from tests import fakes
@@ -231,3 +232,13 @@ def test_help_lists_every_field_with_its_default_and_its_comment(capsys):
     defaults = dict(leaves(base_config()))
     assert {field: ast.literal_eval(value) for field, value, _ in fields} == defaults
     assert all(comment for _, _, comment in fields)
+
+
+def test_the_profile_is_of_the_steps_after_the_tenth_of_each_start(tmp_path):
+    hook = jobs._profile(tmp_path, 2)
+    for step in range(501, 511):
+        hook(step)
+    assert not list(tmp_path.rglob("*.xplane.pb"))
+    for step in range(511, 514):
+        hook(step)
+    assert list(tmp_path.rglob("*.xplane.pb"))
