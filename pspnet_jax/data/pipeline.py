@@ -247,7 +247,8 @@ def _mapped(numbers: tf.data.Dataset, element: Callable[[tf.Tensor], Any], in_py
     options.experimental_optimization.inject_prefetch = False
     if in_python:
         options.threading.private_threadpool_size = THREADS
-    return numbers.map(element, num_parallel_calls=tf.data.AUTOTUNE).with_options(options)
+    graph_code = tf.autograph.experimental.do_not_convert(element)
+    return numbers.map(graph_code, num_parallel_calls=tf.data.AUTOTUNE).with_options(options)
 
 
 _open: weakref.WeakSet[Generator] = weakref.WeakSet()

@@ -153,7 +153,8 @@ class Files(Source):
 
     @functools.cached_property
     def _load(self) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
-        return tf.function(self.tensors, input_signature=[tf.TensorSpec([], tf.int64)]).get_concrete_function()
+        function = tf.function(self.tensors, input_signature=[tf.TensorSpec([], tf.int64)], autograph=False)
+        return function.get_concrete_function()
 
     def tensors(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         contents = tf.io.read_file(self._labels[index])
@@ -243,7 +244,7 @@ class Tfds(Source):
             example = features.deserialize_example(record, decoders={"image": tfds.decode.SkipDecoding()})
             return _decode_image(example["image"]), example["label"][..., 0]
 
-        self._parse = tf.function(parse).get_concrete_function(tf.TensorSpec([], tf.string))
+        self._parse = tf.function(parse, autograph=False).get_concrete_function(tf.TensorSpec([], tf.string))
 
     in_graph = True
 
