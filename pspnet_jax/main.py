@@ -2,12 +2,9 @@
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only reads images here; its start-up notes are noise
 
 import jax
 from absl import logging as absl_logging

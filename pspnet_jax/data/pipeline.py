@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import dataclasses
 import functools
-import inspect
 import os
 import weakref
 from collections.abc import Callable, Generator, Sequence
@@ -129,8 +128,7 @@ def train_dataset(
         return {"image": image, "label": label}
 
     numbers = tf.data.Dataset.range(start_step * share, config.total_steps * share)
-    in_python = any(read != source.read for source, read in zip(opened.sources, opened.reads, strict=True))
-    mapped = _mapped(numbers, element, in_python or not all(source.in_graph for source in opened.sources))
+    mapped = _mapped(numbers, element, all(map(_in_graph, opened.sources, opened.reads)))
     dataset = mapped.batch(share, drop_remainder=True).prefetch(AHEAD)
     return _keeping(dataset, choose, crop_of, loads, read_again=read_again)
 
@@ -164,7 +162,7 @@ def eval_dataset(
         (name,) = _python(name_of, [index], [NAME])
         return {"image": image, "label": label, "name": name}
 
-    dataset = _mapped(tf.data.Dataset.range(host, len(opened), hosts), element, not opened.in_graph).prefetch(AHEAD)
+    dataset = _mapped(tf.data.Dataset.range(host, len(opened), hosts), element, opened.in_graph).prefetch(AHEAD)
     return _keeping(dataset, load, name_of, read_again=lambda count: opened.read(host + count * hosts))
 
 
@@ -188,36 +186,30 @@ def _as_numpy(dataset: tf.data.Dataset) -> Generator[dict[str, Any], None, None]
             yield {key: value.decode() if isinstance(value, bytes) else value for key, value in element.items()}
             count += 1
     except tf.errors.OpError:
-        dataset.read_again(count)  # raises what is wrong with it, which TensorFlow has made text of
+        if read_again := getattr(dataset, "read_again", None):  # not there if the caller has made another dataset of ours
+            read_again(count)  # raises what is wrong with it, which TensorFlow has made text of
         raise
 
 
-def _load(source: Source, read: Read) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
-    """Returns graph code: an index -> the image and label that `read` returns, by the source's own graph if it has one."""
-    if source.in_graph and read == source.read:
+def _in_graph(source: Source, read: Read) -> bool:
+    """Whether TensorFlow alone can load what `read` returns: the source has a graph, and no cache lies before it."""
+    return source.in_graph and read == source.read
+
+
+def _load(source: Source, read: Read) -> Callable[[tf.Tensor], Sequence[tf.Tensor]]:
+    """Returns graph code: an index -> the image and label that `read` returns."""
+    if _in_graph(source, read):
         return source.checked_tensors
-    return _Reader(read)
 
+    def call(index: int) -> Example:
+        return read(int(index))
 
-class _Reader:
-    """A Python reader as graph code."""
-
-    def __init__(self, read: Read):
-        self._read = read
-
-    def __call__(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        image, label = _python(
-            self._call, [index], [tf.TensorSpec((None, None, 3), tf.uint8), tf.TensorSpec((None, None), tf.uint8)]
-        )
-        return image, label
-
-    def _call(self, index: int) -> Example:
-        return self._read(int(index))
+    return lambda index: _python(call, [index], [IMAGE, LABEL])
 
 
 def _python(function: Callable[..., Any], inputs: list[tf.Tensor], specs: list[tf.TensorSpec]) -> list[tf.Tensor]:
     """Calls a Python function of arrays in a graph, which does not keep it alive: see `_keeping`."""
-    alive = (weakref.WeakMethod if inspect.ismethod(function) else weakref.ref)(function)
+    alive = weakref.ref(function)
 
     def call(*arrays: Any) -> Any:
         python = alive()
@@ -237,7 +229,7 @@ def _keeping(dataset: tf.data.Dataset, *python: object, read_again: Callable[[in
     return dataset
 
 
-def _mapped(numbers: tf.data.Dataset, element: Callable[[tf.Tensor], Any], in_python: bool) -> tf.data.Dataset:
+def _mapped(numbers: tf.data.Dataset, element: Callable[[tf.Tensor], Any], in_graph: bool) -> tf.data.Dataset:
     """Maps numbers to elements, many at once and in order.
 
     Readers in Python call TensorFlow and wait for it; in TensorFlow's shared threads that could deadlock: they get their own.
@@ -245,7 +237,7 @@ def _mapped(numbers: tf.data.Dataset, element: Callable[[tf.Tensor], Any], in_py
     options = tf.data.Options()
     options.deterministic = True
     options.experimental_optimization.inject_prefetch = False
-    if in_python:
+    if not in_graph:
         options.threading.private_threadpool_size = THREADS
     graph_code = tf.autograph.experimental.do_not_convert(element)
     return numbers.map(graph_code, num_parallel_calls=tf.data.AUTOTUNE).with_options(options)
