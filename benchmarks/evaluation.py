@@ -24,10 +24,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks.fidelity import random_image, randomize
-from pspnet_jax import models, weights
+from pspnet_jax import image_files, models, weights
 from pspnet_jax.config import base_config
 from pspnet_jax.infer.plan import plan_images
-from pspnet_jax.infer.predict import find_images, read_image
+from pspnet_jax.infer.predict import find_images
 from pspnet_jax.infer.predictor import Predictor
 from pspnet_jax.infer.protocols import PROTOCOLS
 
@@ -146,7 +146,7 @@ class Semseg:
 def compare_labels(semseg: str, folder: str, count: int, scales: tuple[float, ...]) -> None:
     """Prints, for each image, how many pixels get the same class, and how sure semseg is of the others."""
     paths = list(find_images(folder).values())
-    images = [read_image(paths[i]) for i in range(0, len(paths), max(1, len(paths) // count))][:count]
+    images = [image_files.read(paths[i]) for i in range(0, len(paths), max(1, len(paths) // count))][:count]
     config = settings("semseg", (241, 241), 480, 0, scales=scales)
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = pathlib.Path(directory, "random.pth")

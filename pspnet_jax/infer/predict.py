@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageOps
+from PIL import Image
 
+from pspnet_jax import image_files
 from pspnet_jax.datasets import DatasetInfo
 from pspnet_jax.errors import MissingFileError, UserError
 from pspnet_jax.infer import submission
@@ -95,21 +96,6 @@ def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
         yield from _files_below(path) if path.is_dir() else [path]
 
 
-def read_image(path: epath.PathLike) -> np.ndarray:
-    """Returns uint8[H, W, 3], RGB, turned upright as its EXIF orientation says.
-
-    Raises:
-      UserError: the file is no image, is damaged, or has more than 8 bits a channel.
-    """
-    try:
-        with epath.Path(path).open("rb") as file, Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"{image.mode} pixels, expected 8 bits a channel")
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error})") from error
-
-
 def _examples(images: Mapping[str, epath.PathLike]) -> Iterator[Example]:
     for name, path in images.items():
-        yield {"image": read_image(path), "name": name}
+        yield {"image": image_files.read(path), "name": name}

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pspnet_jax import image_files
 from pspnet_jax.infer.draw import colorize, overlay
-from pspnet_jax.infer.predict import find_images, predict, read_image
+from pspnet_jax.infer.predict import find_images, predict
 from tests.infer.test_evaluate import INFO, STRONGEST, predictor
 
 
@@ -78,7 +79,7 @@ def test_files_that_are_no_pictures_we_can_take(tmp_path, content):
         Image.fromarray(picture(64, 64)).save(path)
         path.write_bytes({"text": b"hello", "truncated": path.read_bytes()[:500], "empty": b""}[content])
     with pytest.raises(ValueError, match=r"bad.png: cannot be read as an image \("):
-        read_image(path)
+        image_files.read(path)
 
 
 def test_images_are_read_as_upright_rgb(tmp_path):
@@ -86,8 +87,8 @@ def test_images_are_read_as_upright_rgb(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90 degrees, clockwise
     Image.fromarray(stored).save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(read_image(tmp_path / "turned.png"), np.rot90(stored, -1))
+    np.testing.assert_array_equal(image_files.read(tmp_path / "turned.png"), np.rot90(stored, -1))
     Image.fromarray(stored[..., 0]).save(tmp_path / "gray.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "gray.png"), stored[..., [0, 0, 0]])
+    np.testing.assert_array_equal(image_files.read(tmp_path / "gray.png"), stored[..., [0, 0, 0]])
     Image.fromarray(np.dstack([stored, stored[..., 0]])).save(tmp_path / "alpha.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "alpha.png"), stored)
+    np.testing.assert_array_equal(image_files.read(tmp_path / "alpha.png"), stored)
