@@ -30,16 +30,15 @@ def start_processes() -> None:
     """
     logger.info("waiting for the other processes of this job; the same command has to be started on every host")
     try:
-        jax.distributed.initialize(num_processes=_variable("JAX_NUM_PROCESSES"), process_id=_variable("JAX_PROCESS_ID"))
+        number, own = (
+            int(value) if (value := os.environ.get(f"JAX_{name}")) else None for name in ("NUM_PROCESSES", "PROCESS_ID")
+        )
+        jax.distributed.initialize(num_processes=number, process_id=own)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"--distributed: the processes of this job could not be joined ({error}); start the same command on every host "
             "of the pod or cluster at the same time, as the scripts in launch/ do, or leave --distributed out on one machine"
         ) from error
-
-
-def _variable(name: str) -> int | None:
-    return int(os.environ[name]) if name in os.environ else None
 
 
 def make_mesh(devices: Iterable[jax.Device] | None = None) -> Mesh:

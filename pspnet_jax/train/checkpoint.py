@@ -74,20 +74,18 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, config: ConfigDict, metrics: Mapping[str, float] | None) -> None:
         """Copies the state and writes it in the background; metrics, where the state was evaluated, hold its `SCORE`."""
-        trees = {"weights": state.weights, "optimizer": state.opt_state} | ({"ema": state.ema} if state.ema else {})
-        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         items["config"] = ocp.args.JsonSave(config.to_dict())
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, step: int, target: TrainState) -> TrainState:
         """Reads one checkpoint into the target's shapes and shardings."""
-        if self._is_old(step):
+        if (self._directory / str(step) / "state").exists():
             parts = {"average" if name == "ema" else name: tree for name, tree in vars(target).items()}
             read = _read_tree(self._directory / str(step) / "state", target.step.sharding, tuple(parts))
             old = jax.tree.unflatten(jax.tree.structure(parts), jax.tree.leaves(read))  # optax's empty states have changed
             return TrainState(ema=old.pop("average"), **old)
-        trees = {"weights": target.weights, "optimizer": target.opt_state} | ({"ema": target.ema} if target.ema else {})
-        read = self._read(step, **{name: ocp.args.StandardRestore(tree) for name, tree in trees.items()})
+        read = self._read(step, **{name: ocp.args.StandardRestore(tree) for name, tree in _items(target).items()})
         number = jax.device_put(jax.numpy.int32(step), target.step.sharding)
         return TrainState(number, opt_state=read["optimizer"], ema=read.get("ema"), **read["weights"])
 
@@ -107,9 +105,6 @@ class Checkpoints:
 
     def _read(self, step: int, **items: Any) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**items))
-
-    def _is_old(self, step: int) -> bool:
-        return (self._directory / str(step) / "state").exists()
 
     def find(self, which: str) -> int:
         """The step of "latest", "best" (by validation mIoU) or a number.
@@ -169,9 +164,12 @@ class Checkpoints:
         self._manager.close()
 
 
+def _items(state: TrainState) -> dict[str, Any]:
+    return {"weights": state.weights, "optimizer": state.opt_state} | ({"ema": state.ema} if state.ema else {})
+
+
 def _reason(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:200]
+    return str(error).partition("\n")[0][:200] or type(error).__name__
 
 
 def _read_tree(path: epath.Path, sharding: Sharding, parts: Sequence[str] = ("params", "batch_stats")) -> Any:

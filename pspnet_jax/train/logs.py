@@ -52,8 +52,8 @@ class TrainingLog:
         self._pictures, self._config = workdir / "pictures", config
         self._examples_per_epoch = examples_per_epoch
         self._interval: Metrics | None = None
-        self.stalls = InputStallTimer()
-        self._clock, self._epoch_clock = Clock(start, self.stalls), Clock(start, self.stalls)
+        self.stalls, self._paused = InputStallTimer(), 0.0
+        self.restart_clocks(start)
         if self._active:
             path = workdir / "metrics.jsonl"
             lines = path.read_text().splitlines() if path.exists() else []
@@ -63,8 +63,15 @@ class TrainingLog:
 
     def restart_clocks(self, step: int) -> None:
         """Makes the rates count from now, after `step` steps."""
-        self._clock.restart(step)
-        self._epoch_clock.restart(step)
+        self._last_line = self._last_epoch = self._now(step)
+
+    def _now(self, step: int) -> np.ndarray:
+        """The steps so far, the seconds of training, and those of them in which it waited for data."""
+        return np.array([step, time.perf_counter() - self._paused, self.stalls.seconds])
+
+    def _rates(self, since: np.ndarray, now: np.ndarray) -> dict[str, float]:
+        steps, seconds, stalled = (now - since).tolist()
+        return {"data_wait": stalled / seconds, "images_per_second": self._config.batch_size * steps / seconds}
 
     def started(self, metrics: Metrics) -> None:
         """Takes the metrics of a step that the devices have begun, for the next progress line."""
@@ -76,12 +83,12 @@ class TrainingLog:
         assert self._interval is not None
         values = {name: float(metric.compute()) for name, metric in jax.device_get(self._interval).items()}
         self._interval = None
-        seconds_per_step, values["data_wait"] = self._clock.read(step)
-        values["images_per_second"] = self._config.batch_size / seconds_per_step
-        self._clock.restart(step)
+        values |= self._rates(self._last_line, now := self._now(step))
+        self._last_line = now
         shown = "  ".join(text.format(values[name]) for name, text in SHOWN.items() if name in values)
-        left = datetime.timedelta(seconds=round(seconds_per_step * (self._config.total_steps - step)))
-        logger.info(f"{datetime.datetime.now():%m-%d %H:%M}  step {step}/{self._config.total_steps}  {shown}  {left} left")
+        total = self._config.total_steps
+        left = datetime.timedelta(seconds=round((total - step) * self._config.batch_size / values["images_per_second"]))
+        logger.info(f"{datetime.datetime.now():%m-%d %H:%M}  step {step}/{total}  {shown}  {left} left")
         self._write("train", step, values)
 
     def end_of_epoch(self, step: int) -> None:
@@ -89,15 +96,12 @@ class TrainingLog:
         seen, epoch = step * self._config.batch_size, self._examples_per_epoch
         if not epoch or seen // epoch == (seen - self._config.batch_size) // epoch:
             return
-        seconds_per_step, data_wait = self._epoch_clock.read(step)
-        self._epoch_clock.restart(step)
-        rates = {"data_wait": data_wait, "images_per_second": self._config.batch_size / seconds_per_step}
-        self._write("epoch", step, {"epoch": seen // epoch, **rates})
+        self._write("epoch", step, {"epoch": seen // epoch} | self._rates(self._last_epoch, now := self._now(step)))
+        self._last_epoch = now
 
     def evaluation(self, step: int, metrics: Mapping[str, Any], pictures: Mapping[str, Any], seconds: float) -> None:
         """Records an evaluation, which took `seconds` from training, and saves its pictures, uint8[H, W, 3] or PIL images."""
-        self._clock.pause(seconds)
-        self._epoch_clock.pause(seconds)
+        self._paused += seconds
         self._write("eval", step, metrics)
         for name, picture in pictures.items() if self._active else ():
             pixels = np.asarray(picture)
@@ -171,25 +175,3 @@ class InputStallTimer:
 
     def close(self) -> None:
         self._thread.shutdown()
-
-
-class Clock:
-    """Time since a step, without evaluations."""
-
-    def __init__(self, step: int, stalls: InputStallTimer):
-        self._stalls = stalls
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        """Starts anew after `step` steps."""
-        self._step, self._paused = step, 0.0
-        self._began, self._stalled = time.perf_counter(), self._stalls.seconds
-
-    def pause(self, seconds: float) -> None:
-        """Leaves out the last `seconds`."""
-        self._paused += seconds
-
-    def read(self, step: int) -> tuple[float, float]:
-        """Returns the seconds a step took, and the share of them in which it waited for data."""
-        seconds = time.perf_counter() - self._began - self._paused
-        return seconds / (step - self._step), (self._stalls.seconds - self._stalled) / seconds

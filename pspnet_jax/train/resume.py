@@ -52,10 +52,8 @@ def start(
         state = checkpoints.restore_newest(target)
         assert state is not None, "the checkpoints were there a moment ago"
         return state
-    state = init()
-    if not config.init_from:
-        return state
-    return with_weights(state, initial_weights(config, model, mesh), config.init_from)
+    name = config.init_from
+    return with_weights(init(), initial_weights(config, model, mesh), name) if name else init()
 
 
 def initial_weights(config: ConfigDict, model: nn.Module, mesh: Mesh) -> Variables:
@@ -79,10 +77,8 @@ def initial_weights(config: ConfigDict, model: nn.Module, mesh: Mesh) -> Variabl
 def _check_same_function(saved: ConfigDict, config: ConfigDict) -> None:
     """Refuses to start a network from the weights of one that computes something else with them."""
     for section in ("model", "normalize"):
-        fields = {
-            k: v for k, v in saved[section].items() if v != config[section][k] and f"{section}.{k}" not in MAY_DIFFER_AT_START
-        }
-        if fields:
+        given, free = config[section], MAY_DIFFER_AT_START
+        if fields := {k: v for k, v in saved[section].items() if v != given[k] and f"{section}.{k}" not in free}:
             raise UserError(f"init_from={config.init_from}: its network is another one; set {weights.flags(section, fields)}")
 
 
