@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pspnet_jax.errors import UserError
@@ -39,6 +40,11 @@ def start_processes() -> None:
             f"--distributed: the processes of this job could not be joined ({error}); start the same command on every host "
             "of the pod or cluster at the same time, as the scripts in launch/ do, or leave --distributed out on one machine"
         ) from error
+
+
+def agree(number: int) -> int:
+    """The largest of the numbers that the processes of this job give; all of them have to call it."""
+    return int(multihost_utils.process_allgather(np.int32(number)).max()) if jax.process_count() > 1 else number
 
 
 def make_mesh(devices: Iterable[jax.Device] | None = None) -> Mesh:

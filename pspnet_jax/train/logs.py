@@ -1,7 +1,6 @@
 """Training logs: progress lines, metrics.jsonl, TensorBoard and pictures, and where the time went."""
 
 import datetime
-import json
 import logging
 import numbers
 import time
@@ -16,6 +15,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from pspnet_jax import files
+from pspnet_jax.train.integrity import reason
+from pspnet_jax.train.jsonlines import JsonLines
 from pspnet_jax.train.step import Metrics
 
 logger = logging.getLogger(__name__)
@@ -55,11 +56,7 @@ class TrainingLog:
         self.stalls, self._paused = InputStallTimer(), 0.0
         self.restart_clocks(start)
         if self._active:
-            path = workdir / "metrics.jsonl"
-            lines = path.read_text().splitlines() if path.exists() else []
-            with files.atomic(path) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= start))
-            self._lines = path.open("a")
+            self._lines = JsonLines(workdir / "metrics.jsonl", start)
 
     def restart_clocks(self, step: int) -> None:
         """Makes the rates count from now, after `step` steps."""
@@ -99,33 +96,48 @@ class TrainingLog:
         self._write("epoch", step, {"epoch": seen // epoch} | self._rates(self._last_epoch, now := self._now(step)))
         self._last_epoch = now
 
-    def evaluation(self, step: int, metrics: Mapping[str, Any], pictures: Mapping[str, Any], seconds: float) -> None:
-        """Records an evaluation, which took `seconds` from training, and saves its pictures, uint8[H, W, 3] or PIL images."""
+    def pause(self, seconds: float) -> None:
+        """Leaves the last `seconds` out of the rates."""
         self._paused += seconds
+
+    def evaluation(self, step: int, metrics: Mapping[str, Any], pictures: Mapping[str, Any]) -> None:
+        """Records an evaluation, and saves its pictures, uint8[H, W, 3] or PIL images."""
         self._write("eval", step, metrics)
         for name, picture in pictures.items() if self._active else ():
-            pixels = np.asarray(picture)
-            with files.atomic(self._pictures / f"{name}.png") as path, path.open("wb") as file:
-                Image.fromarray(pixels).save(file, "PNG")
-            if self._writer:
-                self._writer.write_images(step, {name: pixels[None]})
+            try:
+                pixels = np.asarray(picture)
+                with files.atomic(self._pictures / f"{name}.png") as path, path.open("wb") as file:
+                    Image.fromarray(pixels).save(file, "PNG")
+            except Exception as error:  # a name that is too long, a full disk, an array that is no picture
+                logger.warning("the picture %r cannot be written (%s); training goes on", name[:100], reason(error))
+            else:
+                self._tensorboard("write_images", step, {name: pixels[None]})
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if not self._active:
             return
-        if self._writer:
-            self._writer.write_scalars(
-                step, {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, numbers.Real | jax.Array)}
-            )
-        self._lines.write(json.dumps({"step": step, "kind": kind, **values}, default=float) + "\n")
-        self._lines.flush()
+        scalars = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, numbers.Real | jax.Array)}
+        self._tensorboard("write_scalars", step, scalars)
+        self._lines.write({"step": step, "kind": kind, **values})
+
+    def _tensorboard(self, method: str, *arguments: Any) -> None:
+        try:
+            if self._writer:
+                getattr(self._writer, method)(*arguments)
+        except Exception as error:
+            logger.warning("TensorBoard's files cannot be written (%s); training goes on without them", reason(error))
+            self._writer = None
+
+    def flush(self) -> None:
+        """Writes the lines that wait."""
+        if self._active:
+            self._lines.flush()
 
     def close(self) -> None:
         self.stalls.close()
         if self._active:
             self._lines.close()
-        if self._writer:
-            self._writer.close()
+        self._tensorboard("close")
 
 
 _merge = jax.jit(lambda interval, metrics: {name: metric.merge(metrics[name]) for name, metric in interval.items()})

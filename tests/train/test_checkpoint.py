@@ -46,7 +46,9 @@ def save(workdir, scores, config=None):
     """Saves small states; scores: {step: mean IoU or None}."""
     checkpoints = Checkpoints(workdir)
     for step, score in scores.items():
-        checkpoints.save(step, small_state(step), config or tiny_config(), None if score is None else {SCORE: score})
+        checkpoints.save(step, small_state(step), config or tiny_config())
+        if score is not None:
+            checkpoints.add_score(step, {SCORE: score}, {})
     checkpoints.close()
 
 
@@ -54,7 +56,7 @@ def save(workdir, scores, config=None):
 def test_any_number_of_devices_restores_bit_for_bit(tmp_path, saved_on, restored_on):
     state = small_state(3, saved_on)
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(3, state, tiny_config(), None)
+    checkpoints.save(3, state, tiny_config())
     checkpoints.close()
     restored = Checkpoints(tmp_path).restore(3, target(restored_on))
     assert_equal(restored, state)
@@ -66,7 +68,7 @@ def test_a_state_may_be_donated_while_it_is_written(tmp_path):
     state = small_state(1).replace(batch_stats={"large": jnp.zeros((1000, 1000)), "a": {"mean": jnp.zeros(3)}})
     checkpoints = Checkpoints(tmp_path)
     for step in (1, 2):
-        checkpoints.save(step, state, tiny_config(), None)
+        checkpoints.save(step, state, tiny_config())
         for _ in range(5):
             state = grow(state)
     checkpoints.close()
@@ -145,20 +147,20 @@ def test_an_unreadable_newest_checkpoint_is_moved_aside_and_the_one_before_it_us
     restored = checkpoints.restore_newest(target())
     assert_equal(restored, small_state(2))
     (warning,) = [r.message for r in caplog.records if "moved to" in r.message]
-    assert "checkpoint 3 cannot be read" in warning
-    assert warning.endswith(f"moved to {tmp_path}/unreadable/3, using 2")
-    assert (tmp_path / "unreadable" / "3").is_dir()
+    assert "checkpoint 3 is damaged" in warning
+    assert warning.endswith(f"moved to {tmp_path}/set_aside/3, using 2")
+    assert (tmp_path / "set_aside" / "3").is_dir()
     assert checkpoints.steps == [2]
-    checkpoints.save(3, small_state(3), tiny_config(), None)  # training comes past this step again
+    checkpoints.save(3, small_state(3), tiny_config())  # training comes past this step again
     checkpoints.close()
     assert_equal(Checkpoints(tmp_path).restore_newest(target()), small_state(3))
 
 
 def test_damaged_metrics_cost_a_checkpoint_its_rank_and_nothing_else(tmp_path, caplog):
     save(tmp_path, {1: 0.5, 2: 0.6, 3: None})
-    (tmp_path / "checkpoints" / "2" / "metrics" / "metrics").write_text("{")
+    (tmp_path / "checkpoints" / "2" / "score.json").write_text("{")
     checkpoints = Checkpoints(tmp_path)
-    assert "the metrics of checkpoint 2 cannot be read" in caplog.text
+    assert "the score of checkpoint 2 cannot be read" in caplog.text
     assert checkpoints.steps == [2, 3]
     assert_equal(checkpoints.restore_newest(target()), small_state(3))
     with pytest.raises(FileNotFoundError, match="--checkpoint best"):
@@ -170,10 +172,10 @@ def test_where_no_checkpoint_can_be_read_nothing_is_moved_and_nothing_started_ov
     for step in (1, 2):
         garble_metadata(tmp_path / "checkpoints" / str(step))
     checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(ValueError, match=r"no checkpoint in .*checkpoints can be read \(2: .*; 1: .*\); delete the directory"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .*checkpoints can be used \(2 is damaged .*; 1 is damaged .*\); delete the directory"):
         checkpoints.restore_newest(target())
     assert checkpoints.steps == [1, 2]
-    assert not (tmp_path / "unreadable").exists()
+    assert not (tmp_path / "set_aside").exists()
 
 
 def test_half_a_checkpoint_of_a_killed_process_does_not_count_and_goes_away(tmp_path):
@@ -183,7 +185,7 @@ def test_half_a_checkpoint_of_a_killed_process_does_not_count_and_goes_away(tmp_
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2  # evaluation removes nothing: the training may still run
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.steps == [1]
-    checkpoints.save(3, small_state(3), tiny_config(), None)
+    checkpoints.save(3, small_state(3), tiny_config())
     checkpoints.close()
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "3"}
 
@@ -202,7 +204,7 @@ def test_evaluating_an_unreadable_checkpoint_ends_in_one_sentence(trained, tmp_p
     for file in (tmp_path / "checkpoints" / "4" / part).rglob("*"):
         if file.is_file():
             file.write_bytes(b"garbage")
-    with pytest.raises(ValueError, match=r"checkpoint 4 in .* cannot be read .*; choose another with --checkpoint") as error:
+    with pytest.raises(ValueError, match=r"checkpoint 4 in .* is damaged .*; choose another with --checkpoint") as error:
         checkpoint.load(tmp_path, "latest", mesh_of(1))
     assert "\n" not in str(error.value)
 
@@ -272,7 +274,7 @@ def test_a_run_of_the_first_version_goes_on(old_run):
     (count,) = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.dtype == jnp.int32]
     assert int(count) == 4
     assert float(jax.tree.leaves(state.opt_state)[0][0]) % 1 == 0.5
-    checkpoints.save(5, state.replace(step=jnp.int32(5)), tiny_config(), None)
+    checkpoints.save(5, state.replace(step=jnp.int32(5)), tiny_config())
     checkpoints.close()
     again = Checkpoints(old_run).restore_newest(filled_state(tiny_config(), 0))
     assert_equal(again.replace(step=state.step), state)

@@ -44,8 +44,9 @@ def test_other_changes_are_listed_and_allowed(caplog):
 def started(config, trained, fresh):
     """The fresh state with the weights that config.init_from names."""
     config.init_from = str(trained)
-    weights = resume.initial_weights(config, parts_of(config)["model"], mesh_of(1))
-    return resume.with_weights(fresh, weights, config.init_from)
+    given, names = resume.initial_weights(config, parts_of(config)["model"], mesh_of(1))
+    given = resume.match_classes(given, fresh.weights, names, config.dataset.class_names, config.init_from)
+    return resume.with_weights(fresh, given, config.init_from)
 
 
 def test_starting_from_another_runs_weights(trained):
@@ -64,7 +65,7 @@ def test_other_classes_keep_their_fresh_classifiers_and_say_so(trained, caplog):
     state = started(config, trained, filled_state(config, 1))
     for path, leaf in traverse_util.flatten_dict(state.params).items():
         np.testing.assert_array_equal(leaf, 1 if "classifier" in path[0] else 6, err_msg=str(path))
-    (warning,) = [r.message for r in caplog.records if r.levelno == logging.WARNING and r.name.startswith("pspnet_jax")]
+    *_, warning = [r.message for r in caplog.records if r.levelno == logging.WARNING and r.name.startswith("pspnet_jax")]
     assert warning.endswith("drawn at random: auxiliary_classifier, classifier")
 
 
