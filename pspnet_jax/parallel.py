@@ -5,9 +5,10 @@ out, and "spatial", over which one image may be (of size 1).
 """
 
 import collections
+import contextlib
 import logging
 import os
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -45,6 +46,22 @@ def start_processes() -> None:
 def agree(number: int) -> int:
     """The largest of the numbers that the processes of this job give; all of them have to call it."""
     return int(multihost_utils.process_allgather(np.int32(number)).max()) if jax.process_count() > 1 else number
+
+
+@contextlib.contextmanager
+def together(what: str) -> Iterator[None]:
+    """Lets all processes of this job fail in the block where one of them does, so that none waits for it afterwards.
+
+    Raises:
+      UserError: it failed in another process.
+    """
+    try:
+        yield
+    except Exception:
+        agree(1)
+        raise
+    if agree(0):
+        raise UserError(f"{what} failed in another process of this job, which says why")
 
 
 def make_mesh(devices: Iterable[jax.Device] | None = None) -> Mesh:

@@ -127,7 +127,13 @@ def batches(start):
             time.sleep(1)
         yield {name: array[4 * host : 4 * host + 4] for name, array in batch.items()}
 
-fit(tiny_config(), batches, None, workdir, model=OneLayer())
+def evaluate(variables):
+    with parallel.together("evaluating"):
+        if host == 1:
+            raise ValueError("x.png is damaged")
+    return {"mean_iou": 0.5}, {}
+
+fit(tiny_config(), batches, evaluate, workdir, model=OneLayer())
 """
 
 
@@ -166,6 +172,7 @@ def test_two_processes_stop_and_resume_together_and_equal_one(tmp_path, monkeypa
     assert f"stopped by SIGTERM; step {stopped} is saved" in said[0]
     codes, said = run_two_processes(tmp_path / "two", at=0)
     assert codes == [0, 0], "\n".join(said)
+    assert "step 12 could not be evaluated (evaluating failed in another process of this job" in said[0]
 
     mesh = parallel.make_mesh(jax.devices()[:2])
     monkeypatch.setattr(parallel, "make_mesh", lambda: mesh)

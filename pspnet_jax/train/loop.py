@@ -80,6 +80,7 @@ def fit(
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed={config.seed}: expected a value from 0 to {2**32 - 1}")
     with contextlib.ExitStack() as closing:  # in reverse order: signals are caught until everything is written
+        closing.enter_context(jax.enable_x64(False))  # whatever the shell says: a run is resumed as it began
         stop = closing.enter_context(contextlib.closing(StopSignal()))
         closing.enter_context(locked(workdir))
         checkpoints = closing.enter_context(contextlib.closing(Checkpoints(workdir)))

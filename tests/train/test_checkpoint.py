@@ -1,3 +1,4 @@
+import errno
 import gc
 import pathlib
 import shutil
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from pspnet_jax import parallel
-from pspnet_jax.train import checkpoint
+from pspnet_jax.errors import UserError
+from pspnet_jax.train import checkpoint, integrity
 from pspnet_jax.train.checkpoint import SCORE, Checkpoints
 from pspnet_jax.train.step import TrainState
 from tests.train import filled_state, mesh_of, tiny_config
@@ -172,7 +174,10 @@ def test_where_no_checkpoint_can_be_read_nothing_is_moved_and_nothing_started_ov
     for step in (1, 2):
         garble_metadata(tmp_path / "checkpoints" / str(step))
     checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(ValueError, match=r"no checkpoint in .*checkpoints can be used \(2 is damaged .*; 1 is damaged .*\); delete the directory"):
+    with pytest.raises(
+        ValueError,
+        match=r"no checkpoint in .*checkpoints can be used \(2 is damaged .*; 1 is damaged .*\); delete the directory",
+    ):
         checkpoints.restore_newest(target())
     assert checkpoints.steps == [1, 2]
     assert not (tmp_path / "set_aside").exists()
@@ -278,3 +283,132 @@ def test_a_run_of_the_first_version_goes_on(old_run):
     checkpoints.close()
     again = Checkpoints(old_run).restore_newest(filled_state(tiny_config(), 0))
     assert_equal(again.replace(step=state.step), state)
+
+
+def storage(monkeypatch, error, times):
+    """Makes the reading of files fail so many times."""
+    real, left = integrity.ocp.StandardCheckpointHandler.restore, [times]
+
+    def restore(self, *args, **more):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise error
+        return real(self, *args, **more)
+
+    monkeypatch.setattr(integrity.ocp.StandardCheckpointHandler, "restore", restore)
+    monkeypatch.setattr(checkpoint, "PAUSES", (0.0, 0.0))
+
+
+AWAY = [
+    OSError(errno.EIO, "Input/output error"),
+    PermissionError(errno.EACCES, "Permission denied"),
+    OSError(errno.ESTALE, "Stale file handle"),
+    TimeoutError("timed out"),
+    ValueError('UNKNOWN: Error opening "zarr" driver: Failed to open "d/b1": Input/output error [tensorstore_spec=...]'),
+    ValueError("UNAVAILABLE: socket closed"),
+    RuntimeError("this version of orbax does not know the format"),
+]
+
+
+@pytest.mark.parametrize("error", AWAY, ids=range(len(AWAY)))
+def test_a_checkpoint_that_storage_does_not_hand_out_is_asked_for_again_and_never_moved(tmp_path, caplog, monkeypatch, error):
+    save(tmp_path, {2: None, 3: 0.4})
+    storage(monkeypatch, error, times=1)
+    assert_equal(Checkpoints(tmp_path).restore_newest(target()), small_state(3))
+    assert "checkpoint 3 could not be read" in caplog.text
+    storage(monkeypatch, error, times=100)
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(
+        UserError, match=r"checkpoint 3 in .* could not be read \(.*nothing was changed: try again when"
+    ) as said:
+        checkpoints.restore_newest(target())
+    assert "tensorstore_spec" not in str(said.value)
+    assert checkpoints.steps == [2, 3]
+    assert not (tmp_path / "set_aside").exists()
+
+
+def test_evaluation_tells_damage_from_storage_that_is_away(trained, monkeypatch):
+    def restore(*args, **more):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "PAUSES", ())
+    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "restore", restore)
+    with pytest.raises(UserError, match=r"checkpoint 4 in .* could not be read \(.*Input/output error\); it may be all right"):
+        checkpoint.load(trained, "latest", mesh_of(1))
+
+
+def test_arrays_of_another_network_are_named_and_nothing_is_moved(tmp_path):
+    save(tmp_path, {2: None, 3: None})
+    wanted = target()
+    wider = jax.ShapeDtypeStruct((2, 5), np.float32, sharding=wanted.step.sharding)
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(UserError, match=r"checkpoint 3 .* holds another network \(.*params/a/kernel \(2, 3\) -> \(2, 5\)"):
+        checkpoints.restore_newest(wanted.replace(params={"a": {"kernel": wider}}))
+    with pytest.raises(UserError, match=r"holds another network \(the optimizer's state has other arrays\)"):
+        checkpoints.restore_newest(wanted.replace(opt_state=(wider,)))
+    assert checkpoints.steps == [2, 3]
+
+
+@pytest.mark.parametrize("place", ["weights/d", "weights/ocdbt.process_0/d", "config", "optimizer/d"])
+def test_one_flipped_bit_is_found(tmp_path, caplog, place):
+    """Also in a large array, whose numbers orbax and tensorstore would hand out as they are."""
+    checkpoints, grown = Checkpoints(tmp_path), {"large": jnp.zeros((1000, 100)) + jnp.arange(100)}
+    state = small_state(2).replace(batch_stats=grown)
+    for step in (2, 3):
+        checkpoints.save(step, state, tiny_config())
+    checkpoints.close()
+    file = max(
+        (path for path in (tmp_path / "checkpoints/3" / place).iterdir() if path.is_file()), key=lambda p: p.stat().st_size
+    )
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    assert int(Checkpoints(tmp_path).restore_newest(wanted).step) == 2
+    assert f"checkpoint 3 is damaged (other content than was saved: {place}" in caplog.text
+
+
+def test_what_a_copy_left_out_is_named(trained, tmp_path):
+    def copy(change):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(trained, tmp_path / "run")
+        change(tmp_path / "run" / "checkpoints")
+        with pytest.raises(UserError) as error:
+            checkpoint.load(tmp_path / "run", "latest", mesh_of(1))
+        return str(error.value)
+
+    assert "(missing: ema/)" not in copy(lambda path: shutil.rmtree(path / "4" / "config"))
+    assert "is damaged or incomplete (missing: config/)" in copy(lambda path: shutil.rmtree(path / "4" / "config"))
+    assert "is damaged or incomplete (missing: ema/_METADATA" in copy(lambda path: (path / "4" / "ema" / "_METADATA").unlink())
+    said = copy(lambda path: [file.unlink() for file in path.glob("4/ema/d/*")])
+    assert "(missing: ema/d/" in said
+    said = copy(lambda path: (path / "4").rename(path / "4.orbax-checkpoint-tmp"))
+    assert "has none (and 4.orbax-checkpoint-tmp, which an interrupted save or copy left)" in said
+    assert "is no run with checkpoints" in copy(shutil.rmtree)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_neither_scored_nor_trained_on(tmp_path, caplog, bad):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, small_state(2), tiny_config())
+    broken = small_state(3)
+    kernel = np.array(broken.params["a"]["kernel"])
+    kernel[0, 1] = bad
+    checkpoints.save(3, broken.replace(params={"a": {"kernel": jax.device_put(kernel, broken.step.sharding)}}), tiny_config())
+    checkpoints.close()
+    with pytest.raises(
+        UserError, match=r"checkpoint 3 .* is not finite \(1 of 6 values of .*params/a/kernel are NaN or infinite\)"
+    ):
+        checkpoint.load(tmp_path, "latest", mesh_of(1))
+    assert_equal(Checkpoints(tmp_path).restore_newest(target()), small_state(2))
+    assert "checkpoint 3 is not finite" in caplog.text
+    assert (tmp_path / "set_aside" / "3").is_dir()
+
+
+def test_weights_for_other_classes_than_the_config_names_are_refused(tmp_path):
+    config = tiny_config()
+    state = filled_state(config, 5)
+    config.dataset.class_names = ("sky", "road")
+    checkpoint.write_weights(tmp_path / "run", config, state)
+    with pytest.raises(UserError, match="tells 3 classes apart, but its config names 2"):
+        checkpoint.load(tmp_path / "run", "latest", mesh_of(1))
