@@ -1,8 +1,6 @@
 """Checkpoints of a run, by orbax: the newest two and the best one are kept, written in the background, each with its config.
 
-Layout: WORKDIR/checkpoints/STEP/{weights,ema,optimizer,config,data}, checksums.json, and score.json once it is scored.
-Evaluation reads only the config and the weights, or their moving average. Version 0.1 had all but the config in STEP/state,
-which is read as well.
+What one holds, see `layout`; how it is judged, see `integrity`.
 """
 
 import contextlib
@@ -10,31 +8,40 @@ import functools
 import json
 import logging
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
 from pspnet_jax import config as configs
-from pspnet_jax import files, parallel
+from pspnet_jax import files
 from pspnet_jax.errors import MissingFileError, UserError
-from pspnet_jax.train import integrity
+from pspnet_jax.train import integrity, layout
 from pspnet_jax.train.integrity import Verdict
 from pspnet_jax.train.lock import locked
 from pspnet_jax.train.step import TrainState, Variables
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 SCORE = "score"  # of the metrics beside a checkpoint, what decides which is best; version 0.1 had "mean_iou" alone
 SETTINGS = "settings"  # of the evaluation; only scores with the same are compared
-PAUSES = (1.0, 5.0, 15.0)  # seconds before a checkpoint that storage does not hand out is read again
+
+
+def _calm_orbax() -> None:
+    """Keeps to one sentence what orbax raises, logs with a traceback, and lets a closed event loop repeat for each array."""
+    logging.getLogger("absl").addFilter(lambda record: not ("orbax" in record.pathname and record.levelno >= logging.ERROR))
+    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda found: None if str(found.exc_value) == "Event loop is closed" else hook(found)
+
+
+_calm_orbax()
 
 
 class _Manager(ocp.CheckpointManager):
@@ -76,6 +83,10 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
+    def path(self, step: int) -> epath.Path:
+        """The directory of a checkpoint."""
+        return self._directory / str(step)
+
     def reached_preemption(self, step: int) -> bool:
         """Whether one of several processes was asked to stop; all get the same answer for a step."""
         return self._manager.reached_preemption(step)
@@ -86,7 +97,7 @@ class Checkpoints:
         Raises:
           UserError: this one or the one before it could not be written.
         """
-        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in layout.items(state).items()}
         items |= {"config": ocp.args.JsonSave(config.to_dict()), "data": ocp.args.JsonSave({"fingerprint": fingerprint})}
         with self._writing():
             self._manager.wait_until_finished()
@@ -100,7 +111,7 @@ class Checkpoints:
                 integrity.write_checksums(directory)
 
     @contextlib.contextmanager
-    def _writing(self) -> Any:
+    def _writing(self) -> Iterator[None]:
         """Says of what cannot be written which checkpoints there are; orbax gives a checkpoint its name when it is complete."""
         try:
             complete = sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
@@ -123,8 +134,8 @@ class Checkpoints:
         with self._writing():
             self._manager.wait_until_finished()
             self._scores[step] = json.loads(json.dumps({**metrics, SETTINGS: settings}))
-            if jax.process_index() == 0 and (self._directory / str(step)).exists():
-                with files.atomic(self._directory / str(step) / "score.json") as path:
+            if jax.process_index() == 0 and self.path(step).exists():
+                with files.atomic(self.path(step) / "score.json") as path:
                     path.write_text(json.dumps(self._scores[step]))
 
     def score(self, step: int) -> Mapping[str, Any] | None:
@@ -132,7 +143,7 @@ class Checkpoints:
         return self._scores.get(step)
 
     def _read_score(self, step: int) -> dict[str, Any] | None:
-        path, old = (self._directory / str(step) / name for name in ("score.json", "metrics/metrics"))
+        path, old = (self.path(step) / name for name in ("score.json", "metrics/metrics"))
         try:
             path = path if path.exists() else old
             metrics = json.loads(path.read_text())
@@ -151,54 +162,15 @@ class Checkpoints:
         newest = scores[max(scores)].get(SETTINGS)
         return max((score[SCORE], step) for step, score in scores.items() if score.get(SETTINGS) == newest)[1]
 
-    def restore(self, step: int, target: TrainState) -> TrainState:
-        """Reads one checkpoint into the target's shapes and shardings; each process by itself, so that none waits for another.
-
-        Raises:
-          OtherNetworkError: the arrays saved are others.
-        """
-        directory = self._directory / str(step)
-        if (directory / "state").exists():
-            parts = {"average" if name == "ema" else name: tree for name, tree in vars(target).items()}
-            read = _read_tree(directory / "state", target.step.sharding, tuple(parts))
-            old = jax.tree.unflatten(jax.tree.structure(parts), jax.tree.leaves(read))  # optax's empty states have changed
-            return TrainState(ema=old.pop("average"), **old)
-        targets, reader = _items(target), ocp.StandardCheckpointHandler()
-        integrity.check_shapes(directory, targets)
-        read = {k: reader.restore(directory / k, args=ocp.args.StandardRestore(tree)) for k, tree in targets.items()}
-        number = jax.device_put(jax.numpy.int32(step), target.step.sharding)
-        return TrainState(number, opt_state=read["optimizer"], ema=read.get("ema"), **read["weights"])
-
-    def variables(self, step: int, mesh: Mesh) -> Variables:
-        """Reads what evaluation uses, the moving average where there is one, onto every device of the mesh."""
-        item, everywhere = self._evaluated_item(step), parallel.replicated(mesh)
-        if item != "state":
-            return _read_tree(self._directory / str(step) / item, everywhere)
-        old = self._directory / str(step) / "state"
-        return _read_tree(old, everywhere, ("average",)).get("average") or _read_tree(old, everywhere)
-
-    def _evaluated_item(self, step: int) -> str:
-        directory = self._directory / str(step)
-        return next((item for item in ("state", "ema") if (directory / item).exists()), "weights")
-
-    def config(self, step: int) -> ConfigDict:
-        """The config that the checkpoint was trained with."""
-        return configs.from_dict(_read_json(self._directory / str(step) / "config"))
-
     def origin(self) -> tuple[ConfigDict, str] | None:
         """The config of the newest checkpoint that tells it, and its training data's fingerprint; empty where it is not known.
 
         Raises:
           UserError: storage does not hand it out.
         """
-
-        def read(directory: epath.Path) -> tuple[ConfigDict, str]:
-            data = directory / "data"
-            return configs.from_dict(_read_json(directory / "config")), _read_json(data)["fingerprint"] if data.exists() else ""
-
         for step in reversed(self.steps):
-            _, _, found = self.attempt(step, ("config", "data"), functools.partial(read, self._directory / str(step)))
-            if found:
+            directory = self.path(step)
+            if found := integrity.attempt(directory, ("config", "data"), functools.partial(layout.read_origin, directory))[2]:
                 return found
         return None
 
@@ -228,9 +200,8 @@ class Checkpoints:
         """
         reasons: dict[int, str] = {}
         for step in reversed(self.steps):
-            old = (self._directory / str(step) / "state").exists()
-            items = ("state", "config") if old else (*_items(target), "config")
-            verdict, reason, state = self.attempt(step, items, functools.partial(self.restore, step, target))
+            read = functools.partial(layout.read_state, self.path(step), target)
+            verdict, reason, state = integrity.attempt(self.path(step), layout.items_of(self.path(step), target), read)
             if verdict is Verdict.GOOD:
                 for bad, why in reasons.items():
                     logger.warning("checkpoint %s %s; moved to %s, using %s", bad, why, self._set_aside(bad), step)
@@ -246,48 +217,6 @@ class Checkpoints:
             )
         return None
 
-    def attempt(self, step: int, items: Sequence[str], read: Callable[[], T]) -> tuple[Verdict, str, T | None]:
-        """Reads and judges a checkpoint, together with the other processes; tries again where storage does not hand it out.
-
-        Returns:
-          the verdict of all processes, the reason as "is damaged (...)", and what `read` returned.
-
-        Raises:
-          UserError: storage does not hand it out.
-        """
-        for pause in (*PAUSES, None):
-            own, reason, result = self._attempt(step, items, read)
-            verdict = Verdict(parallel.agree(own))
-            if verdict != own:
-                reason = "was refused by another process of this job, which says why"
-            if verdict is not Verdict.UNREACHABLE:
-                return verdict, reason, result
-            if pause is not None:
-                logger.warning("checkpoint %s %s; trying again in %.0f s", step, reason, pause)
-                time.sleep(pause)
-        raise UserError(
-            f"checkpoint {step} in {self._directory} {reason}; it may be all right, and nothing was changed: "
-            "try again when the storage answers"
-        )
-
-    def _attempt(self, step: int, items: Sequence[str], read: Callable[[], T]) -> tuple[Verdict, str, T | None]:
-        directory, missing = self._directory / str(step), list[str]()
-        try:
-            missing, differing = integrity.problems(directory, items)
-            if differing:
-                return Verdict.DAMAGED, f"is damaged (other content than was saved: {_listed(differing)})", None
-            result = read()
-        except (MemoryError, jax.errors.JaxRuntimeError):
-            raise  # not the file's fault
-        except Exception as error:  # whatever a damaged file makes orbax raise
-            verdict = integrity.judge(error)
-            if verdict is Verdict.DAMAGED and missing:
-                return verdict, f"is damaged or incomplete (missing: {_listed(missing)})", None
-            return verdict, f"{SAID[verdict]} ({integrity.reason(error)})", None
-        if found := integrity.not_finite(result):
-            return Verdict.NOT_FINITE, f"{SAID[Verdict.NOT_FINITE]} ({found})", result
-        return Verdict.GOOD, "", result
-
     def _set_aside(self, step: int) -> epath.Path:
         aside = self._directory.parent / "set_aside" / str(step)
         if jax.process_index() == 0:
@@ -295,7 +224,7 @@ class Checkpoints:
                 aside.parent.mkdir(exist_ok=True)
                 if aside.exists():
                     aside.rmtree()
-                (self._directory / str(step)).rename(aside)
+                self.path(step).rename(aside)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoint set aside")
         self._manager.reload()
@@ -311,14 +240,6 @@ class Checkpoints:
             self._manager.close()
 
 
-SAID = {
-    Verdict.NOT_FINITE: "is not finite",
-    Verdict.DAMAGED: "is damaged",
-    Verdict.OTHER_NETWORK: "holds another network",
-    Verdict.UNREACHABLE: "could not be read",
-}
-
-
 class _Best:
     """Orbax's question of which checkpoints to keep, answered: the best one."""
 
@@ -330,33 +251,6 @@ class _Best:
         return [checkpoint.step == best for checkpoint in checkpoints]
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _read_json(path: epath.Path) -> Any:
-    return ocp.JsonCheckpointHandler().restore(path)
-
-
-def _items(state: TrainState) -> dict[str, Any]:
-    return {"weights": state.weights, "optimizer": state.opt_state} | ({"ema": state.ema} if state.ema else {})
-
-
-def _read_tree(path: epath.Path, sharding: Sharding, parts: Sequence[str] = ("params", "batch_stats")) -> Any:
-    """Reads those parts of a saved tree that are not empty, whatever their shapes."""
-
-    def target(saved: Any) -> Any:
-        return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=sharding)
-
-    reader = ocp.PyTreeCheckpointHandler()
-    saved = reader.metadata(path).tree
-    shapes = jax.tree.map(target, {name: saved[name] for name in parts if saved[name] is not None})
-    if not shapes:
-        return {}
-    restore_args = ocp.checkpoint_utils.construct_restore_args(shapes)
-    return reader.restore(path, args=ocp.args.PyTreeRestore(shapes, restore_args=restore_args, partial_restore=True))
-
-
 def load(workdir: epath.PathLike, which: str, mesh: Mesh) -> tuple[ConfigDict, int, Variables]:
     """Reads a run's weights for evaluation: its config, the step found ("latest", "best" or a number), and its variables.
 
@@ -366,11 +260,12 @@ def load(workdir: epath.PathLike, which: str, mesh: Mesh) -> tuple[ConfigDict, i
     """
     with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
         step = checkpoints.find(which)
-        verdict, reason, read = checkpoints.attempt(
-            step,
-            (checkpoints._evaluated_item(step), "config"),
-            lambda: (checkpoints.config(step), checkpoints.variables(step, mesh)),
-        )
+        directory = checkpoints.path(step)
+
+        def read_all() -> tuple[ConfigDict, Variables]:
+            return layout.read_origin(directory)[0], layout.read_variables(directory, mesh)
+
+        verdict, reason, read = integrity.attempt(directory, ("config", layout.evaluated_item(directory)), read_all)
         if verdict is not Verdict.GOOD or read is None:
             raise UserError(f"checkpoint {step} in {workdir} {reason}; choose another with --checkpoint")
     config, variables = read

@@ -3,11 +3,13 @@
 import collections
 import enum
 import json
+import logging
 import pathlib
 import re
+import time
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import flax.traverse_util
 import jax
@@ -15,9 +17,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from pspnet_jax import files
+from pspnet_jax import files, parallel
+from pspnet_jax.errors import UserError
 
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 CHECKSUMS = "checksums.json"
+PAUSES = (1.0, 5.0, 15.0)  # seconds before a checkpoint that storage does not hand out is read again
 
 
 class Verdict(enum.IntEnum):
@@ -28,6 +34,14 @@ class Verdict(enum.IntEnum):
     DAMAGED = 2
     OTHER_NETWORK = 3
     UNREACHABLE = 4
+
+
+SAID = {
+    Verdict.NOT_FINITE: "is not finite",
+    Verdict.DAMAGED: "is damaged",
+    Verdict.OTHER_NETWORK: "holds another network",
+    Verdict.UNREACHABLE: "could not be read",
+}
 
 
 class OtherNetworkError(Exception):
@@ -56,6 +70,58 @@ def reason(error: Exception) -> str:
     return re.split(r"\n| \[(?:tensorstore_spec|source locations)", str(error))[0][-300:] or type(error).__name__
 
 
+def attempt(directory: epath.Path, items: Sequence[str], read: Callable[[], T]) -> tuple[Verdict, str, T | None]:
+    """Reads and judges a checkpoint, together with the other processes; tries again where storage does not hand it out.
+
+    Args:
+      directory: of the checkpoint.
+      items: that `read` reads, whose files are compared with their checksums before.
+      read: returns a tree of arrays, or anything else.
+
+    Returns:
+      the verdict of all processes, the reason as "is damaged (...)", and what `read` returned.
+
+    Raises:
+      UserError: storage does not hand it out.
+    """
+    for pause in (*PAUSES, None):
+        own, why, result = _attempt(directory, items, read)
+        verdict = Verdict(parallel.agree(own))
+        if verdict != own:
+            why = "was refused by another process of this job, which says why"
+        if verdict is not Verdict.UNREACHABLE:
+            return verdict, why, result
+        if pause is not None:
+            logger.warning("checkpoint %s %s; trying again in %.0f s", directory.name, why, pause)
+            time.sleep(pause)
+    raise UserError(
+        f"checkpoint {directory.name} in {directory.parent} {why}; it may be all right, and nothing was changed: "
+        "try again when the storage answers"
+    )
+
+
+def _attempt(directory: epath.Path, items: Sequence[str], read: Callable[[], T]) -> tuple[Verdict, str, T | None]:
+    try:
+        missing, differing = problems(directory, items)
+        if missing:  # also of files that could be done without: orbax, which would have to find out, is loud where it fails
+            return Verdict.DAMAGED, f"is damaged or incomplete (missing: {_listed(missing)})", None
+        if differing:
+            return Verdict.DAMAGED, f"is damaged (other content than was saved: {_listed(differing)})", None
+        result = read()
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise  # not the file's fault
+    except Exception as error:  # whatever a damaged file makes orbax raise
+        verdict = judge(error)
+        return verdict, f"{SAID[verdict]} ({reason(error)})", None
+    if found := not_finite(result):
+        return Verdict.NOT_FINITE, f"{SAID[Verdict.NOT_FINITE]} ({found})", result
+    return Verdict.GOOD, "", result
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def write_checksums(directory: epath.Path) -> None:
     """Notes the size and CRC-32 of each file of a checkpoint's items; buckets have checksums of their own."""
     if not files.is_remote(directory):
@@ -67,7 +133,7 @@ def write_checksums(directory: epath.Path) -> None:
 def problems(directory: epath.Path, items: Sequence[str]) -> tuple[list[str], list[str]]:
     """Compares the files of some of a checkpoint's items with their checksums: those that are missing, and those that differ.
 
-    A missing file may be one that reading does without. Where there are no checksums, only missing items are found.
+    Where there are no checksums, only missing items are found.
     """
     missing = [f"{item}/" for item in items if not (directory / item).is_dir()]
     path = directory / CHECKSUMS

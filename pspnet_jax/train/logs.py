@@ -1,5 +1,6 @@
 """Training logs: progress lines, metrics.jsonl, TensorBoard and pictures, and where the time went."""
 
+import contextlib
 import datetime
 import logging
 import numbers
@@ -49,7 +50,10 @@ class TrainingLog:
     ):
         """Goes on after `start` steps; the lines of later ones are dropped, as these steps are made again."""
         self._active = jax.process_index() == 0
-        self._writer = writer(str(workdir / "tensorboard")) if writer and self._active else None
+        self._writer: Writer | None = None
+        if writer and self._active:
+            with self._tensorboard():
+                self._writer = writer(str(workdir / "tensorboard"))
         self._pictures, self._config = workdir / "pictures", config
         self._examples_per_epoch = examples_per_epoch
         self._interval: Metrics | None = None
@@ -111,19 +115,23 @@ class TrainingLog:
             except Exception as error:  # a name that is too long, a full disk, an array that is no picture
                 logger.warning("the picture %r cannot be written (%s); training goes on", name[:100], reason(error))
             else:
-                self._tensorboard("write_images", step, {name: pixels[None]})
+                with self._tensorboard():
+                    if self._writer:
+                        self._writer.write_images(step, {name: pixels[None]})
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if not self._active:
             return
         scalars = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, numbers.Real | jax.Array)}
-        self._tensorboard("write_scalars", step, scalars)
+        with self._tensorboard():
+            if self._writer:
+                self._writer.write_scalars(step, scalars)
         self._lines.write({"step": step, "kind": kind, **values})
 
-    def _tensorboard(self, method: str, *arguments: Any) -> None:
+    @contextlib.contextmanager
+    def _tensorboard(self) -> Iterator[None]:
         try:
-            if self._writer:
-                getattr(self._writer, method)(*arguments)
+            yield
         except Exception as error:
             logger.warning("TensorBoard's files cannot be written (%s); training goes on without them", reason(error))
             self._writer = None
@@ -137,7 +145,9 @@ class TrainingLog:
         self.stalls.close()
         if self._active:
             self._lines.close()
-        self._tensorboard("close")
+        with self._tensorboard():
+            if self._writer:
+                self._writer.close()
 
 
 _merge = jax.jit(lambda interval, metrics: {name: metric.merge(metrics[name]) for name, metric in interval.items()})

@@ -88,17 +88,20 @@ def fit(
         feed = iter(batches(min(newest, total - 1)))
         if (first := next(feed, None)) is None:  # read before there is a state, for the images' shape
             raise UserError("there is no batch to train on")
+        if "image" not in first:
+            raise UserError(f"the batches have {', '.join(first)}; expected an array of the name image, too")
         state = resume.start(config, model, optimizer, mesh, first["image"].shape[1:], checkpoints, workdir, fingerprint)
         start = int(state.step)
         unscored = evaluate is not None and _lacks_score(checkpoints, start)
         if start == total and not unscored:
             logger.info(f"{workdir} holds the finished run, step {start} of {total}; delete it to start over")
             return state
-        _announce(config, state, mesh, workdir, start)
+        if start < total:
+            _announce(config, state, mesh, workdir, start)
         log = closing.enter_context(contextlib.closing(TrainingLog(workdir, config, start, writer, examples_per_epoch)))
         run = Run(config, workdir, checkpoints, log, stop, evaluate, fingerprint, hooks)
         if unscored:
-            logger.info(f"step {start} was not evaluated any more; this is done now")
+            logger.info(f"step {start} was saved but not evaluated; this is done now")
             run.score(start, state)
         if start == total:
             run.exit_if_asked(start)
@@ -132,12 +135,9 @@ class Run:
         self.exit_if_asked(start)
         guard = NonFiniteGuard(self.checkpoints)
         for step in range(start + 1, total + 1):
-            try:
+            with self.saving_if_it_fails(state, guard):
                 if (batch := next(batches, None)) is None:
                     raise UserError(f"the batches ended after step {step - 1}, before total_steps={total}")
-            except Exception:  # a wrong example must not cost the steps before it
-                self.save_early(state, guard)
-                raise
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = train_step(state, batch)
             self.log.started(metrics)
@@ -159,8 +159,9 @@ class Run:
                 self.save(step, state)
             if score_due:
                 self.score(step, state)
-            for hook in self.hooks:
-                hook(step)
+            with self.saving_if_it_fails(state, guard):
+                for hook in self.hooks:
+                    hook(step)
             if stopping or score_due:
                 self.exit_if_asked(step)
         return state
@@ -169,14 +170,20 @@ class Run:
         self.checkpoints.save(step, state, self.config, self.fingerprint)
         self.log.flush()
 
-    def save_early(self, state: TrainState, guard: "NonFiniteGuard") -> None:
-        """Saves the steps made since the last checkpoint, if any; several processes cannot while one of them fails."""
-        step = int(state.step)
-        if step in (0, *self.checkpoints.steps) or jax.process_count() > 1:
-            return
-        guard.finish()
-        self.save(step, state)
-        logger.warning(f"step {step} is saved; the same command goes on from there")
+    @contextlib.contextmanager
+    def saving_if_it_fails(self, state: TrainState, guard: "NonFiniteGuard") -> Iterator[None]:
+        """Saves the steps made, where the block fails: a wrong example must not cost those before it.
+
+        Several processes cannot while one of them fails.
+        """
+        try:
+            yield
+        except Exception:
+            if (step := int(state.step)) not in (0, *self.checkpoints.steps) and jax.process_count() == 1:
+                guard.finish()
+                self.save(step, state)
+                logger.warning(f"step {step} is saved; the same command goes on from there")
+            raise
 
     def exit_if_asked(self, step: int) -> None:
         if self.stop.requested(self.checkpoints, step):

@@ -186,10 +186,8 @@ def file_size():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::pytest.PytestUnhandledThreadExceptionWarning"
-)
-def test_a_full_disk_ends_in_one_sentence_and_the_checkpoint_before_stays(tmp_path, file_size, whole):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # pytest's hook is set after ours
+def test_a_full_disk_ends_in_one_sentence_and_the_checkpoint_before_stays(tmp_path, file_size, caplog, capfd, whole):
     with pytest.raises(UserError) as error:
         train(small(), tmp_path, hooks=[lambda step: file_size(64) if step == 3 else None])
     file_size(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
@@ -197,6 +195,7 @@ def test_a_full_disk_ends_in_one_sentence_and_the_checkpoint_before_stays(tmp_pa
         f"{tmp_path}/checkpoints: cannot be written (File too large); the newest complete one is that of step 3; make room, "
         "or mend what is wrong, and the same command goes on from there"
     )
+    assert "Traceback" not in caplog.text + capfd.readouterr().err  # orbax's
     assert saved_steps(tmp_path) == [2, 3]
     assert_equal(train(small(), tmp_path), whole)
     lines = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -246,6 +245,21 @@ def test_tensorboard_that_fails_is_left_out(tmp_path, caplog, whole):
 
     assert_equal(train(small(), tmp_path, writer=lambda logdir: Writer()), whole)
     assert len([line for line in warnings(caplog) if line.startswith("TensorBoard's files cannot be written")]) == 1
+
+
+def test_a_hook_that_fails_costs_no_step(tmp_path):
+    def hook(step):
+        if step == 5:
+            raise RuntimeError("no profile today")
+
+    with pytest.raises(RuntimeError, match="no profile today"):
+        train(small(), tmp_path, hooks=[hook])
+    assert saved_steps(tmp_path)[-1] == 5
+
+
+def test_batches_without_an_image(tmp_path):
+    with pytest.raises(UserError, match=r"the batches have picture, label; expected an array of the name image, too"):
+        fit(small(), lambda start: iter([{"picture": 1, "label": 2}]), None, tmp_path, model=OneLayer())
 
 
 def test_training_in_a_thread_works_without_signals(tmp_path, caplog, whole):
