@@ -15,13 +15,12 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
 from pspnet_jax import config as configs
-from pspnet_jax import files
+from pspnet_jax import files, parallel
 from pspnet_jax.errors import MissingFileError, UserError
 from pspnet_jax.train import integrity, layout
 from pspnet_jax.train.integrity import Verdict
@@ -131,7 +130,7 @@ class Checkpoints:
           metrics: numbers, `SCORE` among them: the larger, the better.
           settings: of the evaluation, which JSON can hold.
         """
-        with self._writing():
+        with parallel.together("writing the score"), self._writing():
             self._manager.wait_until_finished()
             self._scores[step] = json.loads(json.dumps({**metrics, SETTINGS: settings}))
             if jax.process_index() == 0 and self.path(step).exists():
@@ -219,14 +218,12 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> epath.Path:
         aside = self._directory.parent / "set_aside" / str(step)
-        if jax.process_index() == 0:
-            with self._writing():
+        with parallel.together(f"setting checkpoint {step} aside"), self._writing():
+            if jax.process_index() == 0:
                 aside.parent.mkdir(exist_ok=True)
                 if aside.exists():
                     aside.rmtree()
                 self.path(step).rename(aside)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("checkpoint set aside")
         self._manager.reload()
         return aside
 
@@ -249,6 +246,11 @@ class _Best:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         best = self._checkpoints.best()
         return [checkpoint.step == best for checkpoint in checkpoints]
+
+
+def exists(workdir: epath.PathLike) -> bool:
+    """Whether a run was saved there, which the same command resumes."""
+    return any(path.name.isdigit() for path in (files.absolute(workdir) / "checkpoints").glob("*"))
 
 
 def load(workdir: epath.PathLike, which: str, mesh: Mesh) -> tuple[ConfigDict, int, Variables]:

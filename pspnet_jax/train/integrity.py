@@ -66,8 +66,9 @@ def judge(error: Exception) -> Verdict:
 
 
 def reason(error: Exception) -> str:
-    """One line of an exception, without what tensorstore tells of itself."""
-    return re.split(r"\n| \[(?:tensorstore_spec|source locations)", str(error))[0][-300:] or type(error).__name__
+    """One line of an exception, without what tensorstore tells of itself, and without its middle if it is long."""
+    line = re.split(r"\n| \[(?:tensorstore_spec|source locations|os_error_code)", str(error))[0] or type(error).__name__
+    return line if len(line) <= 300 else f"{line[:150]} ... {line[-150:]}"
 
 
 def attempt(directory: epath.Path, items: Sequence[str], read: Callable[[], T]) -> tuple[Verdict, str, T | None]:

@@ -21,6 +21,11 @@ class JsonLines:
     def __init__(self, path: epath.Path, start: int):
         """Goes on after `start` steps: drops the lines of later ones, and sets damaged ones aside, beside the file."""
         self._path, self._waiting, self._failed = path, "", False
+        with files.writing(path, "make room, or move it away"):
+            self._tidy(start)
+
+    def _tidy(self, start: int) -> None:
+        path = self._path
         content = path.read_bytes() if path.exists() else b""
         lines = [line for line in content.split(b"\n") if line.strip()]
         steps = [_step(line) for line in lines]

@@ -197,7 +197,7 @@ class Run:
         try:
             with self.stop.interrupts():
                 metrics, pictures = self.evaluate(state.variables)
-                json.dumps(metrics, default=float)
+                json.dumps(metrics, default=float)  # it has to be written, too
                 found = {name: float(value) for name, value in metrics.items() if isinstance(value, numbers.Real | jax.Array)}
         except Stopped:
             return
@@ -253,10 +253,11 @@ def _announce(config: ConfigDict, state: TrainState, mesh: Mesh, workdir: epath.
 def _write_description(config: ConfigDict, state: TrainState, workdir: epath.Path) -> None:
     """Writes the config of a run that has made a step, and the table of its parameters."""
     table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-    for name, text in (("config.json", configs.to_json(config)), ("parameters.txt", f"{table}\n")):
-        if jax.process_index() == 0:
-            with files.writing(workdir, "make room, or mend what is wrong"), files.atomic(workdir / name) as path:
-                path.write_text(text)
+    with parallel.together("writing config.json"), files.writing(workdir, "make room, or mend what is wrong"):
+        for name, text in (("config.json", configs.to_json(config)), ("parameters.txt", f"{table}\n")):
+            if jax.process_index() == 0:
+                with files.atomic(workdir / name) as path:
+                    path.write_text(text)
 
 
 class NonFiniteGuard:

@@ -74,8 +74,7 @@ def start(
         return init()
     given, names = initial_weights(config, model, mesh)
     fresh = init()
-    if names:
-        given = match_classes(given, fresh.weights, names, config.dataset.class_names, config.init_from)
+    given = match_classes(given, fresh.weights, names, config.dataset.class_names, config.init_from)
     return with_weights(fresh, given, config.init_from)
 
 
@@ -134,7 +133,7 @@ def match_classes(given: Variables, fresh: Variables, old: Sequence[str], new: S
     Args:
       given: the variables of another run.
       fresh: this run's, which has the rows of the classes that the other does not know.
-      old: the other's classes, in the order of its rows.
+      old: the other's classes, in the order of its rows; none where it does not name them.
       new: this run's.
       name: of the other run.
 
@@ -144,12 +143,14 @@ def match_classes(given: Variables, fresh: Variables, old: Sequence[str], new: S
     old, new = tuple(old), tuple(new)
     if old == new or not new:
         return given
-    if len(old) == len(new) and any(all(re.fullmatch(r"class \d+", c) for c in names) for names in (old, new)):
-        logger.warning("the classes of %s have no names: the classifier's rows are taken in their order", name)
+    flat, ours = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (given, fresh))
+    paths = [path for path in flat if re.fullmatch(r"params/(.*_)?classifier/(kernel|bias)", path)]
+    if any(all(re.fullmatch(r"class \d+", c) for c in names) for names in (old, new)):  # also where there is none
+        if any(path in ours and flat[path].shape == ours[path].shape for path in paths):
+            logger.warning("the classes of %s have no names: the classifier's rows are taken in their order", name)
         return given
     rows = {new.index(c): old.index(c) for c in new if c in old}
-    flat, ours = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (given, fresh))
-    for path in [path for path in flat if re.fullmatch(r"params/(.*_)?classifier/(kernel|bias)", path)]:
+    for path in paths:
         theirs, value = np.asarray(flat.pop(path)), np.array(ours.get(path, np.zeros(())))
         if rows and theirs.shape == (*value.shape[:-1], len(old)) and value.shape[-1:] == (len(new),):
             value[..., list(rows)] = theirs[..., list(rows.values())]

@@ -96,6 +96,11 @@ def test_a_backbone_alone_leaves_everything_else_fresh(caplog):
     for path, leaf in traverse_util.flatten_dict(state.weights).items():
         np.testing.assert_array_equal(leaf, 3 if path[1] == "backbone" else 1, err_msg=str(path))
     assert "not in resnet18.pth" in caplog.text
+    assert resume.match_classes(given, fresh.weights, (), CLASSES, "resnet18.pth") is given
+    assert "have no names" not in caplog.text
+    theirs = fresh.weights
+    assert resume.match_classes(theirs, theirs, (), CLASSES, "psp.pth") is theirs
+    assert "the classes of psp.pth have no names: the classifier's rows are taken in their order" in caplog.text
     assert "pyramid" in caplog.text
 
 
