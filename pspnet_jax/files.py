@@ -27,6 +27,21 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return epath.Path(path if is_remote(path) else os.path.abspath(os.path.expanduser(path)))
 
 
+def is_there(path: epath.PathLike) -> bool:
+    """Whether something is at the path. `exists` says no, too, where storage does not answer.
+
+    Raises:
+      OSError: storage does not answer.
+    """
+    if is_remote(path):
+        return epath.Path(path).exists()
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def atomic(path: epath.PathLike) -> Iterator[epath.Path]:
     """Yields a temporary path beside `path` to write to, with the same ending; it becomes `path` when the block ends well."""

@@ -169,7 +169,7 @@ class Checkpoints:
         """
         for step in reversed(self.steps):
             directory = self.path(step)
-            if found := integrity.attempt(directory, ("config", "data"), functools.partial(layout.read_origin, directory))[2]:
+            if found := integrity.attempt(directory, lambda: ["config"], functools.partial(layout.read_origin, directory))[2]:
                 return found
         return None
 
@@ -200,7 +200,8 @@ class Checkpoints:
         reasons: dict[int, str] = {}
         for step in reversed(self.steps):
             read = functools.partial(layout.read_state, self.path(step), target)
-            verdict, reason, state = integrity.attempt(self.path(step), layout.items_of(self.path(step), target), read)
+            items = functools.partial(layout.items_of, self.path(step), target)
+            verdict, reason, state = integrity.attempt(self.path(step), items, read)
             if verdict is Verdict.GOOD:
                 for bad, why in reasons.items():
                     logger.warning("checkpoint %s %s; moved to %s, using %s", bad, why, self._set_aside(bad), step)
@@ -267,7 +268,7 @@ def load(workdir: epath.PathLike, which: str, mesh: Mesh) -> tuple[ConfigDict, i
         def read_all() -> tuple[ConfigDict, Variables]:
             return layout.read_origin(directory)[0], layout.read_variables(directory, mesh)
 
-        verdict, reason, read = integrity.attempt(directory, ("config", layout.evaluated_item(directory)), read_all)
+        verdict, reason, read = integrity.attempt(directory, lambda: ["config", layout.evaluated_item(directory)], read_all)
         if verdict is not Verdict.GOOD or read is None:
             raise UserError(f"checkpoint {step} in {workdir} {reason}; choose another with --checkpoint")
     config, variables = read

@@ -71,12 +71,15 @@ def reason(error: Exception) -> str:
     return line if len(line) <= 300 else f"{line[:150]} ... {line[-150:]}"
 
 
-def attempt(directory: epath.Path, items: Sequence[str], read: Callable[[], T]) -> tuple[Verdict, str, T | None]:
+Items = Callable[[], Sequence[str]]
+
+
+def attempt(directory: epath.Path, items: Items, read: Callable[[], T]) -> tuple[Verdict, str, T | None]:
     """Reads and judges a checkpoint, together with the other processes; tries again where storage does not hand it out.
 
     Args:
       directory: of the checkpoint.
-      items: that `read` reads, whose files are compared with their checksums before.
+      items: returns those that `read` reads, whose files are compared with their checksums before.
       read: returns a tree of arrays, or anything else.
 
     Returns:
@@ -101,9 +104,9 @@ def attempt(directory: epath.Path, items: Sequence[str], read: Callable[[], T]) 
     )
 
 
-def _attempt(directory: epath.Path, items: Sequence[str], read: Callable[[], T]) -> tuple[Verdict, str, T | None]:
+def _attempt(directory: epath.Path, items: Items, read: Callable[[], T]) -> tuple[Verdict, str, T | None]:
     try:
-        missing, differing = problems(directory, items)
+        missing, differing = problems(directory, items())
         if missing:  # also of files that could be done without: orbax, which would have to find out, is loud where it fails
             return Verdict.DAMAGED, f"is damaged or incomplete (missing: {_listed(missing)})", None
         if differing:
@@ -136,15 +139,15 @@ def problems(directory: epath.Path, items: Sequence[str]) -> tuple[list[str], li
 
     Where there are no checksums, only missing items are found.
     """
-    missing = [f"{item}/" for item in items if not (directory / item).is_dir()]
+    missing = [f"{item}/" for item in items if not files.is_there(directory / item)]
     path = directory / CHECKSUMS
-    expected = json.loads(path.read_text()) if path.exists() else {}
+    expected = json.loads(path.read_text()) if files.is_there(path) else {}
     differing = []
     for name, checksum in expected.items():
         item, file = name.partition("/")[0], directory / name
         if item not in items or f"{item}/" in missing:
             continue
-        if not file.is_file():
+        if not files.is_there(file):
             missing.append(name)
         elif _checksum(file) != checksum:
             differing.append(name)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, Sharding
 from ml_collections import ConfigDict
 
 from pspnet_jax import config as configs
-from pspnet_jax import parallel
+from pspnet_jax import files, parallel
 from pspnet_jax.train import integrity
 from pspnet_jax.train.step import TrainState, Variables
 
@@ -27,12 +27,12 @@ def items(state: TrainState) -> dict[str, Any]:
 
 def items_of(directory: epath.Path, target: TrainState) -> Sequence[str]:
     """The items that `read_state` reads, and the config."""
-    return ("config", "state") if (directory / "state").exists() else ("config", *items(target))
+    return ("config", "state") if files.is_there(directory / "state") else ("config", *items(target))
 
 
 def evaluated_item(directory: epath.Path) -> str:
     """The item that `read_variables` reads."""
-    return next((item for item in ("state", "ema") if (directory / item).exists()), "weights")
+    return next((item for item in ("state", "ema") if files.is_there(directory / item)), "weights")
 
 
 def read_state(directory: epath.Path, target: TrainState) -> TrainState:
@@ -41,7 +41,7 @@ def read_state(directory: epath.Path, target: TrainState) -> TrainState:
     Raises:
       OtherNetworkError: the arrays saved are others.
     """
-    if (directory / "state").exists():
+    if files.is_there(directory / "state"):
         parts = {"average" if name == "ema" else name: tree for name, tree in vars(target).items()}
         read = _read_tree(directory / "state", target.step.sharding, tuple(parts))
         old = jax.tree.unflatten(jax.tree.structure(parts), jax.tree.leaves(read))  # optax's empty states have changed
@@ -63,7 +63,7 @@ def read_variables(directory: epath.Path, mesh: Mesh) -> Variables:
 def read_origin(directory: epath.Path) -> tuple[ConfigDict, str]:
     """Reads the config that the checkpoint was trained with, and its data's fingerprint, which is empty where it is unknown."""
     reader, data = ocp.JsonCheckpointHandler(), directory / "data"
-    fingerprint = reader.restore(data)["fingerprint"] if data.exists() else ""
+    fingerprint = reader.restore(data)["fingerprint"] if files.is_there(data) else ""
     return configs.from_dict(reader.restore(directory / "config")), fingerprint
 
 

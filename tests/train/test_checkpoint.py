@@ -1,5 +1,6 @@
 import errno
 import gc
+import os
 import pathlib
 import shutil
 import zipfile
@@ -275,6 +276,7 @@ def test_a_run_of_the_first_version_is_evaluated_with_its_own_config(old_run, ca
 def test_a_run_of_the_first_version_goes_on(old_run):
     """Its momentum, schedule's count and moving average too; what follows is saved in today's layout."""
     checkpoints = Checkpoints(old_run)
+    assert checkpoints.origin()[0].to_dict() == tiny_config().to_dict()
     state = checkpoints.restore_newest(filled_state(tiny_config(), 0))
     assert int(state.step) == 4
     (count,) = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.dtype == jnp.int32]
@@ -326,6 +328,25 @@ def test_a_checkpoint_that_storage_does_not_hand_out_is_asked_for_again_and_neve
     assert "tensorstore_spec" not in str(said.value)
     assert checkpoints.steps == [2, 3]
     assert not (tmp_path / "set_aside").exists()
+
+
+@pytest.mark.parametrize("name", ["weights", "state", "checksums.json", "config", "d"])
+def test_a_name_that_cannot_be_looked_up_is_not_missing(tmp_path, monkeypatch, name):
+    """`exists` would say so."""
+    save(tmp_path, {2: None, 3: 0.4})
+    checkpoints, real = Checkpoints(tmp_path), os.stat
+
+    def stat(path, **more):
+        if not isinstance(path, int) and f"/3/{name}" in f"{os.fspath(path)}".replace("/weights/d/", "/d/"):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(path, **more)
+
+    monkeypatch.setattr(integrity, "PAUSES", ())
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(UserError, match=r"checkpoint 3 .* could not be read .*Stale file handle"):
+        checkpoints.restore_newest(target())
+    monkeypatch.undo()
+    assert Checkpoints(tmp_path).steps == [2, 3]
 
 
 def test_evaluation_tells_damage_from_storage_that_is_away(trained, monkeypatch):
