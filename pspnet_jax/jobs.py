@@ -42,7 +42,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     config = _recipe(arguments, overrides, jax.device_count())
     workdir = files.absolute(arguments.workdir or f"runs/{config.name}")
     if config.init_from:
-        _check_init_from(config)
+        _check_init_from(config, workdir)
     validation_source = sources.open_source(config.dataset, config.eval.split)
     data = pipeline.open_training(config)
     config.loss.class_weights = _class_weights(config)
@@ -66,6 +66,55 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         hooks=[_profile(workdir / "profile", config.profile_steps)] if config.profile_steps and host == 0 else (),
     )
     logger.info(f"{workdir} has checkpoints/, metrics.jsonl, pictures/ and tensorboard/")
+
+
+def _recipe(arguments: argparse.Namespace, overrides: Sequence[str], num_devices: int = 1) -> ConfigDict:
+    """The recipe with the command line's overrides, absolute paths, and its classes filled in."""
+    if not arguments.config:
+        raise UserError("--config is missing: name a recipe, such as --config configs/quickstart.py")
+    config = configs.override(configs.load_recipe(arguments.config), overrides)
+    validation.validate(config, num_devices)
+    dataset = _absolute(config).dataset
+    info = datasets.describe(dataset)
+    dataset.class_names, dataset.colors = info.class_names, info.colors
+    return config
+
+
+def _absolute(config: ConfigDict) -> ConfigDict:
+    """Makes the paths of config.dataset absolute."""
+    dataset = config.dataset
+    for field in ("root", "extra_root", "cache_dir"):
+        dataset[field] = dataset[field] and str(files.absolute(dataset[field]))
+    dataset.mixture = tuple((name, root and str(files.absolute(root)), *rest) for name, root, *rest in dataset.mixture)
+    return config
+
+
+def _check_init_from(config: ConfigDict, workdir: epath.Path) -> None:
+    """Makes config.init_from absolute, and refuses one that is not there, unless the run has gone beyond it already."""
+    path = files.absolute(config.init_from)
+    config.init_from = str(path)
+    if any((workdir / "checkpoints").glob("*")):
+        return
+    if not path.exists():
+        raise MissingFileError(f"init_from={path}: no such file or directory")
+    if path.is_dir():
+        with contextlib.closing(checkpoint.Checkpoints(path, read_only=True)) as checkpoints:
+            checkpoints.find("latest")
+
+
+def _class_weights(config: ConfigDict) -> tuple[float, ...]:
+    """config.loss.class_weights, or what config.loss.class_weighting makes of the training data's pixels."""
+    names, given = config.dataset.class_names, config.loss.class_weights
+    if not config.loss.class_weighting:
+        if len(given) not in (0, len(names)):
+            raise UserError(f"loss.class_weights={given}: expected one for each of the {len(names)} classes")
+        return given
+    from pspnet_jax.data import survey
+
+    counts = survey.class_pixels(config)
+    found = losses.class_weights(config.loss.class_weighting, counts.pixels, counts.labeled)
+    logger.info(f"class weights: {', '.join(f'{name} {weight:.3g}' for name, weight in zip(names, found, strict=True))}")
+    return found
 
 
 def evaluator(config: ConfigDict, model: nn.Module, source: Any) -> Callable[[Any], Evaluation]:
@@ -206,54 +255,16 @@ JOBS = {
 SHARED_JOBS = ("train", "evaluate")  # those that several processes can do together
 
 
-def _recipe(arguments: argparse.Namespace, overrides: Sequence[str], num_devices: int = 1) -> ConfigDict:
-    """The recipe with the command line's overrides, absolute paths, and its classes filled in."""
-    if not arguments.config:
-        raise UserError("--config is missing: name a recipe, such as --config configs/quickstart.py")
-    config = configs.override(configs.load_recipe(arguments.config), overrides)
-    validation.validate(config, num_devices)
-    dataset = config.dataset
-    for field in ("root", "extra_root"):
-        if dataset[field]:
-            dataset[field] = str(files.absolute(dataset[field]))
-    dataset.mixture = tuple((name, str(files.absolute(root)) if root else "", *rest) for name, root, *rest in dataset.mixture)
-    info = datasets.describe(dataset)
-    dataset.class_names, dataset.colors = info.class_names, info.colors
-    return config
-
-
-def _check_init_from(config: ConfigDict) -> None:
-    path = files.absolute(config.init_from)
-    if not path.exists():
-        raise MissingFileError(f"init_from={config.init_from}: no such file or directory")
-    if path.is_dir():
-        with contextlib.closing(checkpoint.Checkpoints(path, read_only=True)) as checkpoints:
-            checkpoints.find("latest")
-    config.init_from = str(path)
-
-
-def _class_weights(config: ConfigDict) -> tuple[float, ...]:
-    """config.loss.class_weights, or what config.loss.class_weighting makes of the training data's pixels."""
-    names, given = config.dataset.class_names, config.loss.class_weights
-    if not config.loss.class_weighting:
-        if len(given) not in (0, len(names)):
-            raise UserError(f"loss.class_weights={given}: expected one for each of the {len(names)} classes")
-        return given
-    from pspnet_jax.data import survey
-
-    counts = survey.class_pixels(config)
-    found = losses.class_weights(config.loss.class_weighting, counts.pixels, counts.labeled)
-    logger.info(f"class weights: {', '.join(f'{name} {weight:.3g}' for name, weight in zip(names, found, strict=True))}")
-    return found
-
-
 def _restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[ConfigDict, int, Any, epath.Path]:
     """The checkpoint's config with the command line's overrides, its step, its variables, and the workdir."""
     if not (arguments.workdir or arguments.config):
         raise UserError("--workdir is missing: name the directory of a training run")
-    workdir = files.absolute(arguments.workdir or f"runs/{configs.load_recipe(arguments.config).name}")
-    saved, step, variables = checkpoint.load(workdir, arguments.checkpoint, parallel.make_mesh())
-    config = configs.override(saved.copy_and_resolve_references(), overrides)
+    recipe = arguments.config and configs.load_recipe(arguments.config)
+    workdir = files.absolute(arguments.workdir or f"runs/{recipe.name}")
+    saved, step, variables = checkpoint.load(workdir, arguments.checkpoint or "latest", parallel.make_mesh())
+    if recipe and (differing := resume.differences(recipe, saved)):
+        logger.warning(f"the config saved with the checkpoint counts, not that of {arguments.config}: {'; '.join(differing)}")
+    config = _absolute(configs.override(saved.copy_and_resolve_references(), overrides))
     validation.validate(config)
     if changed := [c for c in resume.differences(saved, config) if c.startswith(("model.", "normalize."))]:
         raise UserError(f"{'; '.join(changed)}: the network is the one that was trained; leave these fields out")
@@ -267,8 +278,7 @@ def _images(config: ConfigDict) -> dict[str, str]:
     dataset = config.dataset
     if dataset.name not in layouts.LAYOUTS:
         raise UserError(f"--mode predict needs --input: the images of dataset.name={dataset.name!r} are no files")
-    root, extra_root = (str(files.absolute(path)) if path else "" for path in (dataset.root, dataset.extra_root))
-    pairs = layouts.list_pairs(dataset.name, root, config.eval.split, extra_root)
+    pairs = layouts.list_pairs(dataset.name, dataset.root, config.eval.split, dataset.extra_root)
     return {pair.name: pair.image for pair in pairs}
 
 

@@ -101,6 +101,7 @@ RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (_NOT_NEGATIVE, "0 or more", lambda x: x >= 0),
     (_PROBABILITIES, "a value from 0 to 1", lambda x: 0 <= x <= 1),
     (_SHARES, "a value from 0 up to, not including, 1", lambda x: 0 <= x < 1),
+    ("seed", f"a whole number from {-(2**31)} to {2**32 - 1}", lambda x: -(2**31) <= x < 2**32),  # JAX's keys take 32 bits
     ("loss.ohem_threshold", "a value above 0, up to 1", lambda x: 0 < x <= 1),
 )
 
