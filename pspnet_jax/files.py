@@ -1,18 +1,30 @@
-"""Paths, local and gs://, and writing a file so that a killed process never leaves half of it."""
+"""Paths, local and gs://, writing a file so that a killed process never leaves half of it, and what storage reports."""
 
 import contextlib
+import errno
 import os
+import re
 import secrets
 from collections.abc import Iterator
 
 from etils import epath
 
+from pspnet_jax.errors import UserError
+
+# What storage has to do with the user, as the libraries that write files quote it in errors of their own.
+_FULL_OR_CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_AWAY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+_REPORTS = "|".join(os.strerror(number) for number in _FULL_OR_CLOSED + _AWAY)
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether the path is that of a bucket, such as gs://bucket/run."""
+    return "://" in os.fspath(path)
+
 
 def absolute(path: epath.PathLike) -> epath.Path:
     """The path without "~" and relative parts; a remote one, such as gs://bucket/run, as it is."""
-    if "://" in os.fspath(path):
-        return epath.Path(path)
-    return epath.Path(os.path.abspath(os.path.expanduser(path)))
+    return epath.Path(path if is_remote(path) else os.path.abspath(os.path.expanduser(path)))
 
 
 @contextlib.contextmanager
@@ -20,9 +32,38 @@ def atomic(path: epath.PathLike) -> Iterator[epath.Path]:
     """Yields a temporary path beside `path` to write to, with the same ending; it becomes `path` when the block ends well."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    temporary = path.with_name(f".{path.stem[:200]}.{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what is wrong was said by the line before
+            temporary.unlink(missing_ok=True)
+
+
+def storage_error(error: BaseException | None) -> str | None:
+    """What the disk or the network reports in an exception, or in one that caused it: "No space left on device"; else None."""
+    while error is not None:
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        if found := re.search(_REPORTS, str(error)):
+            return found[0]
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextlib.contextmanager
+def writing(path: epath.PathLike, cure: str) -> Iterator[None]:
+    """Turns what storage reports while the block writes to `path` into a sentence of the user's.
+
+    Raises:
+      UserError: names the path, the reason and the cure.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if (reason := storage_error(error)) is None:
+            raise
+        raise UserError(f"{path}: cannot be written ({reason}); {cure}") from error

@@ -48,16 +48,16 @@ def build(loss: ConfigDict, total_steps: int) -> Loss:
     if wrong := problems(loss):
         raise UserError("\n".join(wrong))
     kinds = loss.terms.split("+")
-    auxiliary_scale = auxiliary_weight(loss, total_steps)
+    auxiliary_scale = SCHEDULES[loss.auxiliary_schedule](loss.auxiliary_weight, total_steps)
 
     def compute(outputs: Any, batch: Batch, step: jax.Array) -> tuple[dict[str, Term], dict[str, Metric]]:
         logits, auxiliary = outputs
-        terms = {kind: Term(*LOSSES[kind](logits, batch["label"], loss)) for kind in kinds}
+        labels = batch["label"]
+        terms = {kind: Term(*LOSSES[kind](logits, labels, loss)) for kind in kinds}
         if auxiliary is not None:
             scale = auxiliary_scale(step)
-            for kind in kinds:
-                terms[f"auxiliary_{kind}"] = Term(*LOSSES[kind](auxiliary, batch["label"], loss), scale)
-        return terms, {"mean_iou": MeanIoU.from_logits(logits, batch["label"])}
+            terms |= {f"auxiliary_{kind}": Term(*LOSSES[kind](auxiliary, labels, loss), scale) for kind in kinds}
+        return terms, {"mean_iou": MeanIoU.from_logits(logits, labels)}
 
     return compute
 
@@ -73,12 +73,7 @@ def problems(loss: ConfigDict) -> list[str]:
     return found
 
 
-def auxiliary_weight(loss: ConfigDict, total_steps: int) -> optax.Schedule:
-    """`config.loss`'s weight of the auxiliary loss by step: constant, or linear down to 0 at total_steps."""
-    return SCHEDULES[loss.auxiliary_schedule](loss.auxiliary_weight, total_steps)
-
-
-SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {
+SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {  # of the auxiliary loss's weight
     "constant": lambda weight, total_steps: optax.constant_schedule(weight),
     "linear": lambda weight, total_steps: optax.linear_schedule(weight, 0.0, total_steps),
 }
@@ -162,15 +157,12 @@ LOSSES: dict[str, Callable[[jax.Array, jax.Array, ConfigDict], tuple[jax.Array, 
 
 
 def class_weights(how: str, pixels: np.ndarray, image_pixels: np.ndarray) -> tuple[float, ...]:
-    """Weights of the classes by how frequent they are in the training data.
+    """Weights of the K classes by how frequent they are in the training data; 0 for a class without a pixel.
 
     Args:
       how: a key of WEIGHTINGS.
       pixels: int64[K], of each class.
       image_pixels: int64[K], all labeled pixels of the images that have the class.
-
-    Returns:
-      K weights; 0 for a class without a pixel.
     """
     frequencies, middle = WEIGHTINGS[how](pixels, image_pixels)
     return tuple(float(middle(frequencies[pixels > 0]) / f) if f > 0 else 0.0 for f in frequencies)

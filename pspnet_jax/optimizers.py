@@ -4,7 +4,6 @@ What differs from parameter to parameter are rules: (pattern, value) pairs over 
 which the first whose pattern matches the whole path counts.
 """
 
-import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -42,8 +41,7 @@ def build(optimizer: ConfigDict, total_steps: int) -> Optimizer:
         raise UserError(f"optimizer.name={optimizer.name!r}: expected one of {', '.join(OPTIMIZERS)}")
     schedule = learning_rate(optimizer, total_steps)
     clip = optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm else optax.identity()
-    steps = OPTIMIZERS[optimizer.name](optimizer, schedule)
-    return Optimizer(optax.chain(clip, *steps), {"learning_rate": schedule})
+    return Optimizer(optax.chain(clip, *OPTIMIZERS[optimizer.name](optimizer, schedule)), {"learning_rate": schedule})
 
 
 def learning_rate(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
@@ -92,11 +90,11 @@ def scale_by_rules(rules: Rules) -> optax.GradientTransformation:
 
 def add_decay(optimizer: ConfigDict) -> optax.GradientTransformation:
     """Adds weight_decay * parameter to the updates of the parameters whose rule is not 0."""
-    return optax.add_decayed_weights(optimizer.weight_decay, functools.partial(_decayed, optimizer))
+    return optax.add_decayed_weights(optimizer.weight_decay, _decayed(optimizer))
 
 
-def _decayed(optimizer: ConfigDict, params: optax.Params) -> Any:
-    return jax.tree.map(bool, by_path(decay_rules(optimizer), params))
+def _decayed(optimizer: ConfigDict) -> Callable[[optax.Params], Any]:
+    return lambda params: jax.tree.map(bool, by_path(decay_rules(optimizer), params))
 
 
 def _sgd(optimizer: ConfigDict, schedule: optax.Schedule) -> list[optax.GradientTransformation]:
@@ -123,9 +121,7 @@ def _lars(optimizer: ConfigDict, schedule: optax.Schedule) -> list[optax.Gradien
     """Layer-wise rates for large batches (You et al. 2017), by `trust_coefficient`; not for parameters without decay."""
     return [
         add_decay(optimizer),
-        optax.masked(
-            optax.scale_by_trust_ratio(trust_coefficient=optimizer.trust_coefficient), functools.partial(_decayed, optimizer)
-        ),
+        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=optimizer.trust_coefficient), _decayed(optimizer)),
         scale_by_rules(rate_rules(optimizer)),
         optax.scale_by_learning_rate(schedule),
         optax.trace(optimizer.momentum),

@@ -5,13 +5,15 @@ out, and "spatial", over which one image may be (of size 1).
 """
 
 import collections
+import contextlib
 import logging
 import os
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pspnet_jax.errors import UserError
@@ -30,7 +32,10 @@ def start_processes() -> None:
     """
     logger.info("waiting for the other processes of this job; the same command has to be started on every host")
     try:
-        jax.distributed.initialize(num_processes=_variable("JAX_NUM_PROCESSES"), process_id=_variable("JAX_PROCESS_ID"))
+        number, own = (
+            int(value) if (value := os.environ.get(f"JAX_{name}")) else None for name in ("NUM_PROCESSES", "PROCESS_ID")
+        )
+        jax.distributed.initialize(num_processes=number, process_id=own)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"--distributed: the processes of this job could not be joined ({error}); start the same command on every host "
@@ -38,8 +43,25 @@ def start_processes() -> None:
         ) from error
 
 
-def _variable(name: str) -> int | None:
-    return int(os.environ[name]) if name in os.environ else None
+def agree(number: int) -> int:
+    """The largest of the numbers that the processes of this job give; all of them have to call it."""
+    return int(multihost_utils.process_allgather(np.int32(number)).max()) if jax.process_count() > 1 else number
+
+
+@contextlib.contextmanager
+def together(what: str) -> Iterator[None]:
+    """Lets all processes of this job fail in the block where one of them does, so that none waits for it afterwards.
+
+    Raises:
+      UserError: it failed in another process.
+    """
+    try:
+        yield
+    except Exception:
+        agree(1)
+        raise
+    if agree(0):
+        raise UserError(f"{what} failed in another process of this job, which says why")
 
 
 def make_mesh(devices: Iterable[jax.Device] | None = None) -> Mesh:

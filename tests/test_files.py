@@ -1,8 +1,10 @@
+import errno
 import os
 
 import pytest
 
 from pspnet_jax import files
+from pspnet_jax.errors import MissingFileError, UserError
 
 
 def test_the_file_appears_whole_and_in_new_folders(tmp_path):
@@ -44,3 +46,40 @@ def test_an_exception_before_anything_is_written_is_the_one_that_is_seen(tmp_pat
     with pytest.raises(ValueError, match=r"^first$"), files.atomic(tmp_path / "x.txt"):
         raise ValueError("first")
     assert os.listdir(tmp_path) == []
+
+
+def test_remote_paths_stay_as_they_are():
+    for path in ("gs://bucket/run", "s3://bucket/a/../b"):
+        assert os.fspath(files.absolute(path)) == path
+        assert files.is_remote(path)
+    assert os.fspath(files.absolute("a/../b")) == f"{os.getcwd()}/b"
+    assert os.fspath(files.absolute("~/run")) == os.path.expanduser("~/run")
+    assert not files.is_remote("a:b/c")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x"), "No space left on device"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "Disk quota exceeded"),
+        (
+            ValueError("UNKNOWN: Error writing d/a: Failed to write: No space left on device [os_error_code='28']"),
+            "No space left on device",
+        ),
+        (RuntimeError("Could not write /x; Read-only file system"), "Read-only file system"),
+        (ValueError("shapes differ"), None),
+    ],
+)
+def test_what_storage_reports_becomes_a_sentence(error, reason):
+    assert files.storage_error(error) == reason
+    wrapped = RuntimeError("in a thread")
+    wrapped.__cause__ = error
+    assert files.storage_error(wrapped) == reason
+    with pytest.raises(UserError if reason else type(error)) as found, files.writing("runs/x", "make room"):
+        raise error
+    assert str(found.value) == (f"runs/x: cannot be written ({reason}); make room" if reason else str(error))
+
+
+def test_a_sentence_of_the_users_passes_as_it_is():
+    with pytest.raises(MissingFileError, match=r"^x: no such file$"), files.writing("runs/x", "make room"):
+        raise MissingFileError("x: no such file")

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from pspnet_jax import losses
 from pspnet_jax.config import base_config
 from pspnet_jax.errors import UserError
-from pspnet_jax.losses import Term, auxiliary_weight
+from pspnet_jax.losses import SCHEDULES, Term
 
 # softmax of (ln 1, ln 2, ln 5) is (1/8, 2/8, 5/8)
 LOGITS = jnp.log(jnp.array([1.0, 2.0, 5.0])) + jnp.array(
@@ -129,7 +129,5 @@ def test_class_weights_from_frequencies_by_hand():
     [("constant", {0: 0.4, 50: 0.4, 100: 0.4}), ("linear", {0: 0.4, 25: 0.3, 50: 0.2, 99: 0.004, 100: 0.0, 101: 0.0})],
 )
 def test_auxiliary_weight(schedule, weights):
-    loss = base_config().loss
-    loss.auxiliary_schedule = schedule
-    weight = auxiliary_weight(loss, total_steps=100)
+    weight = SCHEDULES[schedule](base_config().loss.auxiliary_weight, 100)
     np.testing.assert_allclose([weight(step) for step in weights], list(weights.values()), rtol=1e-5, atol=1e-9)

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType
 
 from pspnet_jax import parallel
-from pspnet_jax.train import checkpoint
+from pspnet_jax.train import checkpoint, layout
 from tests.train import OneLayer, fit, make_batches, tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -127,7 +127,13 @@ def batches(start):
             time.sleep(1)
         yield {name: array[4 * host : 4 * host + 4] for name, array in batch.items()}
 
-fit(tiny_config(), batches, None, workdir, model=OneLayer())
+def evaluate(variables):
+    with parallel.together("evaluating"):
+        if host == 1:
+            raise ValueError("x.png is damaged")
+    return {"mean_iou": 0.5}, {}
+
+fit(tiny_config(), batches, evaluate, workdir, model=OneLayer())
 """
 
 
@@ -166,12 +172,13 @@ def test_two_processes_stop_and_resume_together_and_equal_one(tmp_path, monkeypa
     assert f"stopped by SIGTERM; step {stopped} is saved" in said[0]
     codes, said = run_two_processes(tmp_path / "two", at=0)
     assert codes == [0, 0], "\n".join(said)
+    assert "step 12 could not be evaluated (evaluating failed in another process of this job" in said[0]
 
     mesh = parallel.make_mesh(jax.devices()[:2])
     monkeypatch.setattr(parallel, "make_mesh", lambda: mesh)
     alone = fit(tiny_config(), make_batches, None, tmp_path / "one", model=OneLayer())
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), alone)
-    together = checkpoint.Checkpoints(tmp_path / "two", read_only=True).restore(12, target)
+    together = layout.read_state(checkpoint.Checkpoints(tmp_path / "two", read_only=True).path(12), target)
     differences = jax.tree.map(lambda x, y: float(np.max(np.abs(np.asarray(x) - np.asarray(y)), initial=0)), together, alone)
     largest = max(jax.tree.leaves(differences))
     print(f"\nlargest difference between two processes and one, after 12 steps: {largest}")

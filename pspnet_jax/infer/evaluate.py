@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
 
+from pspnet_jax import parallel
 from pspnet_jax.datasets import IGNORE, DatasetInfo
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer.draw import side_by_side
@@ -53,7 +54,7 @@ def evaluate(
     panels: dict[str, Image.Image] = {}
     total = np.zeros((info.num_classes, info.num_classes), np.int64)
     images, counts = 0, list[jax.Array]()
-    with progress(f"evaluating {split}", share) as advance:
+    with parallel.together("evaluating"), progress(f"evaluating {split}", share) as advance:
         for group, labels in predictor.stream(variables, examples):
             counts.append(_count(_truth(group, labels.shape), labels, info.num_classes))
             for i, example in enumerate(group):

@@ -1,39 +1,53 @@
 """Checkpoints of a run, by orbax: the newest two and the best one are kept, written in the background, each with its config.
 
-Layout: WORKDIR/config.json and WORKDIR/checkpoints/STEP/{weights,ema,optimizer,config}. Evaluation reads only the config and
-the weights, or their moving average. Version 0.1 had all but the config in STEP/state, which is read as well.
+What one holds, see `layout`; how it is judged, see `integrity`.
 """
 
+import contextlib
+import functools
+import json
 import logging
-from collections.abc import Mapping, Sequence
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint import checkpoint_managers as policies
 
 from pspnet_jax import config as configs
 from pspnet_jax import files, parallel
 from pspnet_jax.errors import MissingFileError, UserError
+from pspnet_jax.train import integrity, layout
+from pspnet_jax.train.integrity import Verdict
+from pspnet_jax.train.lock import locked
 from pspnet_jax.train.step import TrainState, Variables
 
 logger = logging.getLogger(__name__)
-SCORE = "score"  # of the saved metrics, the one that decides which checkpoint is best; version 0.1 had "mean_iou" alone
+SCORE = "score"  # of the metrics beside a checkpoint, what decides which is best; version 0.1 had "mean_iou" alone
+SETTINGS = "settings"  # of the evaluation; only scores with the same are compared
+
+
+def _calm_orbax() -> None:
+    """Keeps to one sentence what orbax raises, logs with a traceback, and lets a closed event loop repeat for each array."""
+    logging.getLogger("absl").addFilter(lambda record: not ("orbax" in record.pathname and record.levelno >= logging.ERROR))
+    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda found: None if str(found.exc_value) == "Event loop is closed" else hook(found)
+
+
+_calm_orbax()
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, which a damaged metrics file does not stop."""
+    """Orbax's manager, which reads no scores: those beside an older run's checkpoints may be damaged, and it would stop."""
 
     def metrics(self, step: int) -> Any:
-        try:
-            return super().metrics(step)
-        except ValueError:  # not JSON: one damaged file must not keep the other checkpoints from being used
-            logger.warning("the metrics of checkpoint %s cannot be read; it does not count for the best", step)
-            return None
+        return None
 
 
 class Checkpoints:
@@ -45,148 +59,198 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, *, read_only: bool = False):
         self._directory = files.absolute(workdir) / "checkpoints"
-        if read_only and not self._directory.exists():
-            raise MissingFileError(f"{workdir}: is no run with checkpoints; train there first, or name another directory")
-
-        def score(metrics: Mapping[str, float]) -> float:
-            return metrics[SCORE] if SCORE in metrics else metrics["mean_iou"]
-
-        policies = checkpoint_managers
-        best = policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
-        self._manager = _Manager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), best]),
-                best_fn=score,
-                cleanup_tmp_directories=not read_only,  # what a killed process left
-                create=not read_only,
-                read_only=read_only,
-            ),
-        )
+        if read_only and not self._directory.is_dir():
+            raise MissingFileError(
+                f"{workdir}: is no run with checkpoints; train there first, copy the run with its folder checkpoints/, or name "
+                "another directory"
+            )
+        self._saving = 0  # the step that is being written
+        with self._writing():
+            self._manager = _Manager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), _Best(self)]),
+                    async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+                    cleanup_tmp_directories=not read_only,  # what a killed process left
+                    create=not read_only,
+                    read_only=read_only,
+                ),
+            )
+        self._scores = {step: score for step in self.steps if (score := self._read_score(step))}
 
     @property
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
+    def path(self, step: int) -> epath.Path:
+        """The directory of a checkpoint."""
+        return self._directory / str(step)
+
     def reached_preemption(self, step: int) -> bool:
         """Whether one of several processes was asked to stop; all get the same answer for a step."""
         return self._manager.reached_preemption(step)
 
-    def save(self, step: int, state: TrainState, config: ConfigDict, metrics: Mapping[str, float] | None) -> None:
-        """Copies the state and writes it in the background; metrics, where the state was evaluated, hold its `SCORE`."""
-        trees = {"weights": state.weights, "optimizer": state.opt_state} | ({"ema": state.ema} if state.ema else {})
-        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        items["config"] = ocp.args.JsonSave(config.to_dict())
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+    def save(self, step: int, state: TrainState, config: ConfigDict, fingerprint: str = "") -> None:
+        """Copies the state and writes it in the background; `fingerprint` is that of the training data.
 
-    def restore(self, step: int, target: TrainState) -> TrainState:
-        """Reads one checkpoint into the target's shapes and shardings."""
-        if self._is_old(step):
-            parts = {"average" if name == "ema" else name: tree for name, tree in vars(target).items()}
-            read = _read_tree(self._directory / str(step) / "state", target.step.sharding, tuple(parts))
-            old = jax.tree.unflatten(jax.tree.structure(parts), jax.tree.leaves(read))  # optax's empty states have changed
-            return TrainState(ema=old.pop("average"), **old)
-        trees = {"weights": target.weights, "optimizer": target.opt_state} | ({"ema": target.ema} if target.ema else {})
-        read = self._read(step, **{name: ocp.args.StandardRestore(tree) for name, tree in trees.items()})
-        number = jax.device_put(jax.numpy.int32(step), target.step.sharding)
-        return TrainState(number, opt_state=read["optimizer"], ema=read.get("ema"), **read["weights"])
+        Raises:
+          UserError: this one or the one before it could not be written.
+        """
+        items = {name: ocp.args.StandardSave(tree) for name, tree in layout.items(state).items()}
+        items |= {"config": ocp.args.JsonSave(config.to_dict()), "data": ocp.args.JsonSave({"fingerprint": fingerprint})}
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._saving = step
+            self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def variables(self, step: int, mesh: Mesh) -> Variables:
-        """Reads what evaluation uses, the moving average where there is one, onto every device of the mesh."""
-        directory, everywhere = self._directory / str(step), parallel.replicated(mesh)
-        old = directory / "state"
-        if not old.exists():
-            ema = directory / "ema"
-            return _read_tree(ema if ema.exists() else directory / "weights", everywhere)
-        average = _read_tree(old, everywhere, ("average",)).get("average")
-        return average or _read_tree(old, everywhere, ("params", "batch_stats"))
+    def _write_checksums(self) -> None:
+        """Called when all items are written, before the checkpoint gets its name."""
+        if jax.process_index() == 0 and not files.is_remote(self._directory):
+            for directory in self._directory.glob(f"{self._saving}.*-tmp*"):
+                integrity.write_checksums(directory)
 
-    def config(self, step: int) -> ConfigDict:
-        """The config that the checkpoint was trained with."""
-        return configs.from_dict(self._read(step, config=ocp.args.JsonRestore())["config"])
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says of what cannot be written which checkpoints there are; orbax gives a checkpoint its name when it is complete."""
+        try:
+            complete = sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
+        except Exception:  # there is none yet, or storage is out of reach
+            complete = []
+        kept = f"the newest complete one is that of step {complete[-1]}" if complete else "there is none complete yet"
+        with files.writing(
+            self._directory, f"{kept}; make room, or mend what is wrong, and the same command goes on from there"
+        ):
+            yield
 
-    def _read(self, step: int, **items: Any) -> Any:
-        return self._manager.restore(step, args=ocp.args.Composite(**items))
+    def add_score(self, step: int, metrics: Mapping[str, float], settings: Mapping[str, Any]) -> None:
+        """Writes how a saved state was scored, when it is written itself.
 
-    def _is_old(self, step: int) -> bool:
-        return (self._directory / str(step) / "state").exists()
+        Args:
+          step: of the checkpoint.
+          metrics: numbers, `SCORE` among them: the larger, the better.
+          settings: of the evaluation, which JSON can hold.
+        """
+        with parallel.together("writing the score"), self._writing():
+            self._manager.wait_until_finished()
+            self._scores[step] = json.loads(json.dumps({**metrics, SETTINGS: settings}))
+            if jax.process_index() == 0 and self.path(step).exists():
+                with files.atomic(self.path(step) / "score.json") as path:
+                    path.write_text(json.dumps(self._scores[step]))
+
+    def score(self, step: int) -> Mapping[str, Any] | None:
+        """The metrics of a checkpoint with their `SETTINGS`; None: it was not scored."""
+        return self._scores.get(step)
+
+    def _read_score(self, step: int) -> dict[str, Any] | None:
+        path, old = (self.path(step) / name for name in ("score.json", "metrics/metrics"))
+        try:
+            path = path if path.exists() else old
+            metrics = json.loads(path.read_text())
+            return {**metrics, SCORE: float(metrics.get(SCORE, metrics.get("mean_iou", math.nan)))}
+        except FileNotFoundError:
+            return None
+        except Exception:  # one damaged file must not keep the other checkpoints from being used
+            logger.warning("the score of checkpoint %s cannot be read; it does not count for the best", step)
+            return None
+
+    def best(self) -> int | None:
+        """The step with the largest score among those that were scored as the newest of them; None where none is."""
+        scores = {step: score for step, score in self._scores.items() if step in self.steps and not math.isnan(score[SCORE])}
+        if not scores:
+            return None
+        newest = scores[max(scores)].get(SETTINGS)
+        return max((score[SCORE], step) for step, score in scores.items() if score.get(SETTINGS) == newest)[1]
+
+    def origin(self) -> tuple[ConfigDict, str] | None:
+        """The config of the newest checkpoint that tells it, and its training data's fingerprint; empty where it is not known.
+
+        Raises:
+          UserError: storage does not hand it out.
+        """
+        for step in reversed(self.steps):
+            directory = self.path(step)
+            if found := integrity.attempt(directory, ("config", "data"), functools.partial(layout.read_origin, directory))[2]:
+                return found
+        return None
 
     def find(self, which: str) -> int:
-        """The step of "latest", "best" (by validation mIoU) or a number.
+        """The step of "latest", "best" (by the validation score) or a number.
 
         Raises:
           MissingFileError: there is none such; the ones there are, are listed.
         """
         steps = self.steps
-        found = {"latest": max(steps, default=None), "best": self._manager.best_step()} | {str(s): s for s in steps}
-        if found.get(which) is None:
+        found = {"latest": max(steps, default=None), "best": self.best()} | {str(s): s for s in steps}
+        if (step := found.get(which)) is None:
+            others = sorted(path.name for path in self._directory.iterdir() if not path.name.isdigit())
+            left = f" (and {', '.join(others)}, which an interrupted save or copy left)" if others else ""
             raise MissingFileError(
-                f"--checkpoint {which}: {self._directory} has {steps or 'none'}; expected latest, best or one of them"
+                f"--checkpoint {which}: {self._directory} has {steps or 'none'}{left}; expected latest, best or one of them"
             )
-        return found[which]
+        return step
 
     def restore_newest(self, target: TrainState) -> TrainState | None:
-        """Reads the newest readable checkpoint; newer ones are reported and moved out of the way. None: there is none at all.
+        """Reads the newest good checkpoint; newer ones that are damaged or not finite are reported and moved out of the way.
+
+        All processes act alike. None: there is no checkpoint at all.
 
         Raises:
-          UserError: there are checkpoints, and none of them can be read.
+          UserError: there are checkpoints and none is good, one holds another network, or storage does not hand one out.
         """
-        problems: dict[int, str] = {}
+        reasons: dict[int, str] = {}
         for step in reversed(self.steps):
-            try:
-                state = self.restore(step, target)
-            except (MemoryError, jax.errors.JaxRuntimeError):
-                raise  # not the file's fault
-            except Exception as error:  # whatever a damaged file makes orbax raise
-                problems[step] = _reason(error)
-                continue
-            for unreadable, reason in problems.items():
-                aside = self._set_aside(unreadable)
-                logger.warning("checkpoint %s cannot be read (%s); moved to %s, using %s", unreadable, reason, aside, step)
-            return state
-        if problems:
-            reasons = "; ".join(f"{step}: {reason}" for step, reason in problems.items())
+            read = functools.partial(layout.read_state, self.path(step), target)
+            verdict, reason, state = integrity.attempt(self.path(step), layout.items_of(self.path(step), target), read)
+            if verdict is Verdict.GOOD:
+                for bad, why in reasons.items():
+                    logger.warning("checkpoint %s %s; moved to %s, using %s", bad, why, self._set_aside(bad), step)
+                return state
+            if verdict is Verdict.OTHER_NETWORK:
+                raise UserError(f"checkpoint {step} in {self._directory} {reason}; use the saved config, or another --workdir")
+            reasons[step] = reason
+        if reasons:
+            listed = "; ".join(f"{step} {reason}" for step, reason in reasons.items())
             raise UserError(
-                f"no checkpoint in {self._directory} can be read ({reasons}); delete the directory to start over, "
+                f"no checkpoint in {self._directory} can be used ({listed}); delete the directory to start over, "
                 "or choose another --workdir"
             )
         return None
 
     def _set_aside(self, step: int) -> epath.Path:
-        aside = self._directory.parent / "unreadable" / str(step)
-        if jax.process_index() == 0:
-            aside.parent.mkdir(exist_ok=True)
-            if aside.exists():
-                aside.rmtree()
-            (self._directory / str(step)).rename(aside)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("unreadable checkpoint moved")
+        aside = self._directory.parent / "set_aside" / str(step)
+        with parallel.together(f"setting checkpoint {step} aside"), self._writing():
+            if jax.process_index() == 0:
+                aside.parent.mkdir(exist_ok=True)
+                if aside.exists():
+                    aside.rmtree()
+                self.path(step).rename(aside)
         self._manager.reload()
         return aside
 
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._manager.close()
+        """Waits until everything is written.
+
+        Raises:
+          UserError: it could not be.
+        """
+        with self._writing():
+            self._manager.close()
 
 
-def _reason(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:200]
+class _Best:
+    """Orbax's question of which checkpoints to keep, answered: the best one."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        best = self._checkpoints.best()
+        return [checkpoint.step == best for checkpoint in checkpoints]
 
 
-def _read_tree(path: epath.Path, sharding: Sharding, parts: Sequence[str] = ("params", "batch_stats")) -> Any:
-    """Reads those parts of a saved tree that are not empty, whatever their shapes."""
-
-    def target(saved: Any) -> Any:
-        return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=sharding)
-
-    with ocp.PyTreeCheckpointer() as reader:
-        saved = reader.metadata(path).item_metadata.tree
-        shapes = jax.tree.map(target, {name: saved[name] for name in parts if saved[name] is not None})
-        if not shapes:
-            return {}
-        restore_args = ocp.checkpoint_utils.construct_restore_args(shapes)
-        return reader.restore(path, args=ocp.args.PyTreeRestore(shapes, restore_args=restore_args, partial_restore=True))
+def exists(workdir: epath.PathLike) -> bool:
+    """Whether a run was saved there, which the same command resumes."""
+    return any(path.name.isdigit() for path in (files.absolute(workdir) / "checkpoints").glob("*"))
 
 
 def load(workdir: epath.PathLike, which: str, mesh: Mesh) -> tuple[ConfigDict, int, Variables]:
@@ -194,31 +258,39 @@ def load(workdir: epath.PathLike, which: str, mesh: Mesh) -> tuple[ConfigDict, i
 
     Raises:
       MissingFileError: there is no such run or step.
-      UserError: the checkpoint cannot be read.
+      UserError: the checkpoint is damaged or not finite, has other classes than its config, or storage does not hand it out.
     """
-    checkpoints = Checkpoints(workdir, read_only=True)
-    step = checkpoints.find(which)
-    try:
-        return checkpoints.config(step), step, checkpoints.variables(step, mesh)
-    except Exception as error:  # whatever a damaged file makes orbax raise
+    with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+        step = checkpoints.find(which)
+        directory = checkpoints.path(step)
+
+        def read_all() -> tuple[ConfigDict, Variables]:
+            return layout.read_origin(directory)[0], layout.read_variables(directory, mesh)
+
+        verdict, reason, read = integrity.attempt(directory, ("config", layout.evaluated_item(directory)), read_all)
+        if verdict is not Verdict.GOOD or read is None:
+            raise UserError(f"checkpoint {step} in {workdir} {reason}; choose another with --checkpoint")
+    config, variables = read
+    bias = variables["params"].get("classifier", {}).get("bias")
+    if bias is not None and config.dataset.class_names and bias.shape[-1] != len(config.dataset.class_names):
         raise UserError(
-            f"checkpoint {step} in {workdir} cannot be read ({_reason(error)}); choose another with --checkpoint"
-        ) from error
-    finally:
-        checkpoints.close()
+            f"checkpoint {step} in {workdir} tells {bias.shape[-1]} classes apart, but its config names "
+            f"{len(config.dataset.class_names)}; choose another with --checkpoint"
+        )
+    return config, step, variables
 
 
 def write_weights(workdir: epath.PathLike, config: ConfigDict, state: TrainState) -> None:
     """Makes a run of complete weights alone, as checkpoint 0, to evaluate, predict with, export or train on.
 
     Raises:
-      UserError: the directory holds a run already.
+      UserError: the directory holds a run already, another process writes there, or nobody can.
     """
     workdir = files.absolute(workdir)
-    if (workdir / "config.json").exists() or any(workdir.glob("checkpoints/*")):
-        raise UserError(f"{workdir}: holds a run already; choose another --workdir, or delete it")
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save(0, state, config, None)
-    checkpoints.close()
-    with files.atomic(workdir / "config.json") as path:
-        path.write_text(configs.to_json(config))
+    with locked(workdir):
+        if (workdir / "config.json").exists() or any(workdir.glob("checkpoints/*")):
+            raise UserError(f"{workdir}: holds a run already; choose another --workdir, or delete it")
+        with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+            checkpoints.save(0, state, config)
+        with files.writing(workdir, "make room"), files.atomic(workdir / "config.json") as path:
+            path.write_text(configs.to_json(config))

@@ -1,7 +1,7 @@
 """Training logs: progress lines, metrics.jsonl, TensorBoard and pictures, and where the time went."""
 
+import contextlib
 import datetime
-import json
 import logging
 import numbers
 import time
@@ -16,6 +16,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from pspnet_jax import files
+from pspnet_jax.train.integrity import reason
+from pspnet_jax.train.jsonlines import JsonLines
 from pspnet_jax.train.step import Metrics
 
 logger = logging.getLogger(__name__)
@@ -48,23 +50,29 @@ class TrainingLog:
     ):
         """Goes on after `start` steps; the lines of later ones are dropped, as these steps are made again."""
         self._active = jax.process_index() == 0
-        self._writer = writer(str(workdir / "tensorboard")) if writer and self._active else None
+        self._writer: Writer | None = None
+        if writer and self._active:
+            with self._tensorboard():
+                self._writer = writer(str(workdir / "tensorboard"))
         self._pictures, self._config = workdir / "pictures", config
         self._examples_per_epoch = examples_per_epoch
         self._interval: Metrics | None = None
-        self.stalls = InputStallTimer()
-        self._clock, self._epoch_clock = Clock(start, self.stalls), Clock(start, self.stalls)
+        self.stalls, self._paused = InputStallTimer(), 0.0
+        self.restart_clocks(start)
         if self._active:
-            path = workdir / "metrics.jsonl"
-            lines = path.read_text().splitlines() if path.exists() else []
-            with files.atomic(path) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= start))
-            self._lines = path.open("a")
+            self._lines = JsonLines(workdir / "metrics.jsonl", start)
 
     def restart_clocks(self, step: int) -> None:
         """Makes the rates count from now, after `step` steps."""
-        self._clock.restart(step)
-        self._epoch_clock.restart(step)
+        self._last_line = self._last_epoch = self._now(step)
+
+    def _now(self, step: int) -> np.ndarray:
+        """The steps so far, the seconds of training, and those of them in which it waited for data."""
+        return np.array([step, time.perf_counter() - self._paused, self.stalls.seconds])
+
+    def _rates(self, since: np.ndarray, now: np.ndarray) -> dict[str, float]:
+        steps, seconds, stalled = (now - since).tolist()
+        return {"data_wait": stalled / seconds, "images_per_second": self._config.batch_size * steps / seconds}
 
     def started(self, metrics: Metrics) -> None:
         """Takes the metrics of a step that the devices have begun, for the next progress line."""
@@ -76,12 +84,12 @@ class TrainingLog:
         assert self._interval is not None
         values = {name: float(metric.compute()) for name, metric in jax.device_get(self._interval).items()}
         self._interval = None
-        seconds_per_step, values["data_wait"] = self._clock.read(step)
-        values["images_per_second"] = self._config.batch_size / seconds_per_step
-        self._clock.restart(step)
+        values |= self._rates(self._last_line, now := self._now(step))
+        self._last_line = now
         shown = "  ".join(text.format(values[name]) for name, text in SHOWN.items() if name in values)
-        left = datetime.timedelta(seconds=round(seconds_per_step * (self._config.total_steps - step)))
-        logger.info(f"{datetime.datetime.now():%m-%d %H:%M}  step {step}/{self._config.total_steps}  {shown}  {left} left")
+        total = self._config.total_steps
+        left = datetime.timedelta(seconds=round((total - step) * self._config.batch_size / values["images_per_second"]))
+        logger.info(f"{datetime.datetime.now():%m-%d %H:%M}  step {step}/{total}  {shown}  {left} left")
         self._write("train", step, values)
 
     def end_of_epoch(self, step: int) -> None:
@@ -89,39 +97,57 @@ class TrainingLog:
         seen, epoch = step * self._config.batch_size, self._examples_per_epoch
         if not epoch or seen // epoch == (seen - self._config.batch_size) // epoch:
             return
-        seconds_per_step, data_wait = self._epoch_clock.read(step)
-        self._epoch_clock.restart(step)
-        rates = {"data_wait": data_wait, "images_per_second": self._config.batch_size / seconds_per_step}
-        self._write("epoch", step, {"epoch": seen // epoch, **rates})
+        self._write("epoch", step, {"epoch": seen // epoch} | self._rates(self._last_epoch, now := self._now(step)))
+        self._last_epoch = now
 
-    def evaluation(self, step: int, metrics: Mapping[str, Any], pictures: Mapping[str, Any], seconds: float) -> None:
-        """Records an evaluation, which took `seconds` from training, and saves its pictures, uint8[H, W, 3] or PIL images."""
-        self._clock.pause(seconds)
-        self._epoch_clock.pause(seconds)
+    def pause(self, seconds: float) -> None:
+        """Leaves the last `seconds` out of the rates."""
+        self._paused += seconds
+
+    def evaluation(self, step: int, metrics: Mapping[str, Any], pictures: Mapping[str, Any]) -> None:
+        """Records an evaluation, and saves its pictures, uint8[H, W, 3] or PIL images."""
         self._write("eval", step, metrics)
         for name, picture in pictures.items() if self._active else ():
-            pixels = np.asarray(picture)
-            with files.atomic(self._pictures / f"{name}.png") as path, path.open("wb") as file:
-                Image.fromarray(pixels).save(file, "PNG")
-            if self._writer:
-                self._writer.write_images(step, {name: pixels[None]})
+            try:
+                pixels = np.asarray(picture)
+                with files.atomic(self._pictures / f"{name}.png") as path, path.open("wb") as file:
+                    Image.fromarray(pixels).save(file, "PNG")
+            except Exception as error:  # a name that is too long, a full disk, an array that is no picture
+                logger.warning("the picture %r cannot be written (%s); training goes on", name[:100], reason(error))
+            else:
+                with self._tensorboard():
+                    if self._writer:
+                        self._writer.write_images(step, {name: pixels[None]})
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if not self._active:
             return
-        if self._writer:
-            self._writer.write_scalars(
-                step, {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, numbers.Real | jax.Array)}
-            )
-        self._lines.write(json.dumps({"step": step, "kind": kind, **values}, default=float) + "\n")
-        self._lines.flush()
+        scalars = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, numbers.Real | jax.Array)}
+        with self._tensorboard():
+            if self._writer:
+                self._writer.write_scalars(step, scalars)
+        self._lines.write({"step": step, "kind": kind, **values})
+
+    @contextlib.contextmanager
+    def _tensorboard(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            logger.warning("TensorBoard's files cannot be written (%s); training goes on without them", reason(error))
+            self._writer = None
+
+    def flush(self) -> None:
+        """Writes the lines that wait."""
+        if self._active:
+            self._lines.flush()
 
     def close(self) -> None:
         self.stalls.close()
         if self._active:
             self._lines.close()
-        if self._writer:
-            self._writer.close()
+        with self._tensorboard():
+            if self._writer:
+                self._writer.close()
 
 
 _merge = jax.jit(lambda interval, metrics: {name: metric.merge(metrics[name]) for name, metric in interval.items()})
@@ -171,25 +197,3 @@ class InputStallTimer:
 
     def close(self) -> None:
         self._thread.shutdown()
-
-
-class Clock:
-    """Time since a step, without evaluations."""
-
-    def __init__(self, step: int, stalls: InputStallTimer):
-        self._stalls = stalls
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        """Starts anew after `step` steps."""
-        self._step, self._paused = step, 0.0
-        self._began, self._stalled = time.perf_counter(), self._stalls.seconds
-
-    def pause(self, seconds: float) -> None:
-        """Leaves out the last `seconds`."""
-        self._paused += seconds
-
-    def read(self, step: int) -> tuple[float, float]:
-        """Returns the seconds a step took, and the share of them in which it waited for data."""
-        seconds = time.perf_counter() - self._began - self._paused
-        return seconds / (step - self._step), (self._stalls.seconds - self._stalled) / seconds

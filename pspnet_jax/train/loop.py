@@ -1,11 +1,11 @@
 """The training loop: resume, step, log, evaluate, save, stop."""
 
 import contextlib
+import dataclasses
 import itertools
+import json
 import logging
 import numbers
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,8 +25,11 @@ from pspnet_jax.losses import Batch, Loss
 from pspnet_jax.optimizers import Optimizer
 from pspnet_jax.train import resume
 from pspnet_jax.train.checkpoint import SCORE, Checkpoints
+from pspnet_jax.train.integrity import reason
+from pspnet_jax.train.lock import locked
 from pspnet_jax.train.logs import TrainingLog, Writer
 from pspnet_jax.train.step import Metrics, TrainState, Variables, make_train_step
+from pspnet_jax.train.stop import Stopped, StopSignal
 
 logger = logging.getLogger(__name__)
 HostBatch = Mapping[str, np.ndarray]
@@ -43,6 +46,7 @@ def fit(
     evaluate: Evaluate | None,
     workdir: epath.PathLike,
     examples_per_epoch: int = 0,
+    fingerprint: str = "",
     writer: Callable[[str], Writer] | None = None,
     hooks: Sequence[Callable[[int], None]] = (),
 ) -> TrainState:
@@ -57,95 +61,160 @@ def fit(
       optimizer: see `optimizers`.
       batches: called with the number of steps already made; gives this process's batches from there on, dicts of arrays with
         the examples along the first axis; "image" is uint8[N, H, W, 3], all else is up to the loss.
-      evaluate: called with {"params", "batch_stats"} every config.every.eval steps; returns metrics, which JSON can hold, among
-        them the number config.eval.best_metric, and pictures by name; None: no evaluation.
+      evaluate: called with {"params", "batch_stats"} every config.every.eval steps, when the state is saved; returns metrics,
+        which JSON can hold, among them the number config.eval.best_metric, and pictures by name; None: no evaluation. What it
+        raises is reported, and training goes on; several processes have to raise together.
       workdir: where checkpoints, metrics and pictures go.
       examples_per_epoch: examples after which the training data has been seen once, for the rates written then; 0: none.
+      fingerprint: of the training data, saved with each checkpoint; when it has changed, a resumed run says so; empty: unknown.
       writer: such as clu.metric_writers.SummaryWriter; called with WORKDIR/tensorboard, it gets all numbers and pictures, too.
       hooks: called after each step with its number, such as those of clu.periodic_actions.
 
     Raises:
-      UserError: the workdir holds a run of another model or other classes, or one that is further than total_steps; or a batch
-        could not be made, when the steps before it are saved.
+      UserError: the workdir holds a run of another model or other classes, or one that is further than total_steps; another
+        training writes there, or it cannot be written; or a batch could not be made, when the steps before it are saved.
       DivergedError: the loss is not finite.
       SystemExit: after SIGTERM (143) or Ctrl-C (130), when the state is saved.
     """
     workdir, mesh, total = files.absolute(workdir), parallel.make_mesh(), config.total_steps
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed={config.seed}: expected a value from 0 to {2**32 - 1}")
     with contextlib.ExitStack() as closing:  # in reverse order: signals are caught until everything is written
+        closing.enter_context(jax.enable_x64(False))  # whatever the shell says: a run is resumed as it began
         stop = closing.enter_context(contextlib.closing(StopSignal()))
+        closing.enter_context(locked(workdir))
         checkpoints = closing.enter_context(contextlib.closing(Checkpoints(workdir)))
         newest = checkpoints.steps[-1] if checkpoints.steps else 0
         feed = iter(batches(min(newest, total - 1)))
         if (first := next(feed, None)) is None:  # read before there is a state, for the images' shape
             raise UserError("there is no batch to train on")
-        state = resume.start(config, model, optimizer, mesh, first["image"].shape[1:], checkpoints, workdir)
+        if "image" not in first:
+            raise UserError(f"the batches have {', '.join(first)}; expected an array of the name image, too")
+        state = resume.start(config, model, optimizer, mesh, first["image"].shape[1:], checkpoints, workdir, fingerprint)
         start = int(state.step)
-        if start == total:
+        unscored = evaluate is not None and _lacks_score(checkpoints, start)
+        if start == total and not unscored:
             logger.info(f"{workdir} holds the finished run, step {start} of {total}; delete it to start over")
             return state
-        _announce(config, state, mesh, workdir, start)
+        if start < total:
+            _announce(config, state, mesh, workdir, start)
         log = closing.enter_context(contextlib.closing(TrainingLog(workdir, config, start, writer, examples_per_epoch)))
+        run = Run(config, workdir, checkpoints, log, stop, evaluate, fingerprint, hooks)
+        if unscored:
+            logger.info(f"step {start} was saved but not evaluated; this is done now")
+            run.score(start, state)
+        if start == total:
+            run.exit_if_asked(start)
+            return state
         train_step = make_train_step(config, model, loss, optimizer, mesh)
         feed = itertools.chain([first], feed) if start == newest else iter(batches(start))
         on_devices = closing.enter_context(contextlib.closing(parallel.to_devices(feed, mesh)))
-        return _loop(config, state, train_step, log.stalls.timed(on_devices), evaluate, checkpoints, log, stop, hooks)
+        return run.loop(state, train_step, log.stalls.timed(on_devices))
 
 
-def _loop(
-    config: ConfigDict,
-    state: TrainState,
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
-    batches: Iterator[Batch],
-    evaluate: Evaluate | None,
-    checkpoints: Checkpoints,
-    log: TrainingLog,
-    stop: "StopSignal",
-    hooks: Sequence[Callable[[int], None]],
-) -> TrainState:
-    start, total, every = int(state.step), config.total_steps, config.every
-    guard = NonFiniteGuard(checkpoints)
-    for step in range(start + 1, total + 1):
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training that has begun: `loop` makes its steps, and what it needs for this is here."""
+
+    config: ConfigDict
+    workdir: epath.Path
+    checkpoints: Checkpoints
+    log: TrainingLog
+    stop: StopSignal
+    evaluate: Evaluate | None
+    fingerprint: str
+    hooks: Sequence[Callable[[int], None]]
+
+    def loop(
+        self,
+        state: TrainState,
+        train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+        batches: Iterator[Batch],
+    ) -> TrainState:
+        start, total, every = int(state.step), self.config.total_steps, self.config.every
+        self.exit_if_asked(start)
+        guard = NonFiniteGuard(self.checkpoints)
+        for step in range(start + 1, total + 1):
+            with self.saving_if_it_fails(state, guard):
+                if (batch := next(batches, None)) is None:
+                    raise UserError(f"the batches ended after step {step - 1}, before total_steps={total}")
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = train_step(state, batch)
+            self.log.started(metrics)
+            guard.see(step, metrics)
+            stopping = step < total and self.stop.requested(self.checkpoints, step)
+            log_due, save_due = due(step, every.log, total), stopping or due(step, every.save, total)
+            score_due = self.evaluate is not None and not stopping and due(step, every.eval, total)
+            if log_due or save_due or score_due:
+                guard.finish()
+            if log_due:
+                self.log.interval(step)
+            if step == start + 1:  # this one has compiled the step; the rates are those of the others
+                jax.block_until_ready(metrics)
+                self.log.restart_clocks(step)
+                _write_description(self.config, state, self.workdir)
+            else:
+                self.log.end_of_epoch(step)
+            if save_due or score_due:
+                self.save(step, state)
+            if score_due:
+                self.score(step, state)
+            with self.saving_if_it_fails(state, guard):
+                for hook in self.hooks:
+                    hook(step)
+            if stopping or score_due:
+                self.exit_if_asked(step)
+        return state
+
+    def save(self, step: int, state: TrainState) -> None:
+        self.checkpoints.save(step, state, self.config, self.fingerprint)
+        self.log.flush()
+
+    @contextlib.contextmanager
+    def saving_if_it_fails(self, state: TrainState, guard: "NonFiniteGuard") -> Iterator[None]:
+        """Saves the steps made, where the block fails: a wrong example must not cost those before it.
+
+        Several processes cannot while one of them fails.
+        """
         try:
-            if (batch := next(batches, None)) is None:
-                raise UserError(f"the batches ended after step {step - 1}, before total_steps={total}")
-        except Exception:  # a wrong example must not cost the steps before it
-            _save_all(checkpoints, guard, state, config)
+            yield
+        except Exception:
+            if (step := int(state.step)) not in (0, *self.checkpoints.steps) and jax.process_count() == 1:
+                guard.finish()
+                self.save(step, state)
+                logger.warning(f"step {step} is saved; the same command goes on from there")
             raise
-        with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            state, metrics = train_step(state, batch)
-        log.started(metrics)
-        guard.see(step, metrics)
-        stopping = step < total and stop.requested(checkpoints, step)
-        log_due, save_due = due(step, every.log, total), stopping or due(step, every.save, total)
-        evaluate_due = evaluate is not None and not stopping and due(step, every.eval, total)
-        if log_due or save_due or evaluate_due:
-            guard.finish()
-        if log_due:
-            log.interval(step)
-        if step == start + 1:  # this one has compiled the step; the rates are those of the others
-            jax.block_until_ready(metrics)
-            log.restart_clocks(step)
-        else:
-            log.end_of_epoch(step)
-        scores = _evaluate(evaluate, state, step, log, config.eval.best_metric) if evaluate_due else None
-        if save_due or evaluate_due:
-            checkpoints.save(step, state, config, scores)
-        for hook in hooks:
-            hook(step)
-        if stopping:
-            logger.warning(f"stopped by {stop.name}; step {step} is saved, the same command goes on from there")
-            raise SystemExit(128 + stop.number)
-    return state
 
+    def exit_if_asked(self, step: int) -> None:
+        if self.stop.requested(self.checkpoints, step):
+            logger.warning(f"stopped by {self.stop.name}; step {step} is saved, the same command goes on from there")
+            raise SystemExit(128 + self.stop.number)
 
-def _save_all(checkpoints: Checkpoints, guard: "NonFiniteGuard", state: TrainState, config: ConfigDict) -> None:
-    """Saves the steps made since the last checkpoint, if any; several processes cannot while one of them fails."""
-    step = int(state.step)
-    if step in (0, *checkpoints.steps) or jax.process_count() > 1:
-        return
-    guard.finish()
-    checkpoints.save(step, state, config, None)
-    logger.warning(f"step {step} is saved; the same command goes on from there")
+    def score(self, step: int, state: TrainState) -> None:
+        """Evaluates a state that is saved; what goes wrong is said, and a stop signal ends it."""
+        assert self.evaluate is not None
+        began, failure = time.perf_counter(), None
+        try:
+            with self.stop.interrupts():
+                metrics, pictures = self.evaluate(state.variables)
+                json.dumps(metrics, default=float)  # it has to be written, too
+                found = {name: float(value) for name, value in metrics.items() if isinstance(value, numbers.Real | jax.Array)}
+        except Stopped:
+            return
+        except Exception as error:  # an image, the devices' memory, a mistake in the evaluation: no step is lost for it
+            failure = reason(error)
+        seconds = time.perf_counter() - began
+        if parallel.agree(failure is not None):
+            logger.warning(
+                f"step {step} could not be evaluated ({failure or 'by another process'}); it is saved, training goes on"
+            )
+            return self.log.pause(seconds)
+        best_metric = self.config.eval.best_metric
+        if best_metric not in found:
+            raise UserError(f"eval.best_metric={best_metric!r}: the evaluation has {', '.join(found)}; choose one of these")
+        self.checkpoints.add_score(step, {SCORE: found[best_metric], **found}, resume.evaluation_settings(self.config))
+        self.log.pause(seconds)
+        self.log.evaluation(step, metrics, pictures)
 
 
 def due(step: int, every: int, total: int) -> bool:
@@ -153,13 +222,16 @@ def due(step: int, every: int, total: int) -> bool:
     return step == total or (every > 0 and step % every == 0)
 
 
+def _lacks_score(checkpoints: Checkpoints, step: int) -> bool:
+    """Whether the checkpoint of a step was to be evaluated, by the config of its own time, and was not."""
+    if step == 0 or (origin := checkpoints.origin()) is None:
+        return False
+    config, _ = origin
+    return bool(parallel.agree(due(step, config.every.eval, config.total_steps) and checkpoints.score(step) is None))
+
+
 def _announce(config: ConfigDict, state: TrainState, mesh: Mesh, workdir: epath.Path, start: int) -> None:
-    """Says what is about to run, and writes its config and the table of its parameters."""
-    if jax.process_index() == 0:
-        with files.atomic(workdir / "config.json") as path:
-            path.write_text(configs.to_json(config))
-        with files.atomic(workdir / "parameters.txt") as path:
-            path.write_text(parameter_overview.get_parameter_overview(state.params, include_stats=False) + "\n")
+    """Says what is about to run."""
     groups = {name: parameter_overview.count_parameters(tree) for name, tree in state.params.items()}
     logger.info(f"{sum(groups.values()):,} parameters: {', '.join(f'{k} {v:,}' for k, v in groups.items())}")
     device = mesh.devices.flat[0]
@@ -178,16 +250,14 @@ def _announce(config: ConfigDict, state: TrainState, mesh: Mesh, workdir: epath.
     logger.info(f"training from step {start} to {config.total_steps}; writing to {workdir}")
 
 
-def _evaluate(evaluate: Evaluate | None, state: TrainState, step: int, log: TrainingLog, best_metric: str) -> dict[str, float]:
-    """Evaluates and logs; returns the numbers to save with the checkpoint."""
-    assert evaluate is not None
-    began = time.perf_counter()
-    metrics, pictures = evaluate(state.variables)
-    log.evaluation(step, metrics, pictures, time.perf_counter() - began)
-    found = {name: float(value) for name, value in metrics.items() if isinstance(value, numbers.Real | jax.Array)}
-    if best_metric not in found:
-        raise UserError(f"eval.best_metric={best_metric!r}: the evaluation has {', '.join(found)}; choose one of these")
-    return {SCORE: found[best_metric], **found}
+def _write_description(config: ConfigDict, state: TrainState, workdir: epath.Path) -> None:
+    """Writes the config of a run that has made a step, and the table of its parameters."""
+    table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    with parallel.together("writing config.json"), files.writing(workdir, "make room, or mend what is wrong"):
+        for name, text in (("config.json", configs.to_json(config)), ("parameters.txt", f"{table}\n")):
+            if jax.process_index() == 0:
+                with files.atomic(workdir / name) as path:
+                    path.write_text(text)
 
 
 class NonFiniteGuard:
@@ -222,30 +292,3 @@ class NonFiniteGuard:
                 f"the loss is {loss}, its gradient's norm {norm} at step {step}; {good}; try a lower optimizer.learning_rate, "
                 "optimizer.warmup_steps or optimizer.clip_norm"
             )
-
-
-class StopSignal:
-    """Asks for a stop after SIGTERM or Ctrl-C; the second one ends the process. Several processes agree on the step."""
-
-    def __init__(self) -> None:
-        self.number = signal.SIGTERM
-        self._received = False
-        self._alone = jax.process_count() == 1  # else JAX catches SIGTERM
-        can_catch = threading.current_thread() is threading.main_thread()
-        caught = (signal.SIGTERM, signal.SIGINT) if self._alone and can_catch else ()
-        self._previous = {number: signal.signal(number, self._receive) for number in caught}
-
-    @property
-    def name(self) -> str:
-        return signal.Signals(self.number).name
-
-    def _receive(self, number: int, _: Any) -> None:
-        self.number, self._received = signal.Signals(number), True
-        self.close()
-
-    def requested(self, checkpoints: Checkpoints, step: int) -> bool:
-        return self._received if self._alone else checkpoints.reached_preemption(step)
-
-    def close(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

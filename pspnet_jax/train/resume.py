@@ -1,11 +1,16 @@
 """Where a run starts: from its own past, which it has to fit, from the weights of another, or from random ones."""
 
+import json
 import logging
+import re
+from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -33,15 +38,19 @@ def start(
     image_shape: tuple[int, ...],
     checkpoints: checkpoint.Checkpoints,
     workdir: epath.Path,
+    fingerprint: str = "",
 ) -> TrainState:
     """Returns the state of the newest checkpoint, or else a fresh one with the weights of config.init_from.
+
+    Says what has changed since the checkpoint: the config, the training data, how it is evaluated.
 
     Raises:
       UserError: the run in workdir has another config, or is further than config.total_steps; see `initial_weights`.
     """
     init = init_state(config, model, optimizer, mesh, image_shape)
     if checkpoints.steps:
-        check_resumable(configs.read(workdir / "config.json"), config)
+        if origin := checkpoints.origin():
+            check_resumable(origin[0], config)
         if checkpoints.steps[-1] > config.total_steps:
             raise UserError(
                 f"total_steps={config.total_steps}: the run in {workdir} is at step {checkpoints.steps[-1]} already"
@@ -51,15 +60,49 @@ def start(
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
         state = checkpoints.restore_newest(target)
         assert state is not None, "the checkpoints were there a moment ago"
+        if origin and origin[1] and fingerprint and origin[1] != fingerprint:
+            logger.warning(
+                "training data changed since step %s: files were added, removed or altered (fingerprint %s -> %s); "
+                "the steps from here on are not those of an uninterrupted run",
+                int(state.step),
+                origin[1],
+                fingerprint,
+            )
+        _check_comparable(checkpoints, config)
         return state
-    state = init()
     if not config.init_from:
-        return state
-    return with_weights(state, initial_weights(config, model, mesh), config.init_from)
+        return init()
+    given, names = initial_weights(config, model, mesh)
+    fresh = init()
+    given = match_classes(given, fresh.weights, names, config.dataset.class_names, config.init_from)
+    return with_weights(fresh, given, config.init_from)
 
 
-def initial_weights(config: ConfigDict, model: nn.Module, mesh: Mesh) -> Variables:
+def _check_comparable(checkpoints: checkpoint.Checkpoints, config: ConfigDict) -> None:
+    """Says where scores from here on cannot be compared with those before."""
+    scored = [score for step in checkpoints.steps if (score := checkpoints.score(step))]
+    if not scored:
+        return
+    before, now = scored[-1].get(checkpoint.SETTINGS) or {}, evaluation_settings(config)
+    if changed := [f"{k}: {before.get(k, 'unknown')!r} -> {v!r}" for k, v in now.items() if before.get(k) != v]:
+        logger.warning(
+            "evaluations from here on cannot be compared with those before (%s); the best checkpoint is one of the new ones",
+            "; ".join(changed) if before else "which do not say how they were made",
+        )
+
+
+def evaluation_settings(config: ConfigDict) -> dict[str, Any]:
+    """What two scores have to share to be compared: all of config.eval but its batch size, and where the data is from."""
+    settings = {field: value for field, value in configs.leaves(config.eval, "eval.") if field != "eval.batch_size"}
+    settings |= {f"dataset.{field}": config.dataset[field] for field in ("name", "root", "extra_root", "tfds_name")}
+    return json.loads(json.dumps(settings))
+
+
+def initial_weights(config: ConfigDict, model: nn.Module, mesh: Mesh) -> tuple[Variables, Sequence[str]]:
     """Reads config.init_from: the variables of another run, or those that a file of others' weights has for this model.
+
+    Returns:
+      the variables, and the names of the classes that they tell apart; none for a file.
 
     Raises:
       MissingFileError: there is no such run or file.
@@ -69,21 +112,58 @@ def initial_weights(config: ConfigDict, model: nn.Module, mesh: Mesh) -> Variabl
         saved, step, variables = checkpoint.load(config.init_from, "latest", mesh)
         _check_same_function(saved, config)
         logger.info("starting from the weights of %s, step %s", config.init_from, step)
-        return variables
+        return variables, saved.dataset.class_names
     source = weights.inspect(config.init_from)
     weights.check_normalize(config.normalize, source)
     logger.info("starting from %s", source)
-    return weights.load(config.init_from, model, partial=True)
+    return weights.load(config.init_from, model, partial=True), ()
 
 
 def _check_same_function(saved: ConfigDict, config: ConfigDict) -> None:
     """Refuses to start a network from the weights of one that computes something else with them."""
     for section in ("model", "normalize"):
-        fields = {
-            k: v for k, v in saved[section].items() if v != config[section][k] and f"{section}.{k}" not in MAY_DIFFER_AT_START
-        }
-        if fields:
+        given, free = config[section], MAY_DIFFER_AT_START
+        if fields := {k: v for k, v in saved[section].items() if v != given[k] and f"{section}.{k}" not in free}:
             raise UserError(f"init_from={config.init_from}: its network is another one; set {weights.flags(section, fields)}")
+
+
+def match_classes(given: Variables, fresh: Variables, old: Sequence[str], new: Sequence[str], name: str) -> Variables:
+    """Puts the rows of the classifiers into the order of this run's classes, by their names, and says which those are.
+
+    Args:
+      given: the variables of another run.
+      fresh: this run's, which has the rows of the classes that the other does not know.
+      old: the other's classes, in the order of its rows; none where it does not name them.
+      new: this run's.
+      name: of the other run.
+
+    Returns:
+      `given` with other classifiers; without them where no class is known.
+    """
+    old, new = tuple(old), tuple(new)
+    if old == new or not new:
+        return given
+    flat, ours = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (given, fresh))
+    paths = [path for path in flat if re.fullmatch(r"params/(.*_)?classifier/(kernel|bias)", path)]
+    if any(all(re.fullmatch(r"class \d+", c) for c in names) for names in (old, new)):  # also where there is none
+        if any(path in ours and flat[path].shape == ours[path].shape for path in paths):
+            logger.warning("the classes of %s have no names: the classifier's rows are taken in their order", name)
+        return given
+    rows = {new.index(c): old.index(c) for c in new if c in old}
+    for path in paths:
+        theirs, value = np.asarray(flat.pop(path)), np.array(ours.get(path, np.zeros(())))
+        if rows and theirs.shape == (*value.shape[:-1], len(old)) and value.shape[-1:] == (len(new),):
+            value[..., list(rows)] = theirs[..., list(rows.values())]
+            flat[path] = value
+    groups = {
+        "kept": [new[i] for i, j in rows.items() if i == j],
+        "moved": [f"{new[i]} ({j} -> {i})" for i, j in rows.items() if i != j],
+        "drawn at random": [c for c in new if c not in old],
+        "left out": [c for c in old if c not in new],
+    }
+    told = "; ".join(f"{what}: {', '.join(classes)}" for what, classes in groups.items() if classes)
+    logger.warning("%s has other classes, and the classifier's rows go by their names: %s", name, told)
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
 def with_weights(state: TrainState, given: Variables, name: str) -> TrainState:

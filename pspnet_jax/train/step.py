@@ -123,19 +123,15 @@ def make_train_step(
             grads, aux = _accumulated(loss_fn, state, batch, key, config.optimizer.accumulate)
         updates, opt_state = optimizer.transformation.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = _averaged(state.ema, {"params": params, "batch_stats": aux.batch_stats}, config.optimizer.ema_decay)
+        new = {"params": params, "batch_stats": aux.batch_stats}
+        ema = state.ema and optax.incremental_update(new, state.ema, 1 - config.optimizer.ema_decay)
         means = aux.means | {"gradient_norm": optax.tree.norm(grads)}
         metrics = {name: Average(value, jnp.ones((), jnp.int32)) for name, value in means.items()} | aux.metrics
         metrics |= {name: LastValue(jnp.asarray(schedule(state.step))) for name, schedule in optimizer.schedules.items()}
         return TrainState(state.step + 1, params, aux.batch_stats, opt_state, ema), metrics
 
-    everywhere = parallel.replicated(mesh)
-    return jax.jit(
-        train_step,
-        in_shardings=(everywhere, parallel.batch_sharding(mesh)),
-        out_shardings=everywhere,
-        donate_argnums=0,
-    )
+    everywhere, shared = parallel.replicated(mesh), parallel.batch_sharding(mesh)
+    return jax.jit(train_step, in_shardings=(everywhere, shared), out_shardings=everywhere, donate_argnums=0)
 
 
 def _accumulated(
@@ -146,7 +142,9 @@ def _accumulated(
     Every part is divided by the weights of the whole batch, which a first pass finds out; where they follow from the batch
     alone, as with cross-entropy, nothing of the model remains of that pass when it is compiled.
     """
-    each = _split(batch, parts), jax.random.split(key, parts)
+    # [N, ...] -> [parts, N / parts, ...], each part a share of every device's examples, so that none has to move
+    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+    each = split, jax.random.split(key, parts)
 
     def weigh(part: tuple[Batch, jax.Array]) -> TermWeights:
         return loss_fn(state.params, state.batch_stats, state.step, *part)[1].weights
@@ -162,12 +160,3 @@ def _accumulated(
     (grads, batch_stats), aux = jax.lax.scan(add_part, start, each)
     means = jax.tree.map(lambda x: jnp.sum(x, 0), aux.means)
     return grads, Aux(batch_stats, weights, means, {name: metric.reduce() for name, metric in aux.metrics.items()})
-
-
-def _split(batch: Batch, parts: int) -> Batch:
-    """[N, ...] -> [parts, N / parts, ...], each part a share of every device's examples, so that none has to move."""
-    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
-
-
-def _averaged(ema: Variables | None, new: Variables, decay: float) -> Variables | None:
-    return None if ema is None else optax.incremental_update(new, ema, 1 - decay)

@@ -27,6 +27,7 @@ def trained(tmp_path_factory):
     """A workdir with a checkpoint of the tiny network at step 4, all its numbers 3 and those of the moving average 6."""
     workdir, config = tmp_path_factory.mktemp("trained"), tiny_config()
     checkpoints = Checkpoints(workdir)
-    checkpoints.save(4, filled_state(config, 3), config, {SCORE: 0.25})
+    checkpoints.save(4, filled_state(config, 3), config)
+    checkpoints.add_score(4, {SCORE: 0.25}, {})
     checkpoints.close()
     return workdir

@@ -12,7 +12,7 @@ from etils import epath
 from PIL import Image
 
 from pspnet_jax.metrics import MeanIoU
-from pspnet_jax.train import logs
+from pspnet_jax.train import jsonlines, logs
 from pspnet_jax.train.logs import InputStallTimer, TrainingLog
 from tests.train import score, tiny_config
 
@@ -79,7 +79,8 @@ def test_rates_at_the_end_of_each_epoch(tmp_path, clock):
         log.stalls.seconds += 0.5 if step < 4 else 1.5
         if step == 2:
             clock[0] += 50.0
-            log.evaluation(step, *score(WEIGHTS), seconds=50.0)
+            log.pause(50.0)
+            log.evaluation(step, *score(WEIGHTS))
         log.end_of_epoch(step)
     log.close()
     assert [line for line in lines(tmp_path) if line["kind"] == "epoch"] == [
@@ -93,7 +94,8 @@ def test_time_of_an_evaluation_is_not_the_steps(tmp_path, clock):
     clock[0] += 1.0
     log_step(log, 5)
     clock[0] += 31.0  # 30 of them for the evaluation
-    log.evaluation(5, *score(WEIGHTS), seconds=30.0)
+    log.pause(30.0)
+    log.evaluation(5, *score(WEIGHTS))
     log_step(log, 6)
     log.close()
     assert [line.get("images_per_second") for line in lines(tmp_path) if line["kind"] == "train"] == [8.0, 8.0]
@@ -112,7 +114,7 @@ def test_the_compiling_step_does_not_count_in_the_rate(tmp_path, clock):
 def test_evaluation_is_recorded_with_its_pictures(tmp_path):
     metrics, pictures = score(WEIGHTS)
     log = open_log(tmp_path)
-    log.evaluation(4, metrics, pictures, seconds=1.0)
+    log.evaluation(4, metrics, pictures)
     log.close()
     (line,) = lines(tmp_path)
     assert line == {"step": 4, "kind": "eval", **metrics}
@@ -141,6 +143,64 @@ def test_each_line_of_metrics_is_there_at_once_and_only_added(tmp_path):
     log_step(log, 4)
     assert (tmp_path / "metrics.jsonl").stat().st_ino == inode
     log.close()
+
+
+GOOD = [b'{"step": 1, "kind": "train", "loss": 2.0}', b'{"step": 2, "kind": "train", "loss": 1.5}']
+
+
+@pytest.mark.parametrize(
+    ("content", "damaged"),
+    [
+        (b"%b\n%b\n" + b'{"step": 3, "kind": "tr', [b'{"step": 3, "kind": "tr']),
+        (b"\x00\x89PNG\x00\x1a\n%b\n%b\n", [b"\x00\x89PNG\x00\x1a"]),
+        (b"\n%b\n\n \n%b\n\n", []),
+        (b"%b\n" + b'{"kind": "train"}\n' + b'{"step": "4"}\n%b\n', [b'{"kind": "train"}', b'{"step": "4"}']),
+        (b"%b\n[1, 2]\n3\nnull\n%b\n", [b"[1, 2]", b"3", b"null"]),
+        (
+            b"%b\n" + '{"step": 2, "k": "gr\xfcn"}'.encode("latin-1") + b"\n%b\n",
+            ['{"step": 2, "k": "gr\xfcn"}'.encode("latin-1")],
+        ),
+        (b"%b\n" + b"[" * 100_000 + b"\n%b\n", [b"[" * 100_000]),
+        (b"%b\n%b", []),
+    ],
+    ids=["half a line", "binary", "empty lines", "no step", "no object", "latin-1", "too deep", "no end of line"],
+)
+def test_damaged_lines_are_set_aside_and_the_good_ones_kept(tmp_path, caplog, content, damaged):
+    path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics.damaged.jsonl"
+    path.write_bytes(content % tuple(GOOD))
+    log = open_log(tmp_path, start=2)
+    log_step(log, 3)
+    log.close()
+    assert path.read_bytes().splitlines()[:2] == GOOD
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert (aside.read_bytes().splitlines() if aside.exists() else []) == damaged
+    said = [f"{path}: {len(damaged)} damaged line(s), moved to metrics.damaged.jsonl; the others are kept"] if damaged else []
+    assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == said
+
+
+def test_resuming_adds_to_the_file_and_does_not_write_it_anew(tmp_path):
+    log = open_log(tmp_path)
+    log_step(log, 1)
+    log.close()
+    inode = (tmp_path / "metrics.jsonl").stat().st_ino
+    log = open_log(tmp_path, start=1)
+    log_step(log, 2)
+    log.close()
+    assert (tmp_path / "metrics.jsonl").stat().st_ino == inode
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_a_bucket_gets_the_lines_when_they_are_flushed(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonlines.files, "is_remote", lambda path: True)
+    log = open_log(tmp_path)
+    log_step(log, 1)
+    log_step(log, 2)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    log.flush()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    log_step(log, 3)
+    log.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
 def ended(at: float) -> Future:

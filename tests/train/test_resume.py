@@ -6,7 +6,8 @@ import pytest
 from flax import traverse_util
 
 from pspnet_jax.train import resume
-from tests.train import filled_state, mesh_of, parts_of, tiny_config
+from pspnet_jax.train.checkpoint import write_weights
+from tests.train import CLASSES, filled_state, mesh_of, parts_of, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -44,8 +45,9 @@ def test_other_changes_are_listed_and_allowed(caplog):
 def started(config, trained, fresh):
     """The fresh state with the weights that config.init_from names."""
     config.init_from = str(trained)
-    weights = resume.initial_weights(config, parts_of(config)["model"], mesh_of(1))
-    return resume.with_weights(fresh, weights, config.init_from)
+    given, names = resume.initial_weights(config, parts_of(config)["model"], mesh_of(1))
+    given = resume.match_classes(given, fresh.weights, names, config.dataset.class_names, config.init_from)
+    return resume.with_weights(fresh, given, config.init_from)
 
 
 def test_starting_from_another_runs_weights(trained):
@@ -64,7 +66,7 @@ def test_other_classes_keep_their_fresh_classifiers_and_say_so(trained, caplog):
     state = started(config, trained, filled_state(config, 1))
     for path, leaf in traverse_util.flatten_dict(state.params).items():
         np.testing.assert_array_equal(leaf, 1 if "classifier" in path[0] else 6, err_msg=str(path))
-    (warning,) = [r.message for r in caplog.records if r.levelno == logging.WARNING and r.name.startswith("pspnet_jax")]
+    *_, warning = [r.message for r in caplog.records if r.levelno == logging.WARNING and r.name.startswith("pspnet_jax")]
     assert warning.endswith("drawn at random: auxiliary_classifier, classifier")
 
 
@@ -94,4 +96,53 @@ def test_a_backbone_alone_leaves_everything_else_fresh(caplog):
     for path, leaf in traverse_util.flatten_dict(state.weights).items():
         np.testing.assert_array_equal(leaf, 3 if path[1] == "backbone" else 1, err_msg=str(path))
     assert "not in resnet18.pth" in caplog.text
+    assert resume.match_classes(given, fresh.weights, (), CLASSES, "resnet18.pth") is given
+    assert "have no names" not in caplog.text
+    theirs = fresh.weights
+    assert resume.match_classes(theirs, theirs, (), CLASSES, "psp.pth") is theirs
+    assert "the classes of psp.pth have no names: the classifier's rows are taken in their order" in caplog.text
     assert "pyramid" in caplog.text
+
+
+def renumbered(trained, tmp_path, names):
+    """A copy of the run, in which each row of the classifiers has its number, and the classes other names."""
+    config = tiny_config()
+    config.dataset.class_names = CLASSES
+    state = filled_state(config, 0)
+
+    def number(path, leaf):
+        rows = np.arange(leaf.shape[-1]) if "classifier" in jax.tree_util.keystr(path) else 7
+        return jax.device_put(np.full(leaf.shape, rows, leaf.dtype), leaf.sharding)
+
+    state = state.replace(ema=jax.tree_util.tree_map_with_path(number, state.ema))
+    config.dataset.class_names = names
+    write_weights(tmp_path / "run", config, state)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "rows", "said"),
+    [
+        (("sky", "road", "car"), ("sky", "road", "car"), [0, 1, 2], None),
+        (("sky", "road", "car"), ("road", "sky", "car"), [1, 0, 2], "kept: car; moved: road (1 -> 0), sky (0 -> 1)"),
+        (("sky", "road", "car"), ("tree", "car"), [9, 2], "moved: car (2 -> 1); drawn at random: tree; left out: sky, road"),
+        (("sky", "road", "car"), ("sky", "a", "b", "c", "road"), [0, 9, 9, 9, 1], "kept: sky; moved: road (1 -> 4); drawn"),
+        (
+            ("class 0", "class 1", "class 2"),
+            ("road", "sky", "car"),
+            [0, 1, 2],
+            "have no names: the classifier's rows are taken",
+        ),
+    ],
+)
+def test_classes_are_matched_by_their_names(trained, tmp_path, caplog, old, new, rows, said):
+    config = tiny_config()
+    config.dataset.class_names = new
+    state = started(config, renumbered(trained, tmp_path, old), filled_state(config, 9))
+    for tree in (state.params, state.ema["params"]):
+        for module in ("classifier", "auxiliary_classifier"):
+            for name, leaf in tree[module].items():
+                np.testing.assert_array_equal(leaf, np.broadcast_to(rows, leaf.shape), err_msg=f"{module} {name}")
+    np.testing.assert_array_equal(jax.tree.leaves(state.params["backbone"])[0], 7)
+    found = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and r.name.startswith("pspnet_jax")]
+    assert (not found) if said is None else (said in found[0])

@@ -1,0 +1,82 @@
+"""What a checkpoint holds, and reading it; each process reads by itself, so that none waits for another that cannot.
+
+WORKDIR/checkpoints/STEP/{weights,ema,optimizer,config,data}, checksums.json, and score.json once it is scored. Evaluation
+reads only the config and the weights, or their moving average. Version 0.1 had all but the config in STEP/state, which is read
+as well.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import Mesh, Sharding
+from ml_collections import ConfigDict
+
+from pspnet_jax import config as configs
+from pspnet_jax import parallel
+from pspnet_jax.train import integrity
+from pspnet_jax.train.step import TrainState, Variables
+
+
+def items(state: TrainState) -> dict[str, Any]:
+    """The trees that are saved."""
+    return {"weights": state.weights, "optimizer": state.opt_state} | ({"ema": state.ema} if state.ema else {})
+
+
+def items_of(directory: epath.Path, target: TrainState) -> Sequence[str]:
+    """The items that `read_state` reads, and the config."""
+    return ("config", "state") if (directory / "state").exists() else ("config", *items(target))
+
+
+def evaluated_item(directory: epath.Path) -> str:
+    """The item that `read_variables` reads."""
+    return next((item for item in ("state", "ema") if (directory / item).exists()), "weights")
+
+
+def read_state(directory: epath.Path, target: TrainState) -> TrainState:
+    """Reads a checkpoint into the target's shapes and shardings.
+
+    Raises:
+      OtherNetworkError: the arrays saved are others.
+    """
+    if (directory / "state").exists():
+        parts = {"average" if name == "ema" else name: tree for name, tree in vars(target).items()}
+        read = _read_tree(directory / "state", target.step.sharding, tuple(parts))
+        old = jax.tree.unflatten(jax.tree.structure(parts), jax.tree.leaves(read))  # optax's empty states have changed
+        return TrainState(ema=old.pop("average"), **old)
+    targets, reader = items(target), ocp.StandardCheckpointHandler()
+    integrity.check_shapes(directory, targets)
+    read = {name: reader.restore(directory / name, args=ocp.args.StandardRestore(tree)) for name, tree in targets.items()}
+    number = jax.device_put(jax.numpy.int32(int(directory.name)), target.step.sharding)
+    return TrainState(number, opt_state=read["optimizer"], ema=read.get("ema"), **read["weights"])
+
+
+def read_variables(directory: epath.Path, mesh: Mesh) -> Variables:
+    """Reads what evaluation uses, the moving average where there is one, onto every device of the mesh."""
+    item, everywhere = evaluated_item(directory), parallel.replicated(mesh)
+    average = _read_tree(directory / item, everywhere, ("average",)).get("average") if item == "state" else None
+    return average or _read_tree(directory / item, everywhere)
+
+
+def read_origin(directory: epath.Path) -> tuple[ConfigDict, str]:
+    """Reads the config that the checkpoint was trained with, and its data's fingerprint, which is empty where it is unknown."""
+    reader, data = ocp.JsonCheckpointHandler(), directory / "data"
+    fingerprint = reader.restore(data)["fingerprint"] if data.exists() else ""
+    return configs.from_dict(reader.restore(directory / "config")), fingerprint
+
+
+def _read_tree(path: epath.Path, sharding: Sharding, parts: Sequence[str] = ("params", "batch_stats")) -> Any:
+    """Reads those parts of a saved tree that are not empty, whatever their shapes."""
+
+    def target(saved: Any) -> Any:
+        return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=sharding)
+
+    reader = ocp.PyTreeCheckpointHandler()
+    saved = reader.metadata(path).tree
+    shapes = jax.tree.map(target, {name: saved[name] for name in parts if saved[name] is not None})
+    if not shapes:
+        return {}
+    restore_args = ocp.checkpoint_utils.construct_restore_args(shapes)
+    return reader.restore(path, args=ocp.args.PyTreeRestore(shapes, restore_args=restore_args, partial_restore=True))

@@ -1,0 +1,293 @@
+"""What goes wrong around a training costs none of its steps."""
+
+import itertools
+import json
+import logging
+import resource
+import shutil
+import signal
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from pspnet_jax import config as configs
+from pspnet_jax.errors import UserError
+from pspnet_jax.train.checkpoint import Checkpoints
+from tests.train import OneLayer, fit, make_batch, make_batches, score, tiny_config
+
+
+def train(config, workdir, evaluate=score, **more):
+    return fit(config, make_batches, evaluate, workdir, model=OneLayer(), **more)
+
+
+def small(**every):
+    """Six steps, a checkpoint every second, an evaluation every third."""
+    config = tiny_config()
+    config.total_steps = 6
+    config.every.update({"log": 1, "save": 2, "eval": 3} | every)
+    return config
+
+
+def warnings(caplog):
+    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and r.name.startswith("pspnet_jax")]
+
+
+def saved_steps(workdir):
+    return Checkpoints(workdir, read_only=True).steps
+
+
+def assert_equal(state, other):
+    jax.tree.map(np.testing.assert_array_equal, state, other)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The state of six steps that nothing disturbs."""
+    return train(small(), tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("munich_7.png: is damaged"),
+        OSError(5, "Input/output error"),
+        MemoryError("out of memory"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"),
+        ZeroDivisionError("division by zero"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_evaluation_that_fails_costs_no_step(tmp_path, caplog, whole, error):
+    def evaluate(variables):
+        raise error
+
+    assert_equal(train(small(), tmp_path, evaluate), whole)
+    said = [line for line in warnings(caplog) if "could not be evaluated" in line]
+    assert [line.split(" could")[0] for line in said] == ["step 3", "step 6"]
+    assert str(error).partition("] ")[2] in said[0]
+    assert saved_steps(tmp_path) == [4, 6]
+
+
+def test_the_state_is_saved_when_it_is_evaluated(tmp_path):
+    seen = []
+
+    def evaluate(variables):
+        seen.append(max(int(path.name.split(".")[0]) for path in (tmp_path / "checkpoints").iterdir()))
+        return score(variables)
+
+    train(small(), tmp_path, evaluate)
+    assert seen == [3, 6]
+
+
+@pytest.mark.parametrize(
+    "pictures",
+    [{"x" * 300: np.zeros((2, 2, 3), np.uint8)}, {"a": np.zeros((2, 2, 7))}, {"a/b/\0": np.zeros((2, 2, 3), np.uint8)}],
+    ids=["name too long", "no picture", "no name"],
+)
+def test_a_picture_that_cannot_be_written_is_a_warning_and_the_score_counts(tmp_path, caplog, pictures):
+    train(small(), tmp_path, lambda variables: ({"mean_iou": 0.5}, pictures))
+    assert len([line for line in warnings(caplog) if line.startswith("the picture ")]) == 2
+    assert Checkpoints(tmp_path).find("best") == 6
+
+
+@pytest.mark.parametrize("at", [3, 6])
+def test_a_stop_during_an_evaluation_ends_it_and_it_is_made_up_for(tmp_path, caplog, whole, at):
+    calls = itertools.count(1)
+
+    def slow(variables):
+        if 3 * next(calls) == at:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(600)
+        return score(variables)
+
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as stopped:
+        train(small(), tmp_path, slow)
+    assert stopped.value.code == 143
+    assert time.monotonic() - began < 60
+    assert saved_steps(tmp_path)[-1] == at
+    assert f"stopped by SIGTERM; step {at} is saved, the same command goes on from there" in warnings(caplog)
+    assert_equal(train(small(), tmp_path), whole)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [3, 6]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert all(Checkpoints(tmp_path).score(step) for step in {3, 6} & set(saved_steps(tmp_path)))
+
+
+def test_scores_of_other_settings_are_not_compared(tmp_path, caplog):
+    scores = iter([0.75, 0.25, 0.5, 0.125])
+
+    def evaluate(variables):
+        return {"mean_iou": next(scores)}, {}
+
+    config = small(save=3)
+    config.total_steps = 6
+    train(config, tmp_path, evaluate)
+    assert Checkpoints(tmp_path).find("best") == 3
+    config.total_steps, config.eval.split = 12, "test"
+    train(config, tmp_path, evaluate)
+    (said,) = [line for line in warnings(caplog) if "cannot be compared" in line]
+    assert "eval.split: 'val' -> 'test'" in said
+    assert Checkpoints(tmp_path).find("best") == 9
+
+
+def test_a_finished_run_keeps_its_config_and_says_what_differs(tmp_path, caplog):
+    train(small(), tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    config = small()
+    config.optimizer.learning_rate = 0.25
+    train(config, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+    assert "resuming with a changed config: optimizer.learning_rate: 0.5 -> 0.25" in warnings(caplog)
+
+
+def test_the_config_is_written_when_a_step_is_made(tmp_path):
+    config = small()
+    config.total_steps = 2
+    train(config, tmp_path)
+    config.total_steps, config.batch_size = 4, 3
+    with pytest.raises(ValueError, match="axis 0 is partitioned 8 times"):  # eight devices cannot share three images
+        fit(config, lambda start: itertools.repeat(make_batch(0, 3)), None, tmp_path, model=OneLayer())
+    assert configs.read(tmp_path / "config.json").batch_size == 8
+
+
+def test_resuming_needs_neither_what_it_started_from_nor_config_json(tmp_path, whole):
+    config = small()
+    config.total_steps = 4
+    train(config, tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    config.total_steps, config.init_from = 6, str(tmp_path / "gone")
+    train(config, tmp_path / "run")
+    assert configs.read(tmp_path / "run" / "config.json").total_steps == 6
+
+
+def test_other_training_data_is_said(tmp_path, caplog):
+    config = small()
+    config.total_steps = 2
+    train(config, tmp_path, fingerprint="120 files, a1")
+    config.total_steps = 4
+    train(config, tmp_path, fingerprint="120 files, a1")
+    assert not [line for line in warnings(caplog) if "training data" in line]
+    config.total_steps = 6
+    train(config, tmp_path, fingerprint="119 files, b2")
+    (said,) = [line for line in warnings(caplog) if "training data" in line]
+    assert said.startswith("training data changed since step 4: ")
+    assert "(fingerprint 120 files, a1 -> 119 files, b2)" in said
+
+
+@pytest.fixture
+def file_size():
+    """Sets how large a file may be: larger ones fail as on a full disk, in whatever library writes them."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # pytest's hook is set after ours
+def test_a_full_disk_ends_in_one_sentence_and_the_checkpoint_before_stays(tmp_path, file_size, caplog, capfd, whole):
+    with pytest.raises(UserError) as error:
+        train(small(), tmp_path, hooks=[lambda step: file_size(64) if step == 3 else None])
+    file_size(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    assert str(error.value) == (
+        f"{tmp_path}/checkpoints: cannot be written (File too large); the newest complete one is that of step 3; make room, "
+        "or mend what is wrong, and the same command goes on from there"
+    )
+    assert "Traceback" not in caplog.text + capfd.readouterr().err  # orbax's
+    assert saved_steps(tmp_path) == [2, 3]
+    assert_equal(train(small(), tmp_path), whole)
+    lines = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [1, 2, 3, 3, 4, 5, 6, 6]
+
+
+def test_metrics_that_cannot_be_written_wait(tmp_path, caplog, whole):
+    """Here because something else has taken the file's place for a while."""
+    path = tmp_path / "metrics.jsonl"
+
+    def hook(step):
+        if step == 1:
+            path.rename(tmp_path / "lines")
+            path.mkdir()
+        if step == 3:
+            path.rmdir()
+            (tmp_path / "lines").rename(path)
+
+    assert_equal(train(small(), tmp_path, hooks=[hook]), whole)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 3, 4, 5, 6, 6]
+    (said,) = [line for line in warnings(caplog) if "metrics.jsonl: cannot be written" in line]
+    assert "Is a directory" in said
+
+
+def test_a_workdir_that_vanishes_ends_in_a_sentence_or_is_made_again(tmp_path, whole):
+    workdir = tmp_path / "run"
+    state = train(small(), workdir, hooks=[lambda step: shutil.rmtree(workdir) if step == 1 else None])
+    assert_equal(state, whole)
+    assert saved_steps(workdir)[-1] == 6
+
+
+def test_a_file_where_the_workdir_should_be(tmp_path):
+    (tmp_path / "run").write_text("notes")
+    with pytest.raises(UserError, match=r"run: cannot be written \(File exists\); choose another --workdir"):
+        train(small(), tmp_path / "run")
+    assert (tmp_path / "run").read_text() == "notes"
+
+
+def test_tensorboard_that_fails_is_left_out(tmp_path, caplog, whole):
+    class Writer:
+        def write_scalars(self, step, scalars):
+            raise OSError(28, "No space left on device")
+
+        def write_images(self, step, images): ...
+
+        def close(self): ...
+
+    assert_equal(train(small(), tmp_path, writer=lambda logdir: Writer()), whole)
+    assert len([line for line in warnings(caplog) if line.startswith("TensorBoard's files cannot be written")]) == 1
+
+
+def test_a_hook_that_fails_costs_no_step(tmp_path):
+    def hook(step):
+        if step == 5:
+            raise RuntimeError("no profile today")
+
+    with pytest.raises(RuntimeError, match="no profile today"):
+        train(small(), tmp_path, hooks=[hook])
+    assert saved_steps(tmp_path)[-1] == 5
+
+
+def test_batches_without_an_image(tmp_path):
+    with pytest.raises(UserError, match=r"the batches have picture, label; expected an array of the name image, too"):
+        fit(small(), lambda start: iter([{"picture": 1, "label": 2}]), None, tmp_path, model=OneLayer())
+
+
+def test_training_in_a_thread_works_without_signals(tmp_path, caplog, whole):
+    states = []
+    with caplog.at_level(logging.INFO, "pspnet_jax"):
+        thread = threading.Thread(target=lambda: states.append(train(small(), tmp_path)))
+        thread.start()
+        thread.join()
+    assert_equal(states[0], whole)
+    assert len([r for r in caplog.records if "catches no signals" in r.message]) == 1
+
+
+def test_double_precision_of_the_caller_changes_nothing(tmp_path, whole):
+    config = small()
+    with jax.enable_x64(True):
+        for config.total_steps in (4, 6):
+            state = train(config, tmp_path)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state)} == {"float32", "int32"}
+    once = small()
+    once.total_steps = 4
+    train(once, tmp_path / "once")
+    once.total_steps = 6
+    assert_equal(train(once, tmp_path / "once"), state)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**63, 2**70])
+def test_a_seed_that_jax_would_cut_is_refused(tmp_path, seed):
+    config = small()
+    config.seed = seed
+    with pytest.raises(UserError, match=rf"^seed={seed}: expected a value from 0 to 4294967295$"):
+        train(config, tmp_path)
