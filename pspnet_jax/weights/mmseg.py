@@ -58,11 +58,7 @@ def settings(metadata: Mapping[str, Any], name: str) -> Settings:
 
 
 def model_fields(path: os.PathLike, settings: Settings) -> dict[str, Any]:
-    """The fields of config.model that the settings decide.
-
-    Raises:
-      UserError: a value that our network lacks.
-    """
+    """The fields of config.model that the settings decide; a value that our network lacks is a UserError."""
     fields: dict[str, Any] = {}
     for field, (setting, values) in FIELDS.items():
         if value := settings.get(setting):
@@ -101,8 +97,7 @@ def evaluation_fields(settings: Settings, num_classes: int) -> dict[str, Any]:
     fields: dict[str, Any] = {"protocol": "mmseg", "inference": "whole", "scales": (1.0,), "flip": False}
     fields |= {"base_size": max(sides), "short_size": min(sides)}
     if {"mode", "crop_size", "stride"} <= settings.keys():
-        sizes = {"crop": _integers(settings["crop_size"]), "stride": _integers(settings["stride"])}
-        fields |= {"inference": "windows", **sizes}
+        fields |= {"inference": "windows", "crop": _integers(settings["crop_size"]), "stride": _integers(settings["stride"])}
     return fields
 
 

@@ -85,14 +85,13 @@ def _load(path: str, torch: ModuleType) -> object:
     except (MemoryError, OSError):
         raise  # not the file's fault
     except Exception as error:  # whatever a damaged or hostile file makes torch raise
+        why = "cannot be read as a PyTorch file of tensors alone; fetch it again, or check what it is"
         if found := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(
-                f"{path}: holds Python objects besides tensors ({found[1]}), and reading these could run code, so nothing was "
-                "read; ask who made it for a file with the state_dict alone, best as .safetensors"
-            ) from error
-        raise UserError(
-            f"{path}: cannot be read as a PyTorch file of tensors alone; fetch it again, or check what it is"
-        ) from error
+            why = (
+                f"holds Python objects besides tensors ({found[1]}), and reading these could run code, so nothing was read; "
+                "ask who made it for a file with the state_dict alone, best as .safetensors"
+            )
+        raise UserError(f"{path}: {why}") from error
 
 
 def _import_torch(path: str) -> ModuleType:

@@ -28,27 +28,16 @@ ShapeOf = Callable[[str], tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a file holds.
-
-    Attributes:
-      path: the file.
-      family: whose names its arrays have.
-      model: the fields of config.model that the network has; None where the file does not tell.
-      num_classes: K, or None for a backbone alone.
-      normalize: config.normalize, as it was trained.
-      evaluation: the fields of config.eval that its published numbers were made with.
-      class_names: K names, or none where the file has none.
-      colors: K colors, or none where the file has none.
-    """
+    """What a file holds."""
 
     path: str
-    family: Family
-    model: Mapping[str, Any]
-    num_classes: int | None
-    normalize: Mapping[str, Any]
-    evaluation: Mapping[str, Any]
-    class_names: tuple[str, ...] = ()
-    colors: tuple[datasets.Color, ...] = ()
+    family: Family  # whose names its arrays have
+    model: Mapping[str, Any]  # the fields of config.model that the network has; None where the file does not tell
+    num_classes: int | None  # K, or None for a backbone alone
+    normalize: Mapping[str, Any]  # config.normalize, as it was trained
+    evaluation: Mapping[str, Any]  # the fields of config.eval that its published numbers were made with
+    class_names: tuple[str, ...] = ()  # K of them, or none where the file has none
+    colors: tuple[datasets.Color, ...] = ()  # likewise
 
     def __str__(self) -> str:
         classes = "backbone only" if self.num_classes is None else f"{self.num_classes} classes"

@@ -14,13 +14,15 @@ from flax import traverse_util
 
 from pspnet_jax import models
 from pspnet_jax.errors import UserError
+from pspnet_jax.models.pspnet import RESNET_FIELDS
 from pspnet_jax.weights import names, pytorch
 from pspnet_jax.weights.settings import flags
 from pspnet_jax.weights.source import Source, read
 
-LISTED = 4  # of the keys that do not fit, how many a message names
-FORMATS = {"torch": pytorch.write_torch, "safetensors": pytorch.write_safetensors}
-ENDINGS = {"torch": (".pth", ".pt"), "safetensors": (".safetensors",)}
+FORMATS = {  # the function that writes, and the endings of its files
+    "torch": (pytorch.write_torch, (".pth", ".pt")),
+    "safetensors": (pytorch.write_safetensors, (".safetensors",)),
+}
 SEMSEG = names.FAMILIES["semseg"]
 EXPORTED = SEMSEG.model | {"stem": "deep", "bins": (1, 2, 3, 6)}  # the networks that semseg's code computes
 EXPORTED_DEPTHS = (50, 101, 152)
@@ -59,8 +61,7 @@ def model_fields(model: nn.Module) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     backbone, head = getattr(model, "backbone", None), getattr(model, "head", None)
     if isinstance(backbone, models.ResNet):
-        for field in ("depth", "width", "stem", "stride_in", "first_block_dilation", "output_stride"):
-            fields[field] = getattr(backbone, field)
+        fields |= {field: getattr(backbone, field) for field in RESNET_FIELDS}
     if isinstance(model, models.PSPNet) and isinstance(head, models.PyramidHead):
         pyramid = model.pyramid or models.Pyramid(bins=())
         auxiliary = model.auxiliary_head
@@ -75,12 +76,8 @@ def _check_fields(source: Source, fields: Mapping[str, Any], partial: bool) -> N
     if not source.model.keys() <= fields.keys():
         own = "of a backbone other than models.ResNet" if "depth" not in fields else "of other parts than models.build's"
         raise UserError(f"{source}; it cannot be loaded into a network {own}")
-    wrong = {}
-    for field, value in source.model.items():
-        unused = field == "auxiliary" and (value or partial)
-        if value not in (None, fields[field]) and not unused:
-            wrong[field] = value
-    if wrong:
+    told = {f: v for f, v in source.model.items() if v is not None and not (f == "auxiliary" and (v or partial))}
+    if wrong := {field: value for field, value in told.items() if value != fields[field]}:
         raise UserError(f"{source}; the network differs from it: set {flags('model', wrong)}")
     if not partial and source.num_classes not in (None, fields.get("num_classes")):
         raise UserError(f"{source}; the network has {fields['num_classes']} classes")
@@ -117,13 +114,9 @@ def _check_arrays(source: Source, arrays: pytorch.Arrays, known: Set[str], wante
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is reported as such
             finite = {key: np.isfinite(array.astype(np.float32)).all() for key, array in present.items()}
         problems = {"not finite in float32": [key for key in finite if not finite[key]]}
-    found = [f"{len(keys)} {what}: {_listed(keys)}" for what, keys in problems.items() if keys]
+    found = [f"{len(k)} {what}: {', '.join(k[:4] + ['...'] * (len(k) > 4))}" for what, k in problems.items() if k]
     if found:
         raise UserError(f"{source}; its arrays do not fit: {'; '.join(found)}")
-
-
-def _listed(keys: list[str]) -> str:
-    return ", ".join(keys if len(keys) <= LISTED else [*keys[:LISTED], "..."])
 
 
 def save(path: str | os.PathLike, variables: Any, model: nn.Module, fmt: str) -> None:
@@ -131,8 +124,7 @@ def save(path: str | os.PathLike, variables: Any, model: nn.Module, fmt: str) ->
 
     Args:
       path: the file to write, in one piece or not at all.
-      variables: {"params", "batch_stats"}, as they are used with `model`.
-      model: a network that semseg's PSPNet computes too.
+      variables: {"params", "batch_stats"} of `model`, a network that semseg's PSPNet computes too.
       fmt: "torch", a checkpoint as semseg's training writes it, with the prefix that its code expects; or "safetensors",
         the same arrays without the prefix.
 
@@ -142,19 +134,21 @@ def save(path: str | os.PathLike, variables: Any, model: nn.Module, fmt: str) ->
     if fmt not in FORMATS:
         raise UserError(f"--format {fmt}: expected one of {', '.join(FORMATS)}")
     path = pathlib.Path(path)
-    if path.suffix not in ENDINGS[fmt]:
-        raise UserError(f"--output {path}: expected a name that ends in {' or '.join(ENDINGS[fmt])}, as --format is {fmt}")
+    write, endings = FORMATS[fmt]
+    if path.suffix not in endings:
+        raise UserError(f"--output {path}: expected a name that ends in {' or '.join(endings)}, as --format is {fmt}")
     if path.exists():
         raise UserError(f"--output {path}: is there already; choose another name, or delete it")
     fields = model_fields(model)
-    if not EXPORTED.keys() <= fields.keys():
-        raise UserError(f"{path}: semseg's PSPNet is another network than this one, which has other parts than models.build's")
-    wrong = [f"model.{field}={fields[field]}, not {value}" for field, value in EXPORTED.items() if fields[field] != value]
-    if fields["depth"] not in EXPORTED_DEPTHS:
-        wrong.append(f"model.depth={fields['depth']}, not one of {EXPORTED_DEPTHS}")
+    if EXPORTED.keys() <= fields.keys():
+        wrong = [f"model.{field}={fields[field]}, not {value}" for field, value in EXPORTED.items() if fields[field] != value]
+        if fields["depth"] not in EXPORTED_DEPTHS:
+            wrong.append(f"model.depth={fields['depth']}, not one of {EXPORTED_DEPTHS}")
+    else:
+        wrong = ["other parts than models.build's"]
     if wrong:
         raise UserError(f"{path}: semseg's PSPNet is another network than this one, which has {'; '.join(wrong)}")
-    FORMATS[fmt](path, _semseg_arrays(variables, fields))
+    write(path, _semseg_arrays(variables, fields))
 
 
 def _semseg_arrays(variables: Any, fields: Mapping[str, Any]) -> pytorch.Arrays:

@@ -83,11 +83,6 @@ def test_wrong_files_end_in_one_sentence(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no\.caffemodel: no such file"):
-        caffe.read(tmp_path / "no.caffemodel")
-
-
 def test_a_file_cut_anywhere_is_refused_or_whole_up_to_a_layer(tmp_path):
     path = tmp_path / "net.caffemodel"
     reference_caffe.write(path, small_blobs())
