@@ -61,7 +61,7 @@ def read(path: epath.PathLike) -> dict[str, np.ndarray]:
       bias, mean and variance of a BN layer ("conv5_4/bn:0" to ":3").
 
     Raises:
-      UserError: it is truncated, no Caffe network or one without weights, or a blob contradicts its shape or is not finite.
+      UserError: it is truncated, no Caffe network or one without weights, or a blob contradicts its shape.
     """
     from google.protobuf.message import DecodeError  # comes with TensorFlow's wheels, and is needed here alone
 
@@ -80,8 +80,6 @@ def _array(blob: Any, key: str, path: epath.PathLike) -> np.ndarray:
     shape = tuple(blob.shape.dim) if blob.HasField("shape") else (blob.num, blob.channels, blob.height, blob.width)
     if min(shape, default=1) < 0 or math.prod(shape) != values.size:
         raise UserError(f"{path}: blob {key} has {values.size} values for the shape {shape}; copy or download the file again")
-    if not np.isfinite(values).all():
-        raise UserError(f"{path}: blob {key} holds values that are not finite; export the network again")
     layer, index = key.rsplit(":", 1)
     return values.reshape(shape) if index == "0" and not layer.endswith("/bn") else values
 

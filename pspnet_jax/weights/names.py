@@ -68,17 +68,15 @@ class Family:
     """A family of files."""
 
     title: str  # what messages call one of them
-    key: Callable[
-        [str, Sequence[int], int], str | None
-    ]  # (our path, model.bins, model.depth) -> the array's key, if it has one
+    key: Callable[[str, Sequence[int], int], str | None]  # (our path, model.bins, model.depth) -> the file's key, if any
     dropped: str  # pattern of the keys that our network does not need
-    model: dict[str, Any]  # fields of config.model that its networks share, unless the file says otherwise; None: only it says
+    model: dict[str, Any]  # fields of config.model that its networks share, and no shape shows
     protocol: str  # config.eval.protocol of its published numbers; "" for backbones
     normalize: dict[str, Any]  # config.normalize, as its networks were trained
 
 
-_RESNET = {"width": 64, "stride_in": "conv3x3"}
-_PSPNET = _RESNET | {"output_stride": 8, "pool": "average", "reduce_channels": True, "head_kernel": 3}
+_RESNET = {"stride_in": "conv3x3"}
+_PSPNET = _RESNET | {"output_stride": 8, "pool": "average"}
 _IMAGENET = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375), "order": "RGB"}
 _COUNTS = r".*\.num_batches_tracked"  # of training steps, by torch's BatchNorm
 
@@ -94,7 +92,7 @@ _MMSEG = Family(
     title="a PSPNet of mmseg",
     key=functools.partial(_torch_key, MMSEG),
     dropped=_COUNTS,
-    model=_PSPNET | {"first_block_dilation": "half", "align_corners": None},  # its contract_dilation; the latter differs
+    model=_PSPNET | {"first_block_dilation": "half", "align_corners": False},  # its contract_dilation; the latter differs
     protocol="mmseg",
     normalize=_IMAGENET,
 )
@@ -102,7 +100,7 @@ FAMILIES = {
     "resnet": Family(
         title="an ImageNet ResNet",
         key=functools.partial(_torch_key, TORCHVISION),
-        dropped=_COUNTS + r"|(fc|classifier)\.(weight|bias)",
+        dropped=_COUNTS + r"|(fc|classifier)\..*",
         model=_RESNET,
         protocol="",
         normalize=_IMAGENET,
