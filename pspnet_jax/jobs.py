@@ -212,7 +212,7 @@ def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
         raise UserError("--mode import needs --input (a file of weights) and --workdir (a directory to make the run in)")
     config = configs.load_recipe(arguments.config) if arguments.config else configs.base_config()
     recipe = config.copy_and_resolve_references()
-    source = weights.inspect(files.absolute(arguments.input))
+    source = weights.inspect(arguments.input)
     weights.configure(config, source)
     config.name = files.absolute(arguments.input).stem
     if arguments.config:  # the recipe knows better what the weights are for
@@ -226,7 +226,8 @@ def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
     optimizer = optimizers.build(config.optimizer, config.total_steps)
     state = new_state(config, optimizer, weights.load(source.path, model))
     checkpoint.write_weights(workdir, config, jax.device_put(state, parallel.replicated(parallel.make_mesh())))
-    logger.info(f"{source}\nwritten to {workdir}; --mode evaluate, predict and export take it with --workdir {workdir}")
+    logger.info("\n".join(filter(None, (str(source), weights.assumptions(config, source)))))
+    logger.info(f"written to {workdir}; --mode evaluate, predict and export take it with --workdir {workdir}")
 
 
 def export_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
