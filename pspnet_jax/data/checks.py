@@ -1,7 +1,9 @@
 """What can be wrong with an image and its label file, in one sentence that names the file, the fault and the likely cause."""
 
+import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO
 
 import numpy as np
 import scipy.io
@@ -77,13 +79,8 @@ def decode_label(contents: bytes) -> np.ndarray:
 
 
 def _check_mat(file: str, image_file: str, size: tuple[int, int], values: Values) -> None:
-    try:
-        with tf.io.gfile.GFile(file, "rb") as stream:
-            label = decode_label(stream.read())
-    except tf.errors.NotFoundError as error:
-        raise UserError(f"{file}: no such file, which has to go with {image_file}") from error
-    except (ValueError, tf.errors.OpError) as error:
-        raise UserError(f"{file}: cannot be read, damaged or cut short ({error}); replace it or remove the pair") from error
+    with _opened(file, image_file) as stream:
+        label = decode_label(stream.read())
     if problem := _size_problem(label.shape[::-1], image_file, size):
         raise UserError(f"{file}: {problem}")
     values(np.bincount(label.ravel(), minlength=256).tolist())
@@ -91,18 +88,24 @@ def _check_mat(file: str, image_file: str, size: tuple[int, int], values: Values
 
 def _inspect(file: str, partner: str, find_problem: Callable[[ImageFile.ImageFile], str | None]) -> tuple[int, int]:
     """Returns (width, height) of an image file, or raises a UserError with the problem found in it."""
+    with _opened(file, partner) as stream, Image.open(stream) as image:
+        size = image.size  # which reading a draft changes
+        if problem := find_problem(image):
+            raise UserError(f"{file}: {problem}")
+        return size
+
+
+@contextlib.contextmanager
+def _opened(file: str, partner: str) -> Iterator[BinaryIO]:
     try:
-        with tf.io.gfile.GFile(file, "rb") as stream, Image.open(stream) as image:
-            size, problem = image.size, find_problem(image)
+        with tf.io.gfile.GFile(file, "rb") as stream:
+            yield stream
+    except UserError:
+        raise
     except tf.errors.NotFoundError as error:
         raise UserError(f"{file}: no such file, which has to go with {partner}") from error
-    except WrongValues:
-        raise
-    except Exception as error:  # whatever Pillow raises over a damaged file
+    except Exception as error:  # whatever Pillow or scipy raises over a damaged file
         raise UserError(f"{file}: cannot be read, damaged or cut short ({error}); replace it or remove the pair") from error
-    if problem:
-        raise UserError(f"{file}: {problem}")
-    return size
 
 
 def _image_problem(image: ImageFile.ImageFile, pixels: bool) -> str | None:

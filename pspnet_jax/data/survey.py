@@ -40,24 +40,19 @@ class Survey:
 
     split: str
     usable: Sequence[int]
-    sizes: Mapping[tuple[int, int], int]
+    sizes: Mapping[tuple[int, ...], int]
     pixels: np.ndarray
     ignored: int
     present: np.ndarray
     problems: list[str]
-
-    @property
-    def area(self) -> int:
-        """Number of all pixels."""
-        return sum(height * width * images for (height, width), images in self.sizes.items())
 
     def __str__(self) -> str:
         if not self.usable:
             return f"{self.split}: no image can be used"
         sides = [f"{width}x{height}" for height, width in sorted(self.sizes, key=lambda size: size[0] * size[1])]
         sizes = ", ".join(sides) if len(sides) < 4 else f"{sides[0]} to {sides[-1]}"
-        ignored = f"{self.ignored / self.area:.2%} of the pixels are ignored"
-        return f"{self.split}: {len(self.usable):,} images of {sizes}; {ignored}"
+        share = self.ignored / (self.ignored + self.pixels.sum())
+        return f"{self.split}: {len(self.usable):,} images of {sizes}; {share:.2%} of the pixels are ignored"
 
     def table(self, info: datasets.DatasetInfo) -> Table:
         """A line for each class, for rich to print."""
@@ -80,18 +75,16 @@ def survey(dataset: ConfigDict, split: str, num_classes: int) -> Survey:
     """
     source = open_source(dataset, split, check=False)
 
-    def look(index: int) -> tuple[tuple[int, int], np.ndarray] | str:
+    def look(index: int) -> tuple[tuple[int, ...], np.ndarray] | str:
         try:
             source.check(index)
             _, label = source.read(index)
         except UserError as error:
             return str(error)
-        height, width = label.shape
-        return (height, width), np.bincount(label.ravel(), minlength=256)
+        return label.shape, np.bincount(label.ravel(), minlength=256)
 
-    sizes: collections.Counter[tuple[int, int]] = collections.Counter()
-    usable, problems = [], []
-    total, present = np.zeros(256, np.int64), np.zeros(256, np.int64)
+    sizes: collections.Counter[tuple[int, ...]] = collections.Counter()
+    usable, problems, total, present = [], [], np.zeros(256, np.int64), np.zeros(256, np.int64)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool, progress(f"checking {split}", len(source)) as advance:
         for index, found in enumerate(pool.map(look, range(len(source)))):
             if isinstance(found, str):
@@ -112,11 +105,8 @@ def samples(dataset: ConfigDict, found: Survey, count: int) -> list[dict[str, An
     """Returns up to so many usable examples of a split, evenly spread: image uint8[H,W,3], label uint8[H,W] and name."""
     source = open_source(dataset, found.split, check=False)
     chosen = np.unique(np.linspace(0, len(found.usable) - 1, count).round().astype(int)) if found.usable else ()
-    examples = []
-    for index in (found.usable[i] for i in chosen):
-        image, label = source.read(index)
-        examples.append({"image": image, "label": label, "name": source.names[index]})
-    return examples
+    indices = [found.usable[i] for i in chosen]
+    return [dict(zip(("image", "label"), source.read(i), strict=True), name=source.names[i]) for i in indices]
 
 
 class ClassPixels(NamedTuple):
@@ -124,12 +114,10 @@ class ClassPixels(NamedTuple):
 
     Attributes:
       pixels: int64[K], of each class.
-      images: int64[K], number of images that have the class.
-      labeled: int64[K], labeled pixels of these images; pixels / labeled is the frequency of median-frequency balancing.
+      labeled: int64[K], labeled pixels of the images that have it; pixels / labeled is median-frequency balancing's frequency.
     """
 
     pixels: np.ndarray
-    images: np.ndarray
     labeled: np.ndarray
 
 
@@ -144,7 +132,7 @@ def class_pixels(config: ConfigDict) -> ClassPixels:
         source = open_source(dataset, split)
         counts = class_counts(source, dataset, source.read)
         labeled = counts.sum(axis=1)
-        totals.append((counts.sum(axis=0), (counts > 0).sum(axis=0), labeled @ (counts > 0)))
+        totals.append((counts.sum(axis=0), labeled @ (counts > 0)))
     return ClassPixels(*np.sum(totals, axis=0))
 
 
