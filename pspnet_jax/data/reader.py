@@ -23,7 +23,9 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+from pspnet_jax import image_files
 from pspnet_jax.data import checks
+from pspnet_jax.data.totals import Totals
 from pspnet_jax.errors import UserError
 
 Example = tuple[np.ndarray, np.ndarray]  # image uint8[H,W,3] and label uint8[H,W]
@@ -36,11 +38,17 @@ class Source:
       names: one per example, see `layouts.Pair`.
       num_classes: K.
       in_graph: whether `tensors` loads an example by TensorFlow alone, which is faster than Python.
+      totals: the pixels of each class in the labels, where they are known.
+      image_sizes: bytes of the file of each image, which is the first of `files`, where each has one.
+      fingerprint: digest of the names and sizes of the files; "" where there are none.
     """
 
     names: Sequence[str]
     num_classes: int
     in_graph = False
+    totals: Totals | None = None
+    image_sizes: Sequence[int] | None = None
+    fingerprint = ""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -79,8 +87,9 @@ class Source:
         with tf.control_dependencies([tf.debugging.Assert(same_size & in_range, ["a wrong example"])]):
             return tf.identity(image), tf.identity(label)
 
-    def check(self, index: int) -> None:
+    def check(self, index: int) -> checks.Look | None:
         """Looks closer than `load` does, and raises a UserError that says what is wrong with an example, if it can tell."""
+        return None
 
     def where(self, index: int) -> str:
         """What messages call an example."""
@@ -101,7 +110,13 @@ def numbered(split: str, count: int) -> list[str]:
     return [f"{split}_{index:05d}" for index in range(count)]
 
 
-def decode_image(contents: tf.Tensor) -> tf.Tensor:
-    """Decodes a JPEG or PNG to uint8[H,W,3]."""
+def decode_image(contents: tf.Tensor, orientation: tf.Tensor | None = None) -> tf.Tensor:
+    """Decodes a JPEG or PNG to uint8[H,W,3], upright; `orientation`, an int64 scalar, spares looking for it in the contents."""
     # Reads PNGs as well. The default transform differs from other decoders' (OpenCV, Pillow) by up to 6 levels, this not.
-    return tf.io.decode_jpeg(contents, channels=3, dct_method="INTEGER_ACCURATE")
+    image = tf.io.decode_jpeg(contents, channels=3, dct_method="INTEGER_ACCURATE")
+    if orientation is None:
+        orientation = tf.numpy_function(image_files.orientation_of, [contents], tf.int64, stateful=False)
+    inputs = [image, orientation]
+    return tf.cond(
+        orientation == 1, lambda: image, lambda: tf.numpy_function(image_files.turn, inputs, tf.uint8, stateful=False)
+    )

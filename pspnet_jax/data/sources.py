@@ -11,7 +11,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from pspnet_jax import datasets
-from pspnet_jax.data import checks, layouts, scenes, screening
+from pspnet_jax.data import checks, layouts, scenes, screening, stamps
 from pspnet_jax.data.reader import Example, Source, decode_image, numbered
 from pspnet_jax.data.tfds_source import Tfds
 from pspnet_jax.errors import UserError
@@ -55,15 +55,31 @@ class Files(Source):
       pairs: all with labels.
     """
 
-    def __init__(self, benchmark: str, pairs: Sequence[layouts.Pair], num_classes: int):
-        """Takes the pairs as they are; `benchmark` is a key of `datasets.RAW_VALUES` where there are raw labels."""
+    def __init__(
+        self,
+        benchmark: str,
+        pairs: Sequence[layouts.Pair],
+        num_classes: int,
+        screened: screening.Screened | None = None,
+    ):
+        """Takes the pairs as they are.
+
+        Args:
+          benchmark: a key of `datasets.RAW_VALUES` where there are raw labels.
+          pairs: the files.
+          num_classes: K.
+          screened: what is known about these pairs, if they were checked.
+        """
         self.pairs, self.num_classes, self._benchmark = pairs, num_classes, benchmark
+        if screened:
+            self.totals, self.fingerprint, self.image_sizes = screened.totals, screened.fingerprint, screened.sizes
         self.names = [pair.name for pair in pairs]
         self._classes = datasets.classes_of_raw_values(benchmark) if any(pair.raw for pair in pairs) else None
 
         self._images = tf.constant([pair.image for pair in pairs])
         self._labels = tf.constant([pair.label for pair in pairs])
         self._raw = tf.constant([pair.raw for pair in pairs])
+        self._orientations = tf.constant(screened.orientations, tf.int64) if screened else None
 
     in_graph = True
 
@@ -89,11 +105,12 @@ class Files(Source):
             label = tf.cond(
                 self._raw[index], lambda: tf.numpy_function(to_classes, [label], tf.uint8, stateful=False), lambda: label
             )
-        return decode_image(tf.io.read_file(self._images[index])), label
+        orientation = None if self._orientations is None else self._orientations[index]
+        return decode_image(tf.io.read_file(self._images[index]), orientation), label
 
-    def check(self, index: int) -> None:
+    def check(self, index: int) -> checks.Look:
         _, image, label, raw = self.pairs[index]
-        checks.check_pair(image, label, self.num_classes, True, self._benchmark if raw else None)
+        return checks.check_pair(image, label, self.num_classes, True, self._benchmark if raw else None)
 
     def where(self, index: int) -> str:
         return " or ".join(self.files(index))
@@ -104,7 +121,7 @@ class Files(Source):
 
 @functools.lru_cache
 def _open_files(dataset: FrozenConfigDict, split: str, check: bool) -> Files:
-    name, num_classes = dataset.name, datasets.describe(dataset).num_classes
+    name, names = dataset.name, datasets.describe(dataset).class_names
     root, extra_root = (os.path.expanduser(path).rstrip("/") for path in (dataset.root, dataset.extra_root))
 
     def list_pairs() -> list[layouts.Pair]:
@@ -120,12 +137,14 @@ def _open_files(dataset: FrozenConfigDict, split: str, check: bool) -> Files:
         return pairs
 
     if not check:
-        return Files(name, list_pairs(), num_classes)
-    pairs = screening.screen(list_pairs, dataset, num_classes, f"{root}, {split}")
+        files = Files(name, list_pairs(), len(names))
+        files.image_sizes = [known[0] if known else 0 for known in stamps.stats([pair.image for pair in files.pairs])]
+        return files
+    screened = screening.screen(list_pairs, dataset, names, f"{root}, {split}")
     count = layouts.official_count(name, split)
-    if count not in (None, len(pairs)):
-        logger.warning(f"{name} {split} has {count:,} images officially, here {len(pairs):,}")
-    return Files(name, pairs, num_classes)
+    if count not in (None, len(screened.pairs)):
+        logger.warning(f"{name} {split} has {count:,} images officially, here {len(screened.pairs):,}")
+    return Files(name, screened.pairs, len(names), screened)
 
 
 class Scenes(Source):

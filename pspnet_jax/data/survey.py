@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import os
@@ -10,17 +11,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
+from rich.markup import escape
 from rich.table import Column, Table
 
 from pspnet_jax import datasets
-from pspnet_jax.data import layouts, stamps
+from pspnet_jax.data import checks, layouts, screening, stamps
 from pspnet_jax.data.cache import Read
+from pspnet_jax.data.palettes import Palettes
 from pspnet_jax.data.sources import Source, open_source, training_parts
+from pspnet_jax.data.totals import Totals
 from pspnet_jax.errors import UserError
 from pspnet_jax.progress import progress
 
 logger = logging.getLogger(__name__)
 THREADS = 8
+SAMPLES = 32  # examples of a source without files whose labels are looked at before training
 VERSION = 1  # of counting: tables that another version has kept are not used
 
 
@@ -35,7 +40,7 @@ class Survey:
       pixels: int64[K], of each class.
       ignored: number of pixels that do not count.
       present: int64[K], number of images that have the class.
-      problems: one sentence for each example that cannot be used, and one if the number of images is not the official one.
+      problems: one sentence for each example that cannot be used, and those about all of them together.
     """
 
     split: str
@@ -58,7 +63,7 @@ class Survey:
         """A line for each class, for rich to print."""
         table = Table(Column("class"), *(Column(name, justify="right") for name in ("share of pixels", "images")))
         for name, pixels, images in zip(info.class_names, self.pixels, self.present, strict=True):
-            table.add_row(name, f"{pixels / max(1, self.pixels.sum()):.3%}", f"{images:,}")
+            table.add_row(escape(name), f"{pixels / max(1, self.pixels.sum()):.3%}", f"{images:,}")
         return table
 
 
@@ -73,15 +78,16 @@ def survey(dataset: ConfigDict, split: str, num_classes: int) -> Survey:
     Raises:
       UserError: the split cannot be opened.
     """
-    source = open_source(dataset, split, check=False)
+    source, names = open_source(dataset, split, check=False), datasets.describe(dataset).class_names
+    palettes, turned = Palettes(datasets.file_colors(dataset)), []
 
-    def look(index: int) -> tuple[tuple[int, ...], np.ndarray] | str:
+    def look(index: int) -> tuple[tuple[int, ...], np.ndarray, checks.Look | None] | str:
         try:
-            source.check(index)
+            seen = source.check(index)
             _, label = source.read(index)
         except UserError as error:
             return str(error)
-        return label.shape, np.bincount(label.ravel(), minlength=256)
+        return label.shape, np.bincount(label.ravel(), minlength=256), seen
 
     sizes: collections.Counter[tuple[int, ...]] = collections.Counter()
     usable, problems, total, present = [], [], np.zeros(256, np.int64), np.zeros(256, np.int64)
@@ -94,10 +100,17 @@ def survey(dataset: ConfigDict, split: str, num_classes: int) -> Survey:
                 sizes[found[0]] += 1
                 total += found[1]
                 present += found[1] > 0
+                if found[2]:
+                    palettes.add(source.files(index)[1], found[2].palette)
+                    turned += [source.files(index)[0]] if found[2].orientation != 1 else []
             advance(1)
     name = dataset.tfds_name.removeprefix("pspnet_") if dataset.name == "tfds" else dataset.name
     if (count := layouts.official_count(name, split)) not in (None, len(source)):
         problems.append(f"{name} {split} has {count:,} images officially, here {len(source):,}")
+    totals = Totals(split, len(usable), len(source), total)
+    train = split == dataset.train_split and not dataset.mixture
+    problems += [problem for problem in (palettes.contradiction, totals.problem(names, train)) if problem]
+    screening.warn(totals, names, turned, palettes.difference)
     return Survey(split, usable, sizes, total[:num_classes], int(total[255]), present[:num_classes], problems)
 
 
@@ -107,6 +120,18 @@ def samples(dataset: ConfigDict, found: Survey, count: int) -> list[dict[str, An
     chosen = np.unique(np.linspace(0, len(found.usable) - 1, count).round().astype(int)) if found.usable else ()
     indices = [found.usable[i] for i in chosen]
     return [dict(zip(("image", "label"), source.read(i), strict=True), name=source.names[i]) for i in indices]
+
+
+def sample_totals(source: Source, read: Read) -> Totals:
+    """Counts the labels of a few examples, evenly spread; those that cannot be read are left to whoever reads them next."""
+    labels, values = 0, np.zeros(256, np.int64)
+    for index in np.unique(np.linspace(0, len(source) - 1, SAMPLES).round().astype(int)):
+        with contextlib.suppress(Exception):
+            values += np.bincount(read(int(index))[1].ravel(), minlength=256)
+            labels += 1
+    return Totals(
+        source.names[0] if len(source) == 1 else f"{source.names[0]} to {source.names[-1]}", labels, len(source), values
+    )
 
 
 class ClassPixels(NamedTuple):
