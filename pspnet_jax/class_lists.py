@@ -59,7 +59,7 @@ def _rows(lines: list[tuple[int, str]], file: str) -> list[Row]:
         _refuse(file, tables[0][0], f"{tables[0][1][0]!r} looks like a header: take it out, or give the class another name")
     if "name" in header and None not in header and len(set(header)) == len(header):
         return [_by_header(header, number, fields, file) for number, fields in tables[1:]]
-    if len(header) > 1 and separator and any(header[i] and not tables[0][1][i].isdigit() for i in range(1, len(header))):
+    if separator and len(header) > 1 and any(header) and not any(field.isdigit() for field in tables[0][1]):
         _refuse(file, tables[0][0], f"a header with other columns than {', '.join(COLUMNS)}; name these, or take the line out")
     indexed = all(len(fields) > 1 and re.fullmatch(r"\d+", fields[0]) for _, fields in tables)
     return [_row(number, fields, indexed, separator, file) for number, fields in tables]

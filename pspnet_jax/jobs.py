@@ -103,7 +103,7 @@ def _profile(folder: epath.Path, steps: int) -> Callable[[int], None]:
 
 def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode check: looks at all images and labels of a recipe, and pictures them."""
-    from pspnet_jax.data import sources, survey
+    from pspnet_jax.data import overlap, sources, survey
 
     config = _recipe(arguments, overrides)
     info = datasets.describe(config.dataset)
@@ -119,9 +119,14 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         rich.print(found.table(info))
         name = split if dataset is config.dataset else f"mixture{number}_{split}"
         if examples := survey.samples(dataset, found, PANELS):
-            draw.save(draw.contact_sheet(examples, info), output / f"{name}_images.png")
-            draw.save(draw.class_frequencies(found.pixels, info), output / f"{name}_classes.png")
+            try:
+                draw.save(draw.contact_sheet(examples, info), output / f"{name}_images.png")
+                draw.save(draw.class_frequencies(found.pixels, info), output / f"{name}_classes.png")
+            except OSError as error:
+                problems.append(f"{output}: the pictures of {split} cannot be written ({error})")
     logger.info(f"pictures of the labels, and of the classes' frequencies, are in {output}")
+    training = [sources.open_source(*part, check=False) for part in sources.training_parts(config.dataset)]
+    overlap.warn_shared(training, sources.open_source(config.dataset, config.eval.split, check=False))
     if problems:
         raise UserError("\n".join((*problems, f"{len(problems)} problem(s) found")))
 

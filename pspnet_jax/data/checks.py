@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 from collections.abc import Iterator, Mapping
 from typing import BinaryIO, NamedTuple
 
@@ -107,6 +108,8 @@ def _opened(file: str, partner: str) -> Iterator[BinaryIO]:
     except UserError as error:
         raise type(error)(f"{file}: {error}") from None
     except tf.errors.NotFoundError as error:
+        if os.path.islink(file):
+            raise MissingFileError(f"{file}: a broken link, to {os.readlink(file)}") from error
         raise MissingFileError(f"{file}: no such file, which has to go with {partner}") from error
     except (tf.errors.PermissionDeniedError, tf.errors.FailedPreconditionError) as error:
         raise UserError(f"{file}: cannot be read ({error.message.split('; ')[-1]})") from error

@@ -25,19 +25,24 @@ THREADS = 32  # in a bucket, to ask for a file's time takes long
 def directory(cache_dir: str) -> pathlib.Path:
     """Returns config.dataset.cache_dir, or its default in the system's temporary directory, and makes it.
 
+    Where the default is another user's, it is one with this user's number.
+
     Raises:
       UserError: it cannot be written to.
     """
-    path = pathlib.Path(os.path.expanduser(cache_dir or f"{tempfile.gettempdir()}/pspnet_jax"))
     if "://" in cache_dir:
         raise UserError(f"dataset.cache_dir={cache_dir!r}: expected a local directory")
     try:
+        path = pathlib.Path(os.path.expanduser(cache_dir or f"{tempfile.gettempdir()}/pspnet_jax"))
+        if not cache_dir and path.exists() and path.stat().st_uid != os.getuid():
+            path = path.with_name(f"{path.name}_{os.getuid()}")
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             return path
     except OSError as error:
         raise UserError(
-            f"dataset.cache_dir={cache_dir!r}: cannot write to {path} ({error.strerror}); expected a local directory"
+            f"dataset.cache_dir={cache_dir!r}: cannot write to {error.filename or cache_dir} ({error.strerror}); expected a "
+            "local directory"
         ) from error
 
 

@@ -71,7 +71,7 @@ def test_palettes(tmp_path, caplog, name):
             assert "means different classes" in str(error.value)
         else:
             pipeline.open_training(config)
-            found = [record.message for record in caplog.records if "palette" in record.message]
+            found = [record.message for record in caplog.records if "in the palette of" in record.message]
             assert [said in message for message in found] == [True] * bool(said)
     problems = survey.survey(config.dataset, "train", 4 if name == "unused" else 3).problems
     assert [said in problem for problem in problems] == [True] * refused

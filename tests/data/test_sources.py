@@ -6,6 +6,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from pspnet_jax import image_files
 from pspnet_jax.config import base_config
 from pspnet_jax.data import checks, scenes, screening, sources
 from pspnet_jax.errors import UserError
@@ -305,3 +306,54 @@ def test_a_damaged_tfds_record_is_named(tmp_path):
     source.read(1)
     with pytest.raises(UserError, match=r"train_00002: cannot be loaded \(Corrupted"):
         source.read(2)
+
+
+# Orientation
+
+
+def turned_folder(root, tag, label_turned, size=(40, 48)):
+    """Writes a folder whose second image is stored so that orientation `tag` turns it upright; returns it upright."""
+    fakes.write_folder(root, {"train": 3}, size)
+    image, label = fakes.pair("train", 1, size)
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    path = root / "images/train/001.png"
+    Image.fromarray(image).save(path, exif=exif)
+    upright = image_files.turn(image, tag)
+    if label_turned:
+        fakes.write_image(root / "labels/train/001.png", image_files.turn(label[..., None], tag)[..., 0])
+    return upright
+
+
+@pytest.mark.parametrize("tag", [3, 6])
+def test_training_turns_an_image_as_prediction_does(tmp_path, tag, caplog):
+    upright = turned_folder(tmp_path, tag, label_turned=True)
+    label = image_files.turn(fakes.pair("train", 1)[1][..., None], tag)[..., 0]
+    with caplog.at_level("WARNING", "pspnet_jax"):
+        source = open_folder(tmp_path)
+    assert "train: 1 images are turned upright" in caplog.text
+    assert_loads(source, 1, upright, label)
+    assert_loads(source, 2, *fakes.pair("train", 2))
+    np.testing.assert_array_equal(image_files.read(tmp_path / "images/train/001.png"), upright)
+    sources._open_files.cache_clear()
+    assert_loads(open_folder(tmp_path), 1, upright, label)  # as the stamp has it
+    assert_loads(sources.open_source(recipe(root=str(tmp_path)), "train", check=False), 1, upright, label)
+
+
+def test_a_label_that_was_not_turned_with_its_image(tmp_path):
+    turned_folder(tmp_path, 6, label_turned=False)
+    with pytest.raises(UserError, match=r"001.png: is 48x40, but its image .*001.png is 40x48 once .* orientation 6 .*; turn"):
+        open_folder(tmp_path)
+
+
+def test_a_tfds_dataset_of_turned_images(tmp_path, monkeypatch):
+    image, label = fakes.pair("train", 0)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.fromarray(image).save(tmp_path / "turned.png", exif=exif)
+    turned = image_files.turn(label[..., None], 8)
+    monkeypatch.setattr(
+        FakePairs, "_generate_examples", lambda _: iter([(0, {"image": tmp_path / "turned.png", "label": turned})])
+    )
+    tfds.builder("fake_pairs/label", data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    assert_loads(sources.open_source(tfds_recipe(str(tmp_path)), "train"), 0, image_files.turn(image, 8), turned[..., 0])
