@@ -9,11 +9,12 @@ from typing import IO
 
 import numpy as np
 from etils import epath
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from pspnet_jax.errors import UserError
 
 TAIL = 2**17  # bytes at the end of a PNG that are searched for metadata, which may follow the pixels
+TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _METADATA = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # what a PNG may say its orientation in
 
 
@@ -30,7 +31,7 @@ def read(path: epath.PathLike) -> np.ndarray:
             pixels = np.asarray(image.convert("RGB"))
             return turn(pixels, orientation(image))  # which is 1 now for a TIFF: Pillow turns those as it loads them
     except Exception as error:  # whatever Pillow raises over a damaged file
-        raise UserError(f"{path}: {reason(error, f'cannot be read as an image ({error})')}") from error
+        raise UserError(f"{path}: cannot be read as an image ({reason(error)})") from error
 
 
 def kind_problem(image: ImageFile.ImageFile) -> str | None:
@@ -80,12 +81,12 @@ def turn(image: np.ndarray, tag: int) -> np.ndarray:
     return np.ascontiguousarray(image[rows, columns])
 
 
-def reason(error: Exception, otherwise: str) -> str:
-    """Says why Pillow could not read an image: that it is too large, or `otherwise`."""
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+def reason(error: Exception) -> str:
+    """Says why Pillow could not read an image."""
+    if isinstance(error, TOO_LARGE):
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
-        return f"is larger than the {most:.0f} million pixels that can be read; cut it into smaller images"
-    return otherwise
+        return f"it is larger than the {most:.0f} million pixels that can be read; cut it into smaller images"
+    return "its contents are no image" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def _tail(file: IO[bytes]) -> bytes:

@@ -114,9 +114,10 @@ def _opened(file: str, partner: str) -> Iterator[BinaryIO]:
     except (tf.errors.PermissionDeniedError, tf.errors.FailedPreconditionError) as error:
         raise UserError(f"{file}: cannot be read ({error.message.split('; ')[-1]})") from error
     except Exception as error:  # whatever Pillow or scipy raises over a damaged file
-        cause = error if tf.io.gfile.stat(file).length else "the file is empty"
-        otherwise = f"cannot be read, damaged or cut short ({cause}); replace it or remove the pair"
-        raise UserError(f"{file}: {image_files.reason(error, otherwise)}") from error
+        if isinstance(error, image_files.TOO_LARGE):
+            raise UserError(f"{file}: cannot be read ({image_files.reason(error)})") from error
+        cause = image_files.reason(error) if tf.io.gfile.stat(file).length else "the file is empty"
+        raise UserError(f"{file}: cannot be read, damaged or cut short ({cause}); replace it or remove the pair") from error
 
 
 def _check_image(file: BinaryIO, pixels: bool) -> tuple[tuple[int, int], int]:
@@ -140,14 +141,16 @@ def _check_image(file: BinaryIO, pixels: bool) -> tuple[tuple[int, int], int]:
 
 def _check_label(file: BinaryIO, pixels: bool) -> tuple[tuple[int, ...], Seen | None]:
     """Returns (width, height) and, with `pixels`, the histogram and the colors of the values in it, if there is a palette."""
-    with Image.open(file) as label:
+    with Image.open(io.BytesIO(file.read()) if pixels else file) as label:
         if label.format != "PNG":
             raise UserError(f"is a {label.format} file despite its name; labels must be PNGs of class indices")
         if label.mode in ("RGB", "RGBA"):
             raise UserError(_color_problem(label))
         kind = label.tile[0][3]
         if label.mode != "P" and kind != "L":
-            raise UserError(f"has pixels of kind {kind!r}; expected an 8-bit gray or a palette PNG of class indices")
+            raise UserError(
+                f"has pixels of kind {kind!r}; expected an 8-bit gray or a palette PNG of class indices: convert it"
+            )
         if not pixels:
             return label.size, None
         histogram, colors = label.histogram(), label.getpalette() or []

@@ -59,8 +59,8 @@ def list_pairs(name: str, root: str, split: str, extra_root: str = "") -> list[P
     parts = _parts(name, split)
     try:
         found = {part: LAYOUTS[name](root, part, extra_root) for part in parts}
-    except UserError as error:
-        raise type(error)(f"dataset.name={name!r}: {error}; expected {expected}") from error
+    except MissingFileError as error:
+        raise MissingFileError(f"dataset.name={name!r}: {error}; expected {expected}") from error
     pairs = [pair for part in parts for pair in found[part]]
     if name == "folder" and len(parts) > 1:  # where the same names may occur in each
         pairs = [pair._replace(name=f"{part}/{pair.name}") for part in parts for pair in found[part]]

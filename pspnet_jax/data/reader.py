@@ -110,10 +110,15 @@ def numbered(split: str, count: int) -> list[str]:
     return [f"{split}_{index:05d}" for index in range(count)]
 
 
-def decode_image(contents: tf.Tensor, orientation: tf.Tensor | None = None) -> tf.Tensor:
-    """Decodes a JPEG or PNG to uint8[H,W,3], upright; `orientation`, an int64 scalar, spares looking for it in the contents."""
+def decode_image(contents: tf.Tensor, orientation: tf.Tensor | None = None, upright: bool = False) -> tf.Tensor:
+    """Decodes a JPEG or PNG to uint8[H,W,3], upright.
+
+    The orientation is looked for in the contents, unless it is given (an int64 scalar), or the image is known to be upright.
+    """
     # Reads PNGs as well. The default transform differs from other decoders' (OpenCV, Pillow) by up to 6 levels, this not.
     image = tf.io.decode_jpeg(contents, channels=3, dct_method="INTEGER_ACCURATE")
+    if upright:
+        return image
     if orientation is None:
         orientation = tf.numpy_function(image_files.orientation_of, [contents], tf.int64, stateful=False)
     inputs = [image, orientation]

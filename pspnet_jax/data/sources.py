@@ -80,6 +80,7 @@ class Files(Source):
         self._labels = tf.constant([pair.label for pair in pairs])
         self._raw = tf.constant([pair.raw for pair in pairs])
         self._orientations = tf.constant(screened.orientations, tf.int64) if screened else None
+        self._upright = screened is not None and set(screened.orientations) == {1}
 
     in_graph = True
 
@@ -106,7 +107,7 @@ class Files(Source):
                 self._raw[index], lambda: tf.numpy_function(to_classes, [label], tf.uint8, stateful=False), lambda: label
             )
         orientation = None if self._orientations is None else self._orientations[index]
-        return decode_image(tf.io.read_file(self._images[index]), orientation), label
+        return decode_image(tf.io.read_file(self._images[index]), orientation, self._upright), label
 
     def check(self, index: int) -> checks.Look:
         _, image, label, raw = self.pairs[index]

@@ -62,10 +62,10 @@ class Totals:
             return
         listed = ", ".join(f"{names[value]!r} ({value})" for value in missing[:LISTED])
         more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
-        hint = "; if the labels count from 1, subtract 1" if missing == [0] else ""
+        hint = "; if the labels count from 1, subtract 1" if missing[0] == 0 and self.values[len(names) - 1] else ""
         logger.warning(f"{self._where}: no pixel of {listed}{more}{hint}")
 
     @property
     def _where(self) -> str:
-        labels = f"{self.labels:,} labels" if self.labels == self.of else f"{self.labels:,} of {self.of:,} labels looked at"
-        return f"{self.what}, {labels}"
+        count = f"{self.labels:,}" if self.labels >= self.of else f"{self.labels:,} of {self.of:,}"
+        return f"{self.what}, {count} labels looked at"

@@ -29,13 +29,13 @@ NOTHING = {
     "masks": (
         [(0, 255), (0,)],
         ("ground", "cell"),
-        r"train, 2 labels: they hold 0 and 255 only, .* 255 into 1 if it is 'cell'",
+        r"train, 2 labels looked at: they hold 0 and 255 only, .* 255 into 1 if it is 'cell'",
     ),
-    "ignored": ([(255,), (255,)], NAMES, r"train, 2 labels: every pixel is 255, which is ignored"),
+    "ignored": ([(255,), (255,)], NAMES, r"train, 2 labels looked at: every pixel is 255, which is ignored"),
     "alone": (
         [(1,), (1, 255)],
         NAMES,
-        r"train, 2 labels: 'cell' \(1\) is the only class of 4 that occurs; 25% of the pixels are",
+        r"train, 2 labels looked at: 'cell' \(1\) is the only class of 4 that occurs; 25% of the pixels are",
     ),
     "alone, of two": ([(0,), (0,)], NAMES[:2], r"'ground' \(0\) is the only class of 2 that occurs; 0% of the pixels"),
 }
@@ -57,7 +57,7 @@ def test_one_class_alone_can_be_scored_by_but_masks_and_void_cannot(tmp_path):
     assert len(sources.open_source(config.dataset, "val")) == 2
     for number, labels in enumerate(([(0, 255)], [(255,)])):
         config = write(tmp_path / str(number), labels, "val", NAMES[:2])
-        with pytest.raises(UserError, match=r"val, 1 labels: "):
+        with pytest.raises(UserError, match=r"val, 1 labels looked at: "):
             sources.open_source(config.dataset, "val")
 
 
@@ -67,16 +67,20 @@ def test_the_parts_of_a_mixture_are_judged_together(tmp_path):
     config.dataset.mixture = (("folder", str(tmp_path / "other"), "train", 1.0),)
     pipeline.open_training(config)
     config.dataset.mixture = (("folder", str(tmp_path), "train", 1.0),)
-    with pytest.raises(UserError, match=r"train and .*train, 2 labels: 'cell' \(1\) is the only class"):
+    with pytest.raises(UserError, match=r"train and .*train, 2 labels looked at: 'cell' \(1\) is the only class"):
         pipeline.open_training(config)
 
 
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        ([(0, 1), (3, 255)], "train, 2 labels: no pixel of 'wall' (2)"),
-        ([(0, 1)], "train, 1 labels: no pixel of 'wall' (2), 'tree' (3)"),
-        ([(1, 2), (3,)], "train, 2 labels: no pixel of 'ground' (0); if the labels count from 1, subtract 1"),
+        ([(0, 1), (3, 255)], "train, 2 labels looked at: no pixel of 'wall' (2)"),
+        ([(0, 1)], "train, 1 labels looked at: no pixel of 'wall' (2), 'tree' (3)"),
+        (
+            [(1, 3), (3,)],
+            "train, 2 labels looked at: no pixel of 'ground' (0), 'wall' (2); if the labels count from 1, subtract 1",
+        ),
+        ([(1, 2), (3,)], "train, 2 labels looked at: no pixel of 'ground' (0); if the labels count from 1, subtract 1"),
         ([(0, 1, 2, 3)], ""),
     ],
 )
@@ -108,7 +112,7 @@ def test_a_large_folder_is_sampled_unless_the_sample_is_hopeless(tmp_path, monke
         pipeline.open_training(config)
     assert "train, 2 of 6 labels looked at: no pixel of 'wall' (2), 'tree' (3)" in caplog.text
     pipeline.open_training(write(tmp_path / "b", [(0,), (0,), (0, 2), (0,), (0,), (0,)]))
-    with pytest.raises(UserError, match=r"train, 6 labels: 'ground' \(0\) is the only class"):
+    with pytest.raises(UserError, match=r"train, 6 labels looked at: 'ground' \(0\) is the only class"):
         pipeline.open_training(write(tmp_path / "c", [(0,)] * 6))
 
 
@@ -124,7 +128,7 @@ class Own(sources.Source):
 
 def test_a_reader_of_ones_own_is_sampled(tmp_path, caplog):
     config = write(tmp_path, [(0, 1)])
-    with pytest.raises(UserError, match=r"00 to 19, 20 labels: every pixel is 255"):
+    with pytest.raises(UserError, match=r"00 to 19, 20 labels looked at: every pixel is 255"):
         pipeline.open_training(config, source=Own(20, 255))
     with caplog.at_level(logging.WARNING, "pspnet_jax"):
         pipeline.open_training(config, source=Own(50, 2))
