@@ -108,7 +108,7 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     config = _recipe(arguments, overrides)
     info = datasets.describe(config.dataset)
     output = files.absolute(arguments.output or f"{arguments.workdir or f'runs/{config.name}'}/check")
-    problems = []
+    problems, pictures = [], {}
     parts = list(sources.training_parts(config.dataset))
     if config.eval.split != config.dataset.train_split:
         parts.append((config.dataset, config.eval.split))
@@ -119,12 +119,14 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         rich.print(found.table(info))
         name = split if dataset is config.dataset else f"mixture{number}_{split}"
         if examples := survey.samples(dataset, found, PANELS):
-            try:
-                draw.save(draw.contact_sheet(examples, info), output / f"{name}_images.png")
-                draw.save(draw.class_frequencies(found.pixels, info), output / f"{name}_classes.png")
-            except OSError as error:
-                problems.append(f"{output}: the pictures of {split} cannot be written ({error})")
-    logger.info(f"pictures of the labels, and of the classes' frequencies, are in {output}")
+            pictures[f"{name}_images.png"] = draw.contact_sheet(examples, info)
+            pictures[f"{name}_classes.png"] = draw.class_frequencies(found.pixels, info)
+    try:
+        for name, picture in pictures.items():
+            draw.save(picture, output / name)
+        logger.info(f"pictures of the labels, and of the classes' frequencies, are in {output}")
+    except OSError as error:
+        problems.append(f"{output}: the pictures cannot be written ({error})")
     training = [sources.open_source(*part, check=False) for part in sources.training_parts(config.dataset)]
     overlap.warn_shared(training, sources.open_source(config.dataset, config.eval.split, check=False))
     if problems:

@@ -1,6 +1,7 @@
 """Which pairs of files cannot be used: looked for once for each set of files, and decided alike by all processes of a job."""
 
 import concurrent.futures
+import functools
 import itertools
 import json
 import logging
@@ -46,7 +47,6 @@ class Findings(NamedTuple):
       names: digest of the pairs' names.
       fingerprint: digest of the names and the files' sizes.
       pairs: how many there are.
-      sizes: of the image files, in bytes.
       problems: what is wrong with some.
       orientations: of the images that are not upright, by the number of the pair, as text, which JSON wants.
       looked_at: the number of labels whose pixels were counted.
@@ -58,7 +58,6 @@ class Findings(NamedTuple):
     names: str = ""
     fingerprint: str = ""
     pairs: int = 0
-    sizes: Sequence[int] = ()
     problems: Sequence[Problem] = ()
     orientations: Mapping[str, int] = {}
     looked_at: int = 0
@@ -94,36 +93,41 @@ def screen(list_pairs: Callable[[], list[Pair]], dataset: ConfigDict, names: Seq
         there are; with on_error="skip", when most are wrong, or a label's values are, which is no damage; palettes contradict
         each other; or nothing can be learned from the labels.
     """
-    start, skip = time.monotonic(), dataset.on_error == "skip"
+    start = time.monotonic()
+    sizes: list[int] = []
     try:
         pairs = list_pairs()
-        mine = _find(pairs, dataset, names, what)
+        mine, sizes = _find(pairs, dataset, names, what)
     except UserError as error:
         if jax.process_count() == 1:
             raise
         mine = Findings(error=str(error))
     all_findings = _exchange(mine)
     problems, first = _agreed(all_findings, what), all_findings[0]
-    problems.sort(key=lambda problem: not problem.wrong_values)
+    _tell(problems, len(pairs), dataset.on_error == "skip")
     totals = Totals(what, first.looked_at, len(pairs) - len(problems), np.array(first.values))
-    if problems and not (skip and len(problems) <= len(pairs) // 2 and not problems[0].wrong_values):
-        more = f" ({len(problems) - 1} more pairs are wrong, too)" if problems[1:] else ""
-        raise UserError(problems[0].sentence + more)
     if sentence := first.contradiction or totals.problem(names, train=False):
         raise UserError(sentence)
-    logger.info(f"{what}: {len(pairs) - len(problems)} pairs of files checked in {time.monotonic() - start:.1f} s")
-    for problem in problems[:TOLD]:
-        logger.warning("skipped: %s", problem.sentence)
-    if len(problems) > TOLD:
-        logger.warning("skipped %s pairs in all", len(problems))
+    logger.info(f"{what}: {totals.of} pairs of files checked in {time.monotonic() - start:.1f} s")
     warn(totals, names, [pairs[int(index)].image for index in first.orientations], first.difference)
     if any(found.fingerprint != first.fingerprint for found in all_findings):
         logger.warning(f"{what}: the hosts have files of the same names, but of other sizes; every host needs the same files")
     wrong = {problem.pair for problem in problems}
     used = [index for index in range(len(pairs)) if index not in wrong]
     orientations = [mine.orientations.get(str(index), 1) for index in used]
-    sizes = [mine.sizes[index] for index in used]
-    return Screened([pairs[index] for index in used], sizes, orientations, totals, first.fingerprint)
+    return Screened([pairs[i] for i in used], [sizes[i] for i in used], orientations, totals, first.fingerprint)
+
+
+def _tell(problems: list[Problem], pairs: int, skip: bool) -> None:
+    """Raises the first problem, wrong values before others, unless the pairs may be skipped; then lists some."""
+    problems.sort(key=lambda problem: not problem.wrong_values)
+    if problems and not (skip and len(problems) <= pairs // 2 and not problems[0].wrong_values):
+        more = f" ({len(problems) - 1} more pairs are wrong, too)" if problems[1:] else ""
+        raise UserError(problems[0].sentence + more)
+    for problem in problems[:TOLD]:
+        logger.warning("skipped: %s", problem.sentence)
+    if len(problems) > TOLD:
+        logger.warning("skipped %s pairs in all", len(problems))
 
 
 def warn(totals: Totals, names: Sequence[str], turned: Sequence[str], difference: str) -> None:
@@ -138,40 +142,39 @@ def warn(totals: Totals, names: Sequence[str], turned: Sequence[str], difference
         logger.warning(difference)
 
 
-def _find(pairs: list[Pair], dataset: ConfigDict, names: Sequence[str], what: str) -> Findings:
-    """Returns what is found in this host's copy of the files."""
+def _find(pairs: list[Pair], dataset: ConfigDict, names: Sequence[str], what: str) -> tuple[Findings, list[int]]:
+    """Returns what is found in this host's copy of the files, and the size of each image in bytes."""
     files = [file for pair in pairs for file in (pair.image, pair.label)]
     stats = stamps.stats(files)
     sizes = [known[0] if known else 0 for known in stats]
-    all_names = [pair.name for pair in pairs]
-    mine = Findings(stamps.digest(all_names), stamps.digest((all_names, sizes)), len(pairs), sizes[::2])
-    colors = datasets.file_colors(dataset)
+    all_names, colors = [pair.name for pair in pairs], datasets.file_colors(dataset)
+    mine = Findings(stamps.digest(all_names), stamps.digest((all_names, sizes)), len(pairs))
+
+    def look_at(index: int, stride: int) -> checks.Look | Problem:
+        _, image, label, raw = pairs[index]
+        try:
+            return checks.check_pair(image, label, len(names), index % stride == 0, dataset.name if raw else None)
+        except UserError as error:
+            return Problem(index, isinstance(error, checks.WrongValues), str(error))
 
     def find(stride: int) -> Findings:
+        look = functools.partial(look_at, stride=stride)
         depends = (VERSION, stride, dataset.name, len(names), colors, pairs)
-        kept = stamps.once(
-            dataset.cache_dir, "checked", files, depends, lambda: _look(pairs, dataset, len(names), what, stride, colors), stats
-        )
-        return mine._replace(**json.loads(kept))
+        compute = functools.partial(_look, pairs, look, Palettes(colors), what)
+        found = mine._replace(**json.loads(stamps.once(dataset.cache_dir, "checked", files, depends, compute, stats)))
+        again = (look(index) for index, *_ in found.problems)  # a read may have failed by chance
+        return found._replace(problems=[problem for problem in again if isinstance(problem, Problem)])
 
     stride = 1 if dataset.on_error == "skip" or len(pairs) <= CHECK_ALL else len(pairs) // CHECK_SOME
     found = find(stride)
     if stride > 1 and Totals(what, found.looked_at, len(pairs), np.array(found.values)).problem(names):
-        stride, found = 1, find(1)  # what would be too much to say after a look at some
-    again = (_look_at(pairs[index], index, dataset, len(names), index % stride == 0) for index, *_ in found.problems)
-    return found._replace(problems=[problem for problem in again if isinstance(problem, Problem)])
+        found = find(1)  # what would be too much to say after a look at some
+    return found, sizes[::2]
 
 
-def _look(
-    pairs: list[Pair], dataset: ConfigDict, num_classes: int, what: str, stride: int, colors: Mapping[int, datasets.Color]
-) -> bytes:
-    """Looks at all pairs, and at the pixels of every `stride`-th; returns fields of `Findings` as JSON."""
+def _look(pairs: list[Pair], look: Callable[[int], checks.Look | Problem], palettes: Palettes, what: str) -> bytes:
+    """Looks at all pairs; returns fields of `Findings` as JSON."""
     problems, orientations, values, looked_at = [], {}, np.zeros(256, np.int64), 0
-    palettes = Palettes(colors)
-
-    def look(index: int) -> checks.Look | Problem:
-        return _look_at(pairs[index], index, dataset, num_classes, index % stride == 0)
-
     with concurrent.futures.ThreadPoolExecutor(32) as pool, progress(f"checking {what}", len(pairs)) as advance:
         for index, found in enumerate(pool.map(look, range(len(pairs)))):
             advance(1)
@@ -193,13 +196,6 @@ def _look(
             "difference": palettes.difference,
         }
     ).encode()
-
-
-def _look_at(pair: Pair, index: int, dataset: ConfigDict, num_classes: int, pixels: bool) -> checks.Look | Problem:
-    try:
-        return checks.check_pair(pair.image, pair.label, num_classes, pixels, dataset.name if pair.raw else None)
-    except UserError as error:
-        return Problem(index, isinstance(error, checks.WrongValues), str(error))
 
 
 def _exchange(mine: Findings) -> list[Findings]:
