@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -104,8 +105,9 @@ def describe(dataset: ConfigDict) -> DatasetInfo:
             f"dataset.class_names is empty: the recipe must name the classes of dataset.tfds_name={dataset.tfds_name!r}"
         )
     if not names:
-        if dataset.root and not epath.Path(dataset.root).expanduser().exists():
-            raise MissingFileError(f"--config.dataset.root={dataset.root}: no such directory")
+        root = epath.Path(dataset.root).expanduser()
+        if dataset.root and not (root.exists() if "://" in dataset.root else os.access(root, os.R_OK | os.X_OK)):
+            raise MissingFileError(f"--config.dataset.root={dataset.root}: no such directory, or none that can be read")
         file = epath.Path(dataset.root) / "classes.txt" if dataset.root else "dataset.root"
         raise UserError(
             f"dataset.class_names is empty and there is no {file}: name the classes in the recipe, or in ROOT/classes.txt with "

@@ -54,13 +54,15 @@ def list_pairs(name: str, root: str, split: str, extra_root: str = "") -> list[P
     expected = datasets.EXPECTED_FILES[name]
     if not root:
         raise UserError(f"dataset.root is empty: set --config.dataset.root to the directory with {expected}")
-    if not tf.io.gfile.isdir(root):
-        raise MissingFileError(f"--config.dataset.root={root}: no such directory; expected one with {expected}")
     parts = _parts(name, split)
     try:
+        if not tf.io.gfile.isdir(root):
+            raise MissingFileError(f"--config.dataset.root={root}: no such directory")
         found = {part: LAYOUTS[name](root, part, extra_root) for part in parts}
     except MissingFileError as error:
         raise MissingFileError(f"dataset.name={name!r}: {error}; expected {expected}") from error
+    except tf.errors.OpError as error:  # of permissions or the network
+        raise UserError(f"--config.dataset.root={root}: cannot be read ({error.message})") from error
     pairs = [pair for part in parts for pair in found[part]]
     if name == "folder" and len(parts) > 1:  # where the same names may occur in each
         pairs = [pair._replace(name=f"{part}/{pair.name}") for part in parts for pair in found[part]]
@@ -190,8 +192,11 @@ def _names(file: str) -> list[str]:
     """The first word of each line."""
     if not tf.io.gfile.exists(file):
         raise MissingFileError(f"{file}: no such file; it lists the names of the images of a split")
-    with tf.io.gfile.GFile(file) as lines:
-        return [line.split()[0] for line in lines if line.strip()]
+    try:
+        with tf.io.gfile.GFile(file) as lines:
+            return [line.split()[0] for line in lines if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: is no UTF-8 text ({error.reason}); save it as UTF-8") from error
 
 
 def _files(directory: str, endings: Sequence[str]) -> dict[str, str]:
@@ -247,8 +252,6 @@ def _entries(directory: str) -> list[str]:
     except UnicodeDecodeError as error:
         name = error.object.decode(errors="backslashreplace")
         raise UserError(f"{directory}: holds {name}, whose name is not UTF-8; rename it") from error
-    except tf.errors.OpError as error:
-        raise UserError(f"{directory}: cannot be listed ({error.message.split('; ')[-1]})") from error
 
 
 LAYOUTS: dict[str, Callable[[str, str, str], list[Pair]]] = {

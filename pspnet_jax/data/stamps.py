@@ -40,9 +40,9 @@ def directory(cache_dir: str) -> pathlib.Path:
         with tempfile.TemporaryFile(dir=path):
             return path
     except OSError as error:
+        where = cache_dir or "the directory for temporary files, TMPDIR"
         raise UserError(
-            f"dataset.cache_dir={cache_dir!r}: cannot write to {error.filename or cache_dir} ({error.strerror}); expected a "
-            "local directory"
+            f"dataset.cache_dir={cache_dir!r}: cannot write to {where} ({error.strerror}); expected a local directory"
         ) from error
 
 

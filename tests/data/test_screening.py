@@ -81,6 +81,16 @@ def test_without_a_directory_to_write_to_files_are_checked_each_time(tmp_path, c
         assert len(checked) == 3 * times
 
 
+def test_hosts_with_other_copies_of_the_files_are_warned(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(screening, "_exchange", lambda mine: [mine, mine._replace(fingerprint="other")])
+    dataset = recipe(root=str(fakes.write_folder(tmp_path, {"train": 3})))
+    with caplog.at_level("WARNING", "pspnet_jax"):
+        first = reopened(dataset).fingerprint
+    assert "train: the hosts have files of the same names, but of other sizes" in caplog.text
+    monkeypatch.setattr(screening, "_exchange", lambda mine: [mine._replace(fingerprint="other"), mine])
+    assert reopened(dataset).fingerprint == "other" != first  # the first process's, on all hosts
+
+
 # One of two processes with files of its own; says what it has of them, or why not.
 PROCESS = """
 import json, sys

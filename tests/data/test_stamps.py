@@ -132,7 +132,7 @@ def test_without_any_temporary_directory(tmp_path, monkeypatch):
         raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
 
     monkeypatch.setattr(stamps.tempfile, "gettempdir", nowhere)
-    with pytest.raises(UserError, match=r"dataset.cache_dir='': cannot write to .*No usable temporary directory"):
+    with pytest.raises(UserError, match=r"dataset.cache_dir='': cannot write to the directory for temporary files, TMPDIR"):
         stamps.directory("")
 
 
