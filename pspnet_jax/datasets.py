@@ -156,7 +156,9 @@ def _own_classes(dataset: ConfigDict) -> tuple[tuple[str, ...], dict[int, Color]
 
 def _read(file: epath.Path | pathlib.Path) -> tuple[tuple[str, ...], dict[int, Color]]:
     try:
-        return class_lists.parse(file.read_text(encoding="utf-8"), str(file))
+        if "\0" in (text := file.read_text(encoding="utf-8")):
+            raise UserError(f"{file}: is no UTF-8 text; save it as UTF-8")
+        return class_lists.parse(text, str(file))
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: is no UTF-8 text ({error.reason}); save it as UTF-8") from error
     except OSError as error:

@@ -113,7 +113,11 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if config.eval.split != config.dataset.train_split:
         parts.append((config.dataset, config.eval.split))
     for number, (dataset, split) in enumerate(parts):
-        found = survey.survey(dataset, split, info.num_classes)
+        try:
+            found = survey.survey(dataset, split, info.num_classes)
+        except UserError as error:  # the other splits are looked at all the same
+            problems.append(str(error))
+            continue
         problems += found.problems
         logger.info(found)
         rich.print(found.table(info))
@@ -127,8 +131,9 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         logger.info(f"pictures of the labels, and of the classes' frequencies, are in {output}")
     except OSError as error:
         problems.append(f"{output}: the pictures cannot be written ({error})")
-    training = [sources.open_source(*part, check=False) for part in sources.training_parts(config.dataset)]
-    overlap.warn_shared(training, sources.open_source(config.dataset, config.eval.split, check=False))
+    with contextlib.suppress(UserError):  # which stands among the problems
+        training = [sources.open_source(*part, check=False) for part in sources.training_parts(config.dataset)]
+        overlap.warn_shared(training, sources.open_source(config.dataset, config.eval.split, check=False))
     if problems:
         raise UserError("\n".join((*problems, f"{len(problems)} problem(s) found")))
 

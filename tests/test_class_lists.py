@@ -96,7 +96,7 @@ def test_two_classes_of_one_name_are_refused(tmp_path, contents):
 def test_text_that_is_not_utf_8(tmp_path):
     dataset = base_config().dataset
     dataset.root = str(tmp_path)
-    for contents in ("stra\u00dfe\nweg".encode("latin-1"), "a\nb".encode("utf-16")):
+    for contents in ("stra\u00dfe\nweg".encode("latin-1"), "a\nb".encode("utf-16"), "a\nb".encode("utf-16-le")):
         (tmp_path / "classes.txt").write_bytes(contents)
         with pytest.raises(UserError, match=r"classes.txt: is no UTF-8 text"):
             datasets.describe(dataset)

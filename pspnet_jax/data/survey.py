@@ -25,7 +25,7 @@ from pspnet_jax.progress import progress
 
 logger = logging.getLogger(__name__)
 THREADS = 8
-SAMPLES = 32  # examples of a source without files whose labels are looked at before training
+SAMPLES = 16  # examples of a source without files whose labels are looked at before training
 VERSION = 1  # of counting: tables that another version has kept are not used
 
 
@@ -129,9 +129,7 @@ def sample_totals(source: Source, read: Read) -> Totals:
         with contextlib.suppress(Exception):
             values += np.bincount(read(int(index))[1].ravel(), minlength=256)
             labels += 1
-    return Totals(
-        source.names[0] if len(source) == 1 else f"{source.names[0]} to {source.names[-1]}", labels, len(source), values
-    )
+    return Totals(f"{source.names[0]} to {source.names[-1]}", labels, len(source), values)
 
 
 class ClassPixels(NamedTuple):

@@ -63,6 +63,8 @@ class Totals:
         listed = ", ".join(f"{names[value]!r} ({value})" for value in missing[:LISTED])
         more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
         hint = "; if the labels count from 1, subtract 1" if missing[0] == 0 and self.values[len(names) - 1] else ""
+        if ignored := self.values[IGNORE]:
+            hint += f"; {ignored / self.values.sum():.1%} of the pixels are {IGNORE}, which is ignored"
         logger.warning(f"{self._where}: no pixel of {listed}{more}{hint}")
 
     @property

@@ -74,7 +74,10 @@ def test_the_parts_of_a_mixture_are_judged_together(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        ([(0, 1), (3, 255)], "train, 2 labels looked at: no pixel of 'wall' (2)"),
+        (
+            [(0, 1), (3, 255)],
+            "train, 2 labels looked at: no pixel of 'wall' (2); 25.0% of the pixels are 255, which is ignored",
+        ),
         ([(0, 1)], "train, 1 labels looked at: no pixel of 'wall' (2), 'tree' (3)"),
         (
             [(1, 3), (3,)],
@@ -128,11 +131,11 @@ class Own(sources.Source):
 
 def test_a_reader_of_ones_own_is_sampled(tmp_path, caplog):
     config = write(tmp_path, [(0, 1)])
-    with pytest.raises(UserError, match=r"00 to 19, 20 labels looked at: every pixel is 255"):
-        pipeline.open_training(config, source=Own(20, 255))
+    with pytest.raises(UserError, match=r"00 to 11, 12 labels looked at: every pixel is 255"):
+        pipeline.open_training(config, source=Own(12, 255))
     with caplog.at_level(logging.WARNING, "pspnet_jax"):
         pipeline.open_training(config, source=Own(50, 2))
-    assert "00 to 49, 32 of 50 labels looked at: 'wall' (2) is the only class of 4 that occurs" in caplog.text
+    assert "00 to 49, 16 of 50 labels looked at: 'wall' (2) is the only class of 4 that occurs" in caplog.text
 
 
 def test_the_fingerprint_tells_names_and_sizes(tmp_path):
