@@ -23,6 +23,7 @@ COLUMNS = {  # what headers call them
     "green": "green g",
     "blue": "blue b",
 }
+_INDEX = re.compile(r"(\d+)(?:\s*[:=.)]\s*|\s+)(?=\S)")  # before a name
 _COLUMN = {word: column for column, words in COLUMNS.items() for word in words.split()}
 
 
@@ -43,9 +44,9 @@ def parse(text: str, file: str) -> tuple[tuple[str, ...], dict[int, Color]]:
     """
     without_comments = [re.sub(r"^#.*|\s#(\s.*)?$", "", line.strip()) for line in text.removeprefix("\ufeff").splitlines()]
     lines = [(number, line.strip()) for number, line in enumerate(without_comments, 1) if line.strip()]
-    if not lines:
+    rows = _rows(lines, file) if lines else []
+    if not rows:
         raise UserError(f"{file}: names no classes; expected one a line, as `name` or `name R G B`")
-    rows = _rows(lines, file)
     indexed = rows[0].label is not None
     ordered = _by_index([row for row in rows if row.label != 255], file) if indexed else rows
     return tuple(row.name for row in ordered), {i: row.color for i, row in enumerate(ordered) if row.color}
@@ -59,44 +60,42 @@ def _rows(lines: list[tuple[int, str]], file: str) -> list[Row]:
         _refuse(file, tables[0][0], f"{tables[0][1][0]!r} looks like a header: take it out, or give the class another name")
     if "name" in header and None not in header and len(set(header)) == len(header):
         return [_by_header(header, number, fields, file) for number, fields in tables[1:]]
-    if separator and len(header) > 1 and any(header) and not any(field.isdigit() for field in tables[0][1]):
+    if separator and len(header) > 1 and any(header) and not any(field.isdecimal() for field in tables[0][1]):
         _refuse(file, tables[0][0], f"a header with other columns than {', '.join(COLUMNS)}; name these, or take the line out")
-    indexed = all(len(fields) > 1 and re.fullmatch(r"\d+", fields[0]) for _, fields in tables)
+    if separator:  # "0,sky" as "0 sky"
+        tables = [(n, [" ".join(f[:2]), *f[2:]] if f[1:] and f[0].isdecimal() else f) for n, f in tables]
+    indexed = all(_INDEX.match(fields[0]) for _, fields in tables)
     return [_row(number, fields, indexed, separator, file) for number, fields in tables]
 
 
 def _fields(line: str, separator: str) -> list[str]:
-    """Splits a line into [index,] name [, red, green, blue]; without a separator the name may hold spaces."""
+    """Splits a line into its fields; without a separator into name and color, as names may hold spaces, or a header's words."""
     if separator:
-        fields = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
-        while fields and not fields[-1].strip():
+        fields = [field.strip() for field in next(csv.reader([line], delimiter=separator, skipinitialspace=True))]
+        while fields[1:] and not fields[-1]:
             fields.pop()
-        return [field.strip() for field in fields] or [""]
-    words = line.rstrip(",;").split()
-    if all(word.lower() in _COLUMN for word in words):
+        return fields
+    line = line.rstrip(",;")
+    words = line.split()
+    if words and all(word.lower() in _COLUMN for word in words):
         return words
     color = re.search(r"\s+(?:\d+\s+\d+\s+\d+|#[0-9a-fA-F]{6})$", line)
-    name = line[: color.start()] if color else line.rstrip(",;")
-    index = re.match(r"(\d+)(?:\s*[:=.)]\s*|\s+)(?=\S)", name)
-    return [*([index[1]] if index else []), name[index.end() :] if index else name, *(color[0].split() if color else [])]
+    return [line[: color.start()], *color[0].split()] if color else [line]
 
 
 def _row(number: int, fields: list[str], indexed: bool, separator: str, file: str) -> Row:
-    index = int(fields[0]) if indexed else None
-    fields = fields[1:] if indexed else fields
-    if not indexed and not separator and len(fields) > 1 and fields[0].isdigit():  # a name that begins with a number
-        fields = [f"{fields[0]} {fields[1]}", *fields[2:]]
     name, *color = fields
+    label = None
+    if indexed and (found := _INDEX.match(name)):
+        label, name = int(found[1]), name[found.end() :]
     if re.search(r"^['\"].*['\"]$", name):
         name = name[1:-1]
     name = name.rstrip(": ")
-    if re.fullmatch(r"(\d+\s+)*\d*", name) and (separator or not name.isdigit()):
+    if re.fullmatch(r"(\d+\s+)*\d*", name) and (separator or not name.isdecimal()):
         _refuse(file, number, "has no name")
     if name.startswith("- ") or name.count('"') % 2 or name.count("[") != name.count("]"):
         _refuse(file, number, f"{name!r} is not a name alone; expected one class a line, as `name` or `name R G B`")
-    if not color:
-        return Row(number, name, index)
-    return Row(number, name, index, _color(color, number, file))
+    return Row(number, name, label, _color(color, number, file) if color else None)
 
 
 def _by_header(header: list[str | None], number: int, fields: list[str], file: str) -> Row:
@@ -105,7 +104,9 @@ def _by_header(header: list[str | None], number: int, fields: list[str], file: s
     found = dict(zip(header, fields, strict=True))
     color = [found[key] for key in ("red", "green", "blue") if key in found]
     index = found.get("index")
-    if index is not None and not index.isdigit():
+    if not found["name"]:
+        _refuse(file, number, "has no name")
+    if index is not None and not index.isdecimal():
         _refuse(file, number, f"{index!r} is no label value")
     return Row(number, found["name"], int(index) if index else None, _color(color, number, file) if color else None)
 
@@ -113,20 +114,16 @@ def _by_header(header: list[str | None], number: int, fields: list[str], file: s
 def _color(values: list[str], number: int, file: str) -> Color:
     if len(values) == 1 and re.fullmatch(r"#[0-9a-fA-F]{6}", values[0]):
         return tuple(bytes.fromhex(values[0][1:]))  # type: ignore[return-value]
-    if len(values) != 3 or not all(value.isdigit() and int(value) < 256 for value in values):
+    if len(values) != 3 or not all(value.isdecimal() and int(value) < 256 for value in values):
         _refuse(file, number, f"{', '.join(values)} after the name is no color; expected R, G, B, each from 0 to 255")
     return int(values[0]), int(values[1]), int(values[2])
 
 
 def _by_index(rows: list[Row], file: str) -> list[Row]:
     ordered = sorted(rows, key=lambda row: row.label or 0)
-    for label, row in enumerate(ordered):
-        if row.label != label:
-            _refuse(
-                file,
-                row.line,
-                f"{row.name!r} has label {row.label}, where {label} should come: labels count from 0 without a gap",
-            )
+    for place, (number, name, label, _) in enumerate(ordered):
+        if label != place:
+            _refuse(file, number, f"{name!r} has label {label}, where {place} should come: labels count from 0 without a gap")
     return ordered
 
 
