@@ -18,7 +18,7 @@ from pspnet_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 Read = Callable[[int], Example]
-VERSION = 1  # of decoding: examples that another version has kept on disk are not used
+VERSION = 2  # of decoding: examples that another version has kept on disk are not used
 
 
 class CacheBudget:

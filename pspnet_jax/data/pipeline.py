@@ -89,7 +89,7 @@ def _check_totals(parts: Sequence[Totals], config: ConfigDict) -> None:
     """Refuses training data from whose labels together nothing can be learned; what only some of them show is a warning."""
     totals = functools.reduce(operator.add, parts)
     if problem := totals.problem(datasets.describe(config.dataset).class_names):
-        if totals.labels == totals.of:
+        if totals.labels >= totals.of:
             raise UserError(problem)
         logger.warning(problem)
 

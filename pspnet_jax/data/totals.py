@@ -44,7 +44,7 @@ class Totals:
             return f"{self._where}: every pixel is {IGNORE}, which is ignored: there is nothing to learn or to be scored by"
         if present[0] == 0 and len(names) == 2 and self.values[IGNORE]:
             return (
-                f"{self._where}: they hold 0 and {IGNORE} only, and {IGNORE} is ignored here: make {IGNORE} into 1 if it is "
+                f"{self._where}: they hold only 0 and {IGNORE}, and {IGNORE} is ignored here: make {IGNORE} into 1 if it is "
                 f"{names[1]!r}"
             )
         if not train:

@@ -29,7 +29,7 @@ NOTHING = {
     "masks": (
         [(0, 255), (0,)],
         ("ground", "cell"),
-        r"train, 2 labels looked at: they hold 0 and 255 only, .* 255 into 1 if it is 'cell'",
+        r"train, 2 labels looked at: they hold only 0 and 255, .* 255 into 1 if it is 'cell'",
     ),
     "ignored": ([(255,), (255,)], NAMES, r"train, 2 labels looked at: every pixel is 255, which is ignored"),
     "alone": (
