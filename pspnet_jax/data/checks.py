@@ -19,7 +19,7 @@ class WrongValues(UserError):
     """A label is no class index where it has to be one: one wrong file, and likely all of them are wrong alike."""
 
 
-Seen = tuple[list[int], dict[int, datasets.Color]]  # pixels of each value in a label file; in a palette, the values' colors
+Seen = tuple[list[int], dict[int, tuple[int, ...]]]  # pixels of each value in a label file; in a palette, the values' colors
 
 
 class Look(NamedTuple):
@@ -33,7 +33,7 @@ class Look(NamedTuple):
 
     orientation: int
     values: np.ndarray | None = None
-    palette: Mapping[int, datasets.Color] = {}
+    palette: Mapping[int, tuple[int, ...]] = {}
 
 
 def check_pair(image_file: str, label_file: str, num_classes: int, pixels: bool, benchmark: str | None) -> Look:
@@ -154,7 +154,7 @@ def _check_label(file: BinaryIO, pixels: bool) -> tuple[tuple[int, ...], Seen | 
         if not pixels:
             return label.size, None
         histogram, colors = label.histogram(), label.getpalette() or []
-        return label.size, (histogram, {v: _color(colors, v) for v in range(len(colors) // 3) if histogram[v]})
+        return label.size, (histogram, {v: tuple(colors[3 * v : 3 * v + 3]) for v in range(len(colors) // 3) if histogram[v]})
 
 
 def _check_mat(file: BinaryIO, pixels: bool) -> tuple[tuple[int, ...], Seen | None]:
@@ -184,8 +184,3 @@ def _size_problem(label: tuple[int, ...], image_file: str, image: tuple[int, int
         f"is {label[0]}x{label[1]}, but its image {image_file} is {image[1]}x{image[0]} once it is turned upright, as its EXIF "
         f"orientation {tag} asks for; {cure}"
     )
-
-
-def _color(palette: list[int], value: int) -> datasets.Color:
-    red, green, blue = palette[3 * value : 3 * value + 3]
-    return red, green, blue

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 
-from pspnet_jax.datasets import IGNORE, Color
+from pspnet_jax.datasets import IGNORE
 
+Color = tuple[int, ...]  # (R, G, B)
 Known = dict[int, tuple[Color, str]]  # the color of a value, and where it was seen first
 
 

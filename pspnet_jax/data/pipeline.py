@@ -62,12 +62,14 @@ def open_training(config: ConfigDict, source: Source | None = None) -> TrainingD
       UserError: see open_source, Order and cache.py; balance is on, and no label has a class in it; or only one class occurs.
     """
     num_classes = datasets.describe(config.dataset).num_classes
-    if source and source.num_classes != num_classes:
+    if source is not None and source.num_classes != num_classes:
         raise UserError(f"this source has {source.num_classes} classes, dataset.class_names {num_classes}; both mean the same")
     sources: list[Source] = []
     reads, presence, budget = [], [], CacheBudget(config.dataset)
     for dataset, split in training_parts(config.dataset):
-        part = source if source and not sources else open_source(dataset, split)
+        part = open_source(dataset, split) if source is None or sources else source
+        if not len(part):
+            raise UserError(f"split {split!r} has no examples to train on")
         read = cached(part, dataset, budget)
         if dataset.balance:
             presence.append(survey.class_counts(part, dataset, read) > 0)
@@ -170,7 +172,7 @@ def eval_dataset(
     Raises:
       UserError: see open_source.
     """
-    opened = source or open_source(config.dataset, split)
+    opened = open_source(config.dataset, split) if source is None else source
     load = _load(opened, opened.read)
 
     def name_of(index: int) -> bytes:
