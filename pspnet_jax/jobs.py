@@ -152,25 +152,37 @@ def _profile(folder: epath.Path, steps: int) -> Callable[[int], None]:
 
 def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode check: looks at all images and labels of a recipe, and pictures them."""
-    from pspnet_jax.data import sources, survey
+    from pspnet_jax.data import overlap, sources, survey
 
     config = _recipe(arguments, overrides)
     info = datasets.describe(config.dataset)
     output = files.absolute(arguments.output or f"{arguments.workdir or f'runs/{config.name}'}/check")
-    problems = []
+    problems, pictures = [], {}
     parts = list(sources.training_parts(config.dataset))
     if config.eval.split != config.dataset.train_split:
         parts.append((config.dataset, config.eval.split))
     for number, (dataset, split) in enumerate(parts):
-        found = survey.survey(dataset, split, info.num_classes)
+        try:
+            found = survey.survey(dataset, split, info.num_classes)
+        except UserError as error:  # the other splits are looked at all the same
+            problems.append(str(error))
+            continue
         problems += found.problems
         logger.info(found)
         rich.print(found.table(info))
         name = split if dataset is config.dataset else f"mixture{number}_{split}"
         if examples := survey.samples(dataset, found, PANELS):
-            draw.save(draw.contact_sheet(examples, info), output / f"{name}_images.png")
-            draw.save(draw.class_frequencies(found.pixels, info), output / f"{name}_classes.png")
-    logger.info(f"pictures of the labels, and of the classes' frequencies, are in {output}")
+            pictures[f"{name}_images.png"] = draw.contact_sheet(examples, info)
+            pictures[f"{name}_classes.png"] = draw.class_frequencies(found.pixels, info)
+    try:
+        for name, picture in pictures.items():
+            draw.save(picture, output / name)
+        logger.info(f"pictures of the labels, and of the classes' frequencies, are in {output}")
+    except OSError as error:
+        problems.append(f"{output}: the pictures cannot be written ({error})")
+    with contextlib.suppress(UserError):  # which stands among the problems
+        training = [sources.open_source(*part, check=False) for part in sources.training_parts(config.dataset)]
+        overlap.warn_shared(training, sources.open_source(config.dataset, config.eval.split, check=False))
     if problems:
         raise UserError("\n".join((*problems, f"{len(problems)} problem(s) found")))
 
