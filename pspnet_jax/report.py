@@ -17,25 +17,15 @@ from pspnet_jax.metrics import Metrics
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A score and what makes it comparable.
+    """A score and what makes it comparable."""
 
-    Attributes:
-      metrics: of the whole split.
-      pixels: int64[K], labeled pixels of each class.
-      images: number of images scored.
-      info: the classes.
-      protocol: split, protocol, inference, crop, stride, base_size, short_size, scales, flip.
-      device: number and kind of the devices.
-      images_per_second: over all, compilation included.
-    """
-
-    metrics: Metrics
-    pixels: np.ndarray
-    images: int
-    info: DatasetInfo
-    protocol: dict[str, Any]
-    device: str
-    images_per_second: float
+    metrics: Metrics  # of the whole split
+    pixels: np.ndarray  # int64[K], labeled pixels of each class
+    images: int  # number of images scored
+    info: DatasetInfo  # the classes
+    protocol: dict[str, Any]  # split, protocol, inference, crop, stride, base_size, short_size, scales, flip
+    device: str  # number and kind of the devices
+    images_per_second: float  # over all, compilation included
 
     def __str__(self) -> str:
         """`mIoU 41.68%  mean accuracy 50.90%  pixel accuracy 80.04%`, and the protocol on a second line."""

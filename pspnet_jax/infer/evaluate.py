@@ -37,10 +37,7 @@ def evaluate(
       info: the classes.
       num_examples: of all processes.
       split: named in the report.
-      pictures: number of examples, spread over this process's, to picture.
-
-    Returns:
-      The score, and pictures (image, truth and prediction side by side) by name of the example.
+      pictures: number of examples to return as pictures, by name: image, truth and prediction side by side.
 
     Raises:
       UserError: there are more or fewer examples than `num_examples`, a label has another size than its image, or no pixel of
@@ -74,9 +71,8 @@ def evaluate(
             "use a split with labels, or --mode predict to see what the network makes of its images"
         )
     rate = images / (time.perf_counter() - began)
-    device = f"{predictor.num_devices * jax.process_count()} x {predictor.device_kind}"
     protocol = {"split": split, **predictor.description}
-    return Report(summarize(total), total.sum(1), images, info, protocol, device, rate), panels
+    return Report(summarize(total), total.sum(1), images, info, protocol, predictor.device, rate), panels
 
 
 _count = jax.jit(confusion_matrix, static_argnums=2)

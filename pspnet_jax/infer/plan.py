@@ -77,7 +77,7 @@ class Plan(NamedTuple):
 def plan_images(images: Sequence[np.ndarray], protocol: Protocol, devices: int) -> Plan:
     """Plans images uint8[H, W, 3] that are shared out among devices."""
     per_device = power_of_two(ceil_div(len(images), devices))
-    shape = (devices * per_device, *_bounds([image.shape[:2] for image in images]))
+    shape = (devices * per_device, *bucket(*(max(image.shape[i] for image in images) for i in (0, 1))))
     views = [views_of(image.shape[0], image.shape[1], protocol) for image in images]
     canvases = [_canvas(of_images, shape, protocol) for of_images in zip(*views, strict=True)]
     areas = [canvas.size[0] * canvas.size[1] for canvas in canvases]
@@ -86,13 +86,14 @@ def plan_images(images: Sequence[np.ndarray], protocol: Protocol, devices: int) 
 
 
 def _canvas(views: Sequence[View], shape: tuple[int, int, int], protocol: Protocol) -> Canvas:
-    height, width = _bounds([(view.rows.canvas - 1, view.columns.canvas - 1) for view in views])
-    rows, columns = ([canvas_to_image(axis, protocol) for axis in axes] for axes in zip(*views, strict=True))
-    return Canvas(
-        (height + 1, width + 1),  # Caffe's sizes are one more than round ones
-        sum(view.num_windows for view in views),
-        (_stack(rows, shape[0], shape[1]), _stack(columns, shape[0], shape[2])),
+    axes = list(zip(*views, strict=True))  # all rows, all columns
+    height, width = bucket(*(max(axis.canvas for axis in of_images) - 1 for of_images in axes))
+    rows, columns = (
+        _stack([canvas_to_image(axis, protocol) for axis in of_images], shape[0], size)
+        for of_images, size in zip(axes, shape[1:], strict=True)
     )
+    # Caffe's sizes are one more than round ones
+    return Canvas((height + 1, width + 1), sum(view.num_windows for view in views), (rows, columns))
 
 
 def views_of(height: int, width: int, protocol: Protocol) -> list[View]:
@@ -203,10 +204,6 @@ def _stack(weights: Sequence[ResamplingWeights], count: int, size: int) -> Resam
         for target, source in zip(stacked, one, strict=True):
             target[i, : source.shape[0], : source.shape[1]] = source
     return stacked
-
-
-def _bounds(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    return bucket(max(height for height, _ in sizes), max(width for _, width in sizes))
 
 
 def bucket(height: int, width: int) -> tuple[int, int]:

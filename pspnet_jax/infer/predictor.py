@@ -89,30 +89,20 @@ class Predictor:
     @property
     def description(self) -> dict[str, Any]:
         """What makes scores comparable: the fields of config.eval that decide them."""
-        irrelevant = {"split", "batch_size", "best_metric"}
-        irrelevant |= {"crop", "stride"} if self._settings.inference == "whole" else set()
+        irrelevant = ["split", "batch_size", "best_metric"]
+        irrelevant += ["crop", "stride"] if self._settings.inference == "whole" else []
         fields = {field: value for field, value in self._settings.items() if field not in irrelevant}
         return {field: list(value) if isinstance(value, tuple) else value for field, value in fields.items()}
 
     @property
-    def device_kind(self) -> str:
-        return self._mesh.devices.flat[0].device_kind
-
-    @property
-    def num_devices(self) -> int:
-        return self._mesh.size
+    def device(self) -> str:
+        """Number and kind of the devices, those of all processes."""
+        return f"{self._mesh.size * jax.process_count()} x {self._mesh.devices.flat[0].device_kind}"
 
     def place(self, variables: Any) -> Any:
-        """Copies weights to every device, once for many calls.
-
-        Args:
-          variables: NumPy arrays, or jax.Arrays that have the same value on all devices, also those of other processes.
-        """
-
-        def local(x: Any) -> Any:
-            return x.addressable_data(0) if isinstance(x, jax.Array) else x
-
-        return jax.device_put(jax.tree.map(local, variables), parallel.replicated(self._mesh))
+        """Copies weights, NumPy arrays or jax.Arrays replicated over any devices, to every device, once for many calls."""
+        local = jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, variables)
+        return jax.device_put(local, parallel.replicated(self._mesh))
 
     def labels(self, variables: Any, images: Sequence[np.ndarray]) -> jax.Array:
         """Predicts the most probable class of every pixel.
@@ -147,15 +137,15 @@ class Predictor:
         for _, run in itertools.groupby(examples, lambda example: windows(example).keys()):
             alike = iter(run)
             for first in alike:
-                wanted = ceil_div(self._settings.batch_size, self.num_devices * max(windows(first).values()))
-                group = [first, *itertools.islice(alike, self.num_devices * power_of_two(wanted) - 1)]
+                wanted = ceil_div(self._settings.batch_size, self._mesh.size * max(windows(first).values()))
+                group = [first, *itertools.islice(alike, self._mesh.size * power_of_two(wanted) - 1)]
                 yield group, self.labels(variables, [example["image"] for example in group])
 
     def _plan(self, images: Sequence[np.ndarray]) -> Plan:
         for image in images:
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise UserError(f"an image is {image.dtype}{list(image.shape)}: expected uint8[height, width, 3] (RGB)")
-        return plan_images(images, self._protocol, self.num_devices)
+        return plan_images(images, self._protocol, self._mesh.size)
 
     def _add_views(self, variables: Any, plan: Plan, held: int) -> tuple[jax.Array | None, list[ViewSums]]:
         """Adds views up at the images' size, f32[M, H, W, K], as they are done; the last `held` are returned as they are."""
@@ -207,7 +197,8 @@ def _accumulate_windows(
     def add(i: jax.Array, sums: jax.Array) -> jax.Array:
         window, strip = jnp.divmod(i, strips)
         first = jnp.minimum(strip * shape[1], height - shape[1])
-        new = protocol.combine_flip(*(jax.lax.dynamic_slice(x, (window, first, 0, 0), shape) for x in logits))
+        slices = [jax.lax.dynamic_slice(x, (window, first, 0, 0), shape).astype(sums.dtype) for x in logits]
+        new = protocol.combine_flip(*slices)
         fresh = first + jnp.arange(shape[1]) >= strip * shape[1]  # the last strip may begin within the one before
         image, top, left = places[window]
         place = (image, top + first, left, 0)
