@@ -6,7 +6,8 @@ from PIL import Image
 
 from pspnet_jax import image_files
 from pspnet_jax.infer.draw import colorize, overlay
-from pspnet_jax.infer.predict import find_images, predict
+from pspnet_jax.infer.inputs import find_images
+from pspnet_jax.infer.predict import predict
 from tests.infer.test_evaluate import INFO, STRONGEST, predictor
 
 
