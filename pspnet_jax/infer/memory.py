@@ -31,7 +31,7 @@ def check(height: int, width: int, protocol: Protocol, num_classes: int, devices
     for needed, available, where in ((host, host_limit(), "this machine"), (device, limit, "a device")):
         if needed > available:
             raise UserError(
-                f"an image of {width}x{height} needs {needed / 2**30:,.1f} GiB of memory or more for its windows and scores, but "
+                f"an image of {width}x{height} needs {needed / 2**30:,.1f} GiB of memory or more for windows and scores, but "
                 f"{where} has {available / 2**30:,.1f} GiB; {_advice(protocol.settings)}"
             )
 

@@ -143,7 +143,7 @@ class Predictor:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise UserError(f"an image is {image.dtype}{list(image.shape)}: expected uint8[height, width, 3] (RGB)")
         height, width, _ = image.shape
-        memory.check(height, width, self._protocol, self._num_classes, self._mesh.devices.ravel())
+        memory.check(height, width, self._protocol, self._num_classes, list(self._mesh.devices.flat))
 
     def announce(self, sizes: Iterable[tuple[int, int]]) -> None:
         """Says for how many sizes the network compiles, given the images' heights and widths."""
@@ -229,8 +229,8 @@ def _compiled(apply: Callable, num_classes: int, sharding: jax.NamedSharding, wi
         logits = apply(variables, windows)
         if logits.shape != (*shape, num_classes):
             raise UserError(
-                f"the network makes {list(logits.shape)} of images {[*shape, 3]}: expected {[*shape, num_classes]}, one score for "
-                f"each class at each pixel"
+                f"the network makes {list(logits.shape)} of images {[*shape, 3]}: expected {[*shape, num_classes]}, a score "
+                "for each class at each pixel"
             )
         if whole:
             return logits
