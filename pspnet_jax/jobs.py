@@ -77,6 +77,7 @@ def evaluator(config: ConfigDict, model: nn.Module, source: Any) -> Callable[[An
       source: the split, opened (see `data.sources`).
     """
     predictor = _predictor(config, model)
+    source = _by_size(predictor, source)
 
     def evaluate(variables: Any) -> Evaluation:
         report, pictures = _score(predictor, variables, config, source)
@@ -131,8 +132,9 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from pspnet_jax.data import sources
 
     config, step, variables, workdir = _restore(arguments, overrides)
-    source = sources.open_source(config.dataset, config.eval.split)
-    report, _ = _score(_predictor(config), variables, config, source)
+    predictor = _predictor(config)
+    source = _by_size(predictor, sources.open_source(config.dataset, config.eval.split))
+    report, _ = _score(predictor, variables, config, source)
     if jax.process_index() == 0:
         rich.print(report.table())
         print(f"{report}, step {step} of {workdir}", flush=True)
@@ -283,6 +285,17 @@ def _predictor(config: ConfigDict, model: nn.Module | None = None) -> Predictor:
         return network.apply(variables, images, train=False)
 
     return Predictor(apply, config, num_classes)
+
+
+def _by_size(predictor: Predictor, source: Any) -> Any:
+    """For whole inference, the source in the order of its images' sizes; says how many there are."""
+    if predictor.settings.inference != "whole":
+        return source
+    from pspnet_jax.data.by_size import BySize
+
+    ordered = BySize(source)
+    predictor.announce(ordered.sizes)
+    return ordered
 
 
 def _score(predictor: Predictor, variables: Any, config: ConfigDict, source: Any) -> tuple[Report, Mapping[str, Any]]:

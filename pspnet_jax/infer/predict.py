@@ -25,7 +25,7 @@ from pspnet_jax.progress import progress
 logger = logging.getLogger(__name__)
 THREADS = 2 + (os.cpu_count() or 1)
 AHEAD = 2 * THREADS  # images that are read before they are needed, and results that may wait to be written
-OF_ONE_FILE = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)  # the next image would meet any other error, too
+OF_ONE_FILE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)  # the next image would meet any other error, too
 
 
 def predict(
@@ -69,17 +69,22 @@ def predict(
             raise UserError("the network's scores are not finite (NaN), so no class is the most probable")
         _write(_results(output, example["name"], server), image, label, info, server)
 
+    def labeled(group: list[Example]) -> list[tuple[Example, jax.Array, int]]:
+        group_images = [example["image"] for example in group]
+        try:
+            with memory.explained(group_images, predictor.settings):
+                labels = predictor.labels(variables, group_images)
+        except UserError as error:
+            if len(group) > 1:  # one of them may be to blame
+                return [args for example in group for args in labeled([example])]
+            job.fail(f"{group[0]['name']}: {error}")
+            return []
+        return [(example, labels, i) for i, example in enumerate(group)]
+
     with ThreadPoolExecutor(THREADS) as pool, progress("predicting", len(todo)) as advance:
         job = _Job(pool, advance)
         for group in predictor.groups(job.read(todo, predictor.check)):
-            group_images = [example["image"] for example in group]
-            try:
-                with memory.explained(group_images, predictor.settings):
-                    labels = predictor.labels(variables, group_images)
-            except UserError as error:
-                job.fail(*(f"{example['name']}: {error}" for example in group))
-                continue
-            job.write([(example["name"], pool.submit(write, example, labels, i)) for i, example in enumerate(group)])
+            job.write([(args[0]["name"], pool.submit(write, *args)) for args in labeled(group)])
             if job.stopped_by:
                 break
         job.wait()
@@ -175,6 +180,8 @@ def _write(
     info: DatasetInfo,
     server: submission.Submission | None,
 ) -> None:
+    if folders := [str(path) for path in results if path.is_dir()]:
+        raise UserError(f"{', '.join(folders)}: is a folder where a result should be; move it away")
     if server:
         return save(server.encode(label), results[0])
     index, color, mixed = results

@@ -147,9 +147,10 @@ class Predictor:
 
     def announce(self, sizes: Iterable[tuple[int, int]]) -> None:
         """Says for how many sizes the network compiles, given the images' heights and widths."""
-        known = {size for size in sizes if all(size)}
+        known = {size for size in sizes if all(size)}  # 0, 0 is an unknown one
         windows = {window for size in known for window in count_windows(views_of(*size, self._protocol))}
-        logger.info(f"the network is compiled for {len(windows)} sizes of windows, from {len(known)} sizes of images")
+        if known:
+            logger.info(f"the network is compiled for {len(windows)} sizes of windows, from {len(known)} sizes of images")
 
     def stream(self, variables: Any, examples: Iterable[Example]) -> Iterator[tuple[list[Example], jax.Array]]:
         """Yields the examples in order, in `groups`, each with the `labels` of its images."""
