@@ -107,19 +107,19 @@ def _truth(group: Sequence[Example], shape: tuple[int, ...]) -> np.ndarray:
 
 @jax.jit(static_argnums=2)
 def _count(truth: jax.Array, labels: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the confusion matrix, and how many counted pixels of each image have no predicted class."""
+    """Returns the confusion matrix, and whether each image has pixels that count but no predicted class."""
     without = (labels == IGNORE) & (truth != IGNORE)
-    return confusion_matrix(truth, jax.numpy.where(without, 0, labels), num_classes), without.sum((1, 2))
+    return confusion_matrix(truth, jax.numpy.where(without, 0, labels), num_classes), without.any((1, 2))
 
 
 def _finished(group: Sequence[Example], counts: tuple[jax.Array, jax.Array], predictor: Predictor) -> np.ndarray:
     """Waits for the matrix of a group."""
     with memory.explained([example["image"] for example in group], predictor.settings):
         matrix, without = map(np.asarray, counts)
-    for example, pixels in zip(group, without, strict=False):
-        if pixels:
+    for example, any_without in zip(group, without, strict=False):
+        if any_without:
             raise UserError(
-                f"{example['name']}: the network's scores are not finite (NaN) at {pixels} pixels, so it cannot be scored; "
+                f"{example['name']}: the network's scores are not finite (NaN), so it cannot be scored; "
                 "its weights may be damaged, or their training may have diverged"
             )
     return matrix
