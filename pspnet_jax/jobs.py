@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from pspnet_jax import config as configs
 from pspnet_jax import datasets, files, losses, models, optimizers, parallel, validation, weights
 from pspnet_jax.errors import MissingFileError, UserError
-from pspnet_jax.infer import draw
+from pspnet_jax.infer import draw, inputs
 from pspnet_jax.infer import evaluate as evaluation
 from pspnet_jax.infer import predict as prediction
 from pspnet_jax.infer.predictor import Predictor
@@ -126,6 +126,7 @@ def evaluator(config: ConfigDict, model: nn.Module, source: Any) -> Callable[[An
       source: the split, opened (see `data.sources`).
     """
     predictor = _predictor(config, model)
+    source = _by_size(predictor, source)
 
     def evaluate(variables: Any) -> Evaluation:
         report, pictures = _score(predictor, variables, config, source)
@@ -192,15 +193,18 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from pspnet_jax.data import sources
 
     config, step, variables, workdir = _restore(arguments, overrides)
-    source = sources.open_source(config.dataset, config.eval.split)
-    report, _ = _score(_predictor(config), variables, config, source)
+    predictor = _predictor(config)
+    source = _by_size(predictor, sources.open_source(config.dataset, config.eval.split))
+    report, _ = _score(predictor, variables, config, source)
     if jax.process_index() == 0:
-        root = config.dataset.root if config.dataset.name == "folder" else ""
-        path = workdir / "evaluation" / f"{report.file_stem(step, root)}.json"
         rich.print(report.table())
-        print(report)
-        report.write(path)
-        logger.info(f"step {step} of {workdir}; written to {path}")
+        print(f"{report}, step {step} of {workdir}", flush=True)
+        roots = {
+            field: config.dataset[field] and str(files.absolute(config.dataset[field])) for field in ("root", "extra_root")
+        }
+        network = {"model": config.model.to_dict(), "normalize": config.normalize.to_dict()}
+        origin = {"step": step, "checkpoint": str(workdir), **roots, "tfds_name": config.dataset.tfds_name, **network}
+        logger.info(f"written to {report.save(workdir / 'evaluation', origin)}")
 
 
 def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -209,13 +213,13 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise UserError(
             "--mode predict needs --output (a directory), and --input (an image or a folder) unless it is a split's"
         )
-    config, _, variables, _ = _restore(arguments, overrides)
+    config, step, variables, workdir = _restore(arguments, overrides)
     info = datasets.describe(config.dataset)
     form = arguments.format or ""
-    paths = prediction.find_images(arguments.input, bool(form)) if arguments.input else _images(config)
-    prediction.predict(_predictor(config), variables, paths, arguments.output, info, form)
-    what = f"the {form} server's form" if form else "index/, color/ and overlay/"
-    logger.info(f"{len(paths)} image(s) segmented: {what} in {arguments.output}")
+    paths = inputs.find_images(arguments.input, bool(form), arguments.output) if arguments.input else _images(config)
+    predictor = _predictor(config)
+    logger.info(f"predicting {len(paths)} image(s) with step {step} of {workdir} on {predictor.device}")
+    prediction.predict(predictor, variables, paths, arguments.output, info, form)
 
 
 def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -304,6 +308,17 @@ def _predictor(config: ConfigDict, model: nn.Module | None = None) -> Predictor:
         return network.apply(variables, images, train=False)
 
     return Predictor(apply, config, num_classes)
+
+
+def _by_size(predictor: Predictor, source: Any) -> Any:
+    """For whole inference, the source in the order of its images' sizes; says how many there are."""
+    if predictor.settings.inference != "whole":
+        return source
+    from pspnet_jax.data.by_size import BySize
+
+    ordered = BySize(source)
+    predictor.announce(ordered.sizes)
+    return ordered
 
 
 def _score(predictor: Predictor, variables: Any, config: ConfigDict, source: Any) -> tuple[Report, Mapping[str, Any]]:

@@ -22,7 +22,8 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     if jax.process_index():
         yield lambda images: None
     elif sys.stderr.isatty():
-        columns = ("{task.description}", bars.BarColumn(), bars.MofNCompleteColumn(), "{task.fields[rate]}")
+        name = bars.TextColumn("{task.description}", markup=False)
+        columns = (name, bars.BarColumn(), bars.MofNCompleteColumn(), "{task.fields[rate]}")
         left = (bars.TimeRemainingColumn(), "left")
         with bars.Progress(*columns, *left, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(escape(title), total=total, rate="")
