@@ -34,17 +34,18 @@ PANELS = 12  # of each split, in --mode check
 
 def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode train: trains the recipe in its workdir, or goes on where it stopped."""
-    from pspnet_jax.data import pipeline, sources  # imports TensorFlow, as does clu.metric_writers after it
+    from pspnet_jax.data import overlap, pipeline, sources  # imports TensorFlow, as does clu.metric_writers after it
     from pspnet_jax.train import loop
 
     from clu import metric_writers  # isort: skip
 
     config = _recipe(arguments, overrides, jax.device_count())
-    workdir = files.absolute(arguments.workdir or f"runs/{config.name}")
+    workdir = _workdir(arguments, config.name)
     if config.init_from:
         _check_init_from(config, workdir)
     validation_source = sources.open_source(config.dataset, config.eval.split)
     data = pipeline.open_training(config)
+    overlap.warn_shared(data.sources, validation_source)
     config.loss.class_weights = _class_weights(config)
     model = models.build(config.model, len(config.dataset.class_names))
     host, hosts = jax.process_index(), jax.process_count()
@@ -62,6 +63,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         evaluate=evaluator(config, model, validation_source),
         workdir=workdir,
         examples_per_epoch=data.examples_per_epoch,
+        fingerprint=data.fingerprint,
         writer=metric_writers.SummaryWriter,
         hooks=[_profile(workdir / "profile", config.profile_steps)] if config.profile_steps and host == 0 else (),
     )
@@ -78,6 +80,10 @@ def _recipe(arguments: argparse.Namespace, overrides: Sequence[str], num_devices
     info = datasets.describe(dataset)
     dataset.class_names, dataset.colors = info.class_names, info.colors
     return config
+
+
+def _workdir(arguments: argparse.Namespace, name: str) -> epath.Path:
+    return arguments.workdir or files.absolute(f"runs/{name}")
 
 
 def _absolute(config: ConfigDict) -> ConfigDict:
@@ -157,7 +163,7 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     config = _recipe(arguments, overrides)
     info = datasets.describe(config.dataset)
-    output = files.absolute(arguments.output or f"{arguments.workdir or f'runs/{config.name}'}/check")
+    output = arguments.output or _workdir(arguments, config.name) / "check"
     problems, pictures = [], {}
     parts = list(sources.training_parts(config.dataset))
     if config.eval.split != config.dataset.train_split:
@@ -199,9 +205,7 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if jax.process_index() == 0:
         rich.print(report.table())
         print(f"{report}, step {step} of {workdir}", flush=True)
-        roots = {
-            field: config.dataset[field] and str(files.absolute(config.dataset[field])) for field in ("root", "extra_root")
-        }
+        roots = {field: config.dataset[field] for field in ("root", "extra_root")}
         network = {"model": config.model.to_dict(), "normalize": config.normalize.to_dict()}
         origin = {"step": step, "checkpoint": str(workdir), **roots, "tfds_name": config.dataset.tfds_name, **network}
         logger.info(f"written to {report.save(workdir / 'evaluation', origin)}")
@@ -230,14 +234,14 @@ def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
     recipe = config.copy_and_resolve_references()
     source = weights.inspect(arguments.input)
     weights.configure(config, source)
-    config.name = files.absolute(arguments.input).stem
+    config.name = arguments.input.stem
     if arguments.config:  # the recipe knows better what the weights are for
         config.name, config.dataset, config.eval = recipe.name, recipe.dataset, recipe.eval
     config = configs.override(config, overrides)
     validation.validate(config)
     info = datasets.describe(config.dataset)
     config.dataset.class_names, config.dataset.colors = info.class_names, info.colors
-    workdir = files.absolute(arguments.workdir)
+    workdir = arguments.workdir
     model = models.build(config.model, info.num_classes)
     optimizer = optimizers.build(config.optimizer, config.total_steps)
     state = new_state(config, optimizer, weights.load(source.path, model))
@@ -257,7 +261,7 @@ def export_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
             f"which --mode export writes, has {usual}"
         )
     model = models.build(config.model, len(config.dataset.class_names))
-    weights.save(files.absolute(arguments.output), variables, model, arguments.format)
+    weights.save(arguments.output, variables, model, arguments.format)
     logger.info(f"step {step} of {workdir} written to {arguments.output}, under semseg's names")
 
 
@@ -277,7 +281,7 @@ def _restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[C
     if not (arguments.workdir or arguments.config):
         raise UserError("--workdir is missing: name the directory of a training run")
     recipe = arguments.config and configs.load_recipe(arguments.config)
-    workdir = files.absolute(arguments.workdir or f"runs/{recipe.name}")
+    workdir = _workdir(arguments, recipe and recipe.name)
     saved, step, variables = checkpoint.load(workdir, arguments.checkpoint or "latest", parallel.make_mesh())
     if recipe and (differing := resume.differences(recipe, saved)):
         logger.warning(f"the config saved with the checkpoint counts, not that of {arguments.config}: {'; '.join(differing)}")
