@@ -26,8 +26,8 @@ from ml_collections import ConfigDict
 from benchmarks.fidelity import random_image, randomize
 from pspnet_jax import image_files, models, weights
 from pspnet_jax.config import base_config
+from pspnet_jax.infer.inputs import find_images
 from pspnet_jax.infer.plan import plan_images
-from pspnet_jax.infer.predict import find_images
 from pspnet_jax.infer.predictor import Predictor
 from pspnet_jax.infer.protocols import PROTOCOLS
 

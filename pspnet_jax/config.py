@@ -2,13 +2,14 @@
 
 import difflib
 import functools
-import importlib.util
 import inspect
 import itertools
 import json
 import logging
 import pathlib
 import re
+import runpy
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
+from pspnet_jax import files
 from pspnet_jax.errors import MissingFileError, UserError
 
 logger = logging.getLogger(__name__)
@@ -128,26 +130,33 @@ def base_config() -> ConfigDict:
 
 
 def load_recipe(path: str) -> ConfigDict:
-    """Runs a recipe's `get_config`; "configs/x.py:ARG" passes ARG.
+    """Runs a recipe's `get_config`, to which "configs/x.py:ARG" passes ARG; or reads a run's config.json.
 
     Raises:
       MissingFileError: there is no such file.
-      UserError: it has no get_config, or refuses ARG.
+      UserError: it is no Python, raises something, refuses ARG, or returns no config made by `base_config`.
     """
-    file, _, argument = path.partition(":")
-    if not pathlib.Path(file).is_file():
-        raise MissingFileError(f"--config {file}: no such file; the recipes are in configs/, for example configs/quickstart.py")
-    spec = importlib.util.spec_from_file_location(pathlib.Path(file).stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config {file}: has no function get_config() that returns a config")
+    if path.endswith(".json"):
+        if not (saved := files.absolute(path)).exists():
+            raise MissingFileError(f"--config {saved}: no such file")
+        return read(saved)
+    name, _, argument = path.partition(":")
+    file = pathlib.Path(name).expanduser()
+    if not file.is_file():
+        raise MissingFileError(f"--config {name}: no such file; the recipes are in configs/, for example configs/quickstart.py")
     try:
-        config = module.get_config(argument) if argument else module.get_config()
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--config {path}: {error}") from error
+        get_config = runpy.run_path(str(file)).get("get_config")
+        config = get_config and (get_config(argument) if argument else get_config())
+    except (Exception, SystemExit) as error:  # whatever a user's code raises
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{line.filename}, line {line.lineno}: " if line.filename == str(file) else ""
+        raise UserError(f"--config {path}: {where}{type(error).__name__}: {error}") from error
+    if get_config is None:
+        raise UserError(f"--config {name}: has no function get_config() that returns a config")
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config {path}: get_config() returns {type(config).__name__}; expected the config of base_config()")
+    if missing := dict(leaves(base_config())).keys() - dict(leaves(config)).keys():
+        raise UserError(f"--config {path}: its config lacks {', '.join(sorted(missing)[:5])}; start from base_config()")
     return config.lock()
 
 

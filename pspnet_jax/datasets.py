@@ -2,15 +2,17 @@
 
 import dataclasses
 import itertools
+import os
 import pathlib
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from pspnet_jax.errors import UserError
+from pspnet_jax import class_lists
+from pspnet_jax.class_lists import Color
+from pspnet_jax.errors import MissingFileError, UserError
 
 IGNORE = 255  # label of the pixels that neither train nor count
 WRONG = 254  # stands for values that do not occur in a benchmark's label files
@@ -19,6 +21,7 @@ MAX_CLASSES = 255  # labels are uint8, and 255 is IGNORE
 # Names and colors of the known datasets, in the form of a folder's classes.txt: those of the benchmarks (hszhao/semseg,
 # data/*/*_names.txt and *_colors.txt; VOC's colors are `voc_palette`'s); CamVid's are the SegNet tutorial's.
 CLASSES = pathlib.Path(__file__).parent / "classes"
+LISTS = ("classes.txt", "class_dict.csv")  # where a folder names its classes; the first that is there counts
 
 # The value of each class 0..K-1 in a benchmark's label files and submissions.
 RAW_VALUES = {
@@ -45,15 +48,13 @@ EXPECTED_FILES = {
 }
 NAMES = (*EXPECTED_FILES, "scenes", "tfds")
 
-Color = tuple[int, int, int]
-
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
     """Class names and their (R, G, B) colors, 0..255, in the order of the labels 0..K-1.
 
     Raises:
-      UserError: there are not 2 to 255 classes, not one color for each, or a color has a value outside 0..255.
+      UserError: there are not 2 to 255 classes, two of one name, not one color for each, or a color has a value outside 0..255.
     """
 
     name: str
@@ -66,6 +67,12 @@ class DatasetInfo:
                 f"dataset {self.name!r} has {self.num_classes} classes: expected 2 to {MAX_CLASSES} in dataset.class_names or "
                 f"classes.txt (labels are 8-bit, and {IGNORE} is the ignored one)"
             )
+        first: dict[str, int] = {}
+        for label, name in enumerate(self.class_names):
+            if (other := first.setdefault(name.strip().lower(), label)) != label:
+                raise UserError(
+                    f"classes {other} and {label} of dataset {self.name!r} are both {name!r}; give them names that differ"
+                )
         if len(self.colors) != self.num_classes:
             raise UserError(
                 f"dataset.colors has {len(self.colors)} colors for {self.num_classes} classes: expected one a class"
@@ -91,19 +98,29 @@ def describe(dataset: ConfigDict) -> DatasetInfo:
     Raises:
       UserError: nobody names the classes, or see DatasetInfo.
     """
-    entries = dataset.class_names or _own_classes(dataset)
-    if not entries and dataset.name == "tfds":
+    own = None if dataset.class_names else _own_classes(dataset)
+    names = dataset.class_names or (own and own[0])
+    if not names and dataset.name == "tfds":
         raise UserError(
             f"dataset.class_names is empty: the recipe must name the classes of dataset.tfds_name={dataset.tfds_name!r}"
         )
-    if entries is None:
+    if not names:
+        root = epath.Path(dataset.root).expanduser()
+        if dataset.root and not (root.exists() if "://" in dataset.root else os.access(root, os.R_OK | os.X_OK)):
+            raise MissingFileError(f"--config.dataset.root={dataset.root}: no such directory, or none that can be read")
         file = epath.Path(dataset.root) / "classes.txt" if dataset.root else "dataset.root"
         raise UserError(
             f"dataset.class_names is empty and there is no {file}: name the classes in the recipe, or in ROOT/classes.txt with "
             "--config.dataset.root=ROOT, one a line in label order, as `name` or `name R G B`"
         )
-    names, colors = _parse(entries)
-    return DatasetInfo(dataset.name, names, tuple(map(tuple, dataset.colors)) or colors)
+    colors = tuple(map(tuple, dataset.colors)) or _filled(names, own[1] if own else {})
+    return DatasetInfo(dataset.name, tuple(names), colors)
+
+
+def file_colors(dataset: ConfigDict) -> dict[int, Color]:
+    """Returns the colors that a folder's own list gives its classes: {label: (R, G, B)}, {} without any."""
+    own = _own_classes(dataset) if dataset.name == "folder" else None
+    return own[1] if own else {}
 
 
 def check_classes(dataset: ConfigDict) -> None:
@@ -115,7 +132,7 @@ def check_classes(dataset: ConfigDict) -> None:
     own = _own_classes(dataset)
     if own is None:
         return
-    theirs, ours = _parse(own)[0], describe(dataset).class_names
+    theirs, ours = own[0], describe(dataset).class_names
     for index, (there, here) in enumerate(itertools.zip_longest(theirs, ours)):
         unnamed = here == f"class {index}" and there  # of imported weights that do not tell
         if str(there).lower() != str(here).lower() and not unnamed:
@@ -125,25 +142,40 @@ def check_classes(dataset: ConfigDict) -> None:
             )
 
 
-def _own_classes(dataset: ConfigDict) -> list[str] | None:
-    """The entries of a known dataset's table, or of a folder's classes.txt if it has one."""
+def _own_classes(dataset: ConfigDict) -> tuple[tuple[str, ...], dict[int, Color]] | None:
+    """The names and colors of a known dataset's table, or of a folder's list if it has one."""
     known = dataset.tfds_name.removeprefix("pspnet_") if dataset.name == "tfds" else dataset.name
     if known in tables():
-        return (CLASSES / f"{known}.txt").read_text().splitlines()
-    file = epath.Path(dataset.root).expanduser() / "classes.txt"
-    if dataset.name == "folder" and dataset.root and file.exists():
-        try:
-            return file.read_text().removeprefix("\ufeff").splitlines()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: is no UTF-8 text ({error.reason}); save it as UTF-8") from error
+        return _read(CLASSES / f"{known}.txt")
+    if dataset.name == "folder" and dataset.root:
+        for name in LISTS:
+            if (file := epath.Path(dataset.root).expanduser() / name).exists():
+                return _read(file)
     return None
+
+
+def _read(file: epath.Path | pathlib.Path) -> tuple[tuple[str, ...], dict[int, Color]]:
+    try:
+        if "\0" in (text := file.read_text(encoding="utf-8")):
+            raise UserError(f"{file}: is no UTF-8 text; save it as UTF-8")
+        return class_lists.parse(text, str(file))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: is no UTF-8 text ({error.reason}); save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _filled(names: Sequence[str], colors: Mapping[int, Color]) -> tuple[Color, ...]:
+    """The colors, and VOC's where there is none."""
+    return tuple(colors.get(label, color) for label, color in enumerate(voc_palette(len(names))))
 
 
 def table(name: str) -> DatasetInfo:
     """Returns the classes of a known dataset, for recipes that read it from a folder: `table("camvid")`."""
     if name not in tables():
         raise UserError(f"no table of classes for {name!r}: expected one of {', '.join(tables())}")
-    return DatasetInfo(name, *_parse((CLASSES / f"{name}.txt").read_text().splitlines()))
+    names, colors = _read(CLASSES / f"{name}.txt")
+    return DatasetInfo(name, names, _filled(names, colors))
 
 
 def tables() -> list[str]:
@@ -222,15 +254,3 @@ def _voc_grays() -> set[int]:
     """The brightness, by ITU-R 601, of VOC's 21 colors and of its border's."""
     colors = (*voc_palette(21), (224, 224, 192))
     return {round(0.299 * red + 0.587 * green + 0.114 * blue) for red, green, blue in colors}
-
-
-def _parse(entries: Iterable[str]) -> tuple[tuple[str, ...], tuple[Color, ...]]:
-    """Returns the names and colors of entries "name R G B" or "name"; blank entries do not count."""
-    entries = [entry.strip() for entry in entries if entry.strip()]
-    names, colors = [], []
-    for entry, color in zip(entries, voc_palette(len(entries)), strict=True):
-        if match := re.fullmatch(r"(.+?)\s+(\d+)\s+(\d+)\s+(\d+)", entry):
-            entry, color = match[1], (int(match[2]), int(match[3]), int(match[4]))
-        names.append(entry)
-        colors.append(color)
-    return tuple(names), tuple(colors)

@@ -47,7 +47,7 @@ def atomic(path: epath.PathLike) -> Iterator[epath.Path]:
     """Yields a temporary path beside `path` to write to, with the same ending; it becomes `path` when the block ends well."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem[:200]}.{secrets.token_hex(4)}{path.suffix}")
+    temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")  # short, however long the name is
     try:
         yield temporary
         temporary.replace(path)

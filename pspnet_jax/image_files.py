@@ -1,22 +1,99 @@
-"""Reading a user's image, by one rule for training, evaluation and prediction."""
+"""Reading a user's image, by one rule for training, evaluation and prediction: upright, RGB, 8 bits a channel.
+
+TensorFlow's decoders (see data/reader.py) give the same pixels as Pillow's, but know no orientation: what they have decoded is
+turned by `turn`.
+"""
+
+import io
+from typing import IO
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from pspnet_jax.errors import UserError
 
+TAIL = 2**17  # bytes at the end of a PNG that are searched for metadata, which may follow the pixels
+TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+_METADATA = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # what a PNG may say its orientation in
+
 
 def read(path: epath.PathLike) -> np.ndarray:
-    """Returns uint8[H, W, 3], RGB, turned upright as its EXIF orientation says.
+    """Returns uint8[H, W, 3], RGB, turned upright as its orientation tag says.
 
     Raises:
-      UserError: the file is no image, is damaged, or has more than 8 bits a channel.
+      UserError: the file is no image, is damaged or too large, or its pixels are of a kind that `kind_problem` names.
     """
     try:
         with epath.Path(path).open("rb") as file, Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"{image.mode} pixels, expected 8 bits a channel")
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error})") from error
+            if problem := kind_problem(image):
+                raise ValueError(f"it {problem}")
+            pixels = np.asarray(image.convert("RGB"))
+            return turn(pixels, orientation(image))  # which is 1 now for a TIFF: Pillow turns those as it loads them
+    except Exception as error:  # whatever Pillow raises over a damaged file
+        raise UserError(f"{path}: cannot be read as an image ({reason(error)})") from error
+
+
+def kind_problem(image: ImageFile.ImageFile) -> str | None:
+    """Says which kind of pixels an image has, if it is one that is not read."""
+    if image.mode == "CMYK":
+        return "is a CMYK image; convert it to RGB"
+    if image.mode.startswith(("I", "F")) or (image.format in ("PNG", "TIFF") and ";16" in raw_mode(image)):
+        return "has 16 or more bits a channel; convert it to 8"
+    return None
+
+
+def raw_mode(image: ImageFile.ImageFile) -> str:
+    """Returns Pillow's name of the pixels in the file, such as "RGB;16B", of an image that is not loaded yet."""
+    arguments = image.tile[0].args if image.tile else ""
+    return arguments if isinstance(arguments, str) else str((arguments or ("",))[0])
+
+
+def orientation(image: ImageFile.ImageFile) -> int:
+    """Returns the EXIF orientation of an image, loaded or only opened, 1 (upright) to 8, from whatever Pillow finds it in.
+
+    What makes no sense counts as 1. A PNG is not decoded for it, which Pillow would do.
+    """
+    try:
+        late = image.format == "PNG" and image.fp is not None and any(name in _tail(image.fp) for name in _METADATA)
+        exif = image.getexif() if late else Image.Image.getexif(image)
+        tag = int(exif.get(ExifTags.Base.Orientation, 1))
+    except Exception:  # whatever Pillow raises over malformed EXIF, which says nothing about the pixels
+        return 1
+    return tag if 1 <= tag <= 8 else 1
+
+
+def orientation_of(contents: bytes) -> np.int64:
+    """Returns `orientation` of a file's contents; 1 of what is no image."""
+    try:
+        with Image.open(io.BytesIO(contents)) as image:
+            return np.int64(orientation(image))
+    except Exception:  # whoever decodes it finds out
+        return np.int64(1)
+
+
+def turn(image: np.ndarray, tag: int) -> np.ndarray:
+    """Returns [H, W, C] turned upright from how a file with this orientation has it, as PIL.ImageOps.exif_transpose does."""
+    if tag >= 5:  # the first row of the file is the left or right side
+        image = image.swapaxes(0, 1)
+    rows = slice(None, None, -1 if tag in (3, 4, 7, 8) else 1)
+    columns = slice(None, None, -1 if tag in (2, 3, 6, 7) else 1)
+    return np.ascontiguousarray(image[rows, columns])
+
+
+def reason(error: Exception) -> str:
+    """Says why Pillow could not read an image."""
+    if isinstance(error, TOO_LARGE):
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        return f"it is larger than the {most:.0f} million pixels that can be read; cut it into smaller images"
+    return "its contents are no image" if isinstance(error, UnidentifiedImageError) else str(error)
+
+
+def _tail(file: IO[bytes]) -> bytes:
+    position = file.tell()
+    end = file.seek(0, io.SEEK_END)
+    end = file.tell() if end is None else end  # TensorFlow's files do not return it
+    file.seek(max(position, end - TAIL))
+    tail = file.read()
+    file.seek(position)
+    return tail

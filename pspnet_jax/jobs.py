@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from pspnet_jax import config as configs
 from pspnet_jax import datasets, files, losses, models, optimizers, parallel, validation, weights
 from pspnet_jax.errors import MissingFileError, UserError
-from pspnet_jax.infer import draw
+from pspnet_jax.infer import draw, inputs
 from pspnet_jax.infer import evaluate as evaluation
 from pspnet_jax.infer import predict as prediction
 from pspnet_jax.infer.predictor import Predictor
@@ -34,17 +34,18 @@ PANELS = 12  # of each split, in --mode check
 
 def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode train: trains the recipe in its workdir, or goes on where it stopped."""
-    from pspnet_jax.data import pipeline, sources  # imports TensorFlow, as does clu.metric_writers after it
+    from pspnet_jax.data import overlap, pipeline, sources  # imports TensorFlow, as does clu.metric_writers after it
     from pspnet_jax.train import loop
 
     from clu import metric_writers  # isort: skip
 
     config = _recipe(arguments, overrides, jax.device_count())
-    workdir = files.absolute(arguments.workdir or f"runs/{config.name}")
+    workdir = _workdir(arguments, config.name)
     if config.init_from:
-        _check_init_from(config)
+        _check_init_from(config, workdir)
     validation_source = sources.open_source(config.dataset, config.eval.split)
     data = pipeline.open_training(config)
+    overlap.warn_shared(data.sources, validation_source)
     config.loss.class_weights = _class_weights(config)
     model = models.build(config.model, len(config.dataset.class_names))
     host, hosts = jax.process_index(), jax.process_count()
@@ -62,10 +63,64 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         evaluate=evaluator(config, model, validation_source),
         workdir=workdir,
         examples_per_epoch=data.examples_per_epoch,
+        fingerprint=data.fingerprint,
         writer=metric_writers.SummaryWriter,
         hooks=[_profile(workdir / "profile", config.profile_steps)] if config.profile_steps and host == 0 else (),
     )
     logger.info(f"{workdir} has checkpoints/, metrics.jsonl, pictures/ and tensorboard/")
+
+
+def _recipe(arguments: argparse.Namespace, overrides: Sequence[str], num_devices: int = 1) -> ConfigDict:
+    """The recipe with the command line's overrides, absolute paths, and its classes filled in."""
+    if not arguments.config:
+        raise UserError("--config is missing: name a recipe, such as --config configs/quickstart.py")
+    config = configs.override(configs.load_recipe(arguments.config), overrides)
+    validation.validate(config, num_devices)
+    dataset = _absolute(config).dataset
+    info = datasets.describe(dataset)
+    dataset.class_names, dataset.colors = info.class_names, info.colors
+    return config
+
+
+def _workdir(arguments: argparse.Namespace, name: str) -> epath.Path:
+    return arguments.workdir or files.absolute(f"runs/{name}")
+
+
+def _absolute(config: ConfigDict) -> ConfigDict:
+    """Makes the paths of config.dataset absolute."""
+    dataset = config.dataset
+    for field in ("root", "extra_root", "cache_dir"):
+        dataset[field] = dataset[field] and str(files.absolute(dataset[field]))
+    dataset.mixture = tuple((name, root and str(files.absolute(root)), *rest) for name, root, *rest in dataset.mixture)
+    return config
+
+
+def _check_init_from(config: ConfigDict, workdir: epath.Path) -> None:
+    """Makes config.init_from absolute, and refuses one that is not there, unless the run has gone beyond it already."""
+    path = files.absolute(config.init_from)
+    config.init_from = str(path)
+    if any((workdir / "checkpoints").glob("*")):
+        return
+    if not path.exists():
+        raise MissingFileError(f"init_from={path}: no such file or directory")
+    if path.is_dir():
+        with contextlib.closing(checkpoint.Checkpoints(path, read_only=True)) as checkpoints:
+            checkpoints.find("latest")
+
+
+def _class_weights(config: ConfigDict) -> tuple[float, ...]:
+    """config.loss.class_weights, or what config.loss.class_weighting makes of the training data's pixels."""
+    names, given = config.dataset.class_names, config.loss.class_weights
+    if not config.loss.class_weighting:
+        if len(given) not in (0, len(names)):
+            raise UserError(f"loss.class_weights={given}: expected one for each of the {len(names)} classes")
+        return given
+    from pspnet_jax.data import survey
+
+    counts = survey.class_pixels(config)
+    found = losses.class_weights(config.loss.class_weighting, counts.pixels, counts.labeled)
+    logger.info(f"class weights: {', '.join(f'{name} {weight:.3g}' for name, weight in zip(names, found, strict=True))}")
+    return found
 
 
 def evaluator(config: ConfigDict, model: nn.Module, source: Any) -> Callable[[Any], Evaluation]:
@@ -77,6 +132,7 @@ def evaluator(config: ConfigDict, model: nn.Module, source: Any) -> Callable[[An
       source: the split, opened (see `data.sources`).
     """
     predictor = _predictor(config, model)
+    source = _by_size(predictor, source)
 
     def evaluate(variables: Any) -> Evaluation:
         report, pictures = _score(predictor, variables, config, source)
@@ -103,25 +159,37 @@ def _profile(folder: epath.Path, steps: int) -> Callable[[int], None]:
 
 def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode check: looks at all images and labels of a recipe, and pictures them."""
-    from pspnet_jax.data import sources, survey
+    from pspnet_jax.data import overlap, sources, survey
 
     config = _recipe(arguments, overrides)
     info = datasets.describe(config.dataset)
-    output = files.absolute(arguments.output or f"{arguments.workdir or f'runs/{config.name}'}/check")
-    problems = []
+    output = arguments.output or _workdir(arguments, config.name) / "check"
+    problems, pictures = [], {}
     parts = list(sources.training_parts(config.dataset))
     if config.eval.split != config.dataset.train_split:
         parts.append((config.dataset, config.eval.split))
     for number, (dataset, split) in enumerate(parts):
-        found = survey.survey(dataset, split, info.num_classes)
+        try:
+            found = survey.survey(dataset, split, info.num_classes)
+        except UserError as error:  # the other splits are looked at all the same
+            problems.append(str(error))
+            continue
         problems += found.problems
         logger.info(found)
         rich.print(found.table(info))
         name = split if dataset is config.dataset else f"mixture{number}_{split}"
         if examples := survey.samples(dataset, found, PANELS):
-            draw.save(draw.contact_sheet(examples, info), output / f"{name}_images.png")
-            draw.save(draw.class_frequencies(found.pixels, info), output / f"{name}_classes.png")
-    logger.info(f"pictures of the labels, and of the classes' frequencies, are in {output}")
+            pictures[f"{name}_images.png"] = draw.contact_sheet(examples, info)
+            pictures[f"{name}_classes.png"] = draw.class_frequencies(found.pixels, info)
+    try:
+        for name, picture in pictures.items():
+            draw.save(picture, output / name)
+        logger.info(f"pictures of the labels, and of the classes' frequencies, are in {output}")
+    except OSError as error:
+        problems.append(f"{output}: the pictures cannot be written ({error})")
+    with contextlib.suppress(UserError):  # which stands among the problems
+        training = [sources.open_source(*part, check=False) for part in sources.training_parts(config.dataset)]
+        overlap.warn_shared(training, sources.open_source(config.dataset, config.eval.split, check=False))
     if problems:
         raise UserError("\n".join((*problems, f"{len(problems)} problem(s) found")))
 
@@ -131,15 +199,16 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from pspnet_jax.data import sources
 
     config, step, variables, workdir = _restore(arguments, overrides)
-    source = sources.open_source(config.dataset, config.eval.split)
-    report, _ = _score(_predictor(config), variables, config, source)
+    predictor = _predictor(config)
+    source = _by_size(predictor, sources.open_source(config.dataset, config.eval.split))
+    report, _ = _score(predictor, variables, config, source)
     if jax.process_index() == 0:
-        root = config.dataset.root if config.dataset.name == "folder" else ""
-        path = workdir / "evaluation" / f"{report.file_stem(step, root)}.json"
         rich.print(report.table())
-        print(report)
-        report.write(path)
-        logger.info(f"step {step} of {workdir}; written to {path}")
+        print(f"{report}, step {step} of {workdir}", flush=True)
+        roots = {field: config.dataset[field] for field in ("root", "extra_root")}
+        network = {"model": config.model.to_dict(), "normalize": config.normalize.to_dict()}
+        origin = {"step": step, "checkpoint": str(workdir), **roots, "tfds_name": config.dataset.tfds_name, **network}
+        logger.info(f"written to {report.save(workdir / 'evaluation', origin)}")
 
 
 def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -148,13 +217,13 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise UserError(
             "--mode predict needs --output (a directory), and --input (an image or a folder) unless it is a split's"
         )
-    config, _, variables, _ = _restore(arguments, overrides)
+    config, step, variables, workdir = _restore(arguments, overrides)
     info = datasets.describe(config.dataset)
     form = arguments.format or ""
-    paths = prediction.find_images(arguments.input, bool(form)) if arguments.input else _images(config)
-    prediction.predict(_predictor(config), variables, paths, arguments.output, info, form)
-    what = f"the {form} server's form" if form else "index/, color/ and overlay/"
-    logger.info(f"{len(paths)} image(s) segmented: {what} in {arguments.output}")
+    paths = inputs.find_images(arguments.input, bool(form), arguments.output) if arguments.input else _images(config)
+    predictor = _predictor(config)
+    logger.info(f"predicting {len(paths)} image(s) with step {step} of {workdir} on {predictor.device}")
+    prediction.predict(predictor, variables, paths, arguments.output, info, form)
 
 
 def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -163,21 +232,22 @@ def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
         raise UserError("--mode import needs --input (a file of weights) and --workdir (a directory to make the run in)")
     config = configs.load_recipe(arguments.config) if arguments.config else configs.base_config()
     recipe = config.copy_and_resolve_references()
-    source = weights.inspect(files.absolute(arguments.input))
+    source = weights.inspect(arguments.input)
     weights.configure(config, source)
-    config.name = files.absolute(arguments.input).stem
+    config.name = arguments.input.stem
     if arguments.config:  # the recipe knows better what the weights are for
         config.name, config.dataset, config.eval = recipe.name, recipe.dataset, recipe.eval
     config = configs.override(config, overrides)
     validation.validate(config)
     info = datasets.describe(config.dataset)
     config.dataset.class_names, config.dataset.colors = info.class_names, info.colors
-    workdir = files.absolute(arguments.workdir)
+    workdir = arguments.workdir
     model = models.build(config.model, info.num_classes)
     optimizer = optimizers.build(config.optimizer, config.total_steps)
     state = new_state(config, optimizer, weights.load(source.path, model))
     checkpoint.write_weights(workdir, config, jax.device_put(state, parallel.replicated(parallel.make_mesh())))
-    logger.info(f"{source}\nwritten to {workdir}; --mode evaluate, predict and export take it with --workdir {workdir}")
+    logger.info("\n".join(filter(None, (str(source), weights.assumptions(config, source)))))
+    logger.info(f"written to {workdir}; --mode evaluate, predict and export take it with --workdir {workdir}")
 
 
 def export_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -191,7 +261,7 @@ def export_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
             f"which --mode export writes, has {usual}"
         )
     model = models.build(config.model, len(config.dataset.class_names))
-    weights.save(files.absolute(arguments.output), variables, model, arguments.format)
+    weights.save(arguments.output, variables, model, arguments.format)
     logger.info(f"step {step} of {workdir} written to {arguments.output}, under semseg's names")
 
 
@@ -206,54 +276,16 @@ JOBS = {
 SHARED_JOBS = ("train", "evaluate")  # those that several processes can do together
 
 
-def _recipe(arguments: argparse.Namespace, overrides: Sequence[str], num_devices: int = 1) -> ConfigDict:
-    """The recipe with the command line's overrides, absolute paths, and its classes filled in."""
-    if not arguments.config:
-        raise UserError("--config is missing: name a recipe, such as --config configs/quickstart.py")
-    config = configs.override(configs.load_recipe(arguments.config), overrides)
-    validation.validate(config, num_devices)
-    dataset = config.dataset
-    for field in ("root", "extra_root"):
-        if dataset[field]:
-            dataset[field] = str(files.absolute(dataset[field]))
-    dataset.mixture = tuple((name, str(files.absolute(root)) if root else "", *rest) for name, root, *rest in dataset.mixture)
-    info = datasets.describe(dataset)
-    dataset.class_names, dataset.colors = info.class_names, info.colors
-    return config
-
-
-def _check_init_from(config: ConfigDict) -> None:
-    path = files.absolute(config.init_from)
-    if not path.exists():
-        raise MissingFileError(f"init_from={config.init_from}: no such file or directory")
-    if path.is_dir():
-        with contextlib.closing(checkpoint.Checkpoints(path, read_only=True)) as checkpoints:
-            checkpoints.find("latest")
-    config.init_from = str(path)
-
-
-def _class_weights(config: ConfigDict) -> tuple[float, ...]:
-    """config.loss.class_weights, or what config.loss.class_weighting makes of the training data's pixels."""
-    names, given = config.dataset.class_names, config.loss.class_weights
-    if not config.loss.class_weighting:
-        if len(given) not in (0, len(names)):
-            raise UserError(f"loss.class_weights={given}: expected one for each of the {len(names)} classes")
-        return given
-    from pspnet_jax.data import survey
-
-    counts = survey.class_pixels(config)
-    found = losses.class_weights(config.loss.class_weighting, counts.pixels, counts.labeled)
-    logger.info(f"class weights: {', '.join(f'{name} {weight:.3g}' for name, weight in zip(names, found, strict=True))}")
-    return found
-
-
 def _restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[ConfigDict, int, Any, epath.Path]:
     """The checkpoint's config with the command line's overrides, its step, its variables, and the workdir."""
     if not (arguments.workdir or arguments.config):
         raise UserError("--workdir is missing: name the directory of a training run")
-    workdir = files.absolute(arguments.workdir or f"runs/{configs.load_recipe(arguments.config).name}")
-    saved, step, variables = checkpoint.load(workdir, arguments.checkpoint, parallel.make_mesh())
-    config = configs.override(saved.copy_and_resolve_references(), overrides)
+    recipe = arguments.config and configs.load_recipe(arguments.config)
+    workdir = _workdir(arguments, recipe and recipe.name)
+    saved, step, variables = checkpoint.load(workdir, arguments.checkpoint or "latest", parallel.make_mesh())
+    if recipe and (differing := resume.differences(recipe, saved)):
+        logger.warning(f"the config saved with the checkpoint counts, not that of {arguments.config}: {'; '.join(differing)}")
+    config = _absolute(configs.override(saved.copy_and_resolve_references(), overrides))
     validation.validate(config)
     if changed := [c for c in resume.differences(saved, config) if c.startswith(("model.", "normalize."))]:
         raise UserError(f"{'; '.join(changed)}: the network is the one that was trained; leave these fields out")
@@ -267,8 +299,7 @@ def _images(config: ConfigDict) -> dict[str, str]:
     dataset = config.dataset
     if dataset.name not in layouts.LAYOUTS:
         raise UserError(f"--mode predict needs --input: the images of dataset.name={dataset.name!r} are no files")
-    root, extra_root = (str(files.absolute(path)) if path else "" for path in (dataset.root, dataset.extra_root))
-    pairs = layouts.list_pairs(dataset.name, root, config.eval.split, extra_root)
+    pairs = layouts.list_pairs(dataset.name, dataset.root, config.eval.split, dataset.extra_root)
     return {pair.name: pair.image for pair in pairs}
 
 
@@ -281,6 +312,17 @@ def _predictor(config: ConfigDict, model: nn.Module | None = None) -> Predictor:
         return network.apply(variables, images, train=False)
 
     return Predictor(apply, config, num_classes)
+
+
+def _by_size(predictor: Predictor, source: Any) -> Any:
+    """For whole inference, the source in the order of its images' sizes; says how many there are."""
+    if predictor.settings.inference != "whole":
+        return source
+    from pspnet_jax.data.by_size import BySize
+
+    ordered = BySize(source)
+    predictor.announce(ordered.sizes)
+    return ordered
 
 
 def _score(predictor: Predictor, variables: Any, config: ConfigDict, source: Any) -> tuple[Report, Mapping[str, Any]]:

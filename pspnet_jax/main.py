@@ -2,47 +2,101 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import logging as absl_logging
+from etils import epath
 
+import pspnet_jax
 from pspnet_jax import config as configs
-from pspnet_jax import jobs, parallel
-from pspnet_jax.errors import UserError
+from pspnet_jax import errors, files, jobs, parallel
 
 logger = logging.getLogger("pspnet_jax")
 
 
+def _path(given: str) -> epath.Path | None:
+    return files.absolute(given) if given else None
+
+
+OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the modes that read it, and how it is parsed
+    "config": (
+        [*jobs.JOBS],
+        {"metavar": "FILE[:ARG]", "help": "a recipe, such as configs/camvid.py; or a run's config.json"},
+    ),
+    "workdir": ([*jobs.JOBS], {"type": _path, "metavar": "DIR", "help": "where the run lives; default: runs/<recipe name>"}),
+    "checkpoint": (["evaluate", "predict", "export"], {"metavar": "WHICH", "help": "latest (the default), best or a step"}),
+    "input": (
+        ["predict", "import"],
+        {"type": _path, "metavar": "PATH", "help": "an image or a folder to predict; a file to import"},
+    ),
+    "output": (
+        ["predict", "check", "export"],
+        {"type": _path, "metavar": "PATH", "help": "where the results go; export: the file to write"},
+    ),
+    "format": (["predict", "export"], {"help": "cityscapes, ade20k or voc, for that server; export: torch or safetensors"}),
+    "distributed": (jobs.SHARED_JOBS, {"action": "store_true", "help": "join the other processes of this job (see launch/)"}),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one job; returns the exit status: 0, or 1 after one sentence on a user's mistake."""
+    """Runs one job; returns the exit status: 0, or 1 after one sentence on what the user has to change."""
     logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
     logger.setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.ERROR)
     try:
         arguments, overrides = _parse(argv)
         if arguments.distributed:
-            if arguments.mode not in jobs.SHARED_JOBS:
-                raise UserError(f"--mode {arguments.mode} runs in one process: leave --distributed out")
             parallel.start_processes()
-            if jax.process_index():
-                logger.setLevel(logging.WARNING)  # the first process speaks for all
+        _start_jax()
+        if jax.process_index():
+            logger.setLevel(logging.WARNING)  # the first process speaks for all
         jobs.JOBS[arguments.mode](arguments, overrides)
-    except (UserError, OSError) as error:
-        if not isinstance(error, UserError) and error.filename is None:
-            raise  # not about a file of the user's
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if not (sentence := errors.sentence(error)):
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _start_jax() -> None:
+    """Lets JAX find its devices before anything is read, so that what is wrong with them is said in one sentence.
+
+    Raises:
+      UserError: JAX_PLATFORMS names devices that JAX does not find.
+    """
+    if jax.config.read("jax_enable_x64"):
+        logger.warning("JAX_ENABLE_X64 is set; this program computes in float32 and int32, and leaves it off")
+        jax.config.update("jax_enable_x64", False)
+    logging.getLogger("jax._src.xla_bridge").addFilter(_without_traceback)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts where a known platform has no plugin
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        raise errors.UserError(
+            f"JAX finds no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}{reason}; install the build for it "
+            "(pip install -e '.[cuda]'), or unset JAX_PLATFORMS"
+        ) from error
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """A logging filter that makes one sentence of what JAX logs about a plugin that fails; JAX then goes on without it."""
+    if record.exc_info and record.exc_info[1]:
+        reason = str(record.exc_info[1]).strip() or type(record.exc_info[1]).__name__
+        record.msg, record.args = f"{record.getMessage()}: {reason.splitlines()[0]}; its devices will not be used", ()
+        record.exc_info = None
+    return True
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise errors.UserError(message)
 
     def format_help(self) -> str:
         return f"{super().format_help()}\nfields of the config, with their defaults:\n{configs.describe_fields()}\n"
@@ -54,19 +108,17 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         description="Train, evaluate and use PSPNet. Any field of the config can be set: --config.batch_size=8",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=pspnet_jax.__version__)
     parser.add_argument("--mode", choices=sorted(jobs.JOBS), default="train")
-    parser.add_argument("--config", metavar="FILE[:ARG]", help="a recipe, such as configs/cityscapes.py")
-    parser.add_argument("--workdir", metavar="DIR", help="where the run lives; default: runs/<recipe name>")
-    parser.add_argument(
-        "--checkpoint", default="latest", metavar="WHICH", help="evaluate, predict, export: latest, best or a step"
-    )
-    parser.add_argument("--input", metavar="PATH", help="predict: an image or a folder; import: a checkpoint file")
-    parser.add_argument("--output", metavar="PATH", help="predict, check: where the results go; export: the file to write")
-    parser.add_argument("--format", help="predict: cityscapes, ade20k or voc, for that server; export: torch or safetensors")
-    parser.add_argument("--distributed", action="store_true", help="join the other processes of this job (see launch/)")
+    for name, (modes, settings) in OPTIONS.items():
+        readers = "" if len(modes) == len(jobs.JOBS) else f"{', '.join(modes)}: "
+        parser.add_argument(f"--{name}", **settings | {"help": readers + settings["help"]})
     arguments, overrides = parser.parse_known_args(argv)
     if unknown := [o for o in overrides if o.startswith("--") and not o.startswith(("--config.", "--noconfig."))]:
         parser.error(f"{unknown[0]}: unknown argument; --help lists them, and --config.field=value sets a field of the config")
+    for name, (modes, _) in OPTIONS.items():
+        if getattr(arguments, name) and arguments.mode not in modes:
+            parser.error(f"--{name}: --mode {arguments.mode} does not read it, only {', '.join(modes)}; leave it out")
     return arguments, overrides
 
 

@@ -1,51 +1,51 @@
 """A score and how it was made: what makes two numbers comparable is printed, saved and named with them."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 from rich.table import Column, Table
+from rich.text import Text
 
 from pspnet_jax import files
 from pspnet_jax.datasets import DatasetInfo
+from pspnet_jax.errors import UserError
 from pspnet_jax.metrics import Metrics
+
+LONGEST = 200  # bytes of a file's name before its digest; most file systems take 255 in all
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A score and what makes it comparable.
+    """A score and what makes it comparable."""
 
-    Attributes:
-      metrics: of the whole split.
-      pixels: int64[K], labeled pixels of each class.
-      images: number of images scored.
-      info: the classes.
-      protocol: split, protocol, inference, crop, stride, base_size, short_size, scales, flip.
-      device: number and kind of the devices.
-      images_per_second: over all, compilation included.
-    """
-
-    metrics: Metrics
-    pixels: np.ndarray
-    images: int
-    info: DatasetInfo
-    protocol: dict[str, Any]
-    device: str
-    images_per_second: float
+    metrics: Metrics  # of the whole split
+    pixels: np.ndarray  # int64[K], labeled pixels of each class
+    images: int  # number of images scored
+    info: DatasetInfo  # the classes
+    protocol: dict[str, Any]  # split, protocol, inference, crop, stride, base_size, short_size, scales, flip
+    device: str  # number and kind of the devices
+    images_per_second: float  # over all, compilation included
 
     def __str__(self) -> str:
-        """`mIoU 41.68%  mean accuracy 50.90%  pixel accuracy 80.04%`, and the protocol on a second line."""
+        """`mIoU 41.68%  mean accuracy 50.90%  pixel accuracy 80.04%`, and the protocol on a second line.
+
+        Where classes are missing, "mIoU 41.68% over 4 of 9 classes": those in the truth or the prediction; of the mean
+        accuracy, those in the truth.
+        """
         metrics, protocol = self.metrics, self.protocol
         size = f"long side {protocol['base_size']}" if protocol["base_size"] else "own size"
         size += f", short side at most {protocol['short_size']}" if protocol["short_size"] else ""
         scales = ", ".join(map(str, protocol["scales"]))
         return (
-            f"mIoU {metrics.mean_iou:.2%}  mean accuracy {metrics.mean_accuracy:.2%}  "
-            f"pixel accuracy {metrics.pixel_accuracy:.2%}\n"
+            f"mIoU {metrics.mean_iou:.2%}{_over(metrics.iou)}  "
+            f"mean accuracy {metrics.mean_accuracy:.2%}{_over(metrics.accuracy)}  pixel accuracy {metrics.pixel_accuracy:.2%}\n"
             f"{self.images} images of {protocol['split']}, {_windows(protocol)}, {size}, scales {scales}, "
             f"flip {'on' if protocol['flip'] else 'off'}, protocol {protocol['protocol']}; "
             f"{self.images_per_second:.2f} images/s on {self.device}"
@@ -53,10 +53,12 @@ class Report:
 
     def table(self) -> Table:
         """A line for each class, for rich to print."""
-        table = Table(Column("class"), *(Column(name, justify="right") for name in ("IoU", "accuracy", "share of pixels")))
+        columns = (Column(name, justify="right") for name in ("IoU", "accuracy", "share of pixels"))
+        means = f"mIoU{_over(self.metrics.iou)}" if _over(self.metrics.iou) else None
+        table = Table(Column("class"), *columns, caption=means)
         shares = self.pixels / self.pixels.sum()
         for name, *fractions in zip(self.info.class_names, self.metrics.iou, self.metrics.accuracy, shares, strict=True):
-            table.add_row(name, *("-" if math.isnan(fraction) else f"{fraction:.2%}" for fraction in fractions))
+            table.add_row(Text(name), *("-" if math.isnan(fraction) else f"{fraction:.2%}" for fraction in fractions))
         return table
 
     def to_json(self) -> dict[str, Any]:
@@ -67,6 +69,8 @@ class Report:
             "mean_iou": metrics.mean_iou,
             "mean_accuracy": metrics.mean_accuracy,
             "pixel_accuracy": metrics.pixel_accuracy,
+            "classes_in_mean_iou": _present(metrics.iou),
+            "classes_in_mean_accuracy": _present(metrics.accuracy),
             "dataset": self.info.name,
             "images": self.images,
             **self.protocol,
@@ -78,27 +82,51 @@ class Report:
             ],
         }
 
-    def file_stem(self, step: int, root: str = "") -> str:
-        """Returns a file name without its ending, which names all settings, so that different ones never share a file.
+    def save(self, folder: epath.PathLike, origin: Mapping[str, Any]) -> epath.Path:
+        """Writes `to_json` and its origin to a file, which other settings or another origin never share; returns its path.
 
-        As "voc2012_val_step30000_base_size512_crop473-473_flipTrue_windows_semseg_scales1.0_short_size0_stride0-0".
+        As "voc2012_val_step30000_base_size512_crop473-473_flipTrue_windows_semseg_scales1.0_short_size0_stride0-0_DIGEST.json",
+        shortened where it has to be; the digest is of all that the score depends on.
 
         Args:
-          step: of the checkpoint.
-          root: the dataset's directory, for those that its name does not tell apart ("folder").
+          folder: made if need be.
+          origin: what was scored, as plain values: step, checkpoint, root and so on.
+
+        Raises:
+          UserError: it cannot be written.
         """
 
         def word(name: str, value: Any) -> str:
-            return value if isinstance(value, str) else name + "-".join(map(str, value if isinstance(value, list) else [value]))
+            value = (
+                value if isinstance(value, str) else name + "-".join(map(str, value if isinstance(value, list) else [value]))
+            )
+            return re.sub(r"[^\w.]+", "-", value).strip("-")
 
-        settings = [word(name, value) for name, value in self.protocol.items() if name != "split"]
-        words = [self.info.name, root, self.protocol["split"], f"step{step}", *settings]
-        return "_".join(re.sub(r"[^\w.]+", "-", word).strip("-") for word in words if word)
+        decisive = {"dataset": self.info.name, "split": "", **origin, **self.protocol, "classes": self.info.class_names}
+        digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:10]
+        named = {name: decisive[name] for name in ("dataset", "split", "step", *self.protocol) if name in decisive}
+        words = "_".join(word(name, value) for name, value in named.items())
+        shortened = words.encode()[:LONGEST].decode(errors="ignore")
+        path = epath.Path(folder) / f"{shortened}_{digest}.json"
+        try:
+            with files.atomic(path) as temporary:
+                temporary.write_text(json.dumps({**self.to_json(), **origin}, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{path}: the report cannot be written ({error}); the score itself is complete, see above"
+            ) from error
+        return path
 
-    def write(self, path: epath.PathLike) -> None:
-        """Writes `to_json` to a file."""
-        with files.atomic(path) as temporary:
-            temporary.write_text(json.dumps(self.to_json(), indent=2) + "\n")
+
+def _present(fractions: np.ndarray) -> int:
+    """The number of classes over which a mean is taken."""
+    return int(np.count_nonzero(~np.isnan(fractions)))
+
+
+def _over(fractions: np.ndarray) -> str:
+    """Says so, unless it is all classes."""
+    present = _present(fractions)
+    return f" over {present} of {len(fractions)} classes" if present < len(fractions) else ""
 
 
 def _windows(protocol: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ CHOICES: dict[str, Collection[str]] = {
     "dataset.cache": ("", "memory", "disk"),
     "eval.inference": ("windows", "whole"),
     "eval.protocol": PROTOCOLS,
+    "eval.best_metric": ("mean_iou", "mean_accuracy", "pixel_accuracy"),
     "normalize.order": ("RGB", "BGR"),
 }
 TUPLES = {  # type and number of the values in a tuple; None: any number
@@ -55,6 +56,8 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
 
 def _tuple_problems(config: ConfigDict) -> list[str]:
     problems, values = [], dict(leaves(config))
+    if not config.name or "/" in config.name or config.name.startswith("."):
+        problems.append(f"name={config.name!r}: expected a name for a folder in runs/, without a slash or a dot at its start")
     if not all(isinstance(name, str) for name in config.dataset.class_names):
         problems.append(f"dataset.class_names={config.dataset.class_names}: expected names, such as ('road', 'sky')")
     if not all(isinstance(color, tuple | list) for color in config.dataset.colors):
@@ -101,6 +104,7 @@ RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (_NOT_NEGATIVE, "0 or more", lambda x: x >= 0),
     (_PROBABILITIES, "a value from 0 to 1", lambda x: 0 <= x <= 1),
     (_SHARES, "a value from 0 up to, not including, 1", lambda x: 0 <= x < 1),
+    ("seed", f"a whole number from {-(2**31)} to {2**32 - 1}", lambda x: -(2**31) <= x < 2**32),  # JAX's keys take 32 bits
     ("loss.ohem_threshold", "a value above 0, up to 1", lambda x: 0 < x <= 1),
 )
 
@@ -113,6 +117,10 @@ def _range_problems(config: ConfigDict) -> list[str]:
         for field in fields.split()
         if not holds(values[field])
     ]
+    for field, value in values.items():
+        numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int | float)]
+        if field != "seed" and not all(abs(number) < 2**31 for number in numbers):  # nor infinite, nor not a number
+            problems.append(f"{field}={value}: expected numbers below {2**31}")
     if min(config.normalize.std) <= 0:
         problems.append(f"normalize.std={config.normalize.std}: expected values above 0")
     problems += losses.problems(config.loss)

@@ -76,7 +76,9 @@ def test_recipe_goes_before_file_and_table(tmp_path):
     ("fields", "message"),
     [
         ({}, r"class_names is empty and there is no dataset.root: .*classes.txt"),
-        ({"root": "/nowhere"}, r"class_names is empty and there is no /nowhere/classes.txt: "),
+        ({"root": "/nowhere"}, r"dataset.root=/nowhere: no such directory"),
+        ({"root": "/"}, r"class_names is empty and there is no /classes.txt: "),
+        ({"class_names": ("a", "b", "A ")}, r"classes 0 and 2 of dataset 'folder' are both 'A '; give"),
         ({"name": "tfds", "tfds_name": "mnist"}, r"class_names is empty: the recipe must name the classes of .*'mnist'"),
         ({"class_names": ("only",)}, r"has 1 classes: expected 2 to 255"),
         ({"class_names": tuple(f"c{i}" for i in range(256))}, r"has 256 classes: expected 2 to 255"),
@@ -92,7 +94,7 @@ def test_refused(fields, message):
 
 def test_color_out_of_range_in_a_classes_file(tmp_path):
     (tmp_path / "classes.txt").write_text("a 1 2 3\nb 1 2 300\n")
-    with pytest.raises(ValueError, match=r"\(1, 2, 300\) of class 'b'"):
+    with pytest.raises(ValueError, match=r"classes.txt, line 2: 1, 2, 300 .* each from 0 to 255"):
         datasets.describe(recipe(root=str(tmp_path)))
 
 

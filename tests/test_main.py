@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pspnet_jax import jobs
-from pspnet_jax.config import base_config, leaves
+from pspnet_jax.config import base_config, leaves, load_recipe, to_json
 from pspnet_jax.main import main
 from tests import fakes
 
@@ -159,6 +160,13 @@ def test_another_network_in_the_same_workdir_is_refused(run, capsys):
         (["--config=configs/camvid.py", "--config.loss.terms=dice+lovasz"], "'lovasz' is unknown; expected one of"),
         (["--config=configs/quickstart.py", "--config.loss.class_weights=1.0,2.0"], "expected one for each of the 9 classes"),
         (["--config=configs/camvid.py", "7"], "7: unknown argument"),
+        (["--config=configs/camvid.py", "--config.seed=99999999999999999999"], "seed=99999999999999999999: expected a whole"),
+        (["--config=configs/camvid.py", "--config.seed", "-1", "--noconfig.model.auxiliary"], "dataset.root"),
+        (["--config=configs/quickstart.py", "--input=x"], "--input: --mode train does not read it, only predict, import"),
+        (["--config=configs/quickstart.py", "--checkpoint=3"], "--checkpoint: --mode train does not read it"),
+        (["--config=configs/quickstart.py", "--mode=check", "--distributed"], "--distributed: --mode check does not read it"),
+        (["--config=configs"], "--config configs: no such file"),
+        (["--config=~/no/config.json"], f"--config {Path.home()}/no/config.json: no such file"),
     ],
 )
 def test_a_mistake_ends_in_one_sentence(arguments, words, capsys, monkeypatch):
@@ -242,3 +250,112 @@ def test_the_profile_is_of_the_steps_after_the_tenth_of_each_start(tmp_path):
     for step in range(511, 514):
         hook(step)
     assert list(tmp_path.rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("def get_config(:", "SyntaxError: invalid syntax"),
+        ("import nothere", "line 1: ModuleNotFoundError: No module named 'nothere'"),
+        ("def get_config():\n    pass", "get_config() returns NoneType; expected the config of base_config()"),
+        ("def get_config():\n    return {}", "get_config() returns dict"),
+        ("def get_config():\n    return 1 / 0", "line 2: ZeroDivisionError"),
+        ("import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict()", "its config lacks augment.blur"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+    ],
+)
+def test_a_recipe_that_does_not_work_is_named(body, words, capsys, tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(body)
+    said = error(capsys, f"--config={path}")
+    assert said.startswith(f"error: --config {path}: ")
+    assert words in said
+
+
+def test_the_config_of_a_run_is_a_recipe(run):
+    file = run[0] / "config.json"
+    assert to_json(load_recipe(str(file))) == file.read_text()
+
+
+def test_a_recipe_beside_a_workdir_is_told_not_to_count(run, capsys):
+    own = recipe(run[0].parent / "own.py", run[1])
+    assert main(["--mode=evaluate", f"--workdir={run[0]}", f"--config={own}"]) == 0
+    assert "saved with the checkpoint counts, not that of" in (said := capsys.readouterr().out)
+    assert "model.depth: 50 -> 18" in said
+
+
+def test_a_path_with_a_tilde_is_in_the_home_directory(run, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main(["--mode=predict", f"--workdir={run[0]}", f"--input={run[1]}/images/val", "--output=~/results"]) == 0
+    assert len(list((tmp_path / "results/index").iterdir())) == 3
+    assert str(tmp_path / "results") in capsys.readouterr().out
+    assert not (tmp_path / "~").exists()
+
+
+def started(tmp_path, module: str, source: str, **environment: str) -> subprocess.CompletedProcess:
+    """Starts a training that ends at a wrong value, with a module of the user's in the way."""
+    path = tmp_path / module
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source)
+    command = [sys.executable, "-m", "pspnet_jax.main", "--config=configs/quickstart.py", "--config.every.log=0"]
+    settings = os.environ | {"PYTHONPATH": str(tmp_path)} | environment
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=settings)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
+
+
+def test_a_platform_without_devices_is_named(tmp_path):
+    for platform in ("cuda", "nonsense"):
+        said = started(tmp_path, "empty.py", "", JAX_PLATFORMS=platform).stderr.splitlines()[-1]
+        assert said.startswith(f"error: JAX finds no device of JAX_PLATFORMS={platform}")
+
+
+def test_a_plugin_that_fails_is_one_sentence(tmp_path):
+    source = "def initialize():\n    raise RuntimeError('Unable to load CUDA.')"
+    done = started(tmp_path, "jax_plugins/xla_cuda99/__init__.py", source, JAX_PLATFORMS="")
+    (told,) = [line for line in (done.stdout + done.stderr).splitlines() if "Unable to load CUDA" in line]
+    assert told.endswith("initialize(): Unable to load CUDA.; its devices will not be used")
+    assert done.stderr.splitlines()[-1] == "error: every.log=0: expected more than 0"
+
+
+def test_a_missing_tensorflow_is_named(tmp_path):
+    source = "raise ModuleNotFoundError(\"No module named 'tensorflow'\", name='tensorflow')"
+    command = [sys.executable, "-m", "pspnet_jax.main", "--config=configs/quickstart.py"]
+    (tmp_path / "tensorflow.py").write_text(source)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert done.stderr.splitlines()[-1].startswith("error: tensorflow cannot be imported (No module named 'tensorflow')")
+
+
+def test_double_precision_of_the_shell_is_left_off(tmp_path):
+    done = started(tmp_path, "empty.py", "", JAX_ENABLE_X64="1")
+    assert "JAX_ENABLE_X64 is set" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("raised", "words"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device; free some space"),
+        (PermissionError(13, "Permission denied", "/x/y"), "/x/y"),
+        (MemoryError(), "out of memory (MemoryError); lower batch_size"),
+        (
+            ValueError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore"),
+            "9 bytes.); lower batch_size",
+        ),
+        (RuntimeError("/x/events: No space left on device"), "/x/events: No space left on device; free some space"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_sentence(raised, words, capsys, monkeypatch):
+    def job(arguments, overrides):
+        raise ValueError("wrapped") from raised
+
+    monkeypatch.setitem(jobs.JOBS, "train", job)
+    assert words in error(capsys, "--config=configs/quickstart.py")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setitem(jobs.JOBS, "train", lambda *_: {}["nothing"])
+    with pytest.raises(KeyError, match="nothing"):
+        main(["--config=configs/quickstart.py"])

@@ -1,6 +1,10 @@
 """Without a terminal, a line every half minute."""
 
+import io
 import logging
+import sys
+
+from rich.console import Console
 
 from pspnet_jax import progress
 
@@ -17,3 +21,13 @@ def test_lines_say_how_far_how_fast_and_how_long(monkeypatch, caplog):
         "evaluating val: 15/200 images, 0.5 images/s, 0:06:10 left",
         "evaluating val: 30/200 images, 0.5 images/s, 0:05:40 left",
     ]
+
+
+def test_a_title_with_brackets_is_shown_as_it_is(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=terminal, force_terminal=True, width=100))
+    with progress.progress("evaluating val[a] [/b]", 2) as advance:
+        advance(1)
+    assert "evaluating val[a] [/b]" in terminal.getvalue()

@@ -27,6 +27,10 @@ def test_a_value_outside_its_choices_is_refused_with_all_of_them(field):
     [
         ("batch_size", 0, "more than 0"),
         ("total_steps", 0, "more than 0"),
+        ("total_steps", 99999999999, "numbers below 2147483648"),
+        ("optimizer.learning_rate", float("inf"), "numbers below 2147483648"),
+        ("normalize.mean", (123.0, float("nan"), 103.0), "numbers below 2147483648"),
+        ("seed", -(2**31) - 1, "a whole number from -2147483648 to 4294967295"),
         ("model.width", 12, "a multiple of 8"),
         ("model.output_stride", 0, "one of 8, 16, 32"),
         ("model.bins", (0, 1), "bins of 1 or more"),
@@ -64,6 +68,12 @@ def test_an_impossible_value_is_refused_with_what_is_allowed(field, value, allow
     assert problem.startswith(f"{field}={value}: expected ")
     assert allowed in problem
     assert "\n" not in problem
+
+
+@pytest.mark.parametrize("name", ["", "../elsewhere", ".hidden"])
+def test_a_name_is_that_of_a_folder_in_runs(name):
+    with pytest.raises(ValueError, match="expected a name for a folder in runs/"):
+        validation.validate(changed({"name": name}))
 
 
 @pytest.mark.parametrize("field", ["augment.crop", "eval.crop"])

@@ -1,6 +1,8 @@
 """Others' weights through the command line: import, evaluate and predict as the network itself would; training from them."""
 
+import copy
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +69,33 @@ def test_what_an_import_cannot_do_ends_in_one_sentence(imported, tmp_path, capsy
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_import_names_what_it_assumes_and_the_users_word_counts(imported, tmp_path, capsys):
+    """Of a file with an average beside the raw weights, and of other bins, all of which no array tells."""
+    _, _, network = imported
+    content = {"net": network.state_dict(), "ema": reference.randomized(copy.deepcopy(network), seed=1).state_dict()}
+    torch.save(content, tmp_path / "net.ckpt")
+    command = ["--mode=import", f"--workdir={tmp_path}/run", "--config.model.align_corners=true", "--config.model.bins=1,2,4,8"]
+    names = "--config.dataset.class_names=('sky', 'sea', 'sand')"
+    assert main([*command, f"--input={tmp_path}/net.ckpt:ema", names]) == 0
+    said = capsys.readouterr().out
+    assert f"the weights are those in 'ema'; for the others name {tmp_path}/net.ckpt:net" in said
+    [assumed] = [line for line in said.splitlines() if line.startswith("ASSUMED")]
+    assert "--config.model.stride_in=conv3x3" in assumed
+    assert not re.search("align_corners|bins|class", assumed)
+    config, _, variables = checkpoint.load(tmp_path / "run", "latest", parallel.make_mesh())
+    assert (config.model.bins, config.model.align_corners) == ((1, 2, 4, 8), True)
+    assert config.dataset.class_names == ("sky", "sea", "sand")
+    kernel = content["ema"]["decode_head.bottleneck.conv.weight"].numpy()
+    np.testing.assert_array_equal(variables["params"]["head_conv"]["kernel"], kernel.transpose(2, 3, 1, 0))
+
+
+def test_an_import_of_a_backbone_ends_in_one_sentence(tmp_path, capsys):
+    torch.save({"model_state_dict": reference.ResNet(18).state_dict()}, tmp_path / "resnet.pth")
+    said = error(capsys, "--mode=import", f"--input={tmp_path}/resnet.pth", f"--workdir={tmp_path}/run")
+    assert "depth 18, backbone only; there is nothing to evaluate: train from it with --config.init_from=" in said
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_training_starts_from_a_backbone(imported, tmp_path, capsys):
     """One step with next to no learning rate leaves the ImageNet weights what they were, and the batch statistics not."""
@@ -78,8 +107,6 @@ def test_training_starts_from_a_backbone(imported, tmp_path, capsys):
     command = [f"--config={own}", f"--workdir={tmp_path}/run", *wide, f"--config.init_from={tmp_path}/resnet18.pth"]
     assert "set --config.model.stem=conv7" in error(capsys, *command)
     command += ["--config.model.stem=conv7", "--config.total_steps=1", "--config.optimizer.learning_rate=1e-12"]
-    said = error(capsys, *command, "--config.normalize.order=BGR")
-    assert "set --config.normalize.order=RGB" in said
     assert main(command) == 0
     assert "not in" in capsys.readouterr().out
     _, step, variables = checkpoint.load(tmp_path / "run", "latest", parallel.make_mesh())

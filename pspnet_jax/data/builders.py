@@ -30,8 +30,9 @@ from etils import epath
 
 from pspnet_jax import config as configs
 from pspnet_jax import datasets
-from pspnet_jax.data import layouts, sources
-from pspnet_jax.errors import UserError
+from pspnet_jax.data import sources
+from pspnet_jax.data.tfds_source import dataset_info
+from pspnet_jax.errors import MissingFileError
 
 logger = logging.getLogger(__name__)
 
@@ -58,15 +59,7 @@ class _FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
         return f"--manual_dir has to hold {archives}{datasets.EXPECTED_FILES[self.BENCHMARK]}."
 
     def _info(self) -> tfds.core.DatasetInfo:
-        image = tfds.features.Image(shape=(None, None, 3))
-        label = tfds.features.Image(shape=(None, None, 1), encoding_format="png")
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=f"{self.BENCHMARK} for semantic segmentation, with classes as labels.",
-            features=tfds.features.FeaturesDict({"image": image, "label": label}),
-            supervised_keys=("image", "label"),
-            disable_shuffling=True,  # in the order of the files
-        )
+        return dataset_info(self, f"{self.BENCHMARK} for semantic segmentation, with classes as labels.")
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         manual = epath.Path(dl_manager.manual_dir)
@@ -74,23 +67,19 @@ class _FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
         places = dl_manager.extract(here) if here else {}
         dataset = configs.base_config().dataset
         dataset.name, dataset.root, dataset.extra_root = self.BENCHMARK, *self._roots(manual, places)
-        return {
-            split: self._generate_examples(sources.open_source(dataset, split))
-            for split in self.SPLITS
-            if split not in self.OPTIONAL or self._is_there(dataset, split)
-        }
+        found = {}
+        for split in self.SPLITS:
+            try:
+                found[split] = self._generate_examples(sources.open_source(dataset, split))
+            except MissingFileError as error:
+                if split not in self.OPTIONAL:
+                    raise
+                logger.warning("split %r is left out: %s", split, error)
+        return found
 
     def _roots(self, manual: epath.Path, places: Mapping[str, epath.Path]) -> tuple[str, str]:
         """Returns dataset.root and dataset.extra_root, given the directories that the archives were extracted to."""
         return str(places[self.ARCHIVES[0]] if places else manual), ""
-
-    def _is_there(self, dataset: Any, split: str) -> bool:
-        try:
-            layouts.list_pairs(dataset.name, dataset.root, split, dataset.extra_root)
-        except UserError as error:
-            logger.warning("split %r is left out: %s", split, error)
-            return False
-        return True
 
     def _generate_examples(self, source: sources.Source) -> Iterator[tuple[int, dict[str, Any]]]:
         assert isinstance(source, sources.Files)

@@ -18,7 +18,7 @@ from pspnet_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 Read = Callable[[int], Example]
-VERSION = 1  # of decoding: examples that another version has kept on disk are not used
+VERSION = 2  # of decoding: examples that another version has kept on disk are not used
 
 
 class CacheBudget:
@@ -69,53 +69,49 @@ def cached(source: Source, dataset: ConfigDict, budget: CacheBudget) -> Read:
       UserError: config.dataset.cache_dir cannot be written to, or the source cannot tell when an example changes.
     """
     if dataset.cache == "memory":
-        return _Memory(source.read, budget)
+        return _in_memory(source.read, budget)
     if dataset.cache == "disk":
         if not source.files(0):
             raise UserError("dataset.cache='disk': this source names no files, whose times say whether an example has changed")
         path = stamps.directory(dataset.cache_dir)
-        return _Disk(source.read, budget, functools.cache(lambda index: path / f"{_identity(source, index, dataset)}.npy"))
+        return _on_disk(source.read, budget, functools.cache(lambda index: path / f"{_identity(source, index, dataset)}.npy"))
     return source.read
 
 
-class _Memory:
-    def __init__(self, read: Read, budget: CacheBudget):
-        self._read, self._budget = read, budget
-        self._kept: dict[int, Example] = {}
+def _in_memory(read: Read, budget: CacheBudget) -> Read:
+    kept: dict[int, Example] = {}
 
-    def __call__(self, index: int) -> Example:
-        if index in self._kept:
-            return self._kept[index]
-        image, label = self._read(index)
-        if self._budget.take(image.nbytes + label.nbytes):
-            self._kept[index] = image, label
+    def call(index: int) -> Example:
+        if index in kept:
+            return kept[index]
+        image, label = read(index)
+        if budget.take(image.nbytes + label.nbytes):
+            kept[index] = image, label
         return image, label
 
+    return call
 
-class _Disk:
-    """One .npy an example, which is mapped, not read: uint8[4H,W], the bytes of the image and then the label."""
 
-    def __init__(self, read: Read, budget: CacheBudget, path: Callable[[int], pathlib.Path]):
-        self._read, self._budget, self._path = read, budget, path
+def _on_disk(read: Read, budget: CacheBudget, path_of: Callable[[int], pathlib.Path]) -> Read:
+    """Keeps one .npy an example, which is mapped, not read: uint8[4H,W], the bytes of the image and then the label."""
 
-    def __call__(self, index: int) -> Example:
-        path = self._path(index)
+    def call(index: int) -> Example:
+        path = path_of(index)
         try:
             rows = np.load(path, mmap_mode="r")
+            height = len(rows) // 4
+            return rows[: 3 * height].reshape(height, -1, 3), rows[3 * height :]
         except (OSError, ValueError, EOFError):  # not there, or damaged
-            return self._read_and_keep(index, path)
-        height = len(rows) // 4
-        return rows[: 3 * height].reshape(height, -1, 3), rows[3 * height :]
-
-    def _read_and_keep(self, index: int, path: pathlib.Path) -> Example:
-        image, label = self._read(index)
+            image, label = read(index)
         try:
-            if self._budget.take(image.nbytes + label.nbytes):
+            if budget.take(image.nbytes + label.nbytes):
                 with files.atomic(path) as temporary:
                     np.save(temporary, np.concatenate([image.reshape(-1, label.shape[1]), label]))
         except OSError as error:  # others have filled the disk, above all
-            self._budget.close(str(error))
+            budget.close(str(error))
         return image, label
+
+    return call
 
 
 def _identity(source: Source, index: int, dataset: ConfigDict) -> str:

@@ -1,25 +1,42 @@
 """What can be wrong with an image and its label file, in one sentence that names the file, the fault and the likely cause."""
 
+import contextlib
 import io
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Iterator, Mapping
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import scipy.io
 import tensorflow as tf
 from PIL import Image, ImageFile
 
-from pspnet_jax import datasets
-from pspnet_jax.errors import UserError
-
-EXIF_ORIENTATION = 0x0112
-Values = Callable[[Sequence[int]], None]  # refuses a histogram of a label's values 0..255
+from pspnet_jax import datasets, image_files
+from pspnet_jax.errors import MissingFileError, UserError
 
 
 class WrongValues(UserError):
     """A label is no class index where it has to be one: one wrong file, and likely all of them are wrong alike."""
 
 
-def check_pair(image_file: str, label_file: str, num_classes: int, pixels: bool, benchmark: str | None) -> None:
+Seen = tuple[list[int], dict[int, tuple[int, ...]]]  # pixels of each value in a label file; in a palette, the values' colors
+
+
+class Look(NamedTuple):
+    """What was seen of a pair with which nothing is wrong.
+
+    Attributes:
+      orientation: of the image, see `image_files.orientation`.
+      values: int64[256], the label's pixels of each class and of 255; None where only the headers were read.
+      palette: (R, G, B) of the values that occur in a palette label.
+    """
+
+    orientation: int
+    values: np.ndarray | None = None
+    palette: Mapping[int, tuple[int, ...]] = {}
+
+
+def check_pair(image_file: str, label_file: str, num_classes: int, pixels: bool, benchmark: str | None) -> Look:
     """Refuses a pair with the first thing that is wrong with it.
 
     Args:
@@ -33,20 +50,24 @@ def check_pair(image_file: str, label_file: str, num_classes: int, pixels: bool,
       WrongValues: the label's values are wrong, and nothing else.
       UserError: anything else.
     """
-
-    def values(histogram: Sequence[int]) -> None:
+    with _opened(image_file, label_file) as file:
+        size, tag = _check_image(file, pixels)
+    upright = size[::-1] if tag >= 5 else size
+    with _opened(label_file, image_file) as file:
+        label_size, seen = (_check_mat if label_file.endswith(".mat") else _check_label)(file, pixels)
+        if label_size != upright:
+            raise UserError(_size_problem(label_size, image_file, size, tag))
+        if not seen:
+            return Look(tag)
+        histogram, palette = seen
         if benchmark:
             problem = datasets.raw_label_problem(benchmark, histogram)
+            values = np.bincount(datasets.classes_of_raw_values(benchmark), histogram, 256).astype(np.int64)
         else:
-            problem = datasets.label_problem(histogram, num_classes)
+            problem, values = datasets.label_problem(histogram, num_classes), np.asarray(histogram)
         if problem:
-            raise WrongValues(f"{label_file}: {problem}")
-
-    size = _inspect(image_file, label_file, lambda image: _image_problem(image, pixels))
-    if label_file.endswith(".mat"):
-        _check_mat(label_file, image_file, size, values)
-    else:
-        _inspect(label_file, image_file, lambda label: _label_problem(label, pixels, image_file, size, values))
+            raise WrongValues(problem)
+    return Look(tag, values, palette)
 
 
 def example_problem(image: np.ndarray, label: np.ndarray, num_classes: int) -> str | None:
@@ -57,7 +78,9 @@ def example_problem(image: np.ndarray, label: np.ndarray, num_classes: int) -> s
         return f"has image {found[0]} and label {found[1]}, expected uint8[H, W, 3] and uint8[H, W]"
     if image.shape[:2] != label.shape:
         return f"the image is {image.shape[:2]}, the label {label.shape} (height, width)"
-    if label.size and (label + np.uint8(1)).max() > num_classes:  # IGNORE + 1 is 0
+    if not label.size:
+        return "has no pixels"
+    if (label + np.uint8(1)).max() > num_classes:  # IGNORE + 1 is 0
         return datasets.label_problem(np.bincount(label.ravel(), minlength=256).tolist(), num_classes)
     return None
 
@@ -76,73 +99,88 @@ def decode_label(contents: bytes) -> np.ndarray:
         raise ValueError(f"no palette PNG, and no .mat file with GTcls.Segmentation ({error})") from error
 
 
-def _check_mat(file: str, image_file: str, size: tuple[int, int], values: Values) -> None:
+@contextlib.contextmanager
+def _opened(file: str, partner: str) -> Iterator[BinaryIO]:
+    """Opens a file; what goes wrong with it becomes a UserError that begins with its name."""
     try:
         with tf.io.gfile.GFile(file, "rb") as stream:
-            label = decode_label(stream.read())
+            yield stream
+    except UserError as error:
+        raise type(error)(f"{file}: {error}") from None
     except tf.errors.NotFoundError as error:
-        raise UserError(f"{file}: no such file, which has to go with {image_file}") from error
-    except (ValueError, tf.errors.OpError) as error:
-        raise UserError(f"{file}: cannot be read, damaged or cut short ({error}); replace it or remove the pair") from error
-    if problem := _size_problem(label.shape[::-1], image_file, size):
-        raise UserError(f"{file}: {problem}")
-    values(np.bincount(label.ravel(), minlength=256).tolist())
+        if os.path.islink(file):
+            raise MissingFileError(f"{file}: a broken link, to {os.readlink(file)}") from error
+        raise MissingFileError(f"{file}: no such file, which has to go with {partner}") from error
+    except (tf.errors.PermissionDeniedError, tf.errors.FailedPreconditionError) as error:
+        raise UserError(f"{file}: cannot be read ({error.message.split('; ')[-1]})") from error
+    except Exception as error:  # whatever Pillow or scipy raises over a damaged file
+        if isinstance(error, image_files.TOO_LARGE):
+            raise UserError(f"{file}: cannot be read ({image_files.reason(error)})") from error
+        cause = image_files.reason(error) if tf.io.gfile.stat(file).length else "the file is empty"
+        raise UserError(f"{file}: cannot be read, damaged or cut short ({cause}); replace it or remove the pair") from error
 
 
-def _inspect(file: str, partner: str, find_problem: Callable[[ImageFile.ImageFile], str | None]) -> tuple[int, int]:
-    """Returns (width, height) of an image file, or raises a UserError with the problem found in it."""
-    try:
-        with tf.io.gfile.GFile(file, "rb") as stream, Image.open(stream) as image:
-            size, problem = image.size, find_problem(image)
-    except tf.errors.NotFoundError as error:
-        raise UserError(f"{file}: no such file, which has to go with {partner}") from error
-    except WrongValues:
-        raise
-    except Exception as error:  # whatever Pillow raises over a damaged file
-        raise UserError(f"{file}: cannot be read, damaged or cut short ({error}); replace it or remove the pair") from error
-    if problem:
-        raise UserError(f"{file}: {problem}")
-    return size
+def _check_image(file: BinaryIO, pixels: bool) -> tuple[tuple[int, int], int]:
+    """Returns (width, height) as the file has them, and the orientation."""
+    stream = io.BytesIO(file.read()) if pixels else file
+    with Image.open(stream) as image:
+        if image.format not in ("JPEG", "MPO", "PNG"):  # MPO: a JPEG with further pictures behind it, from phones
+            raise UserError(f"is a {image.format} file despite its name; convert it to JPEG or PNG")
+        if problem := image_files.kind_problem(image):
+            raise UserError(problem)
+        size, kind, tag = image.size, image.format, image_files.orientation(image)
+    if pixels:
+        with Image.open(stream) as image:
+            if kind == "PNG":
+                image.verify()  # checksums, without decoding
+            else:
+                image.draft(None, (1, 1))  # an eighth of the size: reads the whole file in less time
+                image.load()
+    return size, tag
 
 
-def _image_problem(image: ImageFile.ImageFile, pixels: bool) -> str | None:
-    if image.format not in ("JPEG", "MPO", "PNG"):  # MPO: a JPEG with further pictures behind it, from phones
-        return f"is a {image.format} file despite its name; convert it to JPEG or PNG"
-    if image.mode == "CMYK":
-        return "is a CMYK image; convert it to RGB"
-    if "16" in image.mode or "16" in str(image.tile[0][3]):
-        return "has 16 bits a channel; convert it to 8"
-    orientation = image.getexif().get(EXIF_ORIENTATION, 1) if "exif" in image.info else 1
-    if orientation != 1:
-        return f"has EXIF orientation {orientation}, so it may be turned against its label; turn the pixels and drop the tag"
-    if pixels and image.format == "PNG":
-        image.verify()  # checksums, without decoding
-    elif pixels:
-        image.draft(None, (1, 1))  # an eighth of the size: reads the whole file in less time
-        image.load()
-    return None
+def _check_label(file: BinaryIO, pixels: bool) -> tuple[tuple[int, ...], Seen | None]:
+    """Returns (width, height) and, with `pixels`, the histogram and the colors of the values in it, if there is a palette."""
+    with Image.open(io.BytesIO(file.read()) if pixels else file) as label:
+        if label.format != "PNG":
+            raise UserError(f"is a {label.format} file despite its name; labels must be PNGs of class indices")
+        if label.mode in ("RGB", "RGBA"):
+            raise UserError(_color_problem(label))
+        kind = label.tile[0][3]
+        if label.mode != "P" and kind != "L":
+            raise UserError(
+                f"has pixels of kind {kind!r}; expected an 8-bit gray or a palette PNG of class indices: convert it"
+            )
+        if not pixels:
+            return label.size, None
+        histogram, colors = label.histogram(), label.getpalette() or []
+        return label.size, (histogram, {v: tuple(colors[3 * v : 3 * v + 3]) for v in range(len(colors) // 3) if histogram[v]})
 
 
-def _label_problem(
-    label: ImageFile.ImageFile, pixels: bool, image_file: str, size: tuple[int, int], values: Values
-) -> str | None:
-    if label.format != "PNG":
-        return f"is a {label.format} file despite its name; labels must be PNGs of class indices"
-    if label.mode in ("RGB", "RGBA"):
+def _check_mat(file: BinaryIO, pixels: bool) -> tuple[tuple[int, ...], Seen | None]:
+    """Does the same with a .mat file, whose pixels have to be read in any case."""
+    label = decode_label(file.read())
+    return label.shape[::-1], (np.bincount(label.ravel(), minlength=256).tolist(), {})
+
+
+def _color_problem(label: ImageFile.ImageFile) -> str:
+    red, green, blue = np.moveaxis(np.asarray(label)[..., :3], -1, 0)
+    if (red == green).all() and (red == blue).all():
         return (
-            f"is an {label.mode} picture, probably labels drawn in colors; expected one channel: replace each color by its "
-            "class index"
+            f"is an {label.mode} picture whose red, green and blue are equal; expected one channel: save one of them as an "
+            "8-bit gray PNG"
         )
-    kind = label.tile[0][3]
-    if label.mode != "P" and kind != "L":
-        return f"has pixels of kind {kind!r}; expected an 8-bit gray or a palette PNG of class indices"
-    problem = _size_problem(label.size, image_file, size)
-    if pixels and not problem:
-        values(label.histogram())
-    return problem
+    return (
+        f"is an {label.mode} picture, probably labels drawn in colors; expected one channel: replace each color by its class "
+        "index"
+    )
 
 
-def _size_problem(label: tuple[int, ...], image_file: str, image: tuple[int, int]) -> str | None:
-    if label == image:
-        return None
-    return f"is {label[0]}x{label[1]}, but its image {image_file} is {image[0]}x{image[1]}; both must have one size"
+def _size_problem(label: tuple[int, ...], image_file: str, image: tuple[int, int], tag: int) -> str:
+    if tag < 5:
+        return f"is {label[0]}x{label[1]}, but its image {image_file} is {image[0]}x{image[1]}; both must have one size"
+    cure = "both must have one size" if label != image else "turn the label as well, or drop the image's orientation tag"
+    return (
+        f"is {label[0]}x{label[1]}, but its image {image_file} is {image[1]}x{image[0]} once it is turned upright, as its EXIF "
+        f"orientation {tag} asks for; {cure}"
+    )

@@ -1,15 +1,21 @@
 """Where each dataset keeps its images and labels, as its users unpack it. Directories may be local or gs://."""
 
 import collections
+import logging
 import os
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
+from PIL import Image
 
 from pspnet_jax import datasets
+from pspnet_jax.data.names import check_partners
 from pspnet_jax.errors import MissingFileError, UserError
 
+logger = logging.getLogger(__name__)
+LISTED = 3  # files in a warning
 IMAGES = (".jpg", ".jpeg", ".png")
 ALIASES = {"ade20k": {"train": "training", "val": "validation"}}
 
@@ -48,13 +54,15 @@ def list_pairs(name: str, root: str, split: str, extra_root: str = "") -> list[P
     expected = datasets.EXPECTED_FILES[name]
     if not root:
         raise UserError(f"dataset.root is empty: set --config.dataset.root to the directory with {expected}")
-    if not tf.io.gfile.isdir(root):
-        raise MissingFileError(f"--config.dataset.root={root}: no such directory; expected one with {expected}")
     parts = _parts(name, split)
     try:
+        if not tf.io.gfile.isdir(root):
+            raise MissingFileError(f"--config.dataset.root={root}: no such directory")
         found = {part: LAYOUTS[name](root, part, extra_root) for part in parts}
-    except UserError as error:
-        raise type(error)(f"dataset.name={name!r}: {error}; expected {expected}") from error
+    except MissingFileError as error:
+        raise MissingFileError(f"dataset.name={name!r}: {error}; expected {expected}") from error
+    except tf.errors.OpError as error:  # of permissions or the network
+        raise UserError(f"--config.dataset.root={root}: cannot be read ({error.message})") from error
     pairs = [pair for part in parts for pair in found[part]]
     if name == "folder" and len(parts) > 1:  # where the same names may occur in each
         pairs = [pair._replace(name=f"{part}/{pair.name}") for part in parts for pair in found[part]]
@@ -97,6 +105,7 @@ def _paired(image_directory: str, label_directory: str, raw: bool) -> list[Pair]
     if not tf.io.gfile.isdir(label_directory):
         return [Pair(name, images[name], "", raw) for name in sorted(images)]
     labels = _files(label_directory, (".png",))
+    check_partners(images, labels, label_directory)
     return [
         Pair(name, images.get(name, f"{image_directory}/{name}.jpg"), labels.get(name, f"{label_directory}/{name}.png"), raw)
         for name in sorted(images.keys() | labels.keys())
@@ -183,8 +192,11 @@ def _names(file: str) -> list[str]:
     """The first word of each line."""
     if not tf.io.gfile.exists(file):
         raise MissingFileError(f"{file}: no such file; it lists the names of the images of a split")
-    with tf.io.gfile.GFile(file) as lines:
-        return [line.split()[0] for line in lines if line.strip()]
+    try:
+        with tf.io.gfile.GFile(file) as lines:
+            return [line.split()[0] for line in lines if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: is no UTF-8 text ({error.reason}); save it as UTF-8") from error
 
 
 def _files(directory: str, endings: Sequence[str]) -> dict[str, str]:
@@ -194,31 +206,52 @@ def _files(directory: str, endings: Sequence[str]) -> dict[str, str]:
         there = ", ".join(sorted(tf.io.gfile.listdir(parent))[:8]) if tf.io.gfile.isdir(parent) else ""
         raise MissingFileError(f"{directory}: no such directory" + (f"; {parent} has {there}" if there else ""))
     found: dict[str, str] = {}
+    others, known = [], Image.registered_extensions()
     for path in _walk(directory):
         name, ending = os.path.splitext(path[len(directory) + 1 :])
-        if ending.lower() not in endings:
+        name, ending = unicodedata.normalize("NFC", name), ending.lower()  # macOS writes "e" and its accent as two characters
+        if ending not in endings:
+            others += [path] if ending in known else []
             continue
         if name in found:
             raise UserError(f"{path} and {found[name]}: two files of one name, whose label is ambiguous; remove one")
         found[name] = path
+    if others:
+        logger.warning(
+            f"{directory}: {len(others):,} images are left out, as they are no {', '.join(endings)} files: "
+            f"{', '.join(others[:LISTED])}{', ...' if len(others) > LISTED else ''}"
+        )
     if not found:
         raise MissingFileError(f"{directory}: holds no {', '.join(endings)} files")
     return found
 
 
-def _walk(directory: str) -> Iterator[str]:
-    """Yields the files below a directory, without hidden ones.
+def _walk(directory: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yields the files below a directory, without hidden ones; `above` are the real paths of the directories that it is in.
 
     A bucket lists folders with a "/", and is not asked about each entry with a "." whether it is one, which would take minutes.
     """
-    for entry in tf.io.gfile.listdir(directory):
+    remote = "://" in directory
+    if not remote:
+        if (real := os.path.realpath(directory)) in above:
+            raise UserError(f"{directory}: a link to a directory that it is in; remove it")
+        above = (*above, real)
+    for entry in _entries(directory):
         path = f"{directory}/{entry.rstrip('/')}"
         if entry.startswith("."):
             continue
-        if entry.endswith("/") or (("." not in entry or "://" not in directory) and tf.io.gfile.isdir(path)):
-            yield from _walk(path)
+        if entry.endswith("/") or (("." not in entry or not remote) and tf.io.gfile.isdir(path)):
+            yield from _walk(path, above)
         else:
             yield path
+
+
+def _entries(directory: str) -> list[str]:
+    try:
+        return tf.io.gfile.listdir(directory)
+    except UnicodeDecodeError as error:
+        name = error.object.decode(errors="backslashreplace")
+        raise UserError(f"{directory}: holds {name}, whose name is not UTF-8; rename it") from error
 
 
 LAYOUTS: dict[str, Callable[[str, str, str], list[Pair]]] = {

@@ -4,6 +4,8 @@ import atexit
 import contextlib
 import dataclasses
 import functools
+import logging
+import operator
 import os
 import weakref
 from collections.abc import Callable, Generator, Sequence
@@ -14,11 +16,14 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from pspnet_jax import datasets
-from pspnet_jax.data import augment, survey
+from pspnet_jax.data import augment, stamps, survey
 from pspnet_jax.data.cache import CacheBudget, Read, cached
 from pspnet_jax.data.order import AUGMENT, Order, generator
 from pspnet_jax.data.sources import Example, Source, open_source, training_parts
+from pspnet_jax.data.totals import Totals
 from pspnet_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 THREADS = CORES + 1  # for readers in Python
@@ -36,12 +41,14 @@ class TrainingData:
       sources: the datasets.
       reads: a function for each dataset: index -> image uint8[H,W,3], label uint8[H,W]; `source.read`, or a cache of it.
       examples_per_epoch: number of examples after which the first dataset has been shown once.
+      fingerprint: digest of the names and sizes of all files, the same on all hosts; "" where there are none.
     """
 
     order: Order
     sources: Sequence[Source]
     reads: Sequence[Read]
     examples_per_epoch: int
+    fingerprint: str = ""
 
 
 def open_training(config: ConfigDict, source: Source | None = None) -> TrainingData:
@@ -52,15 +59,17 @@ def open_training(config: ConfigDict, source: Source | None = None) -> TrainingD
       source: a reader of your own instead of config.dataset's training split; dataset.mixture comes beside it.
 
     Raises:
-      UserError: see open_source, Order and cache.py; or balance is on, and no label has a class in it.
+      UserError: see open_source, Order and cache.py; balance is on, and no label has a class in it; or only one class occurs.
     """
     num_classes = datasets.describe(config.dataset).num_classes
-    if source and source.num_classes != num_classes:
+    if source is not None and source.num_classes != num_classes:
         raise UserError(f"this source has {source.num_classes} classes, dataset.class_names {num_classes}; both mean the same")
     sources: list[Source] = []
     reads, presence, budget = [], [], CacheBudget(config.dataset)
     for dataset, split in training_parts(config.dataset):
-        part = source if source and not sources else open_source(dataset, split)
+        part = open_source(dataset, split) if source is None or sources else source
+        if not len(part):
+            raise UserError(f"split {split!r} has no examples to train on")
         read = cached(part, dataset, budget)
         if dataset.balance:
             presence.append(survey.class_counts(part, dataset, read) > 0)
@@ -72,7 +81,19 @@ def open_training(config: ConfigDict, source: Source | None = None) -> TrainingD
         reads.append(read)
     weights = (1.0, *(weight for *_, weight in config.dataset.mixture))
     order = Order(config.seed, list(map(len, sources)), weights, config.dataset.balance, presence)
-    return TrainingData(order, sources, reads, round(len(sources[0]) * sum(weights)))
+    _check_totals([part.totals or survey.sample_totals(part, read) for part, read in zip(sources, reads, strict=True)], config)
+    prints = [part.fingerprint for part in sources]
+    fingerprint = stamps.digest(prints) if any(prints) else ""
+    return TrainingData(order, sources, reads, round(len(sources[0]) * sum(weights)), fingerprint)
+
+
+def _check_totals(parts: Sequence[Totals], config: ConfigDict) -> None:
+    """Refuses training data from whose labels together nothing can be learned; what only some of them show is a warning."""
+    totals = functools.reduce(operator.add, parts)
+    if problem := totals.problem(datasets.describe(config.dataset).class_names):
+        if totals.labels >= totals.of:
+            raise UserError(problem)
+        logger.warning(problem)
 
 
 def train_dataset(
@@ -151,7 +172,7 @@ def eval_dataset(
     Raises:
       UserError: see open_source.
     """
-    opened = source or open_source(config.dataset, split)
+    opened = open_source(config.dataset, split) if source is None else source
     load = _load(opened, opened.read)
 
     def name_of(index: int) -> bytes:

@@ -1,15 +1,11 @@
-"""Synthetic scenes: a small dataset that is drawn, not stored, and the same dataset as a TFDS builder.
+"""Synthetic scenes: a small dataset that is drawn, not stored.
 
 Boats and cars are drawn alike, and stand on the same gray pier at the bottom. The only clue to which they are winds to the
 horizon, at least 40 pixels from them: a river, or a road. It is the case of the paper's figure 2, where a network without
 context takes a boat on the river for a car. Poles are 1 or 2 pixels wide, birds 3 or 5 pixels in all.
 """
 
-from collections.abc import Iterator
-from typing import ClassVar
-
 import numpy as np
-import tensorflow_datasets as tfds
 
 from pspnet_jax.datasets import IGNORE
 from pspnet_jax.errors import UserError
@@ -177,32 +173,3 @@ def _render(rng: np.random.Generator, materials: np.ndarray) -> np.ndarray:
     color += ((grain + patches) * _TEXTURE[materials])[..., None]
     color *= rng.uniform((0.88, 0.88, 0.84), (1.08, 1.04, 1.04)).astype(np.float32)
     return np.clip(color, 0, 255).astype(np.uint8)
-
-
-class PspnetScenes(tfds.core.GeneratorBasedBuilder):
-    """The scenes as a TFDS dataset: `tfds.builder("pspnet_scenes")` finds it once this module is imported."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(HEIGHT, WIDTH, 3), encoding_format="png"),
-                    "label": tfds.features.Image(shape=(HEIGHT, WIDTH, 1), encoding_format="png"),
-                }
-            ),
-            supervised_keys=("image", "label"),
-            disable_shuffling=True,  # scene i stays example i
-        )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        return {split: self._generate_examples(split) for split in SPLITS}
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        for index in range(SPLITS[split]):
-            image, label = scene(split, index)
-            yield index, {"image": image, "label": label[..., None]}

@@ -1,11 +1,12 @@
 """Which pairs of files cannot be used: looked for once for each set of files, and decided alike by all processes of a job."""
 
 import concurrent.futures
+import functools
 import itertools
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,15 +15,18 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import multihost
 
+from pspnet_jax import datasets
 from pspnet_jax.data import checks, stamps
 from pspnet_jax.data.layouts import Pair
+from pspnet_jax.data.palettes import Palettes
+from pspnet_jax.data.totals import Totals
 from pspnet_jax.errors import UserError
 from pspnet_jax.progress import progress
 
 logger = logging.getLogger(__name__)
 CHECK_ALL = 5000  # up to this many pairs, every pixel of every label is looked at before training starts
 CHECK_SOME = 1000  # of a larger folder, about this many, evenly spread; the others are looked at when they are loaded
-VERSION = 1  # of what is checked: the findings of another version do not count
+VERSION = 2  # of what is checked: the findings of another version do not count
 TOLD = 5  # sentences about skipped pairs
 WAIT = 24 * 3600 * 1000  # ms for the slowest process; that one has died is noticed far earlier
 _exchanges = itertools.count()  # for names of barriers, which are alike in all processes
@@ -37,15 +41,43 @@ class Problem(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """What a process knows about a split."""
+    """What a process knows about a split.
 
-    names: str  # digest of the pairs' names
-    pairs: int
-    problems: list[Problem]
-    error: str  # why the split cannot be listed
+    Attributes:
+      names: digest of the pairs' names.
+      fingerprint: digest of the names and the files' sizes.
+      pairs: how many there are.
+      problems: what is wrong with some.
+      orientations: of the images that are not upright, by the number of the pair, as text, which JSON wants.
+      looked_at: the number of labels whose pixels were counted.
+      values: their pixels of each class and of 255.
+      contradiction, difference: see `Palettes`.
+      error: why the split cannot be listed.
+    """
+
+    names: str = ""
+    fingerprint: str = ""
+    pairs: int = 0
+    problems: Sequence[Problem] = ()
+    orientations: Mapping[str, int] = {}
+    looked_at: int = 0
+    values: Sequence[int] = (0,) * 256
+    contradiction: str = ""
+    difference: str = ""
+    error: str = ""
 
 
-def screen(list_pairs: Callable[[], list[Pair]], dataset: ConfigDict, num_classes: int, what: str) -> list[Pair]:
+class Screened(NamedTuple):
+    """The pairs to use, the orientation of each image and its size in bytes, the labels' totals, and the files' fingerprint."""
+
+    pairs: list[Pair]
+    sizes: list[int]
+    orientations: list[int]
+    totals: Totals
+    fingerprint: str
+
+
+def screen(list_pairs: Callable[[], list[Pair]], dataset: ConfigDict, names: Sequence[str], what: str) -> Screened:
     """Lists pairs of files, checks them, and returns those to use, which are the same in all processes of the job.
 
     What is wrong with a pair on one host counts on all of them. Of several processes, each has to make this call.
@@ -53,60 +85,117 @@ def screen(list_pairs: Callable[[], list[Pair]], dataset: ConfigDict, num_classe
     Args:
       list_pairs: lists the split.
       dataset: config.dataset; its on_error says whether wrong pairs are left out, and cache_dir keeps what is found.
-      num_classes: K.
+      names: of the K classes.
       what: the split, for messages.
 
     Raises:
       UserError: the split cannot be listed, or the hosts have different images; about the first wrong pair, and how many more
-        there are; with on_error="skip", when most are wrong, or a label's values are, which is no damage.
+        there are; with on_error="skip", when most are wrong, or a label's values are, which is no damage; palettes contradict
+        each other; or nothing can be learned from the labels.
     """
-    start, skip = time.monotonic(), dataset.on_error == "skip"
+    start = time.monotonic()
+    sizes: list[int] = []
     try:
         pairs = list_pairs()
-        mine = Findings(stamps.digest([pair.name for pair in pairs]), len(pairs), [], "")
-        mine = mine._replace(problems=_problems(pairs, dataset, num_classes, what))
+        mine, sizes = _find(pairs, dataset, names, what)
     except UserError as error:
         if jax.process_count() == 1:
             raise
-        mine = Findings("", 0, [], str(error))
-    problems = _agreed(_exchange(mine), what)
+        mine = Findings(error=str(error))
+    all_findings = _exchange(mine)
+    problems, first = _agreed(all_findings, what), all_findings[0]
+    _tell(problems, len(pairs), dataset.on_error == "skip")
+    totals = Totals(what, first.looked_at, len(pairs) - len(problems), np.array(first.values))
+    if sentence := first.contradiction or totals.problem(names, train=False):
+        raise UserError(sentence)
+    logger.info(f"{what}: {totals.of} pairs of files checked in {time.monotonic() - start:.1f} s")
+    warn(totals, names, [pairs[int(index)].image for index in first.orientations], first.difference)
+    if any(found.fingerprint != first.fingerprint for found in all_findings):
+        logger.warning(f"{what}: the hosts have files of the same names, but of other sizes; every host needs the same files")
+    wrong = {problem.pair for problem in problems}
+    used = [index for index in range(len(pairs)) if index not in wrong]
+    orientations = [mine.orientations.get(str(index), 1) for index in used]
+    return Screened([pairs[i] for i in used], [sizes[i] for i in used], orientations, totals, first.fingerprint)
+
+
+def _tell(problems: list[Problem], pairs: int, skip: bool) -> None:
+    """Raises the first problem, wrong values before others, unless the pairs may be skipped; then lists some."""
     problems.sort(key=lambda problem: not problem.wrong_values)
-    if problems and not (skip and len(problems) <= len(pairs) // 2 and not problems[0].wrong_values):
+    if problems and not (skip and len(problems) <= pairs // 2 and not problems[0].wrong_values):
         more = f" ({len(problems) - 1} more pairs are wrong, too)" if problems[1:] else ""
         raise UserError(problems[0].sentence + more)
-    logger.info(f"{what}: {len(pairs) - len(problems)} pairs of files checked in {time.monotonic() - start:.1f} s")
     for problem in problems[:TOLD]:
         logger.warning("skipped: %s", problem.sentence)
     if len(problems) > TOLD:
         logger.warning("skipped %s pairs in all", len(problems))
-    wrong = {problem.pair for problem in problems}
-    return [pair for index, pair in enumerate(pairs) if index not in wrong]
 
 
-def _problems(pairs: list[Pair], dataset: ConfigDict, num_classes: int, what: str) -> list[Problem]:
-    """Returns what is wrong with this host's copy of the files, in the order of the pairs."""
-    stride = 1 if dataset.on_error == "skip" or len(pairs) <= CHECK_ALL else len(pairs) // CHECK_SOME
+def warn(totals: Totals, names: Sequence[str], turned: Sequence[str], difference: str) -> None:
+    """Says what is odd about a split, but may be right: classes without a pixel, images to be turned, differing palettes."""
+    totals.warn(names)
+    if turned:
+        logger.warning(
+            f"{totals.what}: {len(turned)} images are turned upright, as their EXIF orientation asks for, the first of them "
+            f"{turned[0]}; their labels have to be upright, too"
+        )
+    if difference:
+        logger.warning(difference)
 
-    def problem(index: int) -> Problem | None:
+
+def _find(pairs: list[Pair], dataset: ConfigDict, names: Sequence[str], what: str) -> tuple[Findings, list[int]]:
+    """Returns what is found in this host's copy of the files, and the size of each image in bytes."""
+    files = [file for pair in pairs for file in (pair.image, pair.label)]
+    stats = stamps.stats(files)
+    sizes = [known[0] if known else 0 for known in stats]
+    all_names, colors = [pair.name for pair in pairs], datasets.file_colors(dataset)
+    mine = Findings(stamps.digest(all_names), stamps.digest((all_names, sizes)), len(pairs))
+
+    def look_at(index: int, stride: int) -> checks.Look | Problem:
         _, image, label, raw = pairs[index]
         try:
-            checks.check_pair(image, label, num_classes, index % stride == 0, dataset.name if raw else None)
+            return checks.check_pair(image, label, len(names), index % stride == 0, dataset.name if raw else None)
         except UserError as error:
             return Problem(index, isinstance(error, checks.WrongValues), str(error))
-        return None
 
-    def check() -> bytes:
-        found = []
-        with concurrent.futures.ThreadPoolExecutor(32) as pool, progress(f"checking {what}", len(pairs)) as advance:
-            for result in pool.map(problem, range(len(pairs))):
-                found += [result] if result else []
-                advance(1)
-        return json.dumps(found).encode()
+    def find(stride: int) -> Findings:
+        look = functools.partial(look_at, stride=stride)
+        depends = (VERSION, stride, dataset.name, len(names), colors, pairs)
+        compute = functools.partial(_look, pairs, look, Palettes(colors), what)
+        found = mine._replace(**json.loads(stamps.once(dataset.cache_dir, "checked", files, depends, compute, stats)))
+        again = (look(index) for index, *_ in found.problems)  # a read may have failed by chance
+        return found._replace(problems=[problem for problem in again if isinstance(problem, Problem)])
 
-    files = [file for pair in pairs for file in (pair.image, pair.label)]
-    kept = stamps.once(dataset.cache_dir, "checked", files, (VERSION, stride, dataset.name, num_classes, pairs), check)
-    suspects = [problem(index) for index, *_ in json.loads(kept)]  # once more: a read may have failed by chance
-    return [suspect for suspect in suspects if suspect]
+    stride = 1 if dataset.on_error == "skip" or len(pairs) <= CHECK_ALL else len(pairs) // CHECK_SOME
+    found = find(stride)
+    if stride > 1 and Totals(what, found.looked_at, len(pairs), np.array(found.values)).problem(names):
+        found = find(1)  # what would be too much to say after a look at some
+    return found, sizes[::2]
+
+
+def _look(pairs: list[Pair], look: Callable[[int], checks.Look | Problem], palettes: Palettes, what: str) -> bytes:
+    """Looks at all pairs; returns fields of `Findings` as JSON."""
+    problems, orientations, values, looked_at = [], {}, np.zeros(256, np.int64), 0
+    with concurrent.futures.ThreadPoolExecutor(32) as pool, progress(f"checking {what}", len(pairs)) as advance:
+        for index, found in enumerate(pool.map(look, range(len(pairs)))):
+            advance(1)
+            if isinstance(found, Problem):
+                problems.append(found)
+                continue
+            if found.orientation != 1:
+                orientations[index] = found.orientation
+            if found.values is not None:
+                looked_at, values = looked_at + 1, values + found.values
+                palettes.add(pairs[index].label, found.palette)
+    return json.dumps(
+        {
+            "problems": problems,
+            "orientations": orientations,
+            "looked_at": looked_at,
+            "values": values.tolist(),
+            "contradiction": palettes.contradiction,
+            "difference": palettes.difference,
+        }
+    ).encode()
 
 
 def _exchange(mine: Findings) -> list[Findings]:
@@ -120,7 +209,7 @@ def _exchange(mine: Findings) -> list[Findings]:
     padded = np.pad(message, (0, sizes.max() - len(message)))
     messages = np.asarray(multihost_utils.process_allgather(padded))
     decoded = [json.loads(row[:size].tobytes()) for row, size in zip(messages, sizes, strict=True)]
-    return [Findings(names, pairs, [Problem(*each) for each in found], error) for names, pairs, found, error in decoded]
+    return [Findings(*each) for each in decoded]
 
 
 def _agreed(findings: list[Findings], what: str) -> list[Problem]:
@@ -137,5 +226,5 @@ def _agreed(findings: list[Findings], what: str) -> list[Problem]:
                 f"{what}: process {process} has other images than process 0 ({found.pairs:,}, there {findings[0].pairs:,}); "
                 "every host needs the same files"
             )
-    union = {problem.pair: problem for found in reversed(findings) for problem in found.problems}
+    union = {problem[0]: Problem(*problem) for found in reversed(findings) for problem in found.problems}
     return [union[index] for index in sorted(union)]

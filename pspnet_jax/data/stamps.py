@@ -25,19 +25,24 @@ THREADS = 32  # in a bucket, to ask for a file's time takes long
 def directory(cache_dir: str) -> pathlib.Path:
     """Returns config.dataset.cache_dir, or its default in the system's temporary directory, and makes it.
 
+    Where the default is another user's, it is one with this user's number.
+
     Raises:
       UserError: it cannot be written to.
     """
-    path = pathlib.Path(os.path.expanduser(cache_dir or f"{tempfile.gettempdir()}/pspnet_jax"))
     if "://" in cache_dir:
         raise UserError(f"dataset.cache_dir={cache_dir!r}: expected a local directory")
     try:
+        path = pathlib.Path(os.path.expanduser(cache_dir or f"{tempfile.gettempdir()}/pspnet_jax"))
+        if not cache_dir and path.exists() and path.stat().st_uid != os.getuid():
+            path = path.with_name(f"{path.name}_{os.getuid()}")
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             return path
     except OSError as error:
+        where = cache_dir or "the directory for temporary files, TMPDIR"
         raise UserError(
-            f"dataset.cache_dir={cache_dir!r}: cannot write to {path} ({error.strerror}); expected a local directory"
+            f"dataset.cache_dir={cache_dir!r}: cannot write to {where} ({error.strerror}); expected a local directory"
         ) from error
 
 
@@ -53,7 +58,20 @@ def stat(file: str) -> tuple[int, ...]:
         return ()
 
 
-def once(cache_dir: str, name: str, files: Sequence[str], also: object, compute: Callable[[], bytes]) -> bytes:
+def stats(files: Sequence[str]) -> list[tuple[int, ...]]:
+    """Returns `stat` of many files, asked for at once."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(stat, files))
+
+
+def once(
+    cache_dir: str,
+    name: str,
+    files: Sequence[str],
+    also: object,
+    compute: Callable[[], bytes],
+    known: Sequence[tuple[int, ...]] | None = None,
+) -> bytes:
     """Returns what `compute` returns, without calling it where that is known for the same files as they are now.
 
     One process of those that share the directory computes it, while the others wait. Where nothing can be kept (the directory
@@ -65,15 +83,15 @@ def once(cache_dir: str, name: str, files: Sequence[str], also: object, compute:
       files: those that the result depends on; a result that depends on none is not kept.
       also: what else it depends on, something with a repr.
       compute: the work.
+      known: `stats(files)`, if the caller has it.
     """
     now = time.time_ns()
-    with ThreadPoolExecutor(THREADS) as pool:
-        stats = list(pool.map(stat, files))
-    newest = max((ns for known in stats for ns in known[1:3]), default=0)
+    known = stats(files) if known is None else known
+    newest = max((ns for times in known for ns in times[1:3]), default=0)
     if not files or now - newest < SETTLED * 1e9:
         return compute()
     try:
-        path = directory(cache_dir) / f"{name}_{digest((also, list(zip(files, stats, strict=True))))}"
+        path = directory(cache_dir) / f"{name}_{digest((also, list(zip(files, known, strict=True))))}"
     except UserError as error:
         logger.warning(f"{error}; {name} will be looked for again at the next start")
         return compute()

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import os
@@ -10,17 +11,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
+from rich.markup import escape
 from rich.table import Column, Table
 
 from pspnet_jax import datasets
-from pspnet_jax.data import layouts, stamps
+from pspnet_jax.data import checks, layouts, screening, stamps
 from pspnet_jax.data.cache import Read
+from pspnet_jax.data.palettes import Palettes
 from pspnet_jax.data.sources import Source, open_source, training_parts
+from pspnet_jax.data.totals import Totals
 from pspnet_jax.errors import UserError
 from pspnet_jax.progress import progress
 
 logger = logging.getLogger(__name__)
 THREADS = 8
+SAMPLES = 16  # examples of a source without files whose labels are looked at before training
 VERSION = 1  # of counting: tables that another version has kept are not used
 
 
@@ -35,35 +40,30 @@ class Survey:
       pixels: int64[K], of each class.
       ignored: number of pixels that do not count.
       present: int64[K], number of images that have the class.
-      problems: one sentence for each example that cannot be used, and one if the number of images is not the official one.
+      problems: one sentence for each example that cannot be used, and those about all of them together.
     """
 
     split: str
     usable: Sequence[int]
-    sizes: Mapping[tuple[int, int], int]
+    sizes: Mapping[tuple[int, ...], int]
     pixels: np.ndarray
     ignored: int
     present: np.ndarray
     problems: list[str]
-
-    @property
-    def area(self) -> int:
-        """Number of all pixels."""
-        return sum(height * width * images for (height, width), images in self.sizes.items())
 
     def __str__(self) -> str:
         if not self.usable:
             return f"{self.split}: no image can be used"
         sides = [f"{width}x{height}" for height, width in sorted(self.sizes, key=lambda size: size[0] * size[1])]
         sizes = ", ".join(sides) if len(sides) < 4 else f"{sides[0]} to {sides[-1]}"
-        ignored = f"{self.ignored / self.area:.2%} of the pixels are ignored"
-        return f"{self.split}: {len(self.usable):,} images of {sizes}; {ignored}"
+        share = self.ignored / (self.ignored + self.pixels.sum())
+        return f"{self.split}: {len(self.usable):,} images of {sizes}; {share:.2%} of the pixels are ignored"
 
     def table(self, info: datasets.DatasetInfo) -> Table:
         """A line for each class, for rich to print."""
         table = Table(Column("class"), *(Column(name, justify="right") for name in ("share of pixels", "images")))
         for name, pixels, images in zip(info.class_names, self.pixels, self.present, strict=True):
-            table.add_row(name, f"{pixels / max(1, self.pixels.sum()):.3%}", f"{images:,}")
+            table.add_row(escape(name), f"{pixels / max(1, self.pixels.sum()):.3%}", f"{images:,}")
         return table
 
 
@@ -78,20 +78,19 @@ def survey(dataset: ConfigDict, split: str, num_classes: int) -> Survey:
     Raises:
       UserError: the split cannot be opened.
     """
-    source = open_source(dataset, split, check=False)
+    source, names = open_source(dataset, split, check=False), datasets.describe(dataset).class_names
+    palettes, turned = Palettes(datasets.file_colors(dataset)), []
 
-    def look(index: int) -> tuple[tuple[int, int], np.ndarray] | str:
+    def look(index: int) -> tuple[tuple[int, ...], np.ndarray, checks.Look | None] | str:
         try:
-            source.check(index)
+            seen = source.check(index)
             _, label = source.read(index)
         except UserError as error:
             return str(error)
-        height, width = label.shape
-        return (height, width), np.bincount(label.ravel(), minlength=256)
+        return label.shape, np.bincount(label.ravel(), minlength=256), seen
 
-    sizes: collections.Counter[tuple[int, int]] = collections.Counter()
-    usable, problems = [], []
-    total, present = np.zeros(256, np.int64), np.zeros(256, np.int64)
+    sizes: collections.Counter[tuple[int, ...]] = collections.Counter()
+    usable, problems, total, present = [], [], np.zeros(256, np.int64), np.zeros(256, np.int64)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool, progress(f"checking {split}", len(source)) as advance:
         for index, found in enumerate(pool.map(look, range(len(source)))):
             if isinstance(found, str):
@@ -101,10 +100,17 @@ def survey(dataset: ConfigDict, split: str, num_classes: int) -> Survey:
                 sizes[found[0]] += 1
                 total += found[1]
                 present += found[1] > 0
+                if found[2]:
+                    palettes.add(source.files(index)[1], found[2].palette)
+                    turned += [source.files(index)[0]] if found[2].orientation != 1 else []
             advance(1)
     name = dataset.tfds_name.removeprefix("pspnet_") if dataset.name == "tfds" else dataset.name
     if (count := layouts.official_count(name, split)) not in (None, len(source)):
         problems.append(f"{name} {split} has {count:,} images officially, here {len(source):,}")
+    totals = Totals(split, len(usable), len(source), total)
+    train = split == dataset.train_split and not dataset.mixture
+    problems += [problem for problem in (palettes.contradiction, totals.problem(names, train)) if problem]
+    screening.warn(totals, names, turned, palettes.difference)
     return Survey(split, usable, sizes, total[:num_classes], int(total[255]), present[:num_classes], problems)
 
 
@@ -112,11 +118,18 @@ def samples(dataset: ConfigDict, found: Survey, count: int) -> list[dict[str, An
     """Returns up to so many usable examples of a split, evenly spread: image uint8[H,W,3], label uint8[H,W] and name."""
     source = open_source(dataset, found.split, check=False)
     chosen = np.unique(np.linspace(0, len(found.usable) - 1, count).round().astype(int)) if found.usable else ()
-    examples = []
-    for index in (found.usable[i] for i in chosen):
-        image, label = source.read(index)
-        examples.append({"image": image, "label": label, "name": source.names[index]})
-    return examples
+    indices = [found.usable[i] for i in chosen]
+    return [dict(zip(("image", "label"), source.read(i), strict=True), name=source.names[i]) for i in indices]
+
+
+def sample_totals(source: Source, read: Read) -> Totals:
+    """Counts the labels of a few examples, evenly spread; those that cannot be read are left to whoever reads them next."""
+    labels, values = 0, np.zeros(256, np.int64)
+    for index in np.unique(np.linspace(0, len(source) - 1, SAMPLES).round().astype(int)):
+        with contextlib.suppress(Exception):
+            values += np.bincount(read(int(index))[1].ravel(), minlength=256)
+            labels += 1
+    return Totals(f"{source.names[0]} to {source.names[-1]}", labels, len(source), values)
 
 
 class ClassPixels(NamedTuple):
@@ -124,12 +137,10 @@ class ClassPixels(NamedTuple):
 
     Attributes:
       pixels: int64[K], of each class.
-      images: int64[K], number of images that have the class.
-      labeled: int64[K], labeled pixels of these images; pixels / labeled is the frequency of median-frequency balancing.
+      labeled: int64[K], labeled pixels of the images that have it; pixels / labeled is median-frequency balancing's frequency.
     """
 
     pixels: np.ndarray
-    images: np.ndarray
     labeled: np.ndarray
 
 
@@ -144,7 +155,7 @@ def class_pixels(config: ConfigDict) -> ClassPixels:
         source = open_source(dataset, split)
         counts = class_counts(source, dataset, source.read)
         labeled = counts.sum(axis=1)
-        totals.append((counts.sum(axis=0), (counts > 0).sum(axis=0), labeled @ (counts > 0)))
+        totals.append((counts.sum(axis=0), labeled @ (counts > 0)))
     return ClassPixels(*np.sum(totals, axis=0))
 
 

@@ -37,25 +37,13 @@ def overlay(image: np.ndarray, label: np.ndarray, colors: Sequence[Color], alpha
 
 
 def side_by_side(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, info: DatasetInfo) -> Image.Image:
-    """Returns image, truth and prediction next to each other, with captions, over a legend of the classes in the two.
-
-    Args:
-      image: uint8[H, W, 3].
-      truth: uint8[H, W]; pixels of 255 are black.
-      prediction: uint8[H, W].
-      info: names and colors.
-    """
+    """Returns an image and two label maps of its size, 255 black, with captions, over a legend of the classes in the two."""
     height, width = truth.shape
     zoom = max(1, math.ceil(PANEL / width))
-    panels = {"image": image, "truth": colorize(truth, info.colors), "prediction": colorize(prediction, info.colors)}
-    present = [k for k in range(info.num_classes) if (truth == k).any() or (prediction == k).any()]
-    width, height = zoom * width, zoom * height
-    picture = Image.new("RGB", (3 * width + 2 * MARGIN, LINE + height), "white")
-    for i, (caption, panel) in enumerate(panels.items()):
-        left = i * (width + MARGIN)
-        ImageDraw.Draw(picture).text((left, 1), caption, "black", _font())
-        picture.paste(Image.fromarray(panel).resize((width, height), Image.Resampling.NEAREST), (left, LINE))
-    return _over_legend(picture, present, info)
+    size = zoom * width, zoom * height
+    arrays = {"image": image, "truth": colorize(truth, info.colors), "prediction": colorize(prediction, info.colors)}
+    panels = [(name, Image.fromarray(x).resize(size, Image.Resampling.NEAREST)) for name, x in arrays.items()]
+    return _sheet(panels, size[0], len(panels), np.union1d(truth, prediction), info)
 
 
 def contact_sheet(examples: Sequence[Mapping[str, Any]], info: DatasetInfo, columns: int = 3) -> Image.Image:
@@ -71,16 +59,9 @@ def contact_sheet(examples: Sequence[Mapping[str, Any]], info: DatasetInfo, colu
         panel = Image.fromarray(overlay(example["image"], example["label"], info.colors))
         scale = SHEET_PANEL / max(panel.size)
         size = max(1, round(panel.width * scale)), max(1, round(panel.height * scale))
-        panels.append(panel.resize(size, Image.Resampling.LANCZOS))
-    heights = [LINE + max(panel.height for panel in panels[i : i + columns]) for i in range(0, len(panels), columns)]
-    cell = SHEET_PANEL + MARGIN
-    picture = Image.new("RGB", (columns * cell - MARGIN, sum(heights)), "white")
-    for i, (example, panel) in enumerate(zip(examples, panels, strict=True)):
-        left, top = i % columns * cell, sum(heights[: i // columns])
-        ImageDraw.Draw(picture).text((left, top + 1), example["name"], "black", _font())
-        picture.paste(panel, (left, top + LINE))
-    present = np.unique(np.concatenate([np.unique(example["label"]) for example in examples]))
-    return _over_legend(picture, [int(k) for k in present if k < info.num_classes], info)
+        panels.append((example["name"], panel.resize(size, Image.Resampling.LANCZOS)))
+    values = np.unique(np.concatenate([np.unique(example["label"]) for example in examples]))
+    return _sheet(panels, SHEET_PANEL, columns, values, info)
 
 
 def class_frequencies(pixels: np.ndarray, info: DatasetInfo) -> Image.Image:
@@ -111,8 +92,17 @@ def save(picture: Image.Image, path: epath.PathLike, kind: str = "PNG", **option
         picture.save(file, kind, **options)
 
 
-def _over_legend(picture: Image.Image, classes: Sequence[int], info: DatasetInfo) -> Image.Image:
-    """Returns the picture with the names and colors of some classes under it."""
+def _sheet(
+    panels: Sequence[tuple[str, Image.Image]], width: int, columns: int, values: np.ndarray, info: DatasetInfo
+) -> Image.Image:
+    """Returns panels of at most `width` in rows under their captions, over the names and colors of the classes in `values`."""
+    heights = [LINE + max(panel.height for _, panel in panels[i : i + columns]) for i in range(0, len(panels), columns)]
+    picture = Image.new("RGB", (columns * (width + MARGIN) - MARGIN, sum(heights)), "white")
+    for i, (caption, panel) in enumerate(panels):
+        left, top = i % columns * (width + MARGIN), sum(heights[: i // columns])
+        ImageDraw.Draw(picture).text((left, top + 1), caption, "black", _font())
+        picture.paste(panel, (left, top + LINE))
+    classes = [int(k) for k in values if k < info.num_classes]
     entry = LINE + 2 * MARGIN + max((round(_font().getlength(info.class_names[k])) for k in classes), default=0)
     a_row = max(1, picture.width // entry)
     below = picture.height + MARGIN

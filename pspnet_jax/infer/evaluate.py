@@ -1,7 +1,7 @@
 """Scores a network on a split: every image once, one confusion matrix, a report that says how it was made."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from PIL import Image
 from pspnet_jax import parallel
 from pspnet_jax.datasets import IGNORE, DatasetInfo
 from pspnet_jax.errors import UserError
+from pspnet_jax.infer import memory
 from pspnet_jax.infer.draw import side_by_side
 from pspnet_jax.infer.plan import ceil_div
 from pspnet_jax.infer.predictor import Example, Predictor
@@ -38,35 +39,36 @@ def evaluate(
       info: the classes.
       num_examples: of all processes.
       split: named in the report.
-      pictures: number of examples, spread over this process's, to picture.
-
-    Returns:
-      The score, and pictures (image, truth and prediction side by side) by name of the example.
+      pictures: number of examples to return as pictures, by name: image, truth and prediction side by side.
 
     Raises:
-      UserError: there are more or fewer examples than `num_examples`, a label has another size than its image, or no pixel of
-        the split has a label.
+      UserError: there are no examples, or more or fewer than `num_examples`; one lacks a field, or its label has another size
+        or type, or values that are no class; the network's scores are not finite; or no pixel of the split has a label.
     """
+    if num_examples < 1:
+        raise UserError(f"split {split!r}: has no images to score")
     began = time.perf_counter()
     variables = predictor.place(variables)
     share = ceil_div(num_examples - jax.process_index(), jax.process_count())
     chosen = {round(i) for i in np.linspace(0, share - 1, pictures)}
     panels: dict[str, Image.Image] = {}
     total = np.zeros((info.num_classes, info.num_classes), np.int64)
-    images, counts = 0, list[jax.Array]()
+    images, counted = 0, list[tuple[Sequence[Example], tuple[jax.Array, jax.Array]]]()
     with parallel.together("evaluating"), progress(f"evaluating {split}", share) as advance:
-        for group, labels in predictor.stream(variables, examples):
-            counts.append(_count(_truth(group, labels.shape), labels, info.num_classes))
+        for group, labels in predictor.stream(variables, _checked(examples, info.num_classes)):
+            counted.append((group, _count(_truth(group, labels.shape), labels, info.num_classes)))
             for i, example in enumerate(group):
                 if images + i in chosen:
                     height, width = example["label"].shape
                     prediction = np.asarray(labels)[i, :height, :width]
                     panels[example["name"]] = side_by_side(example["image"], example["label"], prediction, info)
             images += len(group)
-            if len(counts) > 1:  # one group late, so that the devices always have the next to work on
-                total += np.asarray(counts.pop(0))
+            if len(counted) > 1:  # one group late, so that the devices always have the next to work on
+                total += _finished(*counted.pop(0), predictor)
             advance(len(group))
-    total, images = _over_processes(total + sum(map(np.asarray, counts)), images)
+        for last in counted:
+            total += _finished(*last, predictor)
+    total, images = _over_processes(total, images)
     if images != num_examples:
         raise UserError(f"split {split!r}: {images} images came, but it has {num_examples}; each must be scored once")
     if not total.any():
@@ -75,23 +77,53 @@ def evaluate(
             "use a split with labels, or --mode predict to see what the network makes of its images"
         )
     rate = images / (time.perf_counter() - began)
-    device = f"{predictor.num_devices * jax.process_count()} x {predictor.device_kind}"
     protocol = {"split": split, **predictor.description}
-    return Report(summarize(total), total.sum(1), images, info, protocol, device, rate), panels
+    return Report(summarize(total), total.sum(1), images, info, protocol, predictor.device, rate), panels
 
 
-_count = jax.jit(confusion_matrix, static_argnums=2)
+def _checked(examples: Iterable[Example], num_classes: int) -> Iterator[Example]:
+    """Yields the examples, each after a look at it."""
+    for example in examples:
+        if missing := [field for field in ("image", "label", "name") if field not in example]:
+            raise UserError(f"an example has {', '.join(example)}, but no {' and no '.join(missing)}")
+        name, label, shape = example["name"], example["label"], example["image"].shape[:2]
+        if label.shape != shape:
+            raise UserError(f"{name}: its label is {label.shape}, but its image {shape}")
+        if label.dtype != np.uint8 or ((label >= num_classes) & (label != IGNORE)).any():
+            found = (
+                f"values up to {label[label != IGNORE].max(initial=0)}" if label.dtype == np.uint8 else f"type {label.dtype}"
+            )
+            raise UserError(f"{name}: its label has {found}; expected uint8 from 0 to {num_classes - 1}, or {IGNORE}")
+        yield example
 
 
 def _truth(group: Sequence[Example], shape: tuple[int, ...]) -> np.ndarray:
     """Labels side by side in an array as large as the predictions; what is no pixel of theirs is ignored."""
     truth = np.full(shape, IGNORE, np.uint8)
     for place, example in zip(truth, group, strict=False):
-        label = example["label"]
-        if label.shape != example["image"].shape[:2]:
-            raise UserError(f"{example['name']}: its label is {label.shape}, but its image {example['image'].shape[:2]}")
-        place[: label.shape[0], : label.shape[1]] = label
+        height, width = example["label"].shape
+        place[:height, :width] = example["label"]
     return truth
+
+
+@jax.jit(static_argnums=2)
+def _count(truth: jax.Array, labels: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the confusion matrix, and whether each image has pixels that count but no predicted class."""
+    without = (labels == IGNORE) & (truth != IGNORE)
+    return confusion_matrix(truth, jax.numpy.where(without, 0, labels), num_classes), without.any((1, 2))
+
+
+def _finished(group: Sequence[Example], counts: tuple[jax.Array, jax.Array], predictor: Predictor) -> np.ndarray:
+    """Waits for the matrix of a group."""
+    with memory.explained([example["image"] for example in group], predictor.settings):
+        matrix, without = map(np.asarray, counts)
+    for example, any_without in zip(group, without, strict=False):
+        if any_without:
+            raise UserError(
+                f"{example['name']}: the network's scores are not finite (NaN), so it cannot be scored; "
+                "its weights may be damaged, or their training may have diverged"
+            )
+    return matrix
 
 
 def _over_processes(total: np.ndarray, images: int) -> tuple[np.ndarray, int]:

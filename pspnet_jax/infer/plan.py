@@ -1,7 +1,8 @@
 """The inference plan of a batch of images: windows, batches, resampling weights.
 
 A canvas is a scaled image and its padding, from which windows are cut, and on which the network's scores are accumulated.
-Sizes and places travel as numbers, and only upper bounds of them (`bucket`) are shapes that have to be compiled.
+Sizes and places travel as numbers, and only upper bounds of them (`bucket`) are shapes that have to be compiled; but for the
+network, which whole inference compiles for each size: there a window lies at the top left of a frame of a bucket's size.
 """
 
 import collections
@@ -52,7 +53,8 @@ Window = tuple[int, tuple[int, int, int], np.ndarray]  # view, place, pixels [h,
 class Batch(NamedTuple):
     """Windows of one size for the network; each of D devices has N / D of its own images, ordered by view, then zeros."""
 
-    pixels: np.ndarray  # f32[N, h, w, 3], in gray levels
+    window: tuple[int, int]  # h, w
+    pixels: np.ndarray  # f32[N, y, x, 3], in gray levels: the windows in frames
     places: np.ndarray  # int32[N, 3]: image on its device, first row and column on the canvas
     parts: list[tuple[int, np.ndarray]]  # a view and, int32[D, 2], from and up to which window a device has it
 
@@ -77,7 +79,7 @@ class Plan(NamedTuple):
 def plan_images(images: Sequence[np.ndarray], protocol: Protocol, devices: int) -> Plan:
     """Plans images uint8[H, W, 3] that are shared out among devices."""
     per_device = power_of_two(ceil_div(len(images), devices))
-    shape = (devices * per_device, *_bounds([image.shape[:2] for image in images]))
+    shape = (devices * per_device, *bucket(*(max(image.shape[i] for image in images) for i in (0, 1))))
     views = [views_of(image.shape[0], image.shape[1], protocol) for image in images]
     canvases = [_canvas(of_images, shape, protocol) for of_images in zip(*views, strict=True)]
     areas = [canvas.size[0] * canvas.size[1] for canvas in canvases]
@@ -86,13 +88,14 @@ def plan_images(images: Sequence[np.ndarray], protocol: Protocol, devices: int) 
 
 
 def _canvas(views: Sequence[View], shape: tuple[int, int, int], protocol: Protocol) -> Canvas:
-    height, width = _bounds([(view.rows.canvas - 1, view.columns.canvas - 1) for view in views])
-    rows, columns = ([canvas_to_image(axis, protocol) for axis in axes] for axes in zip(*views, strict=True))
-    return Canvas(
-        (height + 1, width + 1),  # Caffe's sizes are one more than round ones
-        sum(view.num_windows for view in views),
-        (_stack(rows, shape[0], shape[1]), _stack(columns, shape[0], shape[2])),
+    axes = list(zip(*views, strict=True))  # all rows, all columns
+    largest = _rounded_up(*(max(axis.canvas for axis in of_images) for of_images in axes))
+    size = tuple(map(max, largest, *(_frame(view.window, protocol) for view in views)))
+    rows, columns = (
+        _stack([canvas_to_image(axis, protocol) for axis in of_images], shape[0], size)
+        for of_images, size in zip(axes, shape[1:], strict=True)
     )
+    return Canvas(size, sum(view.num_windows for view in views), (rows, columns))
 
 
 def views_of(height: int, width: int, protocol: Protocol) -> list[View]:
@@ -155,9 +158,10 @@ def _batches(
     for size in dict.fromkeys(view.window for of_images in zip(*views, strict=True) for view in of_images):
         longest = max(count_windows(itertools.chain(*views[share]))[size] for share in shares)
         n = min(ceil_div(protocol.settings.batch_size, devices), power_of_two(longest))
+        frame = _frame(size, protocol)
         queues = [_windows(images[share], views[share], size, protocol) for share in shares]
         for _ in range(ceil_div(longest, n)):
-            yield _batch([list(itertools.islice(queue, n)) for queue in queues], n, size)
+            yield _batch([list(itertools.islice(queue, n)) for queue in queues], n, size, frame)
 
 
 def _windows(
@@ -180,19 +184,19 @@ def count_windows(views: Iterable[View]) -> collections.Counter[tuple[int, int]]
     return counts
 
 
-def _batch(by_device: list[list[Window]], n: int, size: tuple[int, int]) -> Batch:
+def _batch(by_device: list[list[Window]], n: int, size: tuple[int, int], frame: tuple[int, int]) -> Batch:
     """Stacks at most n windows a device."""
-    pixels = np.zeros((len(by_device) * n, *size, 3), np.float32)
+    pixels = np.zeros((len(by_device) * n, *frame, 3), np.float32)
     places = np.zeros((len(by_device) * n, 3), np.int32)
     for device, windows in enumerate(by_device):
         for i, (_, place, window) in enumerate(windows, device * n):
-            pixels[i], places[i] = window, place
+            pixels[i, : size[0], : size[1]], places[i] = window, place
     views = [[view for view, _, _ in windows] for windows in by_device]
     parts = [
         (view, np.array([np.searchsorted(own, (view, view + 1)) for own in views], np.int32))
         for view in sorted(set(itertools.chain(*views)))
     ]
-    return Batch(pixels, places, parts)
+    return Batch(size, pixels, places, parts)
 
 
 def _stack(weights: Sequence[ResamplingWeights], count: int, size: int) -> ResamplingWeights:
@@ -205,8 +209,15 @@ def _stack(weights: Sequence[ResamplingWeights], count: int, size: int) -> Resam
     return stacked
 
 
-def _bounds(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    return bucket(max(height for height, _ in sizes), max(width for _, width in sizes))
+def _frame(window: tuple[int, int], protocol: Protocol) -> tuple[int, int]:
+    """Returns what holds a window: itself, or the least round size where each image has a window of its own."""
+    return _rounded_up(*window) if protocol.settings.inference == "whole" else window
+
+
+def _rounded_up(height: int, width: int) -> tuple[int, int]:
+    """Rounds a canvas up; Caffe's sizes are one more than round ones."""
+    height, width = bucket(max(1, height - 1), max(1, width - 1))
+    return height + 1, width + 1
 
 
 def bucket(height: int, width: int) -> tuple[int, int]:

@@ -1,21 +1,31 @@
-"""Predicts images that need no labels."""
+"""Predicts images that need no labels: files are read ahead, and results written, while the devices compute."""
 
-from collections.abc import Iterator, Mapping
+import collections
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from PIL import Image
 
-from pspnet_jax import image_files
-from pspnet_jax.datasets import DatasetInfo
-from pspnet_jax.errors import MissingFileError, UserError
-from pspnet_jax.infer import submission
+from pspnet_jax import files, image_files, image_sizes
+from pspnet_jax.datasets import IGNORE, DatasetInfo
+from pspnet_jax.errors import UserError
+from pspnet_jax.infer import memory, submission
 from pspnet_jax.infer.draw import overlay, palette_image, save
 from pspnet_jax.infer.predictor import Example, Predictor
 from pspnet_jax.progress import progress
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+logger = logging.getLogger(__name__)
+THREADS = 2 + (os.cpu_count() or 1)
+AHEAD = 2 * THREADS  # images that are read before they are needed, and results that may wait to be written
+OF_ONE_FILE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)  # the next image would meet any other error, too
 
 
 def predict(
@@ -25,6 +35,7 @@ def predict(
     output: epath.PathLike,
     info: DatasetInfo,
     form: str = "",
+    skip_existing: bool = False,
 ) -> None:
     """Predicts images, each at its own size.
 
@@ -34,68 +45,167 @@ def predict(
     Args:
       predictor: for the classes of `info`.
       variables: weights, see `Predictor.place`.
-      images: files by the names that results get, see `find_images`.
+      images: files by the names that results get, see `inputs.find_images`.
       output: a folder, made if need be.
       info: the classes.
       form: "cityscapes", "ade20k" or "voc" for a submission to the benchmark's server.
+      skip_existing: leaves out images whose results are all there, to go on with a long job.
 
     Raises:
-      UserError: an image cannot be read, or the form is of other classes.
+      UserError: the form is of other classes; the output cannot be written to; or, when all others have their results, some
+        images could not be predicted: which, and why.
     """
-    server = submission.choose(form, info) if form else None
-    output = epath.Path(output)
-    with progress("predicting", len(images)) as advance:
-        for group, labels in predictor.stream(predictor.place(variables), _examples(images)):
-            for example, label in zip(group, np.asarray(labels), strict=False):
-                image, name = example["image"], example["name"]
-                label = label[: image.shape[0], : image.shape[1]]
-                if server:
-                    save(server.encode(label), output / server.folder / f"{name}.png")
+    server, output = submission.choose(form, info) if form else None, files.absolute(output)
+    _check_output(output)
+    new = {name: path for name, path in images.items() if not (skip_existing and _is_done(_results(output, name, server)))}
+    todo = _by_size(new, predictor)
+    began, variables = time.perf_counter(), predictor.place(variables)
+
+    def write(example: Example, labels: jax.Array, i: int) -> None:
+        image = example["image"]
+        with memory.explained([image], predictor.settings):
+            label = np.asarray(labels)[i, : image.shape[0], : image.shape[1]]  # waits for the devices
+        if (label == IGNORE).any():
+            raise UserError("the network's scores are not finite (NaN), so no class is the most probable")
+        _write(_results(output, example["name"], server), image, label, info, server)
+
+    def labeled(group: list[Example]) -> list[tuple[Example, jax.Array, int]]:
+        group_images = [example["image"] for example in group]
+        try:
+            with memory.explained(group_images, predictor.settings):
+                labels = predictor.labels(variables, group_images)
+        except UserError as error:
+            if len(group) > 1:  # one of them may be to blame
+                return [args for example in group for args in labeled([example])]
+            job.fail(f"{group[0]['name']}: {error}")
+            return []
+        return [(example, labels, i) for i, example in enumerate(group)]
+
+    with ThreadPoolExecutor(THREADS) as pool, progress("predicting", len(todo)) as advance:
+        job = _Job(pool, advance)
+        for group in predictor.groups(job.read(todo, predictor.check)):
+            job.write([(args[0]["name"], pool.submit(write, *args)) for args in labeled(group)])
+            if job.stopped_by:
+                break
+        job.wait()
+    existing = len(images) - len(todo)
+    kept = f"{existing + job.done} of {len(images)} images have their results in {output}"
+    if job.stopped_by:
+        raise UserError(
+            "\n".join((*job.failed, f"{output}: {job.stopped_by}; {kept}, and --skip_existing continues from there"))
+        )
+    rate = job.done / (time.perf_counter() - began)
+    logger.info(f"{kept}, {existing} from before; {rate:.3g} images/s on {predictor.device}, reading and writing included")
+    if job.failed:
+        raise UserError("\n".join((*job.failed, f"{len(job.failed)} of {len(images)} images could not be predicted")))
+
+
+class _Job:
+    """Keeps account of images that are read, predicted and written at the same time, of which bounded numbers wait.
+
+    Attributes:
+      done: number of images whose results are written.
+      failed: a line for each image that has none, with the reason.
+      stopped_by: the error because of which nothing more can be written, if there was one.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor, advance: Callable[[int], None]):
+        self._pool, self._advance = pool, advance
+        self._writing: collections.deque[tuple[str, Future]] = collections.deque()
+        self.done, self.failed, self.stopped_by = 0, list[str](), ""
+
+    def read(self, paths: Mapping[str, epath.PathLike], check: Callable[[np.ndarray], None]) -> Iterator[Example]:
+        """Yields the images that can be read and pass the check, in order."""
+
+        def read_one(path: epath.PathLike) -> np.ndarray:
+            try:
+                check(image := image_files.read(path))
+            except Exception as error:  # whatever a decoder raises
+                reason = str(error) or type(error).__name__
+                raise UserError(reason if reason.startswith(str(path)) else f"{path}: {reason}") from error
+            return image
+
+        reading: collections.deque[tuple[str, Future]] = collections.deque()
+        remaining = iter(paths.items())
+        while True:
+            while len(reading) < AHEAD and (item := next(remaining, None)):
+                reading.append((item[0], self._pool.submit(read_one, item[1])))
+            if not reading:
+                return
+            name, future = reading.popleft()
+            try:
+                yield {"name": name, "image": future.result()}
+            except UserError as error:
+                self.fail(str(error))
+
+    def write(self, writing: Sequence[tuple[str, Future]]) -> None:
+        """Takes results that are being written, by name, and waits until few of them are left."""
+        self._writing.extend(writing)
+        self.wait(AHEAD)
+
+    def wait(self, left: int = 0) -> None:
+        while len(self._writing) > left:
+            name, future = self._writing.popleft()
+            try:
+                future.result()
+            except (UserError, OSError) as error:
+                if isinstance(error, UserError) or error.errno in OF_ONE_FILE:
+                    self.fail(f"{name}: {error}")
                 else:
-                    write(output, name, image, label, info)
-            advance(len(group))
+                    self.stopped_by = str(error)
+            else:
+                self.done += 1
+                self._advance(1)
+
+    def fail(self, *reasons: str) -> None:
+        self.failed += reasons
+        self._advance(len(reasons))
 
 
-def write(output: epath.Path, name: str, image: np.ndarray, label: np.ndarray, info: DatasetInfo) -> None:
-    """Writes the three pictures of uint8[H, W, 3] and its prediction uint8[H, W]."""
-    save(Image.fromarray(label), output / "index" / f"{name}.png")
-    save(palette_image(label, info.colors), output / "color" / f"{name}.png")
-    mixed = Image.fromarray(overlay(image, label, info.colors))
-    save(mixed, output / "overlay" / f"{name}.jpg", "JPEG", quality=95, subsampling=0)  # crisp edges
+def _results(output: epath.Path, name: str, server: submission.Submission | None) -> list[epath.Path]:
+    """The files that an image becomes."""
+    if server:
+        return [output / server.folder / f"{name}.png"]
+    return [output / "index" / f"{name}.png", output / "color" / f"{name}.png", output / "overlay" / f"{name}.jpg"]
 
 
-def find_images(source: epath.PathLike, subfolders: bool = False) -> dict[str, epath.Path]:
-    """Returns an image, or those in a folder (and in its subfolders), by name, in order.
-
-    Raises:
-      MissingFileError: there is no such file or folder, or no image in it.
-      UserError: two images have the same name but for their endings, so that their results would overwrite each other.
-    """
-    source = epath.Path(source).expanduser()
-    if not source.exists():
-        raise MissingFileError(f"--input {source}: no such file or folder")
-    if not source.is_dir():
-        return {source.stem: source}
-    found = _files_below(source) if subfolders else source.iterdir()
-    paths = sorted(p for p in found if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    if not paths:
-        raise MissingFileError(f"--input {source}: no images in this folder; expected files ending in {', '.join(SUFFIXES)}")
-    by_name: dict[str, epath.Path] = {}
-    for path in paths:
-        if path.stem in by_name:
-            raise UserError(
-                f"--input {source}: {by_name[path.stem].name} and {path.name} would both be written as {path.stem}.png; "
-                "rename one"
-            )
-        by_name[path.stem] = path
-    return by_name
+def _is_done(results: Sequence[epath.Path]) -> bool:
+    return all(path.is_file() for path in results)
 
 
-def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
-    for path in folder.iterdir():  # epath's rglob knows no gs://, and leaves links to folders out
-        yield from _files_below(path) if path.is_dir() else [path]
+def _write(
+    results: Sequence[epath.Path],
+    image: np.ndarray,
+    label: np.ndarray,
+    info: DatasetInfo,
+    server: submission.Submission | None,
+) -> None:
+    if folders := [str(path) for path in results if path.is_dir()]:
+        raise UserError(f"{', '.join(folders)}: is a folder where a result should be; move it away")
+    if server:
+        return save(server.encode(label), results[0])
+    index, color, mixed = results
+    save(Image.fromarray(label), index)
+    save(palette_image(label, info.colors), color)
+    save(Image.fromarray(overlay(image, label, info.colors)), mixed, "JPEG", quality=95, subsampling=0)  # crisp edges
 
 
-def _examples(images: Mapping[str, epath.PathLike]) -> Iterator[Example]:
-    for name, path in images.items():
-        yield {"image": image_files.read(path), "name": name}
+def _check_output(output: epath.Path) -> None:
+    """Makes the folder, and a file in it, before anything is computed."""
+    try:
+        if output.exists() and not output.is_dir():
+            raise UserError(f"--output {output}: is a file; expected a folder, which is made if need be")
+        with files.atomic(output / ".writable") as temporary:
+            temporary.write_text("")
+        (output / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written to ({error}); nothing was predicted") from error
+
+
+def _by_size(paths: Mapping[str, epath.PathLike], predictor: Predictor) -> Mapping[str, epath.PathLike]:
+    """Orders files so that whole inference compiles the network once for each size; says for how many."""
+    if predictor.settings.inference != "whole":
+        return paths
+    sizes = dict(zip(paths, image_sizes.sizes(list(paths.values())), strict=True))
+    predictor.announce(sizes.values())
+    return {name: paths[name] for name in sorted(paths, key=sizes.__getitem__)}

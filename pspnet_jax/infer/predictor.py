@@ -19,12 +19,13 @@
     labels                   uint8[M, H, W]
 
 plan.py (what an image's size decides, as numbers) is to be read next, then resample.py and protocols.py (what a protocol
-decides). The network is one compiled program for one batch of windows, whatever the images, scales or weights; what is around
-it takes a few programs for each bucket of sizes.
+decides). The network is one compiled program for one batch of windows, whatever the images, scales or weights (in whole
+inference, for each size of image and scale); what is around it takes a few programs for each bucket of sizes.
 """
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,11 +36,15 @@ from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from pspnet_jax import models, parallel
+from pspnet_jax.datasets import IGNORE
 from pspnet_jax.errors import UserError
-from pspnet_jax.infer.plan import STRIP, Plan, ToImage, ceil_div, count_windows, plan_images, power_of_two, views_of
+from pspnet_jax.infer import memory
+from pspnet_jax.infer.plan import STRIP, Batch, Plan, ToImage, ceil_div, count_windows, plan_images, power_of_two, views_of
 from pspnet_jax.infer.protocols import PROTOCOLS, Protocol
 from pspnet_jax.infer.resample import ResamplingWeights, resample
 
+logger = logging.getLogger(__name__)
+KEPT = 16  # sizes of windows whose compiled networks are kept, the last used
 Example = dict[str, Any]  # image uint8[H, W, 3], and what else its source gives
 ViewSums = tuple[jax.Array, ToImage]  # sums over windows on the canvas, and the weights that take these to the image
 
@@ -68,12 +73,13 @@ class Predictor:
           num_classes: K.
           devices: of this process; None: all of them.
         """
-        self._settings = config.eval
+        self.settings = config.eval
         self._mesh = parallel.make_mesh(devices or jax.local_devices())
         self._sharding = parallel.batch_sharding(self._mesh)
         self._num_classes = num_classes
         self._protocol = protocol = PROTOCOLS[config.eval.protocol](config)
-        self._network = jax.jit(apply, out_shardings=self._sharding)
+        compiled = functools.partial(_compiled, apply, num_classes, self._sharding)
+        self._network = functools.lru_cache(KEPT)(compiled)  # by window
         self._prepare = self._on_each_device(_prepare, config.normalize, config.eval.flip and not protocol.flips_views)
         self._accumulate_windows = self._on_each_device(_accumulate_windows, protocol, donate_argnums=0)
         self._accumulate_view = self._on_each_device(_accumulate_view, protocol, donate_argnums=0)
@@ -89,30 +95,20 @@ class Predictor:
     @property
     def description(self) -> dict[str, Any]:
         """What makes scores comparable: the fields of config.eval that decide them."""
-        irrelevant = {"split", "batch_size", "best_metric"}
-        irrelevant |= {"crop", "stride"} if self._settings.inference == "whole" else set()
-        fields = {field: value for field, value in self._settings.items() if field not in irrelevant}
+        irrelevant = ["split", "batch_size", "best_metric"]
+        irrelevant += ["crop", "stride"] if self.settings.inference == "whole" else []
+        fields = {field: value for field, value in self.settings.items() if field not in irrelevant}
         return {field: list(value) if isinstance(value, tuple) else value for field, value in fields.items()}
 
     @property
-    def device_kind(self) -> str:
-        return self._mesh.devices.flat[0].device_kind
-
-    @property
-    def num_devices(self) -> int:
-        return self._mesh.size
+    def device(self) -> str:
+        """Number and kind of the devices, those of all processes."""
+        return f"{self._mesh.size * jax.process_count()} x {self._mesh.devices.flat[0].device_kind}"
 
     def place(self, variables: Any) -> Any:
-        """Copies weights to every device, once for many calls.
-
-        Args:
-          variables: NumPy arrays, or jax.Arrays that have the same value on all devices, also those of other processes.
-        """
-
-        def local(x: Any) -> Any:
-            return x.addressable_data(0) if isinstance(x, jax.Array) else x
-
-        return jax.device_put(jax.tree.map(local, variables), parallel.replicated(self._mesh))
+        """Copies weights, NumPy arrays or jax.Arrays replicated over any devices, to every device, once for many calls."""
+        local = jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, variables)
+        return jax.device_put(local, parallel.replicated(self._mesh))
 
     def labels(self, variables: Any, images: Sequence[np.ndarray]) -> jax.Array:
         """Predicts the most probable class of every pixel.
@@ -122,10 +118,11 @@ class Predictor:
           images: uint8[H, W, 3] each.
 
         Returns:
-          uint8[M, S, T], on the devices: image i has [i, :H, :W], and the rest, up to compiled sizes, means nothing.
+          uint8[M, S, T], on the devices: image i has [i, :H, :W], and the rest, up to compiled sizes, means nothing. It is 255
+          where the scores are not finite.
 
         Raises:
-          UserError: an image has another type or shape.
+          UserError: see `check`; or the network does not return logits [N, H, W, K].
         """
         plan = self._plan(images)
         return self._most_probable(*self._add_views(variables, plan, plan.held))
@@ -137,25 +134,53 @@ class Predictor:
         assert total is not None
         return total / len(plan.canvases)
 
+    def check(self, image: np.ndarray) -> None:
+        """Refuses an image that is not uint8[H, W, 3], or that needs more memory than there is.
+
+        Raises:
+          UserError: says what is wrong with it.
+        """
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise UserError(f"an image is {image.dtype}{list(image.shape)}: expected uint8[height, width, 3] (RGB)")
+        height, width, _ = image.shape
+        memory.check(height, width, self._protocol, self._num_classes, list(self._mesh.devices.flat))
+
+    def announce(self, sizes: Iterable[tuple[int, int]]) -> None:
+        """Says for how many sizes the network compiles, given the images' heights and widths."""
+        known = {size for size in sizes if all(size)}  # 0, 0 is an unknown one
+        windows = {window for size in known for window in count_windows(views_of(*size, self._protocol))}
+        if known:
+            logger.info(f"the network is compiled for {len(windows)} sizes of windows, from {len(known)} sizes of images")
+
     def stream(self, variables: Any, examples: Iterable[Example]) -> Iterator[tuple[list[Example], jax.Array]]:
-        """Yields the examples in order, in groups that fill the network's batch, each with the `labels` of its images."""
+        """Yields the examples in order, in `groups`, each with the `labels` of its images."""
+        for group in self.groups(examples):
+            images = [example["image"] for example in group]
+            with memory.explained(images, self.settings):
+                labels = self.labels(variables, images)
+            yield group, labels
+
+    def groups(self, examples: Iterable[Example]) -> Iterator[list[Example]]:
+        """Yields the examples in order, in groups that have windows of the same sizes and fill the network's batch."""
 
         def windows(example: Example) -> Mapping[tuple[int, int], int]:
+            try:
+                self.check(example["image"])
+            except UserError as error:
+                raise UserError(f"{example.get('name', 'an example')}: {error}") from error
             height, width, _ = example["image"].shape
             return count_windows(views_of(height, width, self._protocol))
 
         for _, run in itertools.groupby(examples, lambda example: windows(example).keys()):
             alike = iter(run)
             for first in alike:
-                wanted = ceil_div(self._settings.batch_size, self.num_devices * max(windows(first).values()))
-                group = [first, *itertools.islice(alike, self.num_devices * power_of_two(wanted) - 1)]
-                yield group, self.labels(variables, [example["image"] for example in group])
+                wanted = ceil_div(self.settings.batch_size, self._mesh.size * max(windows(first).values()))
+                yield [first, *itertools.islice(alike, self._mesh.size * power_of_two(wanted) - 1)]
 
     def _plan(self, images: Sequence[np.ndarray]) -> Plan:
         for image in images:
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise UserError(f"an image is {image.dtype}{list(image.shape)}: expected uint8[height, width, 3] (RGB)")
-        return plan_images(images, self._protocol, self.num_devices)
+            self.check(image)
+        return plan_images(images, self._protocol, self._mesh.size)
 
     def _add_views(self, variables: Any, plan: Plan, held: int) -> tuple[jax.Array | None, list[ViewSums]]:
         """Adds views up at the images' size, f32[M, H, W, K], as they are done; the last `held` are returned as they are."""
@@ -174,9 +199,9 @@ class Predictor:
         """Yields each view's sums over windows on its canvas, f32[M, h, w, K], and its way to the image, when it is done."""
         sums: dict[int, jax.Array] = {}
         missing = [canvas.num_windows for canvas in plan.canvases]
-        for pixels, places, parts in plan.batches:
-            logits = [self._network(variables, x) for x in self._prepare(jax.device_put(pixels, self._sharding))]
-            del pixels  # as soon as the devices have them
+        for batch in plan.batches:
+            places, parts, logits = batch.places, batch.parts, self._logits(variables, batch)
+            del batch  # as soon as the devices have its pixels
             for view, bounds in parts:
                 if view not in sums:
                     sums[view] = self._zeros((plan.shape[0], *plan.canvases[view].size))
@@ -186,8 +211,34 @@ class Predictor:
                     yield sums.pop(view), plan.canvases[view].to_image
             del logits  # before the next ones
 
+    def _logits(self, variables: Any, batch: Batch) -> list[jax.Array]:
+        """Returns the logits f32[N, y, x, K] of the windows in their frames, and of the flipped frames."""
+        network, left = self._network(batch.window), batch.pixels.shape[2] - batch.window[1]
+        frames = self._prepare(jax.device_put(batch.pixels, self._sharding))
+        return [network(variables, x, place) for x, place in zip(frames, (0, left), strict=False)]
+
     def _zeros(self, shape: tuple[int, ...]) -> jax.Array:
         return jnp.zeros((*shape, self._num_classes), device=self._sharding)
+
+
+def _compiled(apply: Callable, num_classes: int, sharding: jax.NamedSharding, window: tuple[int, int]) -> Callable:
+    """Returns (variables, frames f32[N, y, x, 3], column) -> logits [N, y, x, K], of the windows that begin at that column."""
+
+    def network(variables: Any, frames: jax.Array, column: jax.Array) -> jax.Array:
+        whole, shape = frames.shape[1:3] == window, (len(frames), *window)
+        windows = frames if whole else jax.lax.dynamic_slice(frames, (0, 0, column, 0), (*shape, 3))
+        logits = apply(variables, windows)
+        if logits.shape != (*shape, num_classes):
+            raise UserError(
+                f"the network makes {list(logits.shape)} of images {[*shape, 3]}: expected {[*shape, num_classes]}, a score "
+                "for each class at each pixel"
+            )
+        if whole:
+            return logits
+        zeros = jnp.zeros((*frames.shape[:3], num_classes), logits.dtype)
+        return jax.lax.dynamic_update_slice(zeros, logits, (0, 0, column, 0))
+
+    return jax.jit(network, out_shardings=sharding)
 
 
 def _prepare(statistics: ConfigDict, flip: bool, windows: jax.Array) -> list[jax.Array]:
@@ -207,7 +258,8 @@ def _accumulate_windows(
     def add(i: jax.Array, sums: jax.Array) -> jax.Array:
         window, strip = jnp.divmod(i, strips)
         first = jnp.minimum(strip * shape[1], height - shape[1])
-        new = protocol.combine_flip(*(jax.lax.dynamic_slice(x, (window, first, 0, 0), shape) for x in logits))
+        slices = [jax.lax.dynamic_slice(x, (window, first, 0, 0), shape).astype(sums.dtype) for x in logits]
+        new = protocol.combine_flip(*slices)
         fresh = first + jnp.arange(shape[1]) >= strip * shape[1]  # the last strip may begin within the one before
         image, top, left = places[window]
         place = (image, top + first, left, 0)
@@ -237,7 +289,8 @@ def _most_probable(protocol: Protocol, total: jax.Array | None, views: list[View
     def labels(i: jax.Array) -> jax.Array:
         scores = [] if total is None else [strips[i]]
         scores += [protocol.finalize_scores(_strip(sums, to_image, i)) for sums, to_image in views]
-        return jnp.argmax(sum(scores), -1).astype(jnp.uint8)
+        score = sum(scores)
+        return jnp.where(jnp.isnan(score).any(-1), IGNORE, jnp.argmax(score, -1)).astype(jnp.uint8)
 
     return jax.lax.map(labels, jnp.arange(count * height // STRIP)).reshape(count, height, width)
 

@@ -43,8 +43,8 @@ class Protocol:
         return self.mean
 
     def combine_flip(self, logits: jax.Array, flipped: jax.Array | None = None) -> jax.Array:
-        """Returns what is averaged over windows, from a window's logits [..., W, K] and, if any, its flipped image's."""
-        raise NotImplementedError
+        """Returns what is averaged over windows, from a window's logits f32[..., W, K] and, if any, its flipped image's."""
+        return logits
 
     def weights_to_image(self, size: int, scaled: int) -> ResamplingWeights:
         """Returns the weights by which averages over windows, at `scaled` pixels, are resampled to the image's `size`."""
@@ -73,10 +73,8 @@ class Semseg(Protocol):
 
     def combine_flip(self, logits: jax.Array, flipped: jax.Array | None = None) -> jax.Array:
         """Mean of the softmaxes."""
-        scores = jax.nn.softmax(logits.astype(jnp.float32))
-        if flipped is None:
-            return scores
-        return (scores + jax.nn.softmax(flipped.astype(jnp.float32))[..., ::-1, :]) / 2
+        scores = jax.nn.softmax(logits)
+        return scores if flipped is None else (scores + jax.nn.softmax(flipped)[..., ::-1, :]) / 2
 
 
 class Caffe(Protocol):
@@ -104,8 +102,7 @@ class Caffe(Protocol):
 
     def combine_flip(self, logits: jax.Array, flipped: jax.Array | None = None) -> jax.Array:
         """Softmax of the sum."""
-        logits = logits.astype(jnp.float32)
-        return jax.nn.softmax(logits if flipped is None else logits + flipped.astype(jnp.float32)[..., ::-1, :])
+        return jax.nn.softmax(logits if flipped is None else logits + flipped[..., ::-1, :])
 
     def weights_to_image(self, size: int, scaled: int) -> ResamplingWeights:
         return bilinear_antialiased(size, scaled)
@@ -141,10 +138,6 @@ class MMSeg(Protocol):
 
     def window(self, crop: int, scaled: int) -> tuple[int, int]:
         return min(crop, scaled), 0
-
-    def combine_flip(self, logits: jax.Array, flipped: jax.Array | None = None) -> jax.Array:
-        """Logits as they are: the flipped image is another view."""
-        return logits.astype(jnp.float32)
 
     def weights_to_image(self, size: int, scaled: int) -> ResamplingWeights:
         return (bilinear_corners if self.align_corners else bilinear)(size, scaled)

@@ -16,17 +16,11 @@ from pspnet_jax.infer.draw import palette_image
 
 @dataclasses.dataclass(frozen=True)
 class Submission:
-    """One server's form.
+    """One server's form."""
 
-    Attributes:
-      dataset: whose classes are predicted, and whose values are written (see `datasets.RAW_VALUES`).
-      folder: where the files go under the output.
-      palette: whether they have VOC's colors.
-    """
-
-    dataset: str
-    folder: str = ""
-    palette: bool = False
+    dataset: str  # whose classes are predicted, and whose values are written (see `datasets.RAW_VALUES`)
+    folder: str = ""  # where the files go under the output
+    palette: bool = False  # whether they have VOC's colors
 
     def encode(self, label: np.ndarray) -> Image.Image:
         """Returns the classes uint8[H, W], each from 0 to K-1, as the picture to send."""
@@ -49,10 +43,10 @@ def choose(form: str, info: datasets.DatasetInfo) -> Submission:
     """
     if form not in SUBMISSIONS:
         raise UserError(f"--format {form}: expected one of {', '.join(SUBMISSIONS)}")
-    submission = SUBMISSIONS[form]
-    if info.num_classes != len(datasets.RAW_VALUES[submission.dataset]):
+    expected = len(datasets.RAW_VALUES[SUBMISSIONS[form].dataset])
+    if info.num_classes != expected:
         raise UserError(
-            f"--format {form}: its server scores {len(datasets.RAW_VALUES[submission.dataset])} classes, but this network "
-            f"predicts the {info.num_classes} of {info.name!r}"
+            f"--format {form}: its server scores {expected} classes, but this network predicts the {info.num_classes} of "
+            f"{info.name!r}"
         )
-    return submission
+    return SUBMISSIONS[form]

@@ -16,11 +16,7 @@ T = TypeVar("T")
 
 
 def choose(choices: Mapping[Any, T], field: str, value: object) -> T:
-    """choices[value].
-
-    Raises:
-      UserError: there is no such choice.
-    """
+    """choices[value], or a UserError with all of them."""
     if value not in choices:
         raise UserError(not_a_choice(choices, field, value))
     return choices[value]
@@ -40,20 +36,16 @@ BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
 
 
 def convolve(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: Sequence[int] = (1, 1),
-    padding: Any = "SAME",
-    dimension_numbers: Any = ("NHWC", "HWIO", "NHWC"),
-    **options: Any,
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int] = (1, 1), padding: Any = "SAME", **options: Any
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated`, with 1x1 convolutions (without padding) written as a matrix product.
+    """`jax.lax.conv_general_dilated` in NHWC and HWIO, with 1x1 convolutions (without padding) written as a matrix product.
 
     XLA runs the gradients of the product several times faster on CPUs.
     """
     if kernel.shape[:2] == (1, 1):
         return x[:, :: strides[0], :: strides[1]] @ kernel[0, 0]
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=dimension_numbers, **options)
+    options.setdefault("dimension_numbers", ("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
 
 class ConvNorm(nn.Module):

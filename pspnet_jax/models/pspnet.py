@@ -11,6 +11,7 @@ from pspnet_jax.models.layers import not_a_choice, resize
 from pspnet_jax.models.pyramid import POOLS, Pyramid
 from pspnet_jax.models.resnet import BLOCKS, FIRST_BLOCK_DILATION, STAGES, STEMS, STRIDE_IN, ResNet
 
+RESNET_FIELDS = ("depth", "width", "stem", "stride_in", "first_block_dilation", "output_stride")  # in config.model too
 CHOICES = {  # what the fields of config.model may be
     "depth": tuple(BLOCKS),
     "stem": tuple(STEMS),
@@ -73,24 +74,13 @@ class PSPNet(nn.Module):
 
 
 def build(model: ConfigDict, num_classes: int) -> PSPNet:
-    """Builds the network of `config.model` for K = num_classes.
-
-    Raises:
-      UserError: names every field with an impossible value.
-    """
+    """The network of `config.model` for K = num_classes; a UserError names every field with an impossible value."""
     if wrong := problems(model):
         raise UserError("\n".join(wrong))
     frozen_norm = model.norm == "frozen"
     return PSPNet(
         backbone=ResNet(
-            depth=model.depth,
-            width=model.width,
-            stem=model.stem,
-            stride_in=model.stride_in,
-            first_block_dilation=model.first_block_dilation,
-            output_stride=model.output_stride,
-            frozen_norm=frozen_norm,
-            dtype=jnp.dtype(model.dtype),
+            **{field: model[field] for field in RESNET_FIELDS}, frozen_norm=frozen_norm, dtype=jnp.dtype(model.dtype)
         ),
         pyramid=Pyramid(model.bins, model.pool, model.reduce_channels, frozen_norm),
         head=PyramidHead(

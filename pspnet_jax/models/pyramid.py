@@ -7,18 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pspnet_jax.models.layers import (
-    ConvNorm,
-    adaptive_average_pool,
-    adaptive_max_pool,
-    choose,
-    convolve,
-    he_normal_fan_out,
-    resize,
-    resize_matrix,
-)
+from pspnet_jax.models import layers
+from pspnet_jax.models.layers import ConvNorm, convolve, resize, resize_matrix
 
-POOLS = {"average": adaptive_average_pool, "max": adaptive_max_pool}
+POOLS = {"average": layers.adaptive_average_pool, "max": layers.adaptive_max_pool}
 
 
 class Pyramid(nn.Module):
@@ -38,7 +30,7 @@ class Pyramid(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> list[jax.Array]:
-        pool, levels = choose(POOLS, "pool", self.pool), []
+        pool, levels = layers.choose(POOLS, "pool", self.pool), []
         channels = x.shape[-1] // len(self.bins) if self.reduce_channels and self.bins else x.shape[-1]
         for i, bins in enumerate(self.bins):
             level = ConvNorm(channels, 1, frozen_norm=self.frozen_norm, name=f"level{i}")
@@ -66,7 +58,7 @@ class PyramidConv(nn.Module):
         height, width = x.shape[1:3]
         inputs = [x, *levels]
         shape = (self.kernel_size, self.kernel_size, sum(i.shape[-1] for i in inputs), self.features)
-        kernel = self.param("kernel", he_normal_fan_out, shape).astype(x.dtype)
+        kernel = self.param("kernel", layers.he_normal_fan_out, shape).astype(x.dtype)
         if not self.factored:
             upsampled = [resize(level, height, width, self.align_corners).astype(x.dtype) for level in levels]
             return convolve(jnp.concatenate([x, *upsampled], axis=-1), kernel)

@@ -2,12 +2,14 @@
 
 source = weights.inspect("pspnet_r50-d8_769x769.pth")   # the family of the file, and the network it holds
 weights.configure(config, source)                       # sets the config to match
+print(weights.assumptions(config, source))              # what the file does not tell
 model = models.build(config.model, source.num_classes)
 variables = weights.load("pspnet_r50-d8_769x769.pth", model)
 """
 
-from pspnet_jax.weights.settings import check_normalize, configure, flags
+from pspnet_jax.weights.container import split_entry
+from pspnet_jax.weights.settings import assumptions, check_normalize, configure, flags
 from pspnet_jax.weights.source import Source, inspect
 from pspnet_jax.weights.transfer import load, save
 
-__all__ = ["Source", "check_normalize", "configure", "flags", "inspect", "load", "save"]
+__all__ = ["Source", "assumptions", "check_normalize", "configure", "flags", "inspect", "load", "save", "split_entry"]

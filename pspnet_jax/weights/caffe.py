@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from pspnet_jax.errors import MissingFileError, UserError
+from pspnet_jax.errors import UserError
 from pspnet_jax.models.resnet import BLOCKS
 
 # Where conv3_1 takes its stride, by depth. The weights do not show it; evaluation/prototxt/*.prototxt does.
@@ -39,18 +39,9 @@ SCHEMA = {
 
 
 def layer_name(module: str, bins: Sequence[int], depth: int) -> str:
-    """The release's name for one of our convolutions; the batch normalization after it is NAME/bn.
-
-    The auxiliary head is in the published files, but not in the networks for evaluation. Its 3x3 convolution is named as the
-    next block of conv4_x would be: conv4_7 at depth 50, conv4_24 at 101.
-
-    Args:
-      module: path of the convolution, such as "backbone/layer1_block0/conv2", "pyramid/level3" or "classifier".
-      bins: `config.model.bins`.
-      depth: `config.model.depth`.
-    """
+    """The release's name for a convolution, such as "backbone/layer1_block0/conv2"; the batch normalization is NAME/bn."""
     *parents, last = module.split("/")
-    if module == "auxiliary_conv":
+    if module == "auxiliary_conv":  # as the next block of conv4_x; in the published files, but not in those for evaluation
         return f"conv4_{BLOCKS[depth][2] + 1}"
     if not parents:
         return HEAD[module]
@@ -70,16 +61,12 @@ def read(path: epath.PathLike) -> dict[str, np.ndarray]:
       bias, mean and variance of a BN layer ("conv5_4/bn:0" to ":3").
 
     Raises:
-      MissingFileError: there is no such file.
-      UserError: it is truncated, no Caffe network or one without weights, or a blob contradicts its shape or is not finite.
+      UserError: it is truncated, no Caffe network or one without weights, or a blob contradicts its shape.
     """
     from google.protobuf.message import DecodeError  # comes with TensorFlow's wheels, and is needed here alone
 
-    path = epath.Path(path)
-    if not path.is_file():
-        raise MissingFileError(f"{path}: no such file; expected a .caffemodel")
     try:
-        net = _net_parameter().FromString(path.read_bytes())
+        net = _net_parameter().FromString(epath.Path(path).read_bytes())
         blobs = {f"{layer.name}:{i}": blob for layer in (*net.layers, *net.layer) for i, blob in enumerate(layer.blobs)}
     except DecodeError as error:
         raise UserError(f"{path}: not a .caffemodel, or a part of one; copy or download it again ({error})") from error
@@ -88,13 +75,11 @@ def read(path: epath.PathLike) -> dict[str, np.ndarray]:
     return {key: _array(blob, key, path) for key, blob in blobs.items()}
 
 
-def _array(blob: Any, key: str, path: epath.Path) -> np.ndarray:
+def _array(blob: Any, key: str, path: epath.PathLike) -> np.ndarray:
     values = np.array(blob.data or blob.double_data, np.float32)
     shape = tuple(blob.shape.dim) if blob.HasField("shape") else (blob.num, blob.channels, blob.height, blob.width)
     if min(shape, default=1) < 0 or math.prod(shape) != values.size:
         raise UserError(f"{path}: blob {key} has {values.size} values for the shape {shape}; copy or download the file again")
-    if not np.isfinite(values).all():
-        raise UserError(f"{path}: blob {key} holds values that are not finite; export the network again")
     layer, index = key.rsplit(":", 1)
     return values.reshape(shape) if index == "0" and not layer.endswith("/bn") else values
 

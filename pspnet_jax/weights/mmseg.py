@@ -1,6 +1,5 @@
 """The settings in an mmsegmentation checkpoint: from the text of its training config in "meta", or from the zoo's file name."""
 
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +11,7 @@ _DIGITS, _SIDES = r"\((\d(?:,\d)*),?\)", r"\((\d{1,5},\d{1,5}),?\)"
 PATTERNS = (
     ("align_corners", r"align_corners=(\w+)"),
     ("contract_dilation", r"contract_dilation=(\w+)"),
+    ("eps", r"norm_cfg=dict\([^)]*\beps=([\w.+-]+)"),
     ("style", r"style=('\w+')"),
     ("strides", rf"\bstrides={_DIGITS}"),
     ("dilations", rf"\bdilations={_DIGITS}"),
@@ -38,18 +38,22 @@ FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
     "first_block_dilation": ("contract_dilation", {"True": "half", "False": "full"}),
     "stride_in": ("style", {"'pytorch'": "conv3x3", "'caffe'": "conv1x1"}),
 }
+EPSILONS = ("1e-05", "1e-5", "0.00001")  # of batch normalization: ours
 # Strides and dilations of the stages -> output stride. The zoo's -d32 has (1, 2, 2, 2) with (1, 1, 2, 4).
 STAGES = {("1,2,1,1", "1,1,2,4"): 8, ("1,2,2,1", "1,1,1,2"): 16, ("1,2,2,2", "1,1,1,1"): 32}
 
 Settings = Mapping[str, str]
 
 
-def settings(metadata: Mapping[str, Any], name: str) -> Settings:
-    """The settings of the training config, as it writes them; without a config, those that the file name implies."""
+def settings_by_name(name: str) -> Settings:
+    """The settings that the name of a file of the zoo implies."""
+    return next((found for part, found in ZOO.items() if re.search(part, name)), {})
+
+
+def settings(metadata: Mapping[str, Any]) -> Settings:
+    """The settings of the training config, as it writes them; none without a config."""
     text = metadata.get("cfg") or metadata.get("config")  # mmengine's key, mmcv's
-    if not isinstance(text, str):
-        return next((found for part, found in ZOO.items() if re.search(part, name)), {})
-    text = re.sub(r"\s", "", text)
+    text = re.sub(r"\s", "", text if isinstance(text, str) else "")
     found: dict[str, str] = {}
     for setting, pattern in PATTERNS:
         if match := re.search(pattern, text):
@@ -57,13 +61,11 @@ def settings(metadata: Mapping[str, Any], name: str) -> Settings:
     return found
 
 
-def model_fields(path: os.PathLike, settings: Settings) -> dict[str, Any]:
-    """The fields of config.model that the settings decide.
-
-    Raises:
-      UserError: a value that our network lacks.
-    """
+def model_fields(path: str, settings: Settings) -> dict[str, Any]:
+    """The fields of config.model that the settings decide; a value that our network lacks is a UserError."""
     fields: dict[str, Any] = {}
+    if settings.get("eps", EPSILONS[0]) not in EPSILONS:
+        raise UserError(f"{path}: its config has eps={settings['eps']} in norm_cfg; what can be imported is {EPSILONS[0]}")
     for field, (setting, values) in FIELDS.items():
         if value := settings.get(setting):
             if value not in values:
@@ -82,12 +84,14 @@ def model_fields(path: os.PathLike, settings: Settings) -> dict[str, Any]:
 
 def normalize_fields(settings: Settings) -> dict[str, Any]:
     """The fields of config.normalize; the config's mean and std are in the order in which the network takes the channels."""
-    order = "BGR" if "to_rgb" in settings else "RGB"
-    fields: dict[str, Any] = {"order": order}
+    fields: dict[str, Any] = {}
     for field in ("mean", "std"):
         values = tuple(map(float, re.findall(r"\d+(?:\.\d+)?", settings.get(field, ""))))
         if len(values) == 3:
-            fields[field] = values if order == "RGB" else values[::-1]
+            fields |= {
+                field: values[::-1] if "to_rgb" in settings else values,
+                "order": "BGR" if "to_rgb" in settings else "RGB",
+            }
     return fields
 
 
@@ -101,8 +105,7 @@ def evaluation_fields(settings: Settings, num_classes: int) -> dict[str, Any]:
     fields: dict[str, Any] = {"protocol": "mmseg", "inference": "whole", "scales": (1.0,), "flip": False}
     fields |= {"base_size": max(sides), "short_size": min(sides)}
     if {"mode", "crop_size", "stride"} <= settings.keys():
-        sizes = {"crop": _integers(settings["crop_size"]), "stride": _integers(settings["stride"])}
-        fields |= {"inference": "windows", **sizes}
+        fields |= {"inference": "windows", "crop": _integers(settings["crop_size"]), "stride": _integers(settings["stride"])}
     return fields
 
 

@@ -22,38 +22,28 @@ TORCHVISION = {  # timm's names too and, with a stem of three convolutions, thos
     "backbone/layer#_block#/projection/conv": "layer{0}.{1}.downsample.0",
     "backbone/layer#_block#/projection/bn": "layer{0}.{1}.downsample.1",
 }
-STEM_OF_THREE = {  # as a Sequential, whose every third module is the activation
-    "backbone/stem_conv1/conv": "0",
-    "backbone/stem_conv1/bn": "1",
-    "backbone/stem_conv2/conv": "3",
-    "backbone/stem_conv2/bn": "4",
-    "backbone/stem_conv3/conv": "6",
-    "backbone/stem_conv3/bn": "7",
+HEADS = {  # ours -> semseg's, mmseg's
+    "pyramid/level#/conv": ("ppm.features.{0}.1", "decode_head.psp_modules.{0}.1.conv"),
+    "pyramid/level#/bn": ("ppm.features.{0}.2", "decode_head.psp_modules.{0}.1.bn"),
+    "head_conv": ("cls.0", "decode_head.bottleneck.conv"),
+    "head_bn": ("cls.1", "decode_head.bottleneck.bn"),
+    "classifier": ("cls.4", "decode_head.conv_seg"),
+    "auxiliary_conv/conv": ("aux.0", "auxiliary_head.convs.0.conv"),
+    "auxiliary_conv/bn": ("aux.1", "auxiliary_head.convs.0.bn"),
+    "auxiliary_classifier": ("aux.4", "auxiliary_head.conv_seg"),
 }
-SEMSEG = {
-    **TORCHVISION,
-    **{ours: f"layer0.{index}" for ours, index in STEM_OF_THREE.items()},
-    "pyramid/level#/conv": "ppm.features.{0}.1",
-    "pyramid/level#/bn": "ppm.features.{0}.2",
-    "head_conv": "cls.0",
-    "head_bn": "cls.1",
-    "classifier": "cls.4",
-    "auxiliary_conv/conv": "aux.0",
-    "auxiliary_conv/bn": "aux.1",
-    "auxiliary_classifier": "aux.4",
-}
-MMSEG_B = {  # the models whose names have a b, such as r50b: torchvision's stem
-    **{ours: f"backbone.{theirs}" for ours, theirs in TORCHVISION.items()},
-    "pyramid/level#/conv": "decode_head.psp_modules.{0}.1.conv",
-    "pyramid/level#/bn": "decode_head.psp_modules.{0}.1.bn",
-    "head_conv": "decode_head.bottleneck.conv",
-    "head_bn": "decode_head.bottleneck.bn",
-    "classifier": "decode_head.conv_seg",
-    "auxiliary_conv/conv": "auxiliary_head.convs.0.conv",
-    "auxiliary_conv/bn": "auxiliary_head.convs.0.bn",
-    "auxiliary_classifier": "auxiliary_head.conv_seg",
-}
-MMSEG = MMSEG_B | {ours: f"backbone.stem.{index}" for ours, index in STEM_OF_THREE.items()}
+
+
+def _stem_of_three(sequential: str) -> dict[str, str]:
+    """The stem as a Sequential, whose every third module is the activation."""
+    parts = enumerate(("conv", "bn"))
+    return {f"backbone/stem_conv{i + 1}/{part}": f"{sequential}.{3 * i + j}" for j, part in parts for i in range(3)}
+
+
+SEMSEG = TORCHVISION | _stem_of_three("layer0") | {ours: semseg for ours, (semseg, _) in HEADS.items()}
+# The models whose names have a b, such as r50b, have torchvision's stem.
+MMSEG_B = {m: f"backbone.{theirs}" for m, theirs in TORCHVISION.items()} | {m: mmseg for m, (_, mmseg) in HEADS.items()}
+MMSEG = MMSEG_B | _stem_of_three("backbone.stem")
 TORCH_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 CAFFE_LEAVES = {"kernel": 0, "scale": 0, "bias": 1, "mean": 2, "var": 3}  # numbers of a layer's blobs
 
@@ -75,27 +65,18 @@ def _caffe_key(path: str, bins: Sequence[int], depth: int) -> str | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family of files.
+    """A family of files."""
 
-    Attributes:
-      title: what messages call one of them.
-      key: (our path, model.bins, model.depth) -> the array's key in the file; None where the family has no such array.
-      dropped: pattern of the keys that our network does not need.
-      model: the fields of config.model that its networks share, unless the file says otherwise; None: only the file says.
-      protocol: config.eval.protocol of its published numbers; "" for backbones.
-      normalize: config.normalize, as its networks were trained.
-    """
-
-    title: str
-    key: Callable[[str, Sequence[int], int], str | None]
-    dropped: str
-    model: dict[str, Any]
-    protocol: str
-    normalize: dict[str, Any]
+    title: str  # what messages call one of them
+    key: Callable[[str, Sequence[int], int], str | None]  # (our path, model.bins, model.depth) -> the file's key, if any
+    dropped: str  # pattern of the keys that our network does not need
+    model: dict[str, Any]  # fields of config.model that its networks share, and no shape shows
+    protocol: str  # config.eval.protocol of its published numbers; "" for backbones
+    normalize: dict[str, Any]  # config.normalize, as its networks were trained
 
 
-_RESNET = {"width": 64, "stride_in": "conv3x3"}
-_PSPNET = _RESNET | {"output_stride": 8, "pool": "average", "reduce_channels": True, "head_kernel": 3}
+_RESNET = {"stride_in": "conv3x3"}
+_PSPNET = _RESNET | {"output_stride": 8, "pool": "average"}
 _IMAGENET = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375), "order": "RGB"}
 _COUNTS = r".*\.num_batches_tracked"  # of training steps, by torch's BatchNorm
 
@@ -111,7 +92,7 @@ _MMSEG = Family(
     title="a PSPNet of mmseg",
     key=functools.partial(_torch_key, MMSEG),
     dropped=_COUNTS,
-    model=_PSPNET | {"first_block_dilation": "half", "align_corners": None},  # its contract_dilation; the latter differs
+    model=_PSPNET | {"first_block_dilation": "half", "align_corners": False},  # its contract_dilation; the latter differs
     protocol="mmseg",
     normalize=_IMAGENET,
 )
@@ -119,7 +100,7 @@ FAMILIES = {
     "resnet": Family(
         title="an ImageNet ResNet",
         key=functools.partial(_torch_key, TORCHVISION),
-        dropped=_COUNTS + r"|(fc|classifier)\.(weight|bias)",
+        dropped=_COUNTS + r"|(fc|classifier)\..*",
         model=_RESNET,
         protocol="",
         normalize=_IMAGENET,

@@ -13,28 +13,18 @@ from pspnet_jax.weights.source import Source
 
 logger = logging.getLogger(__name__)
 DATASETS = {150: "ade20k", 21: "voc2012", 19: "cityscapes"}  # by the number of classes
-ASSUMED = {  # where a file does not tell: the value taken, and what else it may be
-    "align_corners": (False, True),
-    "stride_in": ("conv1x1", "conv3x3"),
-    "bins": ((1, 2, 3, 6), "..."),
-}
 
 
 def configure(config: ConfigDict, source: Source) -> None:
-    """Writes what is known of a segmentation network into config.model, normalize, dataset and eval.
+    """Writes what is known or assumed of a segmentation network into config.model, normalize, dataset and eval.
 
     Raises:
       UserError: it is a backbone alone.
     """
     if source.num_classes is None:
         raise UserError(f"{source}; there is nothing to evaluate: train from it with --config.init_from={source.path}")
-    for field, value in source.model.items():
-        if value is None:
-            value, other = ASSUMED[field]
-            flag = flags("model", {field: other})
-            logger.warning("%s does not tell model.%s: it is %s without %s", source.path, field, value, flag)
-        config.model[field] = value
-    config.normalize.update(source.normalize)
+    config.model.update({**source.assumed["model"], **source.model})
+    config.normalize.update({**source.assumed["normalize"], **source.normalize})
     config.eval.update(source.evaluation)
     config.dataset.name, config.dataset.class_names, config.dataset.colors = _dataset(source, source.num_classes)
 
@@ -50,19 +40,47 @@ def _dataset(source: Source, num_classes: int) -> tuple[str, tuple[str, ...], tu
     return "folder", names, source.colors or datasets.voc_palette(num_classes)
 
 
+def assumptions(config: ConfigDict, source: Source) -> str:
+    """Names, a line each, what the file does not tell and `config` has as `configure` assumes it; "" if there is nothing."""
+    lines = []
+    if source.others:
+        file = source.path.removesuffix(f":{source.entry}")
+        others = " or ".join(f"{file}:{name}" for name in source.others)
+        lines.append(f"the weights are those in {source.entry!r}; for the others name {others}")
+    same = {s: {f: v for f, v in fields.items() if _same(config[s][f], v)} for s, fields in source.assumed.items()}
+    if any(same.values()):
+        given = " ".join(flags(section, fields) for section, fields in same.items() if fields)
+        lines.append(f"ASSUMED, since the file does not tell (set what is otherwise): {given}")
+    name, names, _ = _dataset(source, source.num_classes or 0)
+    if names and names == tuple(config.dataset.class_names) != source.class_names:
+        why = "called otherwise in the file" if source.class_names else f"by their number, {len(names)}"
+        lines.append(
+            f"ASSUMED: the classes are those of {name}, {names[0]!r} to {names[-1]!r} ({why}); if not, set "
+            "--config.dataset.name=folder --config.dataset.class_names=..."
+        )
+    return "\n".join(lines)
+
+
 def check_normalize(normalize: ConfigDict, source: Source) -> None:
-    """Refuses to start from weights that were trained on otherwise normalized images.
+    """Refuses weights whose file says that they were trained on otherwise normalized images; warns where that is assumed.
 
     Raises:
       UserError: names the flags to set.
     """
-    wrong = {field: value for field, value in source.normalize.items() if not _same(normalize[field], value)}
-    if wrong:
-        raise UserError(f"{source}; it was trained on images normalized otherwise: set {flags('normalize', wrong)}")
+
+    def unlike(fields: Mapping[str, Any]) -> str:
+        return flags("normalize", {field: value for field, value in fields.items() if not _same(normalize[field], value)})
+
+    if wrong := unlike(source.normalize):
+        raise UserError(f"{source}; it was trained on images normalized otherwise: set {wrong}")
+    if wrong := unlike(source.assumed["normalize"]):
+        logger.warning(f"{source}; ASSUMED to be trained with {wrong}, but other values are set")
 
 
 def _same(value: Any, expected: Any) -> bool:
-    return value == expected if isinstance(expected, str) else np.allclose(value, expected, atol=0.01)
+    if isinstance(expected, tuple):
+        return len(value) == len(expected) and np.allclose(value, expected, atol=0.01)
+    return value == expected
 
 
 def flags(section: str, fields: Mapping[str, Any]) -> str:

@@ -3,52 +3,37 @@
 import dataclasses
 import itertools
 import os
-import pathlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pspnet_jax import datasets
-from pspnet_jax.errors import MissingFileError, UserError
+from pspnet_jax import datasets, files
+from pspnet_jax.errors import UserError
 from pspnet_jax.models.resnet import BASIC_DEPTHS, BLOCKS, STEMS
-from pspnet_jax.weights import caffe, mmseg, pytorch
+from pspnet_jax.weights import caffe, container, mmseg, pytorch
 from pspnet_jax.weights.names import FAMILIES, Family
 
-READERS: dict[str, Callable[[str], tuple[pytorch.Arrays, Mapping[str, Any]]]] = {
-    ".pth": pytorch.read_torch,
-    ".pt": pytorch.read_torch,
-    ".bin": pytorch.read_torch,
-    ".tar": pytorch.read_torch,
-    ".safetensors": pytorch.read_safetensors,
-    ".caffemodel": lambda path: (caffe.read(path), {}),
-}
-# Our path of an array -> its shape in the file, () where there is none.
-ShapeOf = Callable[[str], tuple[int, ...]]
+# Our path of an array, and the depth where it counts -> its shape in the file, () where there is none.
+ShapeOf = Callable[..., tuple[int, ...]]
+LEVELS = {4: (1, 2, 3, 6), 0: ()}  # bins by the number of levels
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a file holds.
-
-    Attributes:
-      path: the file.
-      family: whose names its arrays have.
-      model: the fields of config.model that the network has; None where the file does not tell.
-      num_classes: K, or None for a backbone alone.
-      normalize: config.normalize, as it was trained.
-      evaluation: the fields of config.eval that its published numbers were made with.
-      class_names: K names, or none where the file has none.
-      colors: K colors, or none where the file has none.
-    """
+    """What a file holds. What it tells is kept apart from what is assumed, where the user's word counts."""
 
     path: str
-    family: Family
-    model: Mapping[str, Any]
-    num_classes: int | None
-    normalize: Mapping[str, Any]
-    evaluation: Mapping[str, Any]
-    class_names: tuple[str, ...] = ()
-    colors: tuple[datasets.Color, ...] = ()
+    family: Family  # whose names its arrays have
+    model: Mapping[str, Any]  # the fields of config.model that its shapes, names or metadata tell
+    normalize: Mapping[str, Any]  # those of config.normalize
+    assumed: Mapping[str, Mapping[str, Any]]  # "model" and "normalize": further fields, as networks of its family have them
+    evaluation: Mapping[str, Any]  # the fields of config.eval that its published numbers were made with
+    num_classes: int | None = None  # K, or None for a backbone alone
+    levels: int = 0  # of the pyramid
+    class_names: tuple[str, ...] = ()  # K of them, or none where the file has none
+    colors: tuple[datasets.Color, ...] = ()  # likewise
+    entry: str = ""  # of the checkpoint, whose weights these are
+    others: tuple[str, ...] = ()  # entries with further weights
 
     def __str__(self) -> str:
         classes = "backbone only" if self.num_classes is None else f"{self.num_classes} classes"
@@ -56,11 +41,14 @@ class Source:
 
     def key(self, path: str) -> str | None:
         """The file's key for "params/backbone/..." and so on; None where its family has no such array."""
-        return self.family.key(path, self.model.get("bins") or (), self.model["depth"])
+        return self.family.key(path, self.model.get("bins", ()), self.model["depth"])
 
 
 def inspect(path: str | os.PathLike) -> Source:
     """Recognizes a checkpoint.
+
+    Args:
+      path: a file of weights, local or gs://; FILE:NAME takes the entry NAME of a checkpoint with several.
 
     Raises:
       MissingFileError: there is no such file.
@@ -71,59 +59,82 @@ def inspect(path: str | os.PathLike) -> Source:
 
 def read(path: str | os.PathLike) -> tuple[Source, pytorch.Arrays]:
     """Recognizes a checkpoint as `inspect` does, and returns its arrays too."""
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise MissingFileError(
-            f"{file}: {'is a directory' if file.is_dir() else 'no such file'}; expected a checkpoint ({', '.join(READERS)})"
-        )
-    if file.suffix.lower() not in READERS:
-        raise UserError(f"{file}: not a checkpoint by its name, which has to end in one of {', '.join(READERS)}")
-    arrays, metadata = READERS[file.suffix.lower()](str(file))
-    return _describe(file, arrays, metadata), arrays
+    content = container.read(path)
+    return _describe(str(files.absolute(path)), content), content.arrays
 
 
-def _describe(file: pathlib.Path, arrays: pytorch.Arrays, metadata: Mapping[str, Any]) -> Source:
-    family, bins = _family(file, arrays), _caffe_bins(arrays)
+def _describe(path: str, content: pytorch.Content) -> Source:
+    arrays = content.arrays
+    family, bins = _family(path, arrays), _caffe_bins(arrays)
 
-    def shape(path: str, depth: int = 50) -> tuple[int, ...]:
-        key = family.key(f"params/{path}", bins, depth)
+    def shape(name: str, depth: int = 50) -> tuple[int, ...]:
+        key = family.key(f"params/{name}", bins, depth)
         return arrays[key].shape if key in arrays else ()
 
-    depth = _depth(file, shape)
-    model = {**family.model, "depth": depth, "stem": _stem(file, shape)}
-    if not family.protocol:
-        return Source(str(file), family, model, None, family.normalize, {})
+    depth = _depth(path, shape)
+    model = {"width": 64, "depth": depth, "stem": _stem(path, shape)}
+    found: dict[str, Any] = {"evaluation": {}, "entry": content.entry, "others": content.others}
+    assumed, normalize = dict(family.model), {}
+    if family.protocol:
+        found["num_classes"] = num_classes = _num_classes(path, family, shape)
+        levels = len(bins) or next(i for i in itertools.count() if not shape(f"pyramid/level{i}/conv/kernel"))
+        found["levels"] = levels
+        model |= _head_fields(shape, levels, depth)
+        found["evaluation"] = _evaluation(family.protocol, num_classes)
+        if family.protocol == "caffe":
+            model["bins"], assumed["stride_in"] = bins, caffe.STRIDE_IN.get(depth, "conv1x1")
+        elif levels in LEVELS:
+            assumed["bins"] = LEVELS[levels]
+        if family.protocol == "mmseg":
+            told, name = mmseg.settings(content.metadata), mmseg.settings_by_name(os.path.basename(path))
+            model |= mmseg.model_fields(path, told)
+            normalize = mmseg.normalize_fields(told)
+            assumed |= {} if told else mmseg.model_fields(path, name)
+            found["evaluation"] = mmseg.evaluation_fields(told or name, num_classes)
+        found["class_names"], found["colors"] = _classes(content.metadata, num_classes)
+    found["assumed"] = {"model": _without(assumed, model), "normalize": _without(family.normalize, normalize)}
+    return Source(path, family, model, normalize, **found)
+
+
+def _without(fields: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    return {field: value for field, value in fields.items() if field not in told}
+
+
+def _num_classes(path: str, family: Family, shape: ShapeOf) -> int:
     if not shape("classifier/bias"):
-        missing = family.key("params/classifier/bias", bins, depth)
-        raise UserError(f"{file}: {family.title}, but without its classifier, {missing}")
-    num_classes, normalize = shape("classifier/bias")[0], family.normalize
-    model["auxiliary"] = bool(shape("auxiliary_classifier/bias", depth))
-    if family.protocol == "caffe":
-        model |= {"bins": bins, "stride_in": caffe.STRIDE_IN.get(depth)}
-    else:
-        model["bins"] = _bins(shape)
-    if family.protocol == "mmseg":
-        settings = mmseg.settings(metadata, file.name)
-        model |= mmseg.model_fields(file, settings)
-        normalize = normalize | mmseg.normalize_fields(settings)
-        evaluation = mmseg.evaluation_fields(settings, num_classes)
-    else:
-        evaluation = _evaluation(family.protocol, num_classes)
-    return Source(str(file), family, model, num_classes, normalize, evaluation, *_classes(metadata, num_classes))
+        missing = family.key("params/classifier/bias", (), 50)
+        raise UserError(f"{path}: {family.title}, but without its classifier, {missing}")
+    if (num_classes := shape("classifier/bias")[0]) < 2:
+        raise UserError(
+            f"{path}: its classifier has {num_classes} output, as for a sigmoid; expected one for each of 2 or more classes"
+        )
+    return num_classes
 
 
-def _family(file: pathlib.Path, arrays: pytorch.Arrays) -> Family:
+def _head_fields(shape: ShapeOf, levels: int, depth: int) -> dict[str, Any]:
+    """What the shapes of pyramid and heads tell; where one is missing or odd, nothing, since `load` names it."""
+    fields: dict[str, Any] = {"auxiliary": bool(shape("auxiliary_classifier/bias", depth))}
+    if levels > 1 and (level := shape("pyramid/level0/conv/kernel"))[2:] == (1, 1):
+        fields["reduce_channels"] = level[0] != level[1]
+    if (head := shape("head_conv/kernel"))[2:] in ((1, 1), (3, 3)):
+        fields["head_kernel"] = head[2]
+    return fields
+
+
+def _family(path: str, arrays: pytorch.Arrays) -> Family:
     for family in FAMILIES.values():
-        paths = (f"params/backbone/{module}/conv/kernel" for module in ("stem_conv1", "layer1_block0/conv1"))
-        if all(family.key(path, (), 50) in arrays for path in paths):
+        anchors = (f"params/backbone/{module}/conv/kernel" for module in ("stem_conv1", "layer1_block0/conv1"))
+        if all(family.key(anchor, (), 50) in arrays for anchor in anchors):
             return family
+    modules = list(dict.fromkeys(re.split(r"[.:]", key)[0] for key in arrays))
     raise UserError(
-        f"{file}: holds none of the networks that can be imported: ResNets of torchvision, timm (but not ResNet-C, -D, -T) "
-        f"and semseg; PSPNets of semseg, mmsegmentation and Caffe. Its keys are {', '.join([*sorted(arrays)[:3], '...'])}"
+        f"{path}: holds none of the networks that can be imported: ResNets of torchvision, timm (but not ResNet-C, -D, -T) "
+        f"and semseg; PSPNets of semseg, mmsegmentation and Caffe. It has {len(arrays)} arrays in "
+        f"{', '.join(modules[:6])}{', ...' * (len(modules) > 6)}, such as {min(arrays, default='none')}"
     )
 
 
-def _depth(file: pathlib.Path, shape: ShapeOf) -> int:
+def _depth(path: str, shape: ShapeOf) -> int:
     """By the number of blocks in each stage, and of convolutions in a block."""
 
     def kernel(module: str) -> tuple[int, ...]:
@@ -132,29 +143,23 @@ def _depth(file: pathlib.Path, shape: ShapeOf) -> int:
     blocks = tuple(next(b for b in itertools.count() if not kernel(f"layer{s}_block{b}/conv1")) for s in range(1, 5))
     basic = not kernel("layer1_block0/conv3")
     if kernel("layer1_block0/conv1")[:1] != (64,) or kernel("layer1_block0/conv2") != (64, 64, 3, 3):
-        raise UserError(f"{file}: its blocks are grouped or wide (ResNeXt, Wide ResNet), which this network has not")
+        raise UserError(f"{path}: its blocks are grouped or wide (ResNeXt, Wide ResNet), which this network has not")
     for depth, expected in BLOCKS.items():
         if blocks == expected and basic == (depth in BASIC_DEPTHS):
             return depth
     raise UserError(
-        f"{file}: {blocks} {'basic blocks' if basic else 'bottlenecks'} in its stages; expected a ResNet of depth "
+        f"{path}: {blocks} {'basic blocks' if basic else 'bottlenecks'} in its stages; expected a ResNet of depth "
         f"{', '.join(map(str, BLOCKS))}"
     )
 
 
-def _stem(file: pathlib.Path, shape: ShapeOf) -> str:
+def _stem(path: str, shape: ShapeOf) -> str:
     """By the first kernel."""
     first = shape("backbone/stem_conv1/conv/kernel")
     for stem, ((size, multiple), *_) in STEMS.items():
         if first == (64 * multiple, 3, size, size):
             return stem
-    raise UserError(f"{file}: its first kernel is {first}; expected (64, 3, 3, 3), (32, 3, 3, 3) or (64, 3, 7, 7)")
-
-
-def _bins(shape: ShapeOf) -> tuple[int, ...] | None:
-    """By the number of levels, since nothing else tells."""
-    levels = next(i for i in itertools.count() if not shape(f"pyramid/level{i}/conv/kernel"))
-    return {0: (), 4: (1, 2, 3, 6)}.get(levels)
+    raise UserError(f"{path}: its first kernel is {first}; expected (64, 3, 3, 3), (32, 3, 3, 3) or (64, 3, 7, 7)")
 
 
 def _caffe_bins(arrays: pytorch.Arrays) -> tuple[int, ...]:

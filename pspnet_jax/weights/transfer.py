@@ -1,7 +1,7 @@
 """A checkpoint's arrays as our variables, with every key accounted for; and our variables under semseg's names."""
 
+import logging
 import os
-import pathlib
 import re
 from collections.abc import Mapping, Set
 from typing import Any
@@ -12,17 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from pspnet_jax import models
+from pspnet_jax import files, models
 from pspnet_jax.errors import UserError
+from pspnet_jax.models.pspnet import RESNET_FIELDS
 from pspnet_jax.weights import names, pytorch
 from pspnet_jax.weights.settings import flags
 from pspnet_jax.weights.source import Source, read
 
-LISTED = 4  # of the keys that do not fit, how many a message names
-FORMATS = {"torch": pytorch.write_torch, "safetensors": pytorch.write_safetensors}
-ENDINGS = {"torch": (".pth", ".pt"), "safetensors": (".safetensors",)}
+logger = logging.getLogger(__name__)
+FORMATS = {  # the function that writes, and the endings of its files
+    "torch": (pytorch.write_torch, (".pth", ".pt")),
+    "safetensors": (pytorch.write_safetensors, (".safetensors",)),
+}
+Shapes = Mapping[str, tuple[int, ...]]
 SEMSEG = names.FAMILIES["semseg"]
-EXPORTED = SEMSEG.model | {"stem": "deep", "bins": (1, 2, 3, 6)}  # the networks that semseg's code computes
+EXPORTED = {  # the networks that semseg's code computes
+    **SEMSEG.model,
+    **{"width": 64, "stem": "deep", "bins": (1, 2, 3, 6), "reduce_channels": True, "head_kernel": 3},
+}
 EXPORTED_DEPTHS = (50, 101, 152)
 
 
@@ -41,7 +48,8 @@ def load(path: str | os.PathLike, model: nn.Module, partial: bool = False) -> di
     Raises:
       MissingFileError: there is no such file.
       UserError: it cannot be read; its network differs from the model, with the flags to set; or its keys do: the first of
-        those that are unexpected, missing, of another shape, no floats or not finite, and how many there are.
+        those that are unexpected, missing, of another shape, no floats or not finite, and how many there are. What the file
+        does not tell (`Source.assumed`) may differ, with a warning.
     """
     source, arrays = read(path)
     fields = model_fields(model)
@@ -49,8 +57,8 @@ def load(path: str | os.PathLike, model: nn.Module, partial: bool = False) -> di
     shapes = _shapes(source, model)
     known = {key: variable for variable in shapes if (key := source.key(variable))}
     wanted = {key: variable for key, variable in known.items() if not _left_out(variable, source, fields)}
-    _check_arrays(source, arrays, known.keys(), {key: shapes[variable] for key, variable in wanted.items()})
-    flat = {variable: np.array(names.to_ours(arrays[key]), np.float32, order="C") for key, variable in wanted.items()}
+    _check_arrays(source, arrays, known.keys(), wanted, shapes)
+    flat = {variable: _float32(names.to_ours(arrays[key])) for key, variable in wanted.items()}
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -59,8 +67,7 @@ def model_fields(model: nn.Module) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     backbone, head = getattr(model, "backbone", None), getattr(model, "head", None)
     if isinstance(backbone, models.ResNet):
-        for field in ("depth", "width", "stem", "stride_in", "first_block_dilation", "output_stride"):
-            fields[field] = getattr(backbone, field)
+        fields |= {field: getattr(backbone, field) for field in RESNET_FIELDS}
     if isinstance(model, models.PSPNet) and isinstance(head, models.PyramidHead):
         pyramid = model.pyramid or models.Pyramid(bins=())
         auxiliary = model.auxiliary_head
@@ -72,21 +79,22 @@ def model_fields(model: nn.Module) -> dict[str, Any]:
 
 
 def _check_fields(source: Source, fields: Mapping[str, Any], partial: bool) -> None:
-    if not source.model.keys() <= fields.keys():
+    if not {*source.model, *source.assumed["model"]} <= fields.keys():
         own = "of a backbone other than models.ResNet" if "depth" not in fields else "of other parts than models.build's"
         raise UserError(f"{source}; it cannot be loaded into a network {own}")
-    wrong = {}
-    for field, value in source.model.items():
-        unused = field == "auxiliary" and (value or partial)
-        if value not in (None, fields[field]) and not unused:
-            wrong[field] = value
-    if wrong:
+    told = {field: value for field, value in source.model.items() if not (field == "auxiliary" and (value or partial))}
+    if wrong := {field: value for field, value in told.items() if value != fields[field]}:
         raise UserError(f"{source}; the network differs from it: set {flags('model', wrong)}")
+    if source.num_classes and source.levels != len(fields["bins"]):
+        bins = flags("model", {"bins": ("...",) * source.levels})
+        raise UserError(f"{source}; its pyramid has {source.levels} levels, the network's bins={fields['bins']}: set {bins}")
+    if unlike := {field: value for field, value in source.assumed["model"].items() if value != fields[field]}:
+        logger.warning(f"{source}; ASSUMED to have {flags('model', unlike)}, but other values are set")
     if not partial and source.num_classes not in (None, fields.get("num_classes")):
         raise UserError(f"{source}; the network has {fields['num_classes']} classes")
 
 
-def _shapes(source: Source, model: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(source: Source, model: Any) -> Shapes:
     """The shapes of all variables that the file may have, with an auxiliary head's, as others store them."""
     if source.num_classes is None:
         network = models.PSPNet(model.backbone, models.PyramidHead(1))  # any head will do
@@ -103,27 +111,36 @@ def _left_out(variable: str, source: Source, fields: Mapping[str, Any]) -> bool:
     return unpaired or ("classifier/" in variable and source.num_classes != fields["num_classes"])
 
 
-def _check_arrays(source: Source, arrays: pytorch.Arrays, known: Set[str], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses arrays that are not known, and those wanted that are missing or cannot be what they should be."""
+def _check_arrays(source: Source, arrays: pytorch.Arrays, known: Set[str], wanted: Mapping[str, str], shapes: Shapes) -> None:
+    """Refuses arrays that are not known, and those wanted (key -> variable) that are missing or wrong."""
     present = {key: arrays[key] for key in wanted if key in arrays}
+    expected = {key: shapes[variable] for key, variable in wanted.items()}
     dropped = re.compile(source.family.dropped)
     problems = {
         "unexpected": [k for k in arrays if k not in known and not dropped.fullmatch(k)],
         "missing": [k for k in wanted if k not in arrays],
-        "of another shape": [f"{k} {v.shape}, not {wanted[k]}" for k, v in present.items() if v.shape != wanted[k]],
+        "of another shape": [f"{k} {v.shape}, not {expected[k]}" for k, v in present.items() if v.shape != expected[k]],
         "not floating point": [f"{k} ({v.dtype})" for k, v in present.items() if not jnp.issubdtype(v.dtype, jnp.floating)],
     }
     if not any(problems.values()):
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is reported as such
-            finite = {key: np.isfinite(array.astype(np.float32)).all() for key, array in present.items()}
-        problems = {"not finite in float32": [key for key in finite if not finite[key]]}
-    found = [f"{len(keys)} {what}: {_listed(keys)}" for what, keys in problems.items() if keys]
+        problems = {
+            "not finite in float32": [f"{k} {n}" for k, v in present.items() if (n := _count(~np.isfinite(_float32(v))))],
+            "with negative variances": [
+                f"{k} {n}" for k, v in present.items() if wanted[k].endswith("/var") and (n := _count(v < 0))
+            ],
+        }
+    found = [f"{len(k)} {what}: {', '.join(k[:4] + ['...'] * (len(k) > 4))}" for what, k in problems.items() if k]
     if found:
         raise UserError(f"{source}; its arrays do not fit: {'; '.join(found)}")
 
 
-def _listed(keys: list[str]) -> str:
-    return ", ".join(keys if len(keys) <= LISTED else [*keys[:LISTED], "..."])
+def _float32(array: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is reported as such
+        return np.array(array, np.float32, order="C")
+
+
+def _count(wrong: np.ndarray) -> str:
+    return f"({np.count_nonzero(wrong)} of {wrong.size} values)" if wrong.any() else ""
 
 
 def save(path: str | os.PathLike, variables: Any, model: nn.Module, fmt: str) -> None:
@@ -131,30 +148,36 @@ def save(path: str | os.PathLike, variables: Any, model: nn.Module, fmt: str) ->
 
     Args:
       path: the file to write, in one piece or not at all.
-      variables: {"params", "batch_stats"}, as they are used with `model`.
-      model: a network that semseg's PSPNet computes too.
+      variables: {"params", "batch_stats"} of `model`, a network that semseg's PSPNet computes too.
       fmt: "torch", a checkpoint as semseg's training writes it, with the prefix that its code expects; or "safetensors",
         the same arrays without the prefix.
 
     Raises:
-      UserError: semseg's code cannot compute this network, fmt is unknown, or torch is missing.
+      UserError: semseg's code cannot compute this network, fmt is unknown, torch is missing, or the file cannot be written.
     """
     if fmt not in FORMATS:
         raise UserError(f"--format {fmt}: expected one of {', '.join(FORMATS)}")
-    path = pathlib.Path(path)
-    if path.suffix not in ENDINGS[fmt]:
-        raise UserError(f"--output {path}: expected a name that ends in {' or '.join(ENDINGS[fmt])}, as --format is {fmt}")
-    if path.exists():
-        raise UserError(f"--output {path}: is there already; choose another name, or delete it")
+    file = files.absolute(path)
+    write, endings = FORMATS[fmt]
+    if file.suffix not in endings:
+        raise UserError(f"--output {file}: expected a name that ends in {' or '.join(endings)}, as --format is {fmt}")
+    if file.exists():
+        raise UserError(f"--output {file}: is there already; choose another name, or delete it")
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):
+        raise UserError(f"{file}: the run's weights hold values that are not finite, so they are not exported")
     fields = model_fields(model)
-    if not EXPORTED.keys() <= fields.keys():
-        raise UserError(f"{path}: semseg's PSPNet is another network than this one, which has other parts than models.build's")
-    wrong = [f"model.{field}={fields[field]}, not {value}" for field, value in EXPORTED.items() if fields[field] != value]
-    if fields["depth"] not in EXPORTED_DEPTHS:
-        wrong.append(f"model.depth={fields['depth']}, not one of {EXPORTED_DEPTHS}")
+    if EXPORTED.keys() <= fields.keys():
+        wrong = [f"model.{field}={fields[field]}, not {value}" for field, value in EXPORTED.items() if fields[field] != value]
+        if fields["depth"] not in EXPORTED_DEPTHS:
+            wrong.append(f"model.depth={fields['depth']}, not one of {EXPORTED_DEPTHS}")
+    else:
+        wrong = ["other parts than models.build's"]
     if wrong:
-        raise UserError(f"{path}: semseg's PSPNet is another network than this one, which has {'; '.join(wrong)}")
-    FORMATS[fmt](path, _semseg_arrays(variables, fields))
+        raise UserError(f"{file}: semseg's PSPNet is another network than this one, which has {'; '.join(wrong)}")
+    try:
+        write(file, _semseg_arrays(variables, fields))
+    except OSError as error:
+        raise UserError(f"--output {file}: cannot be written ({error}); nothing was left there") from error
 
 
 def _semseg_arrays(variables: Any, fields: Mapping[str, Any]) -> pytorch.Arrays:

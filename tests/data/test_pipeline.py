@@ -173,6 +173,14 @@ def test_a_reader_of_ones_own(root):
         list(batches_of(config, data=pipeline.open_training(config, source=Stripes(wrong=3))))
 
 
+def test_a_reader_without_examples_is_refused_and_not_replaced_by_the_folder(root):
+    empty = Stripes()
+    empty.names = []
+    with pytest.raises(UserError, match=r"split 'train' has no examples"):
+        pipeline.open_training(recipe(root), source=empty)
+    assert list(pipeline.as_numpy(pipeline.eval_dataset(recipe(root), "val", source=empty))) == []
+
+
 def test_a_reader_of_other_classes_is_refused(root):
     config = recipe(root)
     config.dataset.class_names = ("class 0", "class 1", "class 2")
@@ -321,7 +329,7 @@ def test_balance_needs_a_class_somewhere(tmp_path):
     config = recipe(fakes.write_folder(tmp_path, {"train": 1}))
     fakes.write_image(tmp_path / "labels/train/000.png", np.full((40, 48), 255, np.uint8))
     config.dataset.balance = 0.1
-    with pytest.raises(ValueError, match=r"dataset.balance=0.1: no label of .* has a class in it"):
+    with pytest.raises(ValueError, match=r"every pixel is 255, which is ignored"):
         pipeline.open_training(config)
 
 

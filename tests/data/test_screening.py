@@ -23,7 +23,7 @@ def checked(monkeypatch):
 
     def listening(image, *rest):
         found.append(pathlib.Path(image).name)
-        check_pair(image, *rest)
+        return check_pair(image, *rest)
 
     monkeypatch.setattr(checks, "check_pair", listening)
     return found
@@ -54,7 +54,7 @@ def test_a_read_that_fails_by_chance_is_no_damage(tmp_path, monkeypatch):
     def flaky(*pair):
         if next(failures, False):
             raise UserError(f"{pair[0]}: cannot be read (Input/output error)")
-        check_pair(*pair)
+        return check_pair(*pair)
 
     monkeypatch.setattr(checks, "check_pair", flaky)
     assert len(reopened(recipe(root=str(root)))) == 3
@@ -79,6 +79,16 @@ def test_without_a_directory_to_write_to_files_are_checked_each_time(tmp_path, c
     for times in (1, 2):
         assert len(reopened(dataset)) == 3
         assert len(checked) == 3 * times
+
+
+def test_hosts_with_other_copies_of_the_files_are_warned(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(screening, "_exchange", lambda mine: [mine, mine._replace(fingerprint="other")])
+    dataset = recipe(root=str(fakes.write_folder(tmp_path, {"train": 3})))
+    with caplog.at_level("WARNING", "pspnet_jax"):
+        first = reopened(dataset).fingerprint
+    assert "train: the hosts have files of the same names, but of other sizes" in caplog.text
+    monkeypatch.setattr(screening, "_exchange", lambda mine: [mine._replace(fingerprint="other"), mine])
+    assert reopened(dataset).fingerprint == "other" != first  # the first process's, on all hosts
 
 
 # One of two processes with files of its own; says what it has of them, or why not.

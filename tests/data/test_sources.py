@@ -6,6 +6,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from pspnet_jax import image_files
 from pspnet_jax.config import base_config
 from pspnet_jax.data import checks, scenes, screening, sources
 from pspnet_jax.errors import UserError
@@ -71,7 +72,7 @@ def test_palette_labels_of_fewer_bits(tmp_path):
 
 def test_remote_root(monkeypatch):
     """TensorFlow's ram:// goes the way of gs://: every access is through tf.io, except that to classes.txt, by etils."""
-    monkeypatch.setattr(sources.datasets, "check_classes", lambda dataset: None)
+    monkeypatch.setattr(sources.datasets, "_own_classes", lambda dataset: None)
     image, label = fakes.pair("train", 0)
     for kind, array in (("images", image), ("labels", label)):
         tf.io.gfile.makedirs(f"ram://set/{kind}/train")
@@ -93,13 +94,6 @@ IMAGE, LABEL = "images/train/001.png", "labels/train/001.png"
 
 def _truncate(path):
     path.write_bytes(path.read_bytes()[:-40])
-
-
-def _turned(path):
-    exif = Image.Exif()
-    exif[checks.EXIF_ORIENTATION] = 6
-    path.unlink()
-    fakes.write_image(path.with_suffix(".jpg"), fakes.pair("train", 1)[0], exif=exif)
 
 
 def _as(path, format, mode="RGB"):
@@ -130,10 +124,18 @@ def _set_label(path, *values):
         (IMAGE, _jpeg_cut_short, r"images/train/001.jpg: cannot be read, damaged or cut short"),
         (IMAGE, lambda p: _as(p, "GIF"), r"images/train/001.png: is a GIF file despite its name"),
         (IMAGE, lambda p: _as(p, "JPEG", "CMYK"), r"images/train/001.png: is a CMYK image"),
-        (IMAGE, _turned, r"images/train/001.jpg: has EXIF orientation 6"),
         (LABEL, _truncate, r"labels/train/001.png: cannot be read, damaged or cut short"),
         (LABEL, lambda p: _as(p, "JPEG", "L"), r"labels/train/001.png: is a JPEG file despite its name"),
-        (LABEL, lambda p: _as(p, "PNG"), r"labels/train/001.png: is an RGB picture, probably labels drawn in colors"),
+        (
+            LABEL,
+            lambda p: _as(p, "PNG"),
+            r"001.png: is an RGB picture whose red, green and blue are equal; .* gray PNG",
+        ),
+        (
+            LABEL,
+            lambda p: fakes.write_image(p, fakes.pair("train", 1)[0]),
+            r"001.png: is an RGB picture, probably labels drawn",
+        ),
         (LABEL, lambda p: _as(p, "PNG", "RGBA"), r"labels/train/001.png: is an RGBA picture"),
         (LABEL, lambda p: _as(p, "PNG", "I;16"), r"labels/train/001.png: has pixels of kind 'I;16B'; expected an 8-bit"),
         (LABEL, lambda p: _as(p, "PNG", "1"), r"labels/train/001.png: has pixels of kind '1'; expected an 8-bit"),
@@ -304,3 +306,54 @@ def test_a_damaged_tfds_record_is_named(tmp_path):
     source.read(1)
     with pytest.raises(UserError, match=r"train_00002: cannot be loaded \(Corrupted"):
         source.read(2)
+
+
+# Orientation
+
+
+def turned_folder(root, tag, label_turned, size=(40, 48)):
+    """Writes a folder whose second image is stored so that orientation `tag` turns it upright; returns it upright."""
+    fakes.write_folder(root, {"train": 3}, size)
+    image, label = fakes.pair("train", 1, size)
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    path = root / "images/train/001.png"
+    Image.fromarray(image).save(path, exif=exif)
+    upright = image_files.turn(image, tag)
+    if label_turned:
+        fakes.write_image(root / "labels/train/001.png", image_files.turn(label[..., None], tag)[..., 0])
+    return upright
+
+
+@pytest.mark.parametrize("tag", [3, 6])
+def test_training_turns_an_image_as_prediction_does(tmp_path, tag, caplog):
+    upright = turned_folder(tmp_path, tag, label_turned=True)
+    label = image_files.turn(fakes.pair("train", 1)[1][..., None], tag)[..., 0]
+    with caplog.at_level("WARNING", "pspnet_jax"):
+        source = open_folder(tmp_path)
+    assert "train: 1 images are turned upright" in caplog.text
+    assert_loads(source, 1, upright, label)
+    assert_loads(source, 2, *fakes.pair("train", 2))
+    np.testing.assert_array_equal(image_files.read(tmp_path / "images/train/001.png"), upright)
+    sources._open_files.cache_clear()
+    assert_loads(open_folder(tmp_path), 1, upright, label)  # as the stamp has it
+    assert_loads(sources.open_source(recipe(root=str(tmp_path)), "train", check=False), 1, upright, label)
+
+
+def test_a_label_that_was_not_turned_with_its_image(tmp_path):
+    turned_folder(tmp_path, 6, label_turned=False)
+    with pytest.raises(UserError, match=r"001.png: is 48x40, but its image .*001.png is 40x48 once .* orientation 6 .*; turn"):
+        open_folder(tmp_path)
+
+
+def test_a_tfds_dataset_of_turned_images(tmp_path, monkeypatch):
+    image, label = fakes.pair("train", 0)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.fromarray(image).save(tmp_path / "turned.png", exif=exif)
+    turned = image_files.turn(label[..., None], 8)
+    monkeypatch.setattr(
+        FakePairs, "_generate_examples", lambda _: iter([(0, {"image": tmp_path / "turned.png", "label": turned})])
+    )
+    tfds.builder("fake_pairs/label", data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    assert_loads(sources.open_source(tfds_recipe(str(tmp_path)), "train"), 0, image_files.turn(image, 8), turned[..., 0])

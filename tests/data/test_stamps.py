@@ -119,6 +119,23 @@ stamps.once({str(tmp_path / "cache")!r}, "work", [{str(file)!r}], "", lambda: os
     assert ask(tmp_path, file, Work()) == 1
 
 
+def test_another_users_default_directory_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(stamps.tempfile, "tempdir", str(tmp_path))
+    assert stamps.directory("") == tmp_path / "pspnet_jax"
+    monkeypatch.setattr(stamps.os, "getuid", lambda: 4711)
+    assert stamps.directory("") == tmp_path / "pspnet_jax_4711"
+    assert stamps.directory(str(tmp_path / "pspnet_jax")) == tmp_path / "pspnet_jax"  # who names it, means it
+
+
+def test_without_any_temporary_directory(tmp_path, monkeypatch):
+    def nowhere():
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(stamps.tempfile, "gettempdir", nowhere)
+    with pytest.raises(UserError, match=r"dataset.cache_dir='': cannot write to the directory for temporary files, TMPDIR"):
+        stamps.directory("")
+
+
 def test_a_cache_dir_has_to_be_local():
     with pytest.raises(UserError, match=r"dataset.cache_dir='gs://bucket': expected a local directory"):
         stamps.directory("gs://bucket")

@@ -1,14 +1,13 @@
 """Every image counts once, and a report says how it was made."""
 
-import dataclasses
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -18,18 +17,16 @@ from pspnet_jax.datasets import DatasetInfo
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer.evaluate import evaluate
 from pspnet_jax.infer.predictor import Predictor
-from pspnet_jax.metrics import summarize
-from pspnet_jax.report import Report
 
 INFO = DatasetInfo("colors", ("red", "green", "blue", "never"), ((255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)))
 STRONGEST = np.eye(3, 4, dtype=np.float32) * 10 + np.array([0, 0, 0, -99], np.float32)  # the class of the strongest channel
 
 
-def predictor(devices=1, **fields):
+def predictor(devices=1, network=lambda w, x: x @ w, **fields):
     config = base_config()
     config.eval.update({"base_size": 0, "crop": (33, 33), "batch_size": 2, "flip": False} | fields)
     config.normalize.update(mean=(0.0, 0.0, 0.0), std=(255.0, 255.0, 255.0))
-    return Predictor(lambda w, x: x @ w, config, INFO.num_classes, jax.local_devices()[:devices])
+    return Predictor(network, config, INFO.num_classes, jax.local_devices()[:devices])
 
 
 def examples(*sizes):
@@ -98,11 +95,12 @@ def test_the_report_in_words_and_in_json(tmp_path):
         name: ["-", "-", "0.00%"] for name in ("blue", "never")
     }
     score, protocol = str(report).splitlines()
-    assert score == "mIoU 25.00%  mean accuracy 50.00%  pixel accuracy 50.00%"
+    assert score == "mIoU 25.00% over 2 of 4 classes  mean accuracy 50.00% over 1 of 4 classes  pixel accuracy 50.00%"
+    assert lines[-1].strip() == "mIoU over 2 of 4 classes"
     assert protocol.startswith("1 images of val, windows 33x33, own size, scales 1.0, 1.5, flip on, protocol semseg; ")
-    report.write(tmp_path / "evaluation" / "val.json")
-    saved = json.loads((tmp_path / "evaluation" / "val.json").read_text())
+    saved = json.loads(report.save(tmp_path / "evaluation", {"step": 7}).read_text())
     assert saved["mean_iou"] == 0.25
+    assert (saved["classes_in_mean_iou"], saved["classes_in_mean_accuracy"], saved["step"]) == (2, 1, 7)
     assert saved["classes"][1] == {"name": "green", "iou": 0.0, "accuracy": None, "pixels": 0}
     assert saved["scales"] == [1.0, 1.5]
     assert saved["flip"] is True
@@ -122,36 +120,80 @@ def test_pictures_are_spread_over_the_split():
     assert list(pictures) == ["0", "2", "4"]
 
 
-def test_scores_made_in_different_ways_go_to_different_files():
-    """Each setting changes the name, as do the step, the split, the dataset and its directory."""
+def test_a_split_without_images_is_refused():
+    with pytest.raises(UserError, match="split 'val': has no images to score"):
+        evaluate(predictor(), STRONGEST, [], INFO, 0, "val", pictures=4)
 
-    def stem(info=INFO, split="val", step=7, root="", **fields):
-        protocol = {"split": split, **predictor(**fields).description}
-        return Report(summarize(np.eye(4)), np.ones(4), 1, info, protocol, "cpu", 1.0).file_stem(step, root)
 
-    assert stem() == "colors_val_step7_base_size0_crop33-33_flipFalse_windows_semseg_scales1.0_short_size0_stride0-0"
-    others = [
-        stem(info=dataclasses.replace(INFO, name="other")),
-        stem(split="test"),
-        stem(step=8),
-        stem(root="/data/one"),
-        stem(root="/data/two"),
-        *(stem(protocol=protocol) for protocol in ("caffe", "mmseg")),
-        stem(inference="whole"),
-        stem(crop=(33, 35)),
-        stem(stride=(0, 20)),
-        stem(base_size=80),
-        stem(short_size=40),
-        stem(scales=(1.0, 1.5)),
-        stem(flip=True),
-    ]
-    assert len({stem(), *others}) == 1 + len(others)
-    assert all(re.fullmatch(r"[\w.-]+", name) for name in others)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": None}, "an example has image, name, but no label"),
+        ({"image": None, "name": None}, "an example has label, but no image and no name"),
+        ({"label": np.full((40, 40), 4, np.uint8)}, "0: its label has values up to 4; expected uint8 from 0 to 3, or 255"),
+        ({"label": np.zeros((40, 40), np.int64)}, "0: its label has type int64; expected uint8 from 0 to 3, or 255"),
+        (
+            {"image": np.zeros((40, 40, 3), np.float32)},
+            r"0: an image is float32\[40, 40, 3\]: expected uint8\[",
+        ),
+        ({"image": np.zeros((40, 40, 4), np.uint8)}, r"0: an image is uint8\[40, 40, 4\]: expected uint8\[height, width, 3\]"),
+    ],
+)
+def test_examples_that_cannot_be_scored(change, message):
+    (example,) = examples((40, 40))
+    example = {field: value for field, value in {**example, **change}.items() if value is not None}
+    with pytest.raises(UserError, match=message):
+        evaluate(predictor(), STRONGEST, [example], INFO, 1, "val")
+
+
+def test_an_image_without_pixels_is_refused():
+    example = {"image": np.zeros((0, 9, 3), np.uint8), "label": np.zeros((0, 9), np.uint8), "name": "empty"}
+    with pytest.raises(UserError, match=r"empty: an image is uint8\[0, 9, 3\]"):
+        evaluate(predictor(), STRONGEST, [example], INFO, 1, "val")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("protocol", ["semseg", "caffe", "mmseg"])
+def test_scores_that_are_not_finite_are_refused_with_the_image_named(value, protocol):
+    """argmax would call it class 0, which here is often right."""
+    network = predictor(network=lambda w, x: x @ w * value, protocol=protocol)
+    with pytest.raises(UserError, match=r"0: the network's scores are not finite \(NaN\), so it cannot be scored"):
+        evaluate(network, STRONGEST, examples((40, 40)), INFO, 1, "val")
+
+
+def test_one_pixel_that_is_not_finite_is_enough():
+    images = list(examples((40, 40), (40, 40), (36, 50)))
+    images[1]["image"] = np.array(images[1]["image"])
+    images[1]["image"][20, 20] = (255, 0, 1)  # not a pure color
+
+    def fragile(w, x):
+        return jnp.where((x[..., :1] == 1) & (x[..., 2:] > 0), jnp.nan, x @ w)
+
+    with pytest.raises(UserError, match=r"1: the network's scores are not finite \(NaN\)"):
+        evaluate(predictor(network=fragile, batch_size=16), STRONGEST, images, INFO, 3, "val")
+
+
+@pytest.mark.parametrize("outputs", [1, 3, 5])
+def test_a_network_with_another_number_of_outputs_is_refused(outputs):
+    message = rf"the network makes \[1, 33, 33, {outputs}\] of images \[1, 33, 33, 3\]: expected \[1, 33, 33, 4\]"
+    with pytest.raises(UserError, match=message):
+        evaluate(predictor(base_size=33), np.ones((3, outputs), np.float32), examples((33, 33)), INFO, 1, "val")
+
+
+def test_memory_that_runs_out_is_said_with_what_to_lower(monkeypatch):
+    def scarce(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.\nmore")
+
+    monkeypatch.setattr(Predictor, "labels", scarce)
+    message = r"memory ran out with 2 image\(s\) of 40x40 \(RESOURCE_EXHAUSTED: .* bytes\.\); lower one of eval.batch_size=8, "
+    with pytest.raises(UserError, match=message):
+        evaluate(predictor(batch_size=8), STRONGEST, examples(*SIZES[:2]), INFO, 2, "val")
 
 
 PROCESS = """
 import sys
 import jax
+import jax.numpy as jnp
 import numpy as np
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
 from pspnet_jax.infer import evaluate

@@ -1,12 +1,23 @@
 """From image files to index, color and overlay files."""
 
+import errno
+import logging
+import os
+import threading
+import time
+
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax import image_files
+from pspnet_jax import files, image_files
+from pspnet_jax.errors import UserError
+from pspnet_jax.infer import memory
 from pspnet_jax.infer.draw import colorize, overlay
-from pspnet_jax.infer.predict import find_images, predict
+from pspnet_jax.infer.inputs import find_images
+from pspnet_jax.infer.predict import AHEAD, predict
+from pspnet_jax.infer.predictor import Predictor
 from tests.infer.test_evaluate import INFO, STRONGEST, predictor
 
 
@@ -19,15 +30,33 @@ def read(path):
         return image.mode, np.asarray(image)
 
 
+def results(output):
+    return sorted(str(path.relative_to(output)) for path in output.rglob("*") if path.is_file())
+
+
+def write(folder, **sizes):
+    """Images of the colors that the network tells apart, by name."""
+    folder.mkdir(exist_ok=True)
+    for name, size in sizes.items():
+        Image.fromarray(picture(*size)).save(folder / f"{name}.png")
+    return find_images(folder)
+
+
+def run(tmp_path, paths=None, network=None, **fields):
+    """Predicts tmp_path/in into tmp_path/out."""
+    options = {key: fields.pop(key) for key in ("skip_existing", "form") if key in fields}
+    paths = find_images(tmp_path / "in") if paths is None else paths
+    predict(network or predictor(**fields), STRONGEST, paths, tmp_path / "out", INFO, **options)
+
+
 def test_a_folder_of_images_of_several_sizes(tmp_path):
-    sizes = {"a.b": (40, 50), "c": (61, 35), "d": (9, 12)}
+    sizes = {"a.b": (40, 50), "c": (61, 35), "below/d": (9, 12)}
     blocks = np.kron(picture(4, 4), np.ones((16, 16, 1), np.uint8))  # JPEG keeps these
     images = {name: blocks[:height, :width] for name, (height, width) in sizes.items()}
     (tmp_path / "in" / "below").mkdir(parents=True)
     for name, image in images.items():
         Image.fromarray(image).save(tmp_path / "in" / f"{name}.{'png' if name != 'c' else 'BMP'}")
-    for other in ("notes.txt", ".hidden.png", "below/e.png"):
-        (tmp_path / "in" / other).write_text("not for us")
+    (tmp_path / "in" / "notes.txt").write_text("not for us")
     predict(predictor(), STRONGEST, find_images(tmp_path / "in"), tmp_path / "out", INFO)
     run = predictor()
     for name, image in images.items():
@@ -41,33 +70,14 @@ def test_a_folder_of_images_of_several_sizes(tmp_path):
             np.testing.assert_array_equal(np.asarray(color.convert("RGB")), colorize(label, INFO.colors))
         mixed = read(tmp_path / "out" / "overlay" / f"{name}.jpg")[1].astype(int)
         assert abs(mixed - overlay(image, label, INFO.colors)).mean() < 3
-    assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == sorted(
-        [f"{name}.png" for name in images] * 2 + [f"{name}.jpg" for name in images]
-    )
+    kinds = {"index": "png", "color": "png", "overlay": "jpg"}
+    assert results(tmp_path / "out") == sorted(f"{kind}/{name}.{suffix}" for kind, suffix in kinds.items() for name in images)
 
 
 def test_one_file(tmp_path):
     Image.fromarray(picture(20, 30)).save(tmp_path / "one.webp", lossless=True)
     predict(predictor(), STRONGEST, find_images(tmp_path / "one.webp"), tmp_path / "out", INFO)
     assert read(tmp_path / "out" / "index" / "one.png")[1].shape == (20, 30)
-
-
-def test_missing_input(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"--input .*nowhere: no such file or folder"):
-        find_images(tmp_path / "nowhere")
-
-
-def test_a_folder_without_images(tmp_path):
-    (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(FileNotFoundError, match=r"no images in this folder; expected files ending in \.bmp"):
-        find_images(tmp_path)
-
-
-def test_two_images_that_would_be_written_to_the_same_file(tmp_path):
-    for name in ("a.jpg", "a.png"):
-        Image.fromarray(picture(8, 8)).save(tmp_path / name)
-    with pytest.raises(ValueError, match=r"a\.jpg and a\.png would both be written as a\.png"):
-        find_images(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["text", "truncated", "empty", "deep"])
@@ -92,3 +102,163 @@ def test_images_are_read_as_upright_rgb(tmp_path):
     np.testing.assert_array_equal(image_files.read(tmp_path / "gray.png"), stored[..., [0, 0, 0]])
     Image.fromarray(np.dstack([stored, stored[..., 0]])).save(tmp_path / "alpha.png")
     np.testing.assert_array_equal(image_files.read(tmp_path / "alpha.png"), stored)
+
+
+def test_bad_photos_cost_only_themselves(tmp_path):
+    """One of each kind among good ones of the same group; all are listed at the end."""
+    write(tmp_path / "in", a=(20, 30), b=(20, 30), c=(20, 30), d=(20, 30), z=(20, 30))
+    (tmp_path / "in" / "a.png").write_bytes(b"hello")
+    (tmp_path / "in" / "c.png").write_bytes((tmp_path / "in" / "c.png").read_bytes()[:300])
+    os.symlink(tmp_path / "gone.png", tmp_path / "in" / "link.png")
+    with pytest.raises(UserError) as caught:
+        run(tmp_path, batch_size=16)
+    *lines, last = str(caught.value).splitlines()
+    assert last == "3 of 6 images could not be predicted"
+    for line, name in zip(lines, ("a", "c", "link"), strict=True):
+        assert line.startswith(f"{tmp_path}/in/{name}.png: cannot be read as an image")
+    assert [name for name in results(tmp_path / "out") if name.startswith("index")] == [f"index/{x}.png" for x in "bdz"]
+
+
+def test_an_image_too_large_for_the_machine_is_left_out_before_anything_compiles_for_it(tmp_path, monkeypatch):
+    write(tmp_path / "in", a=(20, 30), b=(400, 300))
+    monkeypatch.setattr(memory, "host_limit", lambda: 1_000_000)
+    message = r"b\.png: an image of 300x400 needs 0\.0 GiB of memory or more .* lower one of eval\.batch_size=2"
+    with pytest.raises(UserError, match=message):
+        run(tmp_path)
+    assert len(results(tmp_path / "out")) == 3
+
+
+def test_a_device_that_runs_out_of_memory_costs_only_that_image(tmp_path, monkeypatch):
+    write(tmp_path / "in", a=(20, 30), b=(100, 90))
+    labels = Predictor.labels
+
+    def scarce(self, variables, images):
+        if any(len(image) == 100 for image in images):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+        return labels(self, variables, images)
+
+    monkeypatch.setattr(Predictor, "labels", scarce)
+    with pytest.raises(
+        UserError, match=r"b: memory ran out with 1 image\(s\) of 90x100 .*RESOURCE_EXHAUSTED.*eval\.crop=\(33, 33\)"
+    ):
+        run(tmp_path)
+    assert len(results(tmp_path / "out")) == 3
+
+
+def test_scores_that_are_not_finite_are_no_prediction(tmp_path):
+    write(tmp_path / "in", a=(20, 30))
+    with pytest.raises(UserError, match=r"a: the network's scores are not finite"):
+        predict(predictor(), STRONGEST * np.nan, find_images(tmp_path / "in"), tmp_path / "out", INFO)
+    assert results(tmp_path / "out") == []
+
+
+def test_skip_existing_takes_up_what_lacks_a_result(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    paths = write(tmp_path / "in", a=(20, 30), b=(20, 30), c=(20, 30))
+    run(tmp_path)
+    (tmp_path / "out" / "overlay" / "b.jpg").unlink()
+    (tmp_path / "out" / "index" / "a.png").write_bytes(b"kept as it is")
+    read, original = [], image_files.read
+    monkeypatch.setattr(image_files, "read", lambda path: (read.append(path), original(path))[1])
+    run(tmp_path, skip_existing=True)
+    assert read == [paths["b"]]
+    assert (tmp_path / "out" / "index" / "a.png").read_bytes() == b"kept as it is"
+    assert len(results(tmp_path / "out")) == 9
+    assert caplog.messages[-1].startswith(f"3 of 3 images have their results in {tmp_path}/out, 2 from before; ")
+    assert "images/s on 1 x cpu" in caplog.messages[-1]
+    run(tmp_path, skip_existing=True)  # nothing is left to do
+    run(tmp_path)
+    assert (tmp_path / "out" / "index" / "a.png").read_bytes() != b"kept as it is"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_a_full_disk_keeps_what_is_complete_and_says_so(tmp_path, monkeypatch, code):
+    """It is full at the third image's color: two are complete, of the third there is no half file."""
+    write(tmp_path / "in", a=(20, 30), b=(20, 30), c=(20, 30), d=(20, 30))
+    replace = type(files.absolute(tmp_path)).replace
+
+    def full(path, target):
+        if (target.name == "c.png" and target.parent.name == "color") or target.name.startswith("d"):
+            raise OSError(code, os.strerror(code), str(target))
+        return replace(path, target)
+
+    monkeypatch.setattr(type(files.absolute(tmp_path)), "replace", full)
+    with pytest.raises(UserError) as caught:
+        run(tmp_path)
+    assert os.strerror(code) in str(caught.value)
+    assert f"2 of 4 images have their results in {tmp_path}/out, and --skip_existing continues from there" in str(caught.value)
+    assert [name for name in results(tmp_path / "out") if "overlay" in name] == ["overlay/a.jpg", "overlay/b.jpg"]
+    monkeypatch.undo()
+    run(tmp_path, skip_existing=True)
+    assert len(results(tmp_path / "out")) == 12
+
+
+def test_an_output_that_is_a_file_or_cannot_be_written_to_is_refused_at_once(tmp_path, monkeypatch):
+    write(tmp_path / "in", a=(20, 30))
+    (tmp_path / "out").write_text("precious")
+    with pytest.raises(UserError, match=r"--output .*out: is a file; expected a folder"):
+        run(tmp_path)
+    assert (tmp_path / "out").read_text() == "precious"
+    with pytest.raises(UserError, match=r"--output .*out/below: cannot be written to .*; nothing was predicted"):
+        predict(predictor(), STRONGEST, find_images(tmp_path / "in"), tmp_path / "out" / "below", INFO)
+
+
+def test_a_folder_where_a_result_should_be_costs_that_image_alone(tmp_path):
+    write(tmp_path / "in", a=(20, 30), b=(20, 30))
+    (tmp_path / "out" / "color" / "a.png").mkdir(parents=True)
+    with pytest.raises(
+        UserError,
+        match=r"a: .*color/a\.png: is a folder where a result should be; move it away\n1 of 2 images could not be predicted",
+    ):
+        run(tmp_path)
+    assert [name for name in results(tmp_path / "out") if "/b." in name] == ["color/b.png", "index/b.png", "overlay/b.jpg"]
+
+
+def test_names_as_long_as_they_may_be_and_not_in_utf_8(tmp_path):
+    write(tmp_path / "in", **{"x" * 251: (20, 30)})
+    os.rename(os.fsencode(tmp_path / "in" / ("x" * 251 + ".png")), os.fsencode(tmp_path / "in" / ("x" * 250)) + b"\xe9.png")
+    run(tmp_path)
+    assert len(results(tmp_path / "out")) == 3
+
+
+def test_reading_is_ahead_of_computing_and_bounded(tmp_path, monkeypatch):
+    """While the first group is computed, as many images as may wait are read, and no more."""
+    paths = write(tmp_path / "in", **{f"{i:03d}": (8, 8) for i in range(3 * AHEAD)})
+    lock, read, original, seen = threading.Lock(), [], image_files.read, []
+
+    def counted(path):
+        with lock:
+            read.append(path)
+        return original(path)
+
+    labels = Predictor.labels
+
+    def slow(self, variables, images):
+        time.sleep(0.1 if not seen else 0)
+        seen.append(len(read))
+        return labels(self, variables, images)
+
+    monkeypatch.setattr(image_files, "read", counted)
+    monkeypatch.setattr(Predictor, "labels", slow)
+    run(tmp_path, paths=paths, batch_size=1)
+    assert seen[0] == AHEAD  # one of which is computed
+    assert all(count <= i + AHEAD for i, count in enumerate(seen))
+
+
+def test_whole_inference_goes_by_size_and_says_for_how_many_it_compiles(tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    write(tmp_path / "in", a=(20, 30), b=(30, 20), c=(20, 30), d=(30, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture(30, 20)).save(tmp_path / "in" / "turned.png", exif=exif)
+    order, labels = [], Predictor.labels
+
+    def listed(self, variables, images):
+        order.append([image.shape[:2] for image in images])
+        return labels(self, variables, images)
+
+    monkeypatch.setattr(Predictor, "labels", listed)
+    run(tmp_path, inference="whole", batch_size=4)
+    assert order == [[(20, 30)] * 3, [(30, 20)] * 2]
+    assert "the network is compiled for 2 sizes of windows, from 2 sizes of images" in caplog.messages
+    assert len(results(tmp_path / "out")) == 15

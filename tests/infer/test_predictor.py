@@ -157,3 +157,52 @@ def test_place_takes_weights_from_a_larger_mesh():
     placed = predictor.place(everywhere)
     assert {d.id for d in placed["a"].devices()} == {2, 3}
     jax.tree.map(np.testing.assert_array_equal, placed, variables)
+
+
+def compilations(function):
+    """How many programs XLA compiles while a function runs."""
+    compiled = []
+
+    def listen(name, *_, **__):
+        compiled.append(name == "/jax/core/compile/backend_compile_duration")
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        function()
+    finally:
+        jax.monitoring.clear_event_listeners()
+    return sum(compiled)
+
+
+def test_whole_inference_compiles_the_network_for_each_size_and_the_rest_for_few(monkeypatch):
+    """12 sizes in one bucket: the network alone is new for each. Of those, the last 4 are kept."""
+    monkeypatch.setattr("pspnet_jax.infer.predictor.KEPT", 4)
+    config = settings(inference="whole", base_size=0, batch_size=1)
+    predictor = Predictor(lambda w, x: x @ w, config, CLASSES, jax.devices()[:1])
+    weights = predictor.place(np.eye(3, dtype=np.float32))
+    images = [picture(34 + i, 64 - i) for i in range(12)]
+    first = compilations(lambda: predictor.labels(weights, images[:1]))
+    assert compilations(lambda: [predictor.labels(weights, [image]) for image in images[1:]]) == 11
+    assert compilations(lambda: [predictor.labels(weights, [image]) for image in images[-4:]]) == 0
+    assert compilations(lambda: predictor.labels(weights, images[:1])) == 1
+    print(f"{first} programs for the first size")
+
+
+def test_programs_of_sizes_long_past_are_freed(monkeypatch):
+    monkeypatch.setattr("pspnet_jax.infer.predictor.KEPT", 2)
+    predictor = Predictor(lambda w, x: x @ w, settings(inference="whole", base_size=0), CLASSES, jax.devices()[:1])
+    weights, client = predictor.place(np.eye(3, dtype=np.float32)), jax.devices()[0].client
+    counts = []
+    for i in range(8):
+        np.asarray(predictor.labels(weights, [picture(34 + i, 64 - i)]))
+        counts.append(len(client.live_executables()))
+    assert counts[1:] == counts[1:2] * 7
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(("inference", "size"), [("whole", (1, 1)), ("whole", (1, 40)), ("windows", (1, 1))])
+def test_images_of_few_pixels_and_tiny_scales(protocol, inference, size):
+    image, config = picture(*size), settings(protocol=protocol, inference=inference, base_size=0, scales=(0.01,), flip=False)
+    (ours,) = probabilities(crooked, ONE, [image], config)
+    assert ours.shape == (*size, CLASSES)
+    np.testing.assert_allclose(ours.sum(-1), 1, rtol=1e-5)

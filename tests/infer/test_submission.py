@@ -6,7 +6,8 @@ from PIL import Image
 
 from pspnet_jax import datasets
 from pspnet_jax.infer import submission
-from pspnet_jax.infer.predict import find_images, predict
+from pspnet_jax.infer.inputs import find_images
+from pspnet_jax.infer.predict import predict
 from tests.infer.test_evaluate import INFO, STRONGEST, predictor
 
 FORMS = {form: datasets.table(server.dataset) for form, server in submission.SUBMISSIONS.items()}
@@ -56,7 +57,7 @@ def test_files_are_named_like_the_images_of_all_subfolders(tmp_path, monkeypatch
     for name in ("berlin/berlin_000000_000019_leftImg8bit", "bonn/bonn_000001_000019_leftImg8bit"):
         (tmp_path / "in" / name).parent.mkdir(parents=True)
         Image.fromarray(picture).save(tmp_path / "in" / f"{name}.png")
-    predict(predictor(), STRONGEST, find_images(tmp_path / "in", subfolders=True), tmp_path / "out", INFO, "own")
+    predict(predictor(), STRONGEST, find_images(tmp_path / "in", flat=True), tmp_path / "out", INFO, "own")
     assert sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png")) == [
         "results/here/berlin_000000_000019_leftImg8bit.png",
         "results/here/bonn_000001_000019_leftImg8bit.png",
@@ -70,7 +71,7 @@ def test_files_are_named_like_the_images_of_all_subfolders(tmp_path, monkeypatch
 def test_a_folder_without_images_in_its_subfolders(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(FileNotFoundError, match="no images in this folder"):
-        find_images(tmp_path, subfolders=True)
+        find_images(tmp_path, flat=True)
 
 
 def test_a_form_for_other_classes_is_refused():

@@ -1,5 +1,6 @@
 """Imported networks compute what they computed in torch; what does not fit is refused; export and import undo each other."""
 
+import errno
 import functools
 import os
 import re
@@ -10,6 +11,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from flax import traverse_util
 
 from pspnet_jax import models, weights
@@ -202,10 +204,17 @@ def state() -> dict:
             "1 of another shape: backbone.layer4.1.conv2.weight (512, 256, 3, 3), not (512, 512, 3, 3)",
         ),
         ({"decode_head.conv_seg.bias": torch.arange(K)}, "1 not floating point: decode_head.conv_seg.bias (int64)"),
-        ({"backbone.stem.1.bias": torch.full((32,), torch.nan)}, "1 not finite in float32: backbone.stem.1.bias"),
+        (
+            {"backbone.stem.1.bias": torch.full((32,), torch.nan)},
+            "1 not finite in float32: backbone.stem.1.bias (32 of 32 values)",
+        ),
+        (
+            {"backbone.stem.1.running_var": torch.linspace(-1, 30, 32)},
+            "1 with negative variances: backbone.stem.1.running_var (1 of 32 values)",
+        ),
         (
             {"decode_head.conv_seg.bias": torch.full((K,), 1e300, dtype=torch.float64)},
-            "1 not finite in float32: decode_head.conv_seg.bias",
+            f"1 not finite in float32: decode_head.conv_seg.bias ({K} of {K} values)",
         ),
     ],
 )
@@ -232,12 +241,9 @@ def test_other_precisions_become_float32(state, dtype, name, tmp_path):
     ("fields", "flags"),
     [
         ({"depth": 34, "stem": "deep"}, "--config.model.depth=18 --config.model.stem=deep32"),
-        ({"stride_in": "conv1x1"}, "--config.model.stride_in=conv3x3"),
-        ({"first_block_dilation": "full"}, "--config.model.first_block_dilation=half"),
-        ({"width": 32, "bins": (6, 3, 2, 1)}, "--config.model.width=64 --config.model.bins=1,2,3,6"),
-        ({"output_stride": 16, "pool": "max"}, "--config.model.output_stride=8 --config.model.pool=average"),
+        ({"width": 32}, "--config.model.width=64"),
+        ({"bins": (1, 2, 3)}, "--config.model.bins=...,...,...,..."),
         ({"reduce_channels": False, "head_kernel": 1}, "--config.model.reduce_channels=true --config.model.head_kernel=3"),
-        ({"align_corners": True}, "--config.model.align_corners=false"),
     ],
 )
 def test_another_network_is_refused_with_the_flags_to_set(state, fields, flags, tmp_path):
@@ -246,6 +252,32 @@ def test_another_network_is_refused_with_the_flags_to_set(state, fields, flags, 
     with pytest.raises(ValueError) as refusal:
         weights.load(path, model)
     assert sorted(str(refusal.value).split(": set ")[1].split()) == sorted(flags.split())
+
+
+def test_what_no_array_tells_may_be_otherwise_with_a_warning(state, tmp_path, caplog):
+    path = write(tmp_path / "pspnet_512x512.safetensors", state)
+    fields = {"stride_in": "conv1x1", "bins": (1, 2, 4, 8), "output_stride": 16, "pool": "max", "align_corners": True}
+    _, model = configured(path, **fields, first_block_dilation="full")
+    variables, usual = weights.load(path, model), weights.load(path, configured(path)[1])
+    assert flat(variables).keys() == flat(usual).keys()
+    [said] = caplog.messages
+    assert sorted(re.findall(r"--config\.model\.(\S+)=", said)) == sorted([*fields, "first_block_dilation"])
+    told = {"cfg": "model = dict(decode_head=dict(align_corners=False), backbone=dict(contract_dilation=True))"}
+    torch.save({"state_dict": state, "meta": told}, tmp_path / "told.pth")
+    with pytest.raises(UserError, match=r"align_corners=false --config\.model\.first_block_dilation=half$"):
+        weights.load(tmp_path / "told.pth", model)
+
+
+@torch.no_grad()
+def test_a_network_of_other_bins_computes_the_same_logits(tmp_path):
+    network, content = mmseg(18, "deep32", True, {})
+    for bins, level in zip((1, 2, 4, 8), network.decode_head.psp_modules, strict=True):
+        level[0] = torch.nn.AdaptiveAvgPool2d(bins)
+    torch.save(content, tmp_path / "net.pth")
+    _, model = configured(tmp_path / "net.pth", bins=(1, 2, 4, 8), align_corners=True)
+    x = images(65, 73)
+    logits = compiled(model)(weights.load(tmp_path / "net.pth", model), x)
+    assert relative_difference(logits, network(torch.from_numpy(x.transpose(0, 3, 1, 2)))) <= TOLERANCE
 
 
 def test_training_takes_all_but_the_classifiers_of_other_classes(state, tmp_path):
@@ -296,6 +328,36 @@ def test_import_after_export_is_the_identity(ours, fmt, name, tmp_path):
     back = flat(weights.load(tmp_path / name, model))
     assert back.keys() == flat(variables).keys()
     assert all(back[path].tobytes() == np.asarray(value).tobytes() for path, value in flat(variables).items())
+
+
+def test_an_export_that_cannot_be_written_ends_in_one_sentence(ours, tmp_path, monkeypatch):
+    model, variables = ours
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError, match=r"--output .*/file/net.pth: cannot be written \(.*File exists: .*/file.*\); nothing was left"
+    ):
+        weights.save(tmp_path / "file/net.pth", variables, model, "torch")
+    (tmp_path / "dir.safetensors").mkdir()
+    with pytest.raises(UserError, match="is there already"):
+        weights.save(tmp_path / "dir.safetensors", variables, model, "safetensors")
+    before = sorted(tmp_path.iterdir())
+
+    def full(path, content):
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", full)
+    for fmt, name in (("torch", "net.pth"), ("safetensors", "net.safetensors")):
+        with pytest.raises(UserError, match=r"cannot be written \(.*No space left on device\); nothing was left there"):
+            weights.save(tmp_path / name, variables, model, fmt)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_weights_that_are_not_finite_are_not_exported(ours, tmp_path):
+    model, variables = ours
+    broken = jax.tree.map(lambda leaf: leaf.at[..., 0].set(jax.numpy.nan), variables)
+    with pytest.raises(UserError, match="hold values that are not finite"):
+        weights.save(tmp_path / "net.pth", broken, model, "torch")
 
 
 def test_an_export_never_replaces_a_file_nor_takes_anothers_ending(ours, tmp_path):

@@ -1,12 +1,12 @@
 """What a file's keys, shapes, metadata and name tell, and what becomes of it in a config."""
 
-import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pspnet_jax import datasets, validation, weights
+from pspnet_jax import datasets, models, validation, weights
 from pspnet_jax.config import base_config
 
 torch = pytest.importorskip("torch")
@@ -72,8 +72,9 @@ def configured(path: Path):
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
 def test_resnets_are_known_by_their_blocks(depth, tmp_path):
     source = weights.inspect(write(tmp_path / "resnet.pth", lambda: reference.ResNet(depth)))
-    assert (source.num_classes, source.normalize["order"]) == (None, "RGB")
-    assert source.model == {"width": 64, "depth": depth, "stem": "conv7", "stride_in": "conv3x3"}
+    assert source.num_classes is None
+    assert source.model == {"width": 64, "depth": depth, "stem": "conv7"}
+    assert source.assumed == {"model": {"stride_in": "conv3x3"}, "normalize": base_config().normalize.to_dict()}
     deep = weights.inspect(write(tmp_path / "resnet.pth", lambda: reference.ResNet(depth, deep=True)))
     assert deep.model == {**source.model, "stem": "deep"}
 
@@ -142,15 +143,76 @@ def test_the_name_of_a_file_of_the_zoo_counts(
     assert not caplog.messages
 
 
-def test_what_nothing_tells_is_said(tmp_path, caplog):
+def test_what_nothing_tells_is_said(tmp_path):
+    """All of it as flags to set otherwise, until it is set otherwise or the file tells."""
     path = mmseg(tmp_path / "latest.pth")
-    with caplog.at_level(logging.WARNING):
-        config = configured(path)
-    assert caplog.messages == [
-        f"{path} does not tell model.align_corners: it is False without --config.model.align_corners=true"
+    config, source = configured(path), weights.inspect(path)
+    fields = re.findall(r"--config\.model\.(\S+)", weights.assumptions(config, source))
+    assert sorted(fields) == [
+        "align_corners=false",
+        "bins=1,2,3,6",
+        "first_block_dilation=half",
+        "output_stride=8",
+        "pool=average",
+        "stride_in=conv3x3",
     ]
-    assert config.model.align_corners is False
-    assert weights.inspect(path).model["align_corners"] is None
+    assert "the classes are those of cityscapes, 'road' to 'bicycle' (by their number, 19)" in weights.assumptions(
+        config, source
+    )
+    config.model.align_corners = True
+    config.dataset.class_names = tuple(f"part {i}" for i in range(19))
+    said = weights.assumptions(config, source)
+    assert "align_corners" not in said
+    assert "classes" not in said
+    path = mmseg(tmp_path / "latest.pth", cfg=NEW_CONFIG, dataset_meta={"classes": [f"part {i}" for i in range(19)]})
+    said = weights.assumptions(configured(path), weights.inspect(path))
+    assert re.findall(r"--config\.(\S+)", said) == ["model.pool=average", "normalize.std=58.395,57.12,57.375"]
+
+
+@pytest.mark.parametrize("levels", [(1, 2, 4, 8), (2, 5)])
+def test_the_bins_are_the_users_word(levels, tmp_path):
+    """No array has their sizes in its shape: four are taken for the usual ones, another number is asked for."""
+
+    def build():
+        network = reference.SemsegPSPNet(50, 19)
+        network.ppm.features = network.ppm.features[: len(levels)]
+        for level in network.ppm.features:
+            level[1], level[2] = reference.conv(2048, 2048 // len(levels), 1), torch.nn.BatchNorm2d(2048 // len(levels))
+        network.cls[0] = reference.conv(4096, 512, 3)
+        return network
+
+    path = write(tmp_path / "net.pth", build)
+    config, source = configured(path), weights.inspect(path)
+    if len(levels) == 4:
+        assert "--config.model.bins=1,2,3,6" in weights.assumptions(config, source)
+    else:
+        with pytest.raises(
+            ValueError, match=r"its pyramid has 2 levels, the network's bins=\(1, 2, 3, 6\): set --config\.model\.bi"
+        ):
+            weights.load(path, models.build(config.model, 19))
+    config.model.bins = levels
+    variables = weights.load(path, models.build(config.model, 19))
+    assert len(variables["params"]["pyramid"]) == len(levels)
+    assert "model.bins" not in weights.assumptions(config, source)
+
+
+def test_the_shapes_of_the_heads_count(tmp_path):
+    """A head of 1x1, and levels as wide as the features, are told by the shapes."""
+
+    def build():
+        network = reference.SemsegPSPNet(50, 19)
+        for level in network.ppm.features:
+            level[1], level[2] = reference.conv(2048, 2048, 1), torch.nn.BatchNorm2d(2048)
+        network.cls[0] = reference.conv(5 * 2048, 512, 1)
+        return network
+
+    path = write(tmp_path / "net.pth", build)
+    config = configured(path)
+    assert (config.model.head_kernel, config.model.reduce_channels) == (1, False)
+    weights.load(path, models.build(config.model, 19))
+    config.model.head_kernel = 3
+    with pytest.raises(ValueError, match=r"set --config\.model\.head_kernel=1"):
+        weights.load(path, models.build(config.model, 19))
 
 
 CITYSCAPES = datasets.table("cityscapes")
@@ -213,7 +275,8 @@ class OtherHead(reference.MmsegPSPNet):
         (Deeper, r"\(3, 4, 6, 4\) bottlenecks .* expected a ResNet of depth 18, 34, 50"),
         (TimmD, "not ResNet-C, -D, -T"),
         (OtherHead, "without its classifier, decode_head.conv_seg.bias"),
-        (lambda: torch.nn.Linear(2, 3), "Its keys are bias, weight, ..."),
+        (lambda: torch.nn.Linear(2, 3), "It has 2 arrays in weight, bias, such as bias"),
+        (lambda: reference.MmsegPSPNet(18, 1, "deep32", False), "its classifier has 1 output, as for a sigmoid"),
     ],
 )
 def test_another_network_is_refused(build, words, tmp_path):
@@ -224,6 +287,10 @@ def test_another_network_is_refused(build, words, tmp_path):
 
 
 def test_a_config_that_our_network_cannot_follow_is_refused(tmp_path):
+    for eps in ("0.001", "1e-3"):
+        path = mmseg(tmp_path / "net.pth", cfg=f"norm_cfg = dict(type='SyncBN', eps={eps}, requires_grad=True)")
+        with pytest.raises(ValueError, match=f"its config has eps={eps} in norm_cfg; what can be imported is 1e-05"):
+            weights.inspect(path)
     stages = "strides=(1, 2, 1, 1), dilations=(1, 2, 4, 8)"
     for path in (mmseg(tmp_path / "net.pth", cfg=stages), mmseg(tmp_path / "pspnet_r50-d32_512x1024_80k_cityscapes.pth")):
         with pytest.raises(ValueError, match=r"its stages have strides .* with dilations .*expected 1,2,1,1 with 1,1,2,4 or"):
@@ -236,11 +303,19 @@ def test_a_backbone_is_nothing_to_evaluate(tmp_path):
         weights.configure(base_config(), weights.inspect(path))
 
 
-def test_weights_want_the_preprocessing_they_were_trained_with(tmp_path):
-    source = weights.inspect(write(tmp_path / "resnet50.pth", lambda: reference.ResNet(50)))
+def test_weights_want_the_preprocessing_they_were_trained_with(tmp_path, caplog):
+    """What the file's config tells cannot be contradicted; what is assumed can, with a warning."""
     normalize = base_config().normalize
-    weights.check_normalize(normalize, source)
+    assumed = weights.inspect(write(tmp_path / "resnet50.pth", lambda: reference.ResNet(50)))
+    weights.check_normalize(normalize, assumed)
     normalize.std, normalize.order = (1.0, 1.0, 1.0), "BGR"
+    assert not caplog.messages
+    weights.check_normalize(normalize, assumed)
+    assert "to be trained with --config.normalize.std=58.395,57.12,57.375 --config.normalize.order=RGB" in caplog.messages[0]
+    normalize.std, normalize.order = base_config().normalize.std, "RGB"
+    told = weights.inspect(mmseg(tmp_path / "net.pth", 50, stem="conv7", config=OLD_CONFIG))
     with pytest.raises(ValueError) as refusal:
-        weights.check_normalize(normalize, source)
-    assert str(refusal.value).endswith("set --config.normalize.std=58.395,57.12,57.375 --config.normalize.order=RGB")
+        weights.check_normalize(normalize, told)
+    assert str(refusal.value).endswith(
+        "set --config.normalize.mean=123.68,116.779,103.939 --config.normalize.order=BGR --config.normalize.std=3.0,2.0,1.0"
+    )

@@ -1,0 +1,131 @@
+"""Reading a list of classes as users write them: classes.txt, or a class_dict.csv with a header.
+
+| a line | means |
+| --- | --- |
+| `sky` | the next class |
+| `sky 128 128 128`, `sky,128,128,128`, `"sky"; 128; 128; 128`, `sky #808080` | with its color |
+| `0 sky`, `0: sky`, `0,sky,128,128,128` | the class of label 0, if all lines begin so; 255 is left out, as it is no class |
+| `name,r,g,b`, `id;name` | a header, which names the columns |
+| `# a comment` | nothing |
+"""
+
+import csv
+import re
+from typing import NamedTuple, NoReturn
+
+from pspnet_jax.errors import UserError
+
+Color = tuple[int, int, int]
+COLUMNS = {  # what headers call them
+    "name": "name class class_name classname label label_name category",
+    "index": "index idx id label_id labelid class_id classid class_index train_id trainid value",
+    "red": "red r",
+    "green": "green g",
+    "blue": "blue b",
+}
+_INDEX = re.compile(r"(\d+)(?:\s*[:=.)]\s*|\s+)(?=\S)")  # before a name
+_COLUMN = {word: column for column, words in COLUMNS.items() for word in words.split()}
+
+
+class Row(NamedTuple):
+    """One class: the number of its line, its name, its label if the list says so, and its color if it has one."""
+
+    line: int
+    name: str
+    label: int | None = None
+    color: Color | None = None
+
+
+def parse(text: str, file: str) -> tuple[tuple[str, ...], dict[int, Color]]:
+    """Returns the class names in label order, and the colors of those that have one.
+
+    Raises:
+      UserError: names the file and the line that can be understood in two ways, or in none.
+    """
+    without_comments = [re.sub(r"^#.*|\s#(\s.*)?$", "", line.strip()) for line in text.removeprefix("\ufeff").splitlines()]
+    lines = [(number, line.strip()) for number, line in enumerate(without_comments, 1) if line.strip()]
+    rows = _rows(lines, file) if lines else []
+    if not rows:
+        raise UserError(f"{file}: names no classes; expected one a line, as `name` or `name R G B`")
+    indexed = rows[0].label is not None
+    ordered = _by_index([row for row in rows if row.label != 255], file) if indexed else rows
+    return tuple(row.name for row in ordered), {i: row.color for i, row in enumerate(ordered) if row.color}
+
+
+def _rows(lines: list[tuple[int, str]], file: str) -> list[Row]:
+    separator = next((s for s in "\t;," if all(s in line for _, line in lines)), "")
+    tables = [(number, _fields(line, separator)) for number, line in lines]
+    header = [_COLUMN.get(field.lower()) for field in tables[0][1]]
+    if len(header) == 1 and header[0] and len(tables) > 1:
+        _refuse(file, tables[0][0], f"{tables[0][1][0]!r} looks like a header: take it out, or give the class another name")
+    if "name" in header and None not in header and len(set(header)) == len(header):
+        return [_by_header(header, number, fields, file) for number, fields in tables[1:]]
+    if separator and len(header) > 1 and any(header) and not any(field.isdecimal() for field in tables[0][1]):
+        _refuse(file, tables[0][0], f"a header with other columns than {', '.join(COLUMNS)}; name these, or take the line out")
+    if separator:  # "0,sky" as "0 sky"
+        tables = [(n, [" ".join(f[:2]), *f[2:]] if f[1:] and f[0].isdecimal() else f) for n, f in tables]
+    indexed = all(_INDEX.match(fields[0]) for _, fields in tables)
+    return [_row(number, fields, indexed, separator, file) for number, fields in tables]
+
+
+def _fields(line: str, separator: str) -> list[str]:
+    """Splits a line into its fields; without a separator into name and color, as names may hold spaces, or a header's words."""
+    if separator:
+        fields = [field.strip() for field in next(csv.reader([line], delimiter=separator, skipinitialspace=True))]
+        while fields[1:] and not fields[-1]:
+            fields.pop()
+        return fields
+    line = line.rstrip(",;")
+    words = line.split()
+    if words and all(word.lower() in _COLUMN for word in words):
+        return words
+    color = re.search(r"\s+(?:\d+\s+\d+\s+\d+|#[0-9a-fA-F]{6})$", line)
+    return [line[: color.start()], *color[0].split()] if color else [line]
+
+
+def _row(number: int, fields: list[str], indexed: bool, separator: str, file: str) -> Row:
+    name, *color = fields
+    label = None
+    if indexed and (found := _INDEX.match(name)):
+        label, name = int(found[1]), name[found.end() :]
+    if re.search(r"^['\"].*['\"]$", name):
+        name = name[1:-1]
+    name = name.rstrip(": ")
+    if re.fullmatch(r"(\d+\s+)*\d*", name) and (separator or not name.isdecimal()):
+        _refuse(file, number, "has no name")
+    if name.startswith("- ") or name.count('"') % 2 or name.count("[") != name.count("]"):
+        _refuse(file, number, f"{name!r} is not a name alone; expected one class a line, as `name` or `name R G B`")
+    return Row(number, name, label, _color(color, number, file) if color else None)
+
+
+def _by_header(header: list[str | None], number: int, fields: list[str], file: str) -> Row:
+    if len(fields) != len(header):
+        _refuse(file, number, f"has {len(fields)} fields, expected {len(header)} as the header has")
+    found = dict(zip(header, fields, strict=True))
+    color = [found[key] for key in ("red", "green", "blue") if key in found]
+    index = found.get("index")
+    if not found["name"]:
+        _refuse(file, number, "has no name")
+    if index is not None and not index.isdecimal():
+        _refuse(file, number, f"{index!r} is no label value")
+    return Row(number, found["name"], int(index) if index else None, _color(color, number, file) if color else None)
+
+
+def _color(values: list[str], number: int, file: str) -> Color:
+    if len(values) == 1 and re.fullmatch(r"#[0-9a-fA-F]{6}", values[0]):
+        return tuple(bytes.fromhex(values[0][1:]))  # type: ignore[return-value]
+    if len(values) != 3 or not all(value.isdecimal() and int(value) < 256 for value in values):
+        _refuse(file, number, f"{', '.join(values)} after the name is no color; expected R, G, B, each from 0 to 255")
+    return int(values[0]), int(values[1]), int(values[2])
+
+
+def _by_index(rows: list[Row], file: str) -> list[Row]:
+    ordered = sorted(rows, key=lambda row: row.label or 0)
+    for place, (number, name, label, _) in enumerate(ordered):
+        if label != place:
+            _refuse(file, number, f"{name!r} has label {label}, where {place} should come: labels count from 0 without a gap")
+    return ordered
+
+
+def _refuse(file: str, line: int, why: str) -> NoReturn:
+    raise UserError(f"{file}, line {line}: {why}")

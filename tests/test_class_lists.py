@@ -1,0 +1,102 @@
+"""Lists of classes are read in the forms in which users keep them; what can be understood in two ways is refused."""
+
+import pytest
+
+from pspnet_jax import class_lists, datasets
+from pspnet_jax.config import base_config
+from pspnet_jax.errors import UserError
+
+TWO = (("sky", "traffic light"), {})
+COLORED = (("sky", "traffic light"), {0: (1, 2, 3), 1: (250, 170, 30)})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sky\ntraffic light\n", TWO),
+        ("\ufeff# my classes\r\n\r\nsky # blue\r\n  traffic light\t\r\n#\r\n", TWO),
+        ("0 sky\n1 traffic light\n", TWO),
+        ("0: sky\n1: traffic light\n255: void\n", TWO),
+        ("1,traffic light\n0,sky\n", TWO),
+        ("'sky'\n\"traffic light\"\n", TWO),
+        ("sky,\ntraffic light,\n", TWO),
+        ("sky;\ntraffic light;", TWO),
+        ("id\tname\n0\tsky\n1\ttraffic light\n", TWO),
+        ("sky 1 2 3\ntraffic light  250\t170 30", COLORED),
+        ("sky: 1 2 3\ntraffic light: 250 170 30", COLORED),
+        ("sky #010203\ntraffic light #faaa1e", COLORED),
+        ("0 sky 1 2 3\n1 traffic light 250 170 30", COLORED),
+        ("sky,1,2,3\ntraffic light,250,170,30", COLORED),
+        ('"sky"; 1; 2; 3\n"traffic light"; 250; 170; 30;\n', COLORED),
+        ("sky\t1\t2\t3\ntraffic light\t250\t170\t30", COLORED),
+        ("name,r,g,b\nsky,1,2,3\ntraffic light,250,170,30\n", COLORED),
+        ("name, r, g, b\nsky, 1, 2, 3\ntraffic light, 250, 170, 30\n", COLORED),
+        ("R,G,B,Class\n250,170,30,traffic light\n1,2,3,sky", (COLORED[0][::-1], {0: (250, 170, 30), 1: (1, 2, 3)})),
+        ("name r g b\nsky 1 2 3\nroad 4 5 6", (("sky", "road"), {0: (1, 2, 3), 1: (4, 5, 6)})),
+        ("class_name,class_id\ntraffic light,1\nsky,0", TWO),
+        ("lane 2\n2 wheeler\nroad 2 1 2 3", (("lane 2", "2 wheeler", "road 2"), {2: (1, 2, 3)})),
+        ("door, double door\nwall [inner]", (("door, double door", "wall [inner]"), {})),
+    ],
+)
+def test_forms(text, expected):
+    assert class_lists.parse(text, "classes.txt") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "why"),
+    [
+        ("name\nsky\nroad", 1, "'name' looks like a header"),
+        ("\n# x\nclass, area\nsky, 5\n", 3, "a header with other columns"),
+        ("1 sky\n2 road", 1, "'sky' has label 1, where 0 should come"),
+        ("0 sky\n2 road", 2, "'road' has label 2, where 1 should come"),
+        ("0 sky\n0 road", 2, "'road' has label 0, where 1 should come"),
+        ("sky,1,2,3,255\nroad,1,2,3,255", 1, "1, 2, 3, 255 after the name is no color"),
+        ("sky 1 2 3\nroad 1 2 300", 2, "1, 2, 300 after the name is no color"),
+        ("sky,0.5,0.5,0.5", 1, "0.5, 0.5, 0.5 after the name is no color"),
+        ("name,r,g,b\nsky,1,2", 2, "has 3 fields, expected 4"),
+        ("name,id\nsky,zero", 2, "'zero' is no label value"),
+        ("128 64 128\n0 0 0\n", 1, "has no name"),
+        ("- sky\n- road", 1, "'- sky' is not a name alone"),
+        ("['sky', 'road']", 1, "is not a name alone"),
+        ('["sky",\n"road"]', 1, "is not a name alone"),
+        ("background:0,0,0::\nroad:128,0,0::", 1, "is no color"),
+    ],
+)
+def test_what_is_not_clear_is_refused_with_its_line(text, line, why):
+    with pytest.raises(UserError) as error:
+        class_lists.parse(text, "x/classes.txt")
+    assert str(error.value).startswith(f"x/classes.txt, line {line}: ")
+    assert why in str(error.value)
+
+
+def test_an_empty_list(tmp_path):
+    with pytest.raises(UserError, match=r"classes.txt: names no classes"):
+        class_lists.parse("\n# nothing\n", "classes.txt")
+
+
+def test_a_class_dict_is_read_and_classes_txt_goes_before_it(tmp_path):
+    dataset = base_config().dataset
+    dataset.root = str(tmp_path)
+    (tmp_path / "class_dict.csv").write_text("name,r,g,b\nsky,1,2,3\nroad,4,5,6\n")
+    info = datasets.describe(dataset)
+    assert (info.class_names, info.colors) == (("sky", "road"), ((1, 2, 3), (4, 5, 6)))
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    assert datasets.describe(dataset).class_names == ("a", "b")
+
+
+@pytest.mark.parametrize("contents", ["a\nb\nA\n", "a 1 2 3\nb\n a \n"])
+def test_two_classes_of_one_name_are_refused(tmp_path, contents):
+    dataset = base_config().dataset
+    dataset.root = str(tmp_path)
+    (tmp_path / "classes.txt").write_text(contents)
+    with pytest.raises(UserError, match=r"classes 0 and 2 of dataset 'folder' are both '[aA]'"):
+        datasets.describe(dataset)
+
+
+def test_text_that_is_not_utf_8(tmp_path):
+    dataset = base_config().dataset
+    dataset.root = str(tmp_path)
+    for contents in ("stra\u00dfe\nweg".encode("latin-1"), "a\nb".encode("utf-16"), "a\nb".encode("utf-16-le")):
+        (tmp_path / "classes.txt").write_bytes(contents)
+        with pytest.raises(UserError, match=r"classes.txt: is no UTF-8 text"):
+            datasets.describe(dataset)

@@ -1,0 +1,126 @@
+"""A report says over how many classes its means are, and has a file that no other setting shares."""
+
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from pspnet_jax import files
+from pspnet_jax.config import base_config
+from pspnet_jax.datasets import DatasetInfo
+from pspnet_jax.errors import UserError
+from pspnet_jax.metrics import summarize
+from pspnet_jax.report import Report
+
+COLORS = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
+
+
+def make(name="data", split="val", names=("a", "b", "c"), matrix=None, **fields):
+    config = base_config().eval
+    protocol = {
+        "split": split,
+        **{field: config[field] for field in ("protocol", "inference", "base_size", "short_size", "flip")},
+    }
+    protocol |= {field: list(config[field]) for field in ("crop", "stride", "scales")} | fields
+    matrix = np.eye(3) if matrix is None else np.array(matrix)
+    return Report(summarize(matrix), matrix.sum(1), 1, DatasetInfo(name, names, COLORS), protocol, "1 x cpu", 1.0)
+
+
+def printed(table):
+    console = Console(width=140, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_the_means_say_over_how_many_classes_they_are_where_some_are_missing():
+    """c is neither in the truth nor predicted; b is predicted alone."""
+    partial = make(matrix=[[3, 1, 0], [0, 0, 0], [0, 0, 0]])
+    assert str(partial).startswith("mIoU 37.50% over 2 of 3 classes  mean accuracy 75.00% over 1 of 3 classes  pixel accuracy")
+    assert "mIoU over 2 of 3 classes" in printed(partial.table())
+    assert (partial.to_json()["classes_in_mean_iou"], partial.to_json()["classes_in_mean_accuracy"]) == (2, 1)
+    assert "classes" not in str(make())
+    assert "over" not in printed(make().table())
+
+
+def test_names_that_look_like_markup_are_in_the_table():
+    names = ("[void]", "road [main]", "[/red]\\")
+    table = printed(make(names=names).table())
+    assert all(name in table for name in names)
+
+
+OTHERS = [
+    (make(name="other"), {}),
+    (make(name="data_val"), {}),
+    (make(split="train+val"), {}),
+    (make(split="train-val"), {}),
+    (make(names=("a", "b", "d")), {}),
+    *(
+        (make(), {"root": root})
+        for root in ("/a/b", "/a-b", "/a b", "/a_b", "/" + "long/" * 60 + "x", "/" + "long/" * 60 + "y")
+    ),
+    (make(), {"extra_root": "/a/b"}),
+    (make(), {"tfds_name": "one"}),
+    (make(), {"tfds_name": "two"}),
+    (make(), {"checkpoint": "/runs/one"}),
+    (make(), {"checkpoint": "/runs/two"}),
+    (make(), {"step": 7}),
+    (make(), {"step": 8}),
+    (make(), {"model": {"align_corners": True}}),
+    (make(), {"model": {"align_corners": False}}),
+    (make(), {"normalize": {"mean": [1.0, 2.0, 3.0]}}),
+    *((make(protocol=protocol), {}) for protocol in ("caffe", "mmseg")),
+    (make(inference="whole"), {}),
+    (make(crop=[473, 475]), {}),
+    (make(crop=[47, 3475]), {}),
+    (make(stride=[0, 20]), {}),
+    (make(base_size=80), {}),
+    (make(short_size=40), {}),
+    (make(scales=[1.0, 1.5]), {}),
+    (make(scales=[1.0] * 100), {}),
+    (make(scales=[1.0] * 101), {}),
+    (make(flip=False), {}),
+]
+
+
+def test_scores_made_in_different_ways_go_to_different_files(tmp_path):
+    """Each setting changes the name, which is no longer than a file's may be."""
+    paths = [report.save(tmp_path, origin) for report, origin in [(make(), {}), *OTHERS]]
+    assert len(set(paths)) == 1 + len(OTHERS)
+    assert all(len(os.fsencode(path.name)) <= 255 for path in paths)
+    expected = "data_val_semseg_windows_base_size512_short_size0_flipTrue_crop473-473_stride0-0_scales1.0_"
+    assert paths[0].name.startswith(expected)
+    assert make().save(tmp_path, {}) == paths[0]  # the same again replaces its own
+
+
+def test_what_was_scored_stands_in_the_file(tmp_path):
+    origin = {"step": 7, "checkpoint": "/runs/one", "root": "/data"}
+    saved = json.loads(make().save(tmp_path / "evaluation", origin).read_text())
+    assert {field: saved[field] for field in origin} == origin
+    assert saved["dataset"] == "data"
+
+
+def test_names_in_any_script_and_not_in_utf_8(tmp_path):
+    path = make(name="\u9053\u8def" * 60).save(tmp_path, {"root": os.fsdecode(b"/caf\xe9")})
+    assert len(os.fsencode(path.name)) <= 255
+    assert json.loads(path.read_text())["root"] == os.fsdecode(b"/caf\xe9")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_report_that_cannot_be_written_says_so_and_that_the_score_stands_above(tmp_path, monkeypatch, code):
+    def refuse(path, *_, **__):
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(type(files.absolute(tmp_path)), "write_text", refuse)
+    with pytest.raises(UserError, match=rf"{os.strerror(code)}.*the score itself is complete, see above"):
+        make().save(tmp_path, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    (tmp_path / "evaluation").write_text("")
+    with pytest.raises(UserError, match="the report cannot be written"):
+        make().save(tmp_path / "evaluation", {})

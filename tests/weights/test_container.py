@@ -1,0 +1,198 @@
+"""A file of weights is read whatever is around the arrays, or named for what it is."""
+
+import bz2
+import gzip
+import io
+import json
+import sys
+import tarfile
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pspnet_jax import weights
+from pspnet_jax.errors import UserError
+from pspnet_jax.weights import container, pytorch
+
+torch = pytest.importorskip("torch")
+ARRAYS = {"layer1.0.conv1.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "fc.bias": np.ones(2, np.float32)}
+
+
+def tensors(prefix: str = "", add: float = 0) -> dict[str, "torch.Tensor"]:
+    return {f"{prefix}{key}": torch.from_numpy(array + np.float32(add)) for key, array in ARRAYS.items()}
+
+
+def is_plain(content: pytorch.Content, add: float = 0) -> bool:
+    arrays = content.arrays
+    return arrays.keys() == ARRAYS.keys() and all(np.array_equal(arrays[k], ARRAYS[k] + np.float32(add)) for k in ARRAYS)
+
+
+def refusal(path: Path | str) -> str:
+    with pytest.raises(UserError) as error:
+        weights.inspect(path)
+    said = str(error.value)
+    print(said)
+    assert "\n" not in said
+    return said
+
+
+@pytest.mark.parametrize("entry", [*pytorch.ENTRIES, ""])
+def test_weights_are_found_in_every_entry(entry, tmp_path):
+    torch.save({entry: tensors(), "epoch": 3, "args": {"lr": 0.1}} if entry else tensors(), tmp_path / "net.ckpt")
+    content = container.read(tmp_path / "net.ckpt")
+    assert is_plain(content)
+    assert (content.entry, content.others) == (entry, ())
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "module.module.", "_orig_mod.", "model._orig_mod.module.", "backbone.", "net.encoder.", "network.backbone."],
+)
+def test_prefixes_are_taken_off(prefix, tmp_path):
+    beside = {"n_averaged": torch.tensor(3), "criterion.weight": torch.ones(9), "loss_fn.pos_weight": torch.ones(1)}
+    torch.save(tensors(prefix) | beside, tmp_path / "net.pt")
+    assert is_plain(container.read(tmp_path / "net.pt"))
+    pytorch.write_safetensors(tmp_path / "x.bin", {f"{prefix}{key}": array for key, array in ARRAYS.items()})
+    assert is_plain(container.read(tmp_path / "x.bin"))  # the ending says nothing
+
+
+def test_a_prefix_that_not_all_share_stays(tmp_path):
+    arrays = {"backbone.conv1.weight": np.ones(1), "decode_head.conv_seg.bias": np.ones(1)}
+    assert container.without_prefixes(arrays) == arrays
+
+
+def test_of_raw_weights_and_an_average_the_user_chooses(tmp_path):
+    path = tmp_path / "net.pth"
+    torch.save({"state_dict": tensors(), "state_dict_ema": tensors("module.", add=1), "optimizer": {"state": {}}}, path)
+    content = container.read(path)
+    assert is_plain(content)
+    assert (content.entry, content.others) == ("state_dict", ("state_dict_ema",))
+    content = container.read(f"{path}:state_dict_ema")
+    assert is_plain(content, add=1)
+    assert (content.entry, content.others) == ("state_dict_ema", ("state_dict",))
+    with pytest.raises(UserError, match=r"has no entry 'ema' with weights; its entries are state_dict, state_dict_ema, optim"):
+        container.read(f"{path}:ema")
+
+
+def test_an_entry_of_any_name_can_be_chosen(tmp_path):
+    path = tmp_path / "net.pth"
+    torch.save({"epoch": 3, "student": tensors(), "teacher": tensors(add=1)}, path)
+    said = refusal(path)
+    assert "'epoch' is no dense tensor; expected a state_dict" in said
+    assert "net.pth:student or net.pth:teacher" in said
+    assert is_plain(container.read(f"{path}:teacher"), add=1)
+
+
+def test_a_checkpoint_of_lightning_is_read_without_lightning(tmp_path, monkeypatch):
+    class AttributeDict(dict):
+        pass
+
+    path, module = tmp_path / "last.ckpt", "lightning.fabric.utilities.data"
+    AttributeDict.__module__, AttributeDict.__qualname__ = module, "AttributeDict"
+    with monkeypatch.context() as patch:
+        for i, _ in enumerate(parts := module.split("."), 1):
+            patch.setitem(sys.modules, ".".join(parts[:i]), types.ModuleType(parts[i - 1]))
+        sys.modules[module].AttributeDict = AttributeDict
+        hyper = AttributeDict(lr=0.1, root=Path("/data"))
+        torch.save({"state_dict": tensors("model."), "hyper_parameters": hyper, "callbacks": {}}, path)
+    assert is_plain(container.read(path))
+
+
+def zipped(names: list[str]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name in names:
+            file.writestr(name, b"x")
+    return buffer.getvalue()
+
+
+def tarred() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as file:
+        file.addfile(tarfile.TarInfo("net.pth"), io.BytesIO())
+    return buffer.getvalue()
+
+
+def saved() -> bytes:
+    buffer = io.BytesIO()
+    torch.save(tensors(), buffer)
+    return buffer.getvalue()
+
+
+REFUSED = {
+    "empty": (b"", "is empty: download it again"),
+    "zeros": (bytes(999), "holds nothing but zeros: download it again"),
+    "html": (b"\n<!DOCTYPE html><html>404</html>", "is a web page, such as a failed download leaves: download it again"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "a pointer of Git LFS"),
+    "gzip": (gzip.compress(b"x"), "is a gzip archive: unpack it"),
+    "bzip2": (bz2.compress(b"x"), "is a bzip2 archive: unpack it"),
+    "tar": (tarred(), "is a tar archive: unpack it"),
+    "zip": (zipped(["a/net.pth", "a/read.me"]), "is an archive of a/net.pth, a/read.me: unpack it"),
+    "truncated": (saved()[:-200], "is damaged, its end is missing: download it again"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(99), "is an HDF5 file"),
+    "text": (b"name: 'PSPNet'\n", "is no file of weights that can be read: expected PyTorch's .pth"),
+}
+
+
+@pytest.mark.parametrize("ending", [".pth", ".caffemodel"])
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_no_file_of_weights_is_named(kind, ending, tmp_path):
+    content, words = REFUSED[kind]
+    (tmp_path / f"net{ending}").write_bytes(content)
+    said = refusal(tmp_path / f"net{ending}")
+    assert said.startswith(f"{tmp_path}/net{ending}: ")
+    assert words in said or (kind, ending) == ("text", ".caffemodel")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_is_named_with_the_way_out(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 3)).save(str(tmp_path / "net.pt"))
+    said = refusal(tmp_path / "net.pt")
+    assert "is a TorchScript archive" in said
+    assert "torch.save(torch.jit.load('net.pt').state_dict(), 'weights.pth')" in said
+
+
+def test_a_whole_module_is_named_with_the_way_out(tmp_path):
+    torch.save(torch.nn.Linear(2, 3), tmp_path / "net.pth")
+    assert "torch.nn.modules.linear.Linear" in (said := refusal(tmp_path / "net.pth"))
+    assert "torch.save its state_dict alone" in said
+
+
+def test_the_network_of_another_family_is_described(tmp_path):
+    keys = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.bias")
+    torch.save({key: torch.ones(1) for key in keys}, tmp_path / "vit.pth")
+    said = refusal(tmp_path / "vit.pth")
+    assert "It has 5 arrays in cls_token, pos_embed, patch_embed, blocks, norm, such as blocks.0.attn.qkv.weight" in said
+
+
+@pytest.mark.parametrize(("ending", "stem"), [(".safetensors", "model"), (".bin", "pytorch_model")])
+def test_shards_are_put_together(ending, stem, tmp_path):
+    files = {f"{stem}-0000{i}-of-00002{ending}": key for i, key in enumerate(ARRAYS, 1)}
+    for file, key in files.items():
+        state = {f"model.{key}": ARRAYS[key]}
+        if ending == ".bin":
+            torch.save({k: torch.from_numpy(v) for k, v in state.items()}, tmp_path / file)
+        else:
+            pytorch.write_safetensors(tmp_path / file, state)
+    index = tmp_path / f"{stem}{ending}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {f"model.{key}": file for file, key in files.items()}}))
+    assert is_plain(container.read(index))
+    shard = tmp_path / min(files)
+    assert refusal(shard) == f"{shard}: is one of 2 shards; name their index, {index}"
+    shard.unlink()
+    assert refusal(index).startswith(f"{shard}: no such file; {index.name} wants it, one of 2 shards")
+    index.write_text("[]")
+    assert "is no index of shards" in refusal(index)
+
+
+def test_a_directory_is_no_file(tmp_path):
+    (tmp_path / "net.pth").write_bytes(saved())
+    (tmp_path / "read.me").touch()
+    assert refusal(tmp_path) == f"{tmp_path}: is a directory; name a file of weights, such as net.pth"
+    (tmp_path / "run/checkpoints/3").mkdir(parents=True)
+    for part in ("run", "run/checkpoints", "run/checkpoints/3"):
+        said = refusal(tmp_path / part)
+        assert f"is part of a run of this program: evaluate, predict and export take it with --workdir={tmp_path}/run," in said
