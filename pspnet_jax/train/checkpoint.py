@@ -249,11 +249,6 @@ class _Best:
         return [checkpoint.step == best for checkpoint in checkpoints]
 
 
-def exists(workdir: epath.PathLike) -> bool:
-    """Whether a run was saved there, which the same command resumes."""
-    return any(path.name.isdigit() for path in (files.absolute(workdir) / "checkpoints").glob("*"))
-
-
 def load(workdir: epath.PathLike, which: str, mesh: Mesh) -> tuple[ConfigDict, int, Variables]:
     """Reads a run's weights for evaluation: its config, the step found ("latest", "best" or a number), and its variables.
 

@@ -77,8 +77,8 @@ def fit(
       SystemExit: after SIGTERM (143) or Ctrl-C (130), when the state is saved.
     """
     workdir, mesh, total = files.absolute(workdir), parallel.make_mesh(), config.total_steps
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"seed={config.seed}: expected a value from 0 to {2**32 - 1}")
+    if not -(2**31) <= config.seed < 2**32:  # JAX's keys take 32 bits, and no notice of the others
+        raise UserError(f"seed={config.seed}: expected a whole number from {-(2**31)} to {2**32 - 1}")
     with contextlib.ExitStack() as closing:  # in reverse order: signals are caught until everything is written
         closing.enter_context(jax.enable_x64(False))  # whatever the shell says: a run is resumed as it began
         stop = closing.enter_context(contextlib.closing(StopSignal()))

@@ -434,9 +434,3 @@ def test_weights_for_other_classes_than_the_config_names_are_refused(tmp_path):
     checkpoint.write_weights(tmp_path / "run", config, state)
     with pytest.raises(UserError, match="tells 3 classes apart, but its config names 2"):
         checkpoint.load(tmp_path / "run", "latest", mesh_of(1))
-
-
-def test_whether_there_is_a_run(tmp_path):
-    assert not checkpoint.exists(tmp_path)
-    save(tmp_path, {1: None})
-    assert checkpoint.exists(tmp_path)
