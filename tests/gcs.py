@@ -53,7 +53,19 @@ def serve(folder: pathlib.Path) -> Iterator[tuple[Bucket, dict[str, str]]]:
     """Yields the buckets, and the environment in which clients find them; the folder gets a certificate."""
     key, certificate = folder / "key.pem", folder / "certificate.pem"
     subject = ["-subj", "/CN=emulator", "-addext", "subjectAltName=DNS:*.googleapis.com"]
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+        *subject,
+    ]
     subprocess.run([*command, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
@@ -108,6 +120,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.requestline = self.raw_requestline = b""
             return False
         return True
+
+    def finish(self) -> None:
+        super().finish()
+        if isinstance(self.connection, ssl.SSLSocket):
+            self.connection.close()
 
     def _answer(self, status: int, content: bytes | dict[str, Any] = b"", **headers: str) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()

@@ -25,6 +25,9 @@ CHOICES = {  # what the fields of config.model may be
 }
 
 
+MOST_BINS = 100  # finer than all features: those of the largest published crop, 713 pixels, are 90 across
+
+
 class PSPNet(nn.Module):
     """A segmentation network of four parts, each of which may be a module of your own.
 
@@ -75,7 +78,8 @@ class PSPNet(nn.Module):
 
 def build(model: ConfigDict, num_classes: int) -> PSPNet:
     """The network of `config.model` for K = num_classes; a UserError names every field with an impossible value."""
-    if wrong := problems(model):
+    wrong = problems(model) + ([f"num_classes={num_classes}: expected 1 or more"] if num_classes < 1 else [])
+    if wrong:
         raise UserError("\n".join(wrong))
     frozen_norm = model.norm == "frozen"
     return PSPNet(
@@ -101,8 +105,8 @@ def problems(model: ConfigDict) -> list[str]:
     found = [not_a_choice(choices, f"model.{f}", model[f]) for f, choices in CHOICES.items() if model[f] not in choices]
     if model.width < 8 or model.width % 8:
         found.append(f"model.width={model.width}: expected a multiple of 8 (64 is ResNet's)")
-    if any(b < 1 for b in model.bins):
-        found.append(f"model.bins={model.bins}: expected bins of 1 or more")
+    if len({b for b in model.bins if 1 <= b <= MOST_BINS}) < len(model.bins) or len(model.bins) > 16:
+        found.append(f"model.bins={model.bins}: expected at most 16 different numbers from 1 to {MOST_BINS}")
     if not 0 <= model.dropout < 1:
         found.append(f"model.dropout={model.dropout}: expected a value from 0 up to, not including, 1")
     return found

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pspnet_jax.errors import UserError
 from pspnet_jax.models.layers import ConvNorm, choose, max_pool
 
 BLOCKS = {  # of each stage, by depth
@@ -89,7 +90,7 @@ class ResNet(nn.Module):
       dtype: of the activations and so of the features; parameters and statistics stay float32.
 
     Raises:
-      UserError: in the first call, a field has no such choice.
+      UserError: in the first call, a field has no such choice; or the images are no f32[N, H, W, 3].
     """
 
     depth: int = 50
@@ -103,6 +104,10 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
+        if images.ndim != 4 or images.shape[-1] != 3 or not images.size or not jnp.issubdtype(images.dtype, jnp.floating):
+            raise UserError(
+                f"images are {images.dtype}{list(images.shape)}: expected float32[N, H, W, 3], from models.normalize"
+            )
         conv_norm = functools.partial(ConvNorm, frozen_norm=self.frozen_norm)
         x = images.astype(self.dtype)
         for i, (kernel_size, multiple) in enumerate(choose(STEMS, "stem", self.stem)):

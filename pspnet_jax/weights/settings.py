@@ -53,10 +53,10 @@ def assumptions(config: ConfigDict, source: Source) -> str:
         lines.append(f"ASSUMED, since the file does not tell (set what is otherwise): {given}")
     name, names, _ = _dataset(source, source.num_classes or 0)
     if names and names == tuple(config.dataset.class_names) != source.class_names:
-        why = "called otherwise in the file" if source.class_names else f"by their number, {len(names)}"
+        why = "though the file names some otherwise" if source.class_names else f"by their number, {len(names)}"
         lines.append(
-            f"ASSUMED: the classes are those of {name}, {names[0]!r} to {names[-1]!r} ({why}); if not, set "
-            "--config.dataset.name=folder --config.dataset.class_names=..."
+            f"ASSUMED, {why}: --config.dataset.name={name} with the classes {names[0]!r} to {names[-1]!r}; if they are others, "
+            "set --config.dataset.name=folder --config.dataset.class_names=..."
         )
     return "\n".join(lines)
 

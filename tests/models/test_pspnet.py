@@ -218,6 +218,35 @@ def test_a_value_outside_its_choices_is_refused_with_all_of_them(field):
     assert str(error.value) == f"model.{field}={value!r}: expected one of {', '.join(map(repr, choices))}"
 
 
+@pytest.mark.parametrize("bins", [(0, 1), (-2,), (1, 2, 2), (1, 101), (10**9,), tuple(range(1, 18))])
+def test_impossible_bins_are_refused(bins):
+    with pytest.raises(UserError, match=r"^model\.bins=.*: expected at most 16 different numbers from 1 to 100$"):
+        small(bins=bins)
+
+
+def test_a_network_without_classes_is_refused():
+    with pytest.raises(UserError, match="num_classes=0: expected 1 or more"):
+        models.build(small_config(), num_classes=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1, 40, 48, 3), "uint8"),
+        ((1, 40, 48, 4), "float32"),
+        ((1, 3, 40, 48), "float32"),
+        ((40, 48, 3), "float32"),
+        ((0, 40, 48, 3), "float32"),
+        ((1, 0, 48, 3), "float32"),
+    ],
+)
+def test_what_is_no_normalized_image_is_refused(shape, dtype):
+    network = small()
+    with pytest.raises(UserError) as error:
+        jax.eval_shape(lambda v, x: network.apply(v, x, train=False), shapes(network), jax.ShapeDtypeStruct(shape, dtype))
+    assert str(error.value).startswith(f"images are {dtype}{list(shape)}: expected float32[N, H, W, 3]")
+
+
 def test_build_names_every_impossible_value_and_its_choices():
     with pytest.raises(UserError, match=r"(?s)model\.stem='wide': expected one of 'deep', .*model\.dropout=1.0: expected"):
         small(stem="wide", dropout=1.0)

@@ -156,9 +156,8 @@ def test_what_nothing_tells_is_said(tmp_path):
         "pool=average",
         "stride_in=conv3x3",
     ]
-    assert "the classes are those of cityscapes, 'road' to 'bicycle' (by their number, 19)" in weights.assumptions(
-        config, source
-    )
+    said = weights.assumptions(config, source)
+    assert "by their number, 19: --config.dataset.name=cityscapes with the classes 'road' to 'bicycle'; if" in said
     config.model.align_corners = True
     config.dataset.class_names = tuple(f"part {i}" for i in range(19))
     said = weights.assumptions(config, source)
