@@ -223,7 +223,8 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     paths = inputs.find_images(arguments.input, bool(form), arguments.output) if arguments.input else _images(config)
     predictor = _predictor(config)
     logger.info(f"predicting {len(paths)} image(s) with step {step} of {workdir} on {predictor.device}")
-    prediction.predict(predictor, variables, paths, arguments.output, info, form)
+    origin = {"checkpoint": str(workdir), "step": step}
+    prediction.predict(predictor, variables, paths, arguments.output, info, form, arguments.skip_existing, origin)
 
 
 def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:

@@ -38,6 +38,10 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
         {"type": _path, "metavar": "PATH", "help": "where the results go; export: the file to write"},
     ),
     "format": (["predict", "export"], {"help": "cityscapes, ade20k or voc, for that server; export: torch or safetensors"}),
+    "skip_existing": (
+        ["predict"],
+        {"action": "store_true", "help": "keep the results that are there, to go on with a long job"},
+    ),
     "distributed": (jobs.SHARED_JOBS, {"action": "store_true", "help": "join the other processes of this job (see launch/)"}),
 }
 

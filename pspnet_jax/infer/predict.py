@@ -2,6 +2,7 @@
 
 import collections
 import errno
+import json
 import logging
 import os
 import time
@@ -36,6 +37,7 @@ def predict(
     info: DatasetInfo,
     form: str = "",
     skip_existing: bool = False,
+    origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Predicts images, each at its own size.
 
@@ -50,14 +52,16 @@ def predict(
       info: the classes.
       form: "cityscapes", "ade20k" or "voc" for a submission to the benchmark's server.
       skip_existing: leaves out images whose results are all there, to go on with a long job.
+      origin: what the weights are, such as the run and its step; kept in output/.origin.json with the settings.
 
     Raises:
-      UserError: the form is of other classes; the output cannot be written to; or, when all others have their results, some
-        images could not be predicted: which, and why.
+      UserError: the form is of other classes; the output cannot be written to, or is to be continued with another origin; or,
+        when all others have their results, some images could not be predicted: which, and why.
     """
     server, output = submission.choose(form, info) if form else None, files.absolute(output)
-    _check_output(output)
-    new = {name: path for name, path in images.items() if not (skip_existing and _is_done(_results(output, name, server)))}
+    since = _write_origin(output, {**(origin or {}), **predictor.description, "format": form}, skip_existing)
+    done = {name for name in images if skip_existing and all(_is_done(path, since) for path in _results(output, name, server))}
+    new = {name: path for name, path in images.items() if name not in done}
     todo = _by_size(new, predictor)
     began, variables = time.perf_counter(), predictor.place(variables)
 
@@ -169,8 +173,8 @@ def _results(output: epath.Path, name: str, server: submission.Submission | None
     return [output / "index" / f"{name}.png", output / "color" / f"{name}.png", output / "overlay" / f"{name}.jpg"]
 
 
-def _is_done(results: Sequence[epath.Path]) -> bool:
-    return all(path.is_file() for path in results)
+def _is_done(result: epath.Path, since: float) -> bool:
+    return result.is_file() and result.stat().mtime >= since
 
 
 def _write(
@@ -190,14 +194,26 @@ def _write(
     save(Image.fromarray(overlay(image, label, info.colors)), mixed, "JPEG", quality=95, subsampling=0)  # crisp edges
 
 
-def _check_output(output: epath.Path) -> None:
-    """Makes the folder, and a file in it, before anything is computed."""
+def _write_origin(output: epath.Path, origin: Mapping[str, Any], continued: bool) -> float:
+    """Makes the folder and its .origin.json before anything is computed, and returns since when results are of this origin.
+
+    Raises:
+      UserError: the folder cannot be written to, or a job of another origin is to be continued.
+    """
+    path, text = output / ".origin.json", json.dumps(origin, indent=2) + "\n"
     try:
         if output.exists() and not output.is_dir():
             raise UserError(f"--output {output}: is a file; expected a folder, which is made if need be")
-        with files.atomic(output / ".writable") as temporary:
-            temporary.write_text("")
-        (output / ".writable").unlink()
+        same = path.exists() and path.read_text() == text
+        if continued and path.exists() and not same:
+            raise UserError(
+                f"--output {output}: its results are of another checkpoint or other settings ({path}); leave --skip_existing "
+                "out to make them anew, or choose another --output"
+            )
+        with files.atomic(path if not same else output / ".writable") as temporary:
+            temporary.write_text(text)
+        (output / ".writable").unlink(missing_ok=True)
+        return path.stat().mtime
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written to ({error}); nothing was predicted") from error
 

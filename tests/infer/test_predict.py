@@ -31,7 +31,7 @@ def read(path):
 
 
 def results(output):
-    return sorted(str(path.relative_to(output)) for path in output.rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(output)) for path in output.rglob("[!.]*") if path.is_file())
 
 
 def write(folder, **sizes):
@@ -44,7 +44,7 @@ def write(folder, **sizes):
 
 def run(tmp_path, paths=None, network=None, **fields):
     """Predicts tmp_path/in into tmp_path/out."""
-    options = {key: fields.pop(key) for key in ("skip_existing", "form") if key in fields}
+    options = {key: fields.pop(key) for key in ("skip_existing", "form", "origin") if key in fields}
     paths = find_images(tmp_path / "in") if paths is None else paths
     predict(network or predictor(**fields), STRONGEST, paths, tmp_path / "out", INFO, **options)
 
@@ -262,3 +262,16 @@ def test_whole_inference_goes_by_size_and_says_for_how_many_it_compiles(tmp_path
     assert order == [[(20, 30)] * 3, [(30, 20)] * 2]
     assert "the network is compiled for 2 sizes of windows, from 2 sizes of images" in caplog.messages
     assert len(results(tmp_path / "out")) == 15
+
+
+def test_results_of_another_checkpoint_are_not_taken_for_this_ones(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(picture(40, 50)).save(tmp_path / "in/a.png")
+    run(tmp_path, origin={"step": 1})
+    run(tmp_path, origin={"step": 1}, skip_existing=True)
+    with pytest.raises(UserError, match="its results are of another checkpoint or other settings"):
+        run(tmp_path, origin={"step": 2}, skip_existing=True)
+    run(tmp_path, origin={"step": 2})
+    os.utime(tmp_path / "out/index/a.png", (0, 0))  # of the first checkpoint still, as if the second had stopped before it
+    run(tmp_path, origin={"step": 2}, skip_existing=True)
+    assert (tmp_path / "out/index/a.png").stat().st_mtime > 0
