@@ -188,7 +188,7 @@ def _by_field(arguments: Sequence[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     group: list[str] = []
     for argument in arguments:
-        if found := re.match(r"--(?:no)?config\.([^=]+)", argument):
+        if found := re.match(r"--?(?:no)?config\.([^=]+)", argument):
             group = groups[found[1]] = []
         elif not group:
             raise UserError(f"{argument}: unknown argument; a field of the config is set by --config.field=value")

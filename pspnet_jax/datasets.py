@@ -78,7 +78,7 @@ class DatasetInfo:
                 f"dataset.colors has {len(self.colors)} colors for {self.num_classes} classes: expected one a class"
             )
         for name, color in zip(self.class_names, self.colors, strict=True):
-            if len(color) != 3 or not all(value in range(256) for value in color):
+            if len(color) != 3 or not all(isinstance(value, int) and 0 <= value < 256 for value in color):
                 raise UserError(f"color {color} of class {name!r}: expected (R, G, B), each from 0 to 255")
 
     @property

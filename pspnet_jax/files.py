@@ -11,6 +11,7 @@ from etils import epath
 
 from pspnet_jax.errors import UserError
 
+REMOTE = ("gs://", "s3://")  # what etils knows
 # What storage has to do with the user, as the libraries that write files quote it in errors of their own.
 _FULL_OR_CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _AWAY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -23,8 +24,17 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The path without "~" and relative parts; a remote one, such as gs://bucket/run, as it is."""
-    return epath.Path(path if is_remote(path) else os.path.abspath(os.path.expanduser(path)))
+    """The path without "~" and relative parts; a remote one, such as gs://bucket/run, as it is.
+
+    Raises:
+      UserError: it is on storage of another kind.
+    """
+    text = os.fspath(path).removeprefix("file://")
+    if is_remote(text):
+        if not text.startswith(REMOTE):
+            raise UserError(f"{text}: cannot be read or written here; expected a local path, or one in a bucket, gs://...")
+        return epath.Path(path)
+    return epath.Path(os.path.abspath(os.path.expanduser(text)))
 
 
 def is_there(path: epath.PathLike) -> bool:

@@ -288,6 +288,8 @@ def _restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[C
         logger.warning(f"the config saved with the checkpoint counts, not that of {arguments.config}: {'; '.join(differing)}")
     config = _absolute(configs.override(saved.copy_and_resolve_references(), overrides))
     validation.validate(config)
+    if len(config.dataset.class_names) != (classes := len(saved.dataset.class_names)):
+        raise UserError(f"dataset.class_names={config.dataset.class_names}: the network tells {classes} classes apart")
     if changed := [c for c in resume.differences(saved, config) if c.startswith(("model.", "normalize."))]:
         raise UserError(f"{'; '.join(changed)}: the network is the one that was trained; leave these fields out")
     return config, step, variables, workdir

@@ -18,8 +18,17 @@ from pspnet_jax import errors, files, jobs, parallel
 logger = logging.getLogger("pspnet_jax")
 
 
-def _path(given: str) -> epath.Path | None:
-    return files.absolute(given) if given else None
+def _text(given: str) -> str:
+    if not given:
+        raise argparse.ArgumentTypeError("is empty; a variable of the shell may not be set")
+    return given
+
+
+def _path(given: str) -> epath.Path:
+    try:
+        return files.absolute(_text(given))
+    except errors.UserError as error:  # argparse would take it for a wrong value alone
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the modes that read it, and how it is parsed
@@ -28,7 +37,10 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
         {"metavar": "FILE[:ARG]", "help": "a recipe, such as configs/camvid.py; or a run's config.json"},
     ),
     "workdir": ([*jobs.JOBS], {"type": _path, "metavar": "DIR", "help": "where the run lives; default: runs/<recipe name>"}),
-    "checkpoint": (["evaluate", "predict", "export"], {"metavar": "WHICH", "help": "latest (the default), best or a step"}),
+    "checkpoint": (
+        ["evaluate", "predict", "export"],
+        {"type": _text, "metavar": "WHICH", "help": "latest (the default), best or a step"},
+    ),
     "input": (
         ["predict", "import"],
         {"type": _path, "metavar": "PATH", "help": "an image or a folder to predict; a file to import"},
@@ -37,7 +49,10 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
         ["predict", "check", "export"],
         {"type": _path, "metavar": "PATH", "help": "where the results go; export: the file to write"},
     ),
-    "format": (["predict", "export"], {"help": "cityscapes, ade20k or voc, for that server; export: torch or safetensors"}),
+    "format": (
+        ["predict", "export"],
+        {"type": _text, "help": "cityscapes, ade20k or voc, for that server; export: torch or safetensors"},
+    ),
     "skip_existing": (
         ["predict"],
         {"action": "store_true", "help": "keep the results that are there, to go on with a long job"},

@@ -166,6 +166,11 @@ def test_another_network_in_the_same_workdir_is_refused(run, capsys):
         (["--config=configs/quickstart.py", "--checkpoint=3"], "--checkpoint: --mode train does not read it"),
         (["--config=configs/quickstart.py", "--mode=check", "--distributed"], "--distributed: --mode check does not read it"),
         (["--config=configs"], "--config configs: no such file"),
+        (["--mode=predict", "--workdir="], "argument --workdir: is empty; a variable of the shell may not be set"),
+        (["--mode=evaluate", "--checkpoint", ""], "argument --checkpoint: is empty"),
+        (["--mode=evaluate", "--workdir=hdfs://a/b"], "hdfs://a/b: cannot be read or written here; expected a local path"),
+        (["--config=configs/camvid.py", "--config.dataset.root=http://a/b"], "http://a/b: cannot be read or written here"),
+        (["--config=configs/camvid.py", "--config.seed=1", "-config.batch_sze=3"], "did you mean batch_size"),
         (["--config=~/no/config.json"], f"--config {Path.home()}/no/config.json: no such file"),
     ],
 )
@@ -282,6 +287,13 @@ def test_a_recipe_beside_a_workdir_is_told_not_to_count(run, capsys):
     assert main(["--mode=evaluate", f"--workdir={run[0]}", f"--config={own}"]) == 0
     assert "saved with the checkpoint counts, not that of" in (said := capsys.readouterr().out)
     assert "model.depth: 50 -> 18" in said
+
+
+@pytest.mark.parametrize("colors", ["--config.dataset.colors=()", "--config.seed=0"])
+def test_other_classes_than_the_networks_are_refused(run, capsys, colors):
+    names = "--config.dataset.class_names=('a','b','c','d')"
+    said = error(capsys, "--mode=evaluate", f"--workdir={run[0]}", names, colors)
+    assert "dataset.class_names=('a', 'b', 'c', 'd'): the network tells 3 classes apart" in said
 
 
 def test_a_path_with_a_tilde_is_in_the_home_directory(run, capsys, tmp_path, monkeypatch):
