@@ -118,8 +118,8 @@ class Predictor:
           images: uint8[H, W, 3] each.
 
         Returns:
-          uint8[M, S, T], on the devices: image i has [i, :H, :W], and the rest, up to compiled sizes, means nothing. It is 255
-          where the scores are not finite.
+          uint8[M, S, T], on the devices: image i has [i, :H, :W], and the rest, up to compiled sizes, means nothing. Where an
+          image's scores are not finite (NaN), it is 255 all over.
 
         Raises:
           UserError: see `check`; or the network does not return logits [N, H, W, K].
@@ -289,10 +289,12 @@ def _most_probable(protocol: Protocol, total: jax.Array | None, views: list[View
     def labels(i: jax.Array) -> jax.Array:
         scores = [] if total is None else [strips[i]]
         scores += [protocol.finalize_scores(_strip(sums, to_image, i)) for sums, to_image in views]
-        score = sum(scores)
-        return jnp.where(jnp.isnan(score).any(-1), IGNORE, jnp.argmax(score, -1)).astype(jnp.uint8)
+        return jnp.argmax(sum(scores), -1).astype(jnp.uint8)
 
-    return jax.lax.map(labels, jnp.arange(count * height // STRIP)).reshape(count, height, width)
+    found = jax.lax.map(labels, jnp.arange(count * height // STRIP)).reshape(count, height, width)
+    accumulated = [*([] if total is None else [total]), *(sums for sums, _ in views)]
+    defined = jnp.all(jnp.array([(x < jnp.inf).all((1, 2, 3)) for x in accumulated]), 0)  # of NaN, argmax would make a class
+    return jnp.where(defined[:, None, None], found, IGNORE).astype(jnp.uint8)
 
 
 def _strip(sums: jax.Array, to_image: ToImage, i: jax.Array) -> jax.Array:
