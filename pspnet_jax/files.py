@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from pspnet_jax.errors import UserError
+from pspnet_jax.errors import MissingFileError, UserError
 
 REMOTE = ("gs://", "s3://")  # what etils knows
 # What storage has to do with the user, as the libraries that write files quote it in errors of their own.
@@ -35,6 +35,31 @@ def absolute(path: epath.PathLike) -> epath.Path:
             raise UserError(f"{text}: cannot be read or written here; expected a local path, or one in a bucket, gs://...")
         return epath.Path(path)
     return epath.Path(os.path.abspath(os.path.expanduser(text)))
+
+
+def given(path: epath.PathLike) -> epath.Path:
+    """`absolute` of a path that the user has given; a bucket that is not there is told at once.
+
+    TensorFlow would try again for minutes.
+
+    Raises:
+      UserError: says what is missing: the bucket, the right to read it, or orbax's client.
+    """
+    found = absolute(path)
+    if not os.fspath(found).startswith("gs://"):
+        return found
+    bucket = "/".join(os.fspath(found).split("/")[:3])
+    try:
+        import google.cloud.storage  # noqa: F401 -- orbax's
+    except ImportError as error:
+        raise UserError(f"{found}: gs:// needs one package more: pip install google-cloud-storage") from error
+    try:
+        exists = epath.Path(bucket).exists()
+    except Exception as error:  # TensorFlow's: no permission, no credentials, no connection
+        raise UserError(f"{found}: {bucket} cannot be read ({str(error).splitlines()[0]})") from error
+    if not exists:
+        raise MissingFileError(f"{found}: there is no bucket {bucket}")
+    return found
 
 
 def is_there(path: epath.PathLike) -> bool:

@@ -90,17 +90,17 @@ def _absolute(config: ConfigDict) -> ConfigDict:
     """Makes the paths of config.dataset absolute."""
     dataset = config.dataset
     for field in ("root", "extra_root", "cache_dir"):
-        dataset[field] = dataset[field] and str(files.absolute(dataset[field]))
-    dataset.mixture = tuple((name, root and str(files.absolute(root)), *rest) for name, root, *rest in dataset.mixture)
+        dataset[field] = dataset[field] and str(files.given(dataset[field]))
+    dataset.mixture = tuple((name, root and str(files.given(root)), *rest) for name, root, *rest in dataset.mixture)
     return config
 
 
 def _check_init_from(config: ConfigDict, workdir: epath.Path) -> None:
     """Makes config.init_from absolute, and refuses one that is not there, unless the run has gone beyond it already."""
-    path = files.absolute(config.init_from)
-    config.init_from = str(path)
+    config.init_from = str(files.given(config.init_from))
     if any((workdir / "checkpoints").glob("*")):
         return
+    path, _ = weights.split_entry(epath.Path(config.init_from))
     if not path.exists():
         raise MissingFileError(f"init_from={path}: no such file or directory")
     if path.is_dir():

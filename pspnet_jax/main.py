@@ -26,7 +26,7 @@ def _text(given: str) -> str:
 
 def _path(given: str) -> epath.Path:
     try:
-        return files.absolute(_text(given))
+        return files.given(_text(given))
     except errors.UserError as error:  # argparse would take it for a wrong value alone
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -134,3 +134,26 @@ def test_weights_are_imported_from_gs_and_exported_to_it(cloud, tmp_path):
     for key, tensor in state.items():
         if not key.endswith("num_batches_tracked"):
             np.testing.assert_array_equal(back[key], tensor.numpy())
+
+
+def test_a_bucket_that_is_not_there_or_not_the_users_ends_in_one_sentence(cloud, tmp_path):
+    """At once: TensorFlow would try to write to a bucket that is not there for minutes."""
+    own = recipe(tmp_path / "own.py", tmp_path)
+    said = run(
+        cloud,
+        tmp_path,
+        ["--mode=import", "--input=gs://no-bucket/net.pth", "--workdir=gs://bucket/imported"],
+        ["--mode=import", "--input=gs://forbidden/net.pth", "--workdir=gs://bucket/imported"],
+        [f"--config={own}", "--workdir=gs://no-bucket/run"],
+        [f"--config={own}", "--workdir=gs://bucket/run", "--config.dataset.root=gs://forbidden/data"],
+        ["--mode=check", f"--config={own}", "--workdir=gs://bucket/run", "--config.dataset.root=gs://no-bucket/data"],
+        ["--mode=evaluate", "--workdir=gs://forbidden/run"],
+    )
+    errors = re.findall(r"^error: (?:argument --\w+: )?(.*)", said, flags=re.MULTILINE)
+    assert [status for status, _ in statuses(said)] == ["1"] * 6
+    assert errors[0] == "gs://no-bucket/net.pth: there is no bucket gs://no-bucket"
+    assert errors[1].startswith("gs://forbidden/net.pth: gs://forbidden cannot be read (Error executing an HTTP request: ")
+    assert errors[2] == "gs://no-bucket/run: there is no bucket gs://no-bucket"
+    assert errors[3].startswith("gs://forbidden/data: gs://forbidden cannot be read (")
+    assert errors[4] == "gs://no-bucket/data: there is no bucket gs://no-bucket"
+    assert errors[5].startswith("gs://forbidden/run: gs://forbidden cannot be read (")

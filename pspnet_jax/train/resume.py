@@ -102,7 +102,7 @@ def initial_weights(config: ConfigDict, model: nn.Module, mesh: Mesh) -> tuple[V
     """Reads config.init_from: the variables of another run, or those that a file of others' weights has for this model.
 
     Returns:
-      the variables, and the names of the classes that they tell apart; none for a file.
+      the variables, and the names of the classes that they tell apart; none where a file does not name them.
 
     Raises:
       MissingFileError: there is no such run or file.
@@ -116,7 +116,7 @@ def initial_weights(config: ConfigDict, model: nn.Module, mesh: Mesh) -> tuple[V
     source = weights.inspect(config.init_from)
     weights.check_normalize(config.normalize, source)
     logger.info("starting from %s", source)
-    return weights.load(config.init_from, model, partial=True), ()
+    return weights.load(config.init_from, model, partial=True), source.class_names
 
 
 def _check_same_function(saved: ConfigDict, config: ConfigDict) -> None:
