@@ -1,6 +1,7 @@
 """The command line: `python -m pspnet_jax.main --config configs/cityscapes.py`."""
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -63,6 +64,9 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one job; returns the exit status: 0, or 1 after one sentence on what the user has to change."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
     logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
     logger.setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.ERROR)
