@@ -94,8 +94,8 @@ def atomic(path: epath.PathLike) -> Iterator[epath.Path]:
 def storage_error(error: BaseException | None) -> str | None:
     """What the disk or the network reports in an exception, or in one that caused it: "No space left on device"; else None."""
     while error is not None:
-        if isinstance(error, OSError) and error.strerror:
-            return error.strerror
+        if isinstance(error, OSError) and (error.strerror or type(error) is not OSError):
+            return error.strerror or str(error)
         if found := re.search(_REPORTS, str(error)):
             return found[0]
         error = error.__cause__ or error.__context__

@@ -94,14 +94,28 @@ class Checkpoints:
         """Copies the state and writes it in the background; `fingerprint` is that of the training data.
 
         Raises:
-          UserError: this one or the one before it could not be written.
+          UserError: it cannot be written.
         """
         items = {name: ocp.args.StandardSave(tree) for name, tree in layout.items(state).items()}
-        items |= {"config": ocp.args.JsonSave(config.to_dict()), "data": ocp.args.JsonSave({"fingerprint": fingerprint})}
+        items |= {
+            "config": ocp.args.JsonSave(config.to_dict()),
+            "data": ocp.args.JsonSave({"step": step, "fingerprint": fingerprint}),
+        }
+        self.failed(wait=True)  # this one may succeed all the same
         with self._writing():
-            self._manager.wait_until_finished()
             self._saving = step
             self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def failed(self, wait: bool = False) -> bool:
+        """Whether the last save has failed in the background, which is said; `wait`: until it has ended."""
+        try:
+            self._manager.wait_until_finished() if wait else self._manager.check_for_errors()
+        except Exception as error:
+            if (why := files.storage_error(error)) is None:
+                raise
+            logger.warning("checkpoint %s could not be written (%s)", self._saving, why)
+            return True
+        return False
 
     def _write_checksums(self) -> None:
         """Called when all items are written, before the checkpoint gets its name."""
@@ -146,6 +160,8 @@ class Checkpoints:
         try:
             path = path if path.exists() else old
             metrics = json.loads(path.read_text())
+            if not isinstance(metrics.get(SETTINGS, {}), dict):
+                raise ValueError(f"{SETTINGS} is no object")
             return {**metrics, SCORE: float(metrics.get(SCORE, metrics.get("mean_iou", math.nan)))}
         except FileNotFoundError:
             return None

@@ -112,7 +112,7 @@ def _attempt(directory: epath.Path, items: Items, read: Callable[[], T]) -> tupl
         if differing:
             return Verdict.DAMAGED, f"is damaged (other content than was saved: {_listed(differing)})", None
         result = read()
-    except (MemoryError, jax.errors.JaxRuntimeError):
+    except (MemoryError, jax.errors.JaxRuntimeError, UserError):
         raise  # not the file's fault
     except Exception as error:  # whatever a damaged file makes orbax raise
         verdict = judge(error)
@@ -142,6 +142,8 @@ def problems(directory: epath.Path, items: Sequence[str]) -> tuple[list[str], li
     missing = [f"{item}/" for item in items if not files.is_there(directory / item)]
     path = directory / CHECKSUMS
     expected = json.loads(path.read_text()) if files.is_there(path) else {}
+    if not expected and files.is_there(directory / "data") and not files.is_remote(directory):  # else nobody has written any
+        logger.warning("checkpoint %s has lost its %s: damage to its numbers would not be seen", directory.name, CHECKSUMS)
     differing = []
     for name, checksum in expected.items():
         item, file = name.partition("/")[0], directory / name

@@ -18,18 +18,24 @@ logger = logging.getLogger(__name__)
 class JsonLines:
     """Appends to a file; what cannot be written waits for the next line, and training does not stop for it."""
 
-    def __init__(self, path: epath.Path, start: int):
-        """Goes on after `start` steps: drops the lines of later ones, and sets damaged ones aside, beside the file."""
+    def __init__(self, path: epath.Path, start: int, without: str = ""):
+        """Goes on after `start` steps: drops the lines of later ones, and sets damaged ones aside, beside the file.
+
+        Of those of step `start`, it drops the kind `without`.
+        """
         self._path, self._waiting, self._failed = path, "", False
         with files.writing(path, "make room, or move it away"):
-            self._tidy(start)
+            self._tidy(start, without)
 
-    def _tidy(self, start: int) -> None:
+    def _tidy(self, start: int, without: str) -> None:
         path = self._path
         content = path.read_bytes() if path.exists() else b""
         lines = [line for line in content.split(b"\n") if line.strip()]
         steps = [_step(line) for line in lines]
-        kept = b"".join(line + b"\n" for line, step in zip(lines, steps, strict=True) if step is not None and step <= start)
+        good = [(line, step) for line, step in zip(lines, steps, strict=True) if step is not None and step <= start]
+        kept = b"".join(
+            line + b"\n" for line, step in good if step < start or not without or json.loads(line).get("kind") != without
+        )
         if damaged := [line for line, step in zip(lines, steps, strict=True) if step is None]:
             aside = path.with_name(f"{path.stem}.damaged{path.suffix}")
             earlier = aside.read_bytes() if aside.exists() else b""

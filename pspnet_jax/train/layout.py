@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from pspnet_jax import config as configs
 from pspnet_jax import files, parallel
+from pspnet_jax.errors import UserError
 from pspnet_jax.train import integrity
 from pspnet_jax.train.step import TrainState, Variables
 
@@ -40,7 +41,9 @@ def read_state(directory: epath.Path, target: TrainState) -> TrainState:
 
     Raises:
       OtherNetworkError: the arrays saved are others.
+      UserError: it is of another step than its directory says.
     """
+    _read_data(directory)
     if files.is_there(directory / "state"):
         parts = {"average" if name == "ema" else name: tree for name, tree in vars(target).items()}
         read = _read_tree(directory / "state", target.step.sharding, tuple(parts))
@@ -61,10 +64,21 @@ def read_variables(directory: epath.Path, mesh: Mesh) -> Variables:
 
 
 def read_origin(directory: epath.Path) -> tuple[ConfigDict, str]:
-    """Reads the config that the checkpoint was trained with, and its data's fingerprint, which is empty where it is unknown."""
-    reader, data = ocp.JsonCheckpointHandler(), directory / "data"
-    fingerprint = reader.restore(data)["fingerprint"] if files.is_there(data) else ""
-    return configs.from_dict(reader.restore(directory / "config")), fingerprint
+    """Reads the config that the checkpoint was trained with, and its data's fingerprint, which is empty where it is unknown.
+
+    Raises:
+      UserError: it is of another step than its directory says.
+    """
+    return configs.from_dict(ocp.JsonCheckpointHandler().restore(directory / "config")), _read_data(directory)["fingerprint"]
+
+
+def _read_data(directory: epath.Path) -> dict[str, Any]:
+    if not files.is_there(directory / "data"):  # of a version before 0.2
+        return {"fingerprint": ""}
+    data = ocp.JsonCheckpointHandler().restore(directory / "data")
+    if (step := data.get("step", int(directory.name))) != int(directory.name):
+        raise UserError(f"{directory}: was saved as step {step}, and renamed since; give it its name back")
+    return data
 
 
 def _read_tree(path: epath.Path, sharding: Sharding, parts: Sequence[str] = ("params", "batch_stats")) -> Any:

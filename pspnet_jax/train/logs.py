@@ -47,8 +47,12 @@ class TrainingLog:
         start: int,
         writer: Callable[[str], Writer] | None,
         examples_per_epoch: int,
+        unscored: bool = False,
     ):
-        """Goes on after `start` steps; the lines of later ones are dropped, as these steps are made again."""
+        """Goes on after `start` steps; the lines of later ones are dropped, as these steps are made again.
+
+        So is that of the evaluation after `start` steps, if it is `unscored`.
+        """
         self._active = jax.process_index() == 0
         self._writer: Writer | None = None
         if writer and self._active:
@@ -60,7 +64,7 @@ class TrainingLog:
         self.stalls, self._paused = InputStallTimer(), 0.0
         self.restart_clocks(start)
         if self._active:
-            self._lines = JsonLines(workdir / "metrics.jsonl", start)
+            self._lines = JsonLines(workdir / "metrics.jsonl", start, without="eval" if unscored else "")
 
     def restart_clocks(self, step: int) -> None:
         """Makes the rates count from now, after `step` steps."""

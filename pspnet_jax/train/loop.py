@@ -98,7 +98,9 @@ def fit(
             return state
         if start < total:
             _announce(config, state, mesh, workdir, start)
-        log = closing.enter_context(contextlib.closing(TrainingLog(workdir, config, start, writer, examples_per_epoch)))
+        log = closing.enter_context(
+            contextlib.closing(TrainingLog(workdir, config, start, writer, examples_per_epoch, unscored))
+        )
         run = Run(config, workdir, checkpoints, log, stop, evaluate, fingerprint, hooks)
         if unscored:
             logger.info(f"step {start} was saved but not evaluated; this is done now")
@@ -155,7 +157,7 @@ class Run:
                 _write_description(self.config, state, self.workdir)
             else:
                 self.log.end_of_epoch(step)
-            if save_due or score_due:
+            if save_due or score_due or (log_due and self.checkpoints.failed()):
                 self.save(step, state)
             if score_due:
                 self.score(step, state)
@@ -212,9 +214,9 @@ class Run:
         best_metric = self.config.eval.best_metric
         if best_metric not in found:
             raise UserError(f"eval.best_metric={best_metric!r}: the evaluation has {', '.join(found)}; choose one of these")
-        self.checkpoints.add_score(step, {SCORE: found[best_metric], **found}, resume.evaluation_settings(self.config))
         self.log.pause(seconds)
-        self.log.evaluation(step, metrics, pictures)
+        self.log.evaluation(step, metrics, pictures)  # first: what has no score is evaluated again
+        self.checkpoints.add_score(step, {SCORE: found[best_metric], **found}, resume.evaluation_settings(self.config))
 
 
 def due(step: int, every: int, total: int) -> bool:

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from pspnet_jax import config as configs
+from pspnet_jax import parallel
 from pspnet_jax.errors import UserError
+from pspnet_jax.train import checkpoint, integrity
 from pspnet_jax.train.checkpoint import Checkpoints
 from tests.train import OneLayer, fit, make_batch, make_batches, score, tiny_config
 
@@ -291,3 +293,55 @@ def test_a_seed_that_jax_would_cut_is_refused(tmp_path, seed):
     config.seed = seed
     with pytest.raises(UserError, match=rf"^seed={seed}: expected a whole number from -2147483648 to 4294967295$"):
         train(config, tmp_path)
+
+
+def test_a_save_that_fails_in_the_background_is_made_up_for_at_the_next_line(tmp_path, monkeypatch, caplog, whole):
+    """The disk is full while step 2 is written, and has room again at step 3."""
+    write, calls = integrity.write_checksums, itertools.count()
+
+    def full_at_first(directory):
+        if next(calls) == 0:
+            raise OSError(28, "No space left on device")
+        write(directory)
+
+    monkeypatch.setattr(integrity, "write_checksums", full_at_first)
+    wait = [lambda step: time.sleep(2) if step == 3 else None]  # until it has failed
+    assert_equal(train(small(save=3, eval=0, log=2), tmp_path, None, hooks=wait), whole)
+    said = [line for line in warnings(caplog) if "could not be written" in line]
+    assert said == ["checkpoint 3 could not be written (No space left on device)"]
+    assert saved_steps(tmp_path) == [4, 6]
+
+
+def test_a_renamed_checkpoint_is_told(tmp_path):
+    train(small(), tmp_path)
+    (tmp_path / "checkpoints/6").rename(tmp_path / "checkpoints/5")
+    with pytest.raises(UserError, match=r"checkpoints/5: was saved as step 6, and renamed since"):
+        train(small(), tmp_path)
+    with pytest.raises(UserError, match="was saved as step 6"):
+        checkpoint.load(tmp_path, "latest", parallel.make_mesh())
+
+
+def test_an_evaluation_without_its_score_has_one_line_in_the_end(tmp_path, whole):
+    """As if the process had been killed between the line and the score."""
+    train(small(), tmp_path)
+    (tmp_path / "checkpoints/6/score.json").unlink()
+    assert_equal(train(small(), tmp_path), whole)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [3, 6]
+    assert (tmp_path / "checkpoints/6/score.json").exists()
+
+
+def test_lost_checksums_and_a_wrong_score_are_told(tmp_path, caplog, whole):
+    train(small(eval=6), tmp_path)
+    (tmp_path / "checkpoints/6/checksums.json").unlink()
+    (tmp_path / "checkpoints/6/score.json").write_text('{"score": 1, "settings": []}')
+    assert_equal(train(small(eval=6), tmp_path), whole)
+    said = " ".join(warnings(caplog))
+    assert "checkpoint 6 has lost its checksums.json: damage to its numbers would not be seen" in said
+    assert "the score of checkpoint 6 cannot be read" in said
+
+
+def test_a_directory_where_a_file_should_be_is_a_sentence(tmp_path):
+    (tmp_path / "parameters.txt").mkdir()
+    with pytest.raises(UserError, match="directory"):
+        train(small(), tmp_path)
