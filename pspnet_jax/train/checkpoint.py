@@ -109,7 +109,8 @@ class Checkpoints:
     def failed(self, wait: bool = False) -> bool:
         """Whether the last save has failed in the background, which is said; `wait`: until it has ended."""
         try:
-            self._manager.wait_until_finished() if wait else self._manager.check_for_errors()
+            if wait or not self._manager.is_saving_in_progress():
+                self._manager.wait_until_finished()
         except Exception as error:
             if (why := files.storage_error(error)) is None:
                 raise

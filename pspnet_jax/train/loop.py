@@ -133,7 +133,7 @@ class Run:
         train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
         batches: Iterator[Batch],
     ) -> TrainState:
-        start, total, every = int(state.step), self.config.total_steps, self.config.every
+        start, total, every, alone = int(state.step), self.config.total_steps, self.config.every, jax.process_count() == 1
         self.exit_if_asked(start)
         guard = NonFiniteGuard(self.checkpoints)
         for step in range(start + 1, total + 1):
@@ -157,7 +157,7 @@ class Run:
                 _write_description(self.config, state, self.workdir)
             else:
                 self.log.end_of_epoch(step)
-            if save_due or score_due or (log_due and self.checkpoints.failed()):
+            if save_due or score_due or (log_due and alone and self.checkpoints.failed()):
                 self.save(step, state)
             if score_due:
                 self.score(step, state)
