@@ -155,9 +155,21 @@ def load_recipe(path: str) -> ConfigDict:
         raise UserError(f"--config {name}: has no function get_config() that returns a config")
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config {path}: get_config() returns {type(config).__name__}; expected the config of base_config()")
-    if missing := dict(leaves(base_config())).keys() - dict(leaves(config)).keys():
+    kinds, values = dict(leaves(base_config())), dict(leaves(config))
+    if wrong := [f"{field}={value!r}" for field, value in values.items() if not _is_like(value, kinds.get(field, value))]:
+        raise UserError(
+            f"--config {path}: {', '.join(wrong[:3])}: expected what base_config() has there, in Python's own types"
+        )
+    if missing := kinds.keys() - values.keys():
         raise UserError(f"--config {path}: its config lacks {', '.join(sorted(missing)[:5])}; start from base_config()")
     return config.lock()
+
+
+def _is_like(value: object, default: object) -> bool:
+    """Whether a value has the type of its default; NumPy's numbers, which JSON cannot hold, are of none."""
+    if isinstance(value, tuple | list):
+        return isinstance(default, tuple) and all(type(v) in (bool, int, float, str) or _is_like(v, ()) for v in value)
+    return type(value) is type(default) or (type(value) is int and isinstance(default, float))
 
 
 def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:

@@ -34,7 +34,10 @@ def absolute(path: epath.PathLike) -> epath.Path:
         if not text.startswith(REMOTE):
             raise UserError(f"{text}: cannot be read or written here; expected a local path, or one in a bucket, gs://...")
         return epath.Path(path)
-    return epath.Path(os.path.abspath(os.path.expanduser(text)))
+    try:
+        return epath.Path(os.path.abspath(os.path.expanduser(text)))
+    except FileNotFoundError as error:
+        raise UserError("the current directory is gone; go to one that is there, with cd") from error
 
 
 def given(path: epath.PathLike) -> epath.Path:

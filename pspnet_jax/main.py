@@ -1,11 +1,14 @@
 """The command line: `python -m pspnet_jax.main --config configs/cityscapes.py`."""
 
 import argparse
+import contextlib
 import io
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -77,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _start_jax()
         if jax.process_index():
             logger.setLevel(logging.WARNING)  # the first process speaks for all
-        jobs.JOBS[arguments.mode](arguments, overrides)
+        with _interruptible():
+            jobs.JOBS[arguments.mode](arguments, overrides)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -86,6 +90,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {sentence}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within, Ctrl-C comes again where Python has dropped it: in a destructor, or in JAX's callback on garbage collection."""
+    hook = sys.unraisablehook
+
+    def again(dropped: Any) -> None:
+        if dropped.exc_type is KeyboardInterrupt:
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            hook(dropped)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def _start_jax() -> None:

@@ -4,8 +4,10 @@ import ast
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,9 @@ SMALL = [
     "--config.total_steps=3",
     "--config.every.log=1",
 ]
+
+
+BASE = "import numpy as np\nfrom pspnet_jax.config import base_config\ndef get_config():\n    config = base_config()\n"
 
 
 def recipe(path: Path, root: Path) -> Path:
@@ -267,6 +272,11 @@ def test_the_profile_is_of_the_steps_after_the_tenth_of_each_start(tmp_path):
         ("def get_config():\n    return 1 / 0", "line 2: ZeroDivisionError"),
         ("import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict()", "its config lacks augment.blur"),
         ("raise SystemExit(3)", "SystemExit: 3"),
+        (f"{BASE}    config.total_steps = None\n    return config", "total_steps=None: expected what base_config() has there"),
+        (
+            f"{BASE}    config.dataset.colors = ((np.int64(1), 2, 3),)\n    return config",
+            "dataset.colors=((np.int64(1), 2, 3),)",
+        ),
     ],
 )
 def test_a_recipe_that_does_not_work_is_named(body, words, capsys, tmp_path):
@@ -371,3 +381,37 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setitem(jobs.JOBS, "train", lambda *_: {}["nothing"])
     with pytest.raises(KeyError, match="nothing"):
         main(["--config=configs/quickstart.py"])
+
+
+def test_predictions_are_not_written_over_the_images(run, capsys, tmp_path):
+    (tmp_path / "color").mkdir()
+    image = next((run[1] / "images/val").iterdir())
+    (tmp_path / "color/a.png").write_bytes(image.read_bytes())
+    for given in (tmp_path / "color", tmp_path / "color/a.png"):
+        said = error(capsys, "--mode=predict", f"--workdir={run[0]}", f"--input={given}", f"--output={tmp_path}")
+        assert "color/a.png: is there already, and no prediction has written it" in said
+    assert (tmp_path / "color/a.png").read_bytes() == image.read_bytes()
+
+
+def test_a_directory_that_is_gone_is_told(run, capsys, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "the current directory is gone" in error(capsys, "--mode=evaluate", "--workdir=runs/x")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_an_interrupt_in_a_destructor_is_not_lost(monkeypatch):
+    """Python drops what is raised there."""
+
+    class Dropping:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+    def job(arguments, overrides):
+        Dropping()
+        time.sleep(5)
+
+    monkeypatch.setitem(jobs.JOBS, "train", job)
+    assert main(["--config=configs/quickstart.py"]) == 130

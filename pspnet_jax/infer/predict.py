@@ -2,6 +2,7 @@
 
 import collections
 import errno
+import itertools
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from pspnet_jax.progress import progress
 logger = logging.getLogger(__name__)
 THREADS = 2 + (os.cpu_count() or 1)
 AHEAD = 2 * THREADS  # images that are read before they are needed, and results that may wait to be written
+ORIGIN = ".origin.json"  # in the output: what its results were made with
 OF_ONE_FILE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)  # the next image would meet any other error, too
 
 
@@ -59,6 +61,7 @@ def predict(
         when all others have their results, some images could not be predicted: which, and why.
     """
     server, output = submission.choose(form, info) if form else None, files.absolute(output)
+    _keep_others({name: _results(output, name, server) for name in images}, images, output)
     since = _write_origin(output, {**(origin or {}), **predictor.description, "format": form}, skip_existing)
     done = {name for name in images if skip_existing and all(_is_done(path, since) for path in _results(output, name, server))}
     new = {name: path for name, path in images.items() if name not in done}
@@ -194,13 +197,22 @@ def _write(
     save(Image.fromarray(overlay(image, label, info.colors)), mixed, "JPEG", quality=95, subsampling=0)  # crisp edges
 
 
+def _keep_others(results: Mapping[str, Sequence[epath.Path]], images: Mapping[str, epath.PathLike], output: epath.Path) -> None:
+    """Refuses results that would be written over an image to predict, or over files that no prediction has written."""
+    inputs = {os.path.realpath(path) for path in images.values()}
+    foreign = output.is_dir() and not (output / ORIGIN).exists()
+    for path in itertools.chain.from_iterable(results.values()):
+        if os.path.realpath(path) in inputs or (foreign and path.is_file()):
+            raise UserError(f"{path}: is there already, and no prediction has written it; choose another --output")
+
+
 def _write_origin(output: epath.Path, origin: Mapping[str, Any], continued: bool) -> float:
     """Makes the folder and its .origin.json before anything is computed, and returns since when results are of this origin.
 
     Raises:
       UserError: the folder cannot be written to, or a job of another origin is to be continued.
     """
-    path, text = output / ".origin.json", json.dumps(origin, indent=2) + "\n"
+    path, text = output / ORIGIN, json.dumps(origin, indent=2) + "\n"
     try:
         if output.exists() and not output.is_dir():
             raise UserError(f"--output {output}: is a file; expected a folder, which is made if need be")

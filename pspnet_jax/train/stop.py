@@ -5,7 +5,7 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
+from types import FrameType
 
 import jax
 
@@ -19,7 +19,9 @@ class Stopped(BaseException):
 
 
 class StopSignal:
-    """Asks for a stop after SIGTERM or Ctrl-C; the second one ends the process. Several processes agree on the step.
+    """Asks for a stop after SIGTERM, SIGHUP (unless nohup has it ignored) or Ctrl-C; the second one ends the process.
+
+    Several processes agree on the step.
 
     Attributes:
       received: whether this process, being the only one of its job, was asked to stop.
@@ -32,14 +34,15 @@ class StopSignal:
         can_catch = threading.current_thread() is threading.main_thread()
         if self._alone and not can_catch:
             logger.info("training runs in a thread, where Python catches no signals: SIGTERM and Ctrl-C are not waited for")
-        caught = (signal.SIGTERM, signal.SIGINT) if self._alone and can_catch else ()
-        self._previous = {number: signal.signal(number, self._receive) for number in caught}
+        caught = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if self._alone and can_catch else ()
+        heeded = [number for number in caught if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._receive) for number in heeded}
 
     @property
     def name(self) -> str:
         return signal.Signals(self.number).name
 
-    def _receive(self, number: int, _: Any) -> None:
+    def _receive(self, number: int, _: FrameType | None) -> None:
         self.number, self.received = signal.Signals(number), True
         self.close()
         if self._interrupts:
