@@ -203,8 +203,9 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     source = _by_size(predictor, sources.open_source(config.dataset, config.eval.split))
     report, _ = _score(predictor, variables, config, source)
     if jax.process_index() == 0:
-        rich.print(report.table())
-        print(f"{report}, step {step} of {workdir}", flush=True)
+        with contextlib.suppress(OSError):  # nobody reads any more, as after `| head -1`
+            rich.print(report.table())
+            print(f"{report}, step {step} of {workdir}", flush=True)
         roots = {field: config.dataset[field] for field in ("root", "extra_root")}
         network = {"model": config.model.to_dict(), "normalize": config.normalize.to_dict()}
         origin = {"step": step, "checkpoint": str(workdir), **roots, "tfds_name": config.dataset.tfds_name, **network}

@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
     logger.setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.ERROR)
+    logging.raiseExceptions = False  # where nobody reads any more, as after `| head -1`, the job goes on
     try:
         arguments, overrides = _parse(argv)
         if arguments.distributed:

@@ -171,8 +171,8 @@ def test_two_processes_stop_and_resume_together_and_equal_one(tmp_path, monkeypa
     assert 1 <= stopped < 12
     assert f"stopped by SIGTERM; step {stopped} is saved" in said[0]
     codes, said = run_two_processes(tmp_path / "two", at=0)
-    assert codes == [0, 0], "\n".join(said)
-    assert "step 12 could not be evaluated (evaluating failed in another process of this job" in said[0]
+    assert codes == [1, 1], "\n".join(said)
+    assert "UserError: step 12 could not be evaluated (evaluating failed in another process of this job" in said[0]
 
     mesh = parallel.make_mesh(jax.devices()[:2])
     monkeypatch.setattr(parallel, "make_mesh", lambda: mesh)

@@ -64,6 +64,8 @@ class Checkpoints:
                 f"{workdir}: is no run with checkpoints; train there first, copy the run with its folder checkpoints/, or name "
                 "another directory"
             )
+        if not read_only and (odd := set(str(self._directory)) & set("[]\\")):
+            raise UserError(f"{workdir}: orbax cannot write below a name with {' or '.join(sorted(odd))}; choose another")
         self._saving = 0  # the step that is being written
         with self._writing():
             self._manager = _Manager(

@@ -207,9 +207,10 @@ class Run:
             failure = reason(error)
         seconds = time.perf_counter() - began
         if parallel.agree(failure is not None):
-            logger.warning(
-                f"step {step} could not be evaluated ({failure or 'by another process'}); it is saved, training goes on"
-            )
+            told = f"step {step} could not be evaluated ({failure or 'by another process'}); it is saved"
+            if step == self.config.total_steps:
+                raise UserError(f"{told}, and the same command evaluates it again")
+            logger.warning(f"{told}, training goes on")
             return self.log.pause(seconds)
         best_metric = self.config.eval.best_metric
         if best_metric not in found:
