@@ -40,6 +40,8 @@ def _sentence(error: BaseException) -> str:
         return f"{error}; {ADVICE[error.errno]}" if error.errno in ADVICE else str(error)
     if "No space left on device" in str(error):  # TensorFlow's errors and TensorStore's are no OSErrors
         return f"{_first_line(error)}; {ADVICE[errno.ENOSPC]}"
+    if "can't start new thread" in str(error):
+        return "no further thread can be started; raise the limit of processes, see `ulimit -u`"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return f"out of memory ({_first_line(error)}); lower batch_size, eval.batch_size, the crop or the scales"
     if isinstance(error, ImportError) and not (error.name or "").startswith("pspnet_jax"):

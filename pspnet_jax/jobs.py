@@ -98,7 +98,7 @@ def _absolute(config: ConfigDict) -> ConfigDict:
 def _check_init_from(config: ConfigDict, workdir: epath.Path) -> None:
     """Makes config.init_from absolute, and refuses one that is not there, unless the run has gone beyond it already."""
     config.init_from = str(files.given(config.init_from))
-    if any((workdir / "checkpoints").glob("*")):
+    if checkpoint.exists(workdir):
         return
     path, _ = weights.split_entry(epath.Path(config.init_from))
     if not path.exists():

@@ -11,10 +11,13 @@ from collections.abc import Iterator
 def _without_notes() -> Iterator[None]:
     """Filters TensorFlow's start-up notes, which no setting of its own turns off, out of stderr; all else gets through, also
     what a crash says, as the filter is a process of its own."""
-    if not shutil.which("grep"):
+    try:
+        stderr = os.dup(2) if shutil.which("grep") else None
+    except OSError:  # it is closed
+        stderr = None
+    if stderr is None:
         yield
         return
-    stderr = os.dup(2)
     try:
         command = ["grep", "--line-buffered", "-vE", "^[IWE]0000 |absl::InitializeLog|^To enable the following instructions"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr) as notes:

@@ -268,6 +268,11 @@ class _Best:
         return [checkpoint.step == best for checkpoint in checkpoints]
 
 
+def exists(workdir: epath.Path) -> bool:
+    """Whether the directory has a complete checkpoint."""
+    return any(path.name.isdigit() for path in workdir.glob("checkpoints/*"))
+
+
 def load(workdir: epath.PathLike, which: str, mesh: Mesh) -> tuple[ConfigDict, int, Variables]:
     """Reads a run's weights for evaluation: its config, the step found ("latest", "best" or a number), and its variables.
 
@@ -283,8 +288,10 @@ def load(workdir: epath.PathLike, which: str, mesh: Mesh) -> tuple[ConfigDict, i
             return layout.read_origin(directory)[0], layout.read_variables(directory, mesh)
 
         verdict, reason, read = integrity.attempt(directory, lambda: ["config", layout.evaluated_item(directory)], read_all)
-        if verdict is not Verdict.GOOD or read is None:
-            raise UserError(f"checkpoint {step} in {workdir} {reason}; choose another with --checkpoint")
+    if verdict is not Verdict.GOOD or read is None:
+        if which != str(step) and not files.is_there(directory) and exists(files.absolute(workdir)):
+            return load(workdir, which, mesh)  # a training has a newer one now
+        raise UserError(f"checkpoint {step} in {workdir} {reason}; evaluate, predict and export take another with --checkpoint")
     config, variables = read
     bias = variables["params"].get("classifier", {}).get("bias")
     if bias is not None and config.dataset.class_names and bias.shape[-1] != len(config.dataset.class_names):
@@ -303,7 +310,7 @@ def write_weights(workdir: epath.PathLike, config: ConfigDict, state: TrainState
     """
     workdir = files.absolute(workdir)
     with locked(workdir):
-        if (workdir / "config.json").exists() or any(workdir.glob("checkpoints/*")):
+        if (workdir / "config.json").exists() or exists(workdir):
             raise UserError(f"{workdir}: holds a run already; choose another --workdir, or delete it")
         with contextlib.closing(Checkpoints(workdir)) as checkpoints:
             checkpoints.save(0, state, config)

@@ -85,6 +85,10 @@ def fit(
         closing.enter_context(locked(workdir))
         checkpoints = closing.enter_context(contextlib.closing(Checkpoints(workdir)))
         newest = checkpoints.steps[-1] if checkpoints.steps else 0
+        if (most := parallel.agree(newest)) != (least := -parallel.agree(-newest)):
+            raise UserError(
+                f"{workdir}: one process finds checkpoint {most} there, another {least}; all need the same directory"
+            )
         feed = iter(batches(min(newest, total - 1)))
         if (first := next(feed, None)) is None:  # read before there is a state, for the images' shape
             raise UserError("there is no batch to train on")

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -12,6 +13,7 @@ import jax
 from pspnet_jax.train.checkpoint import Checkpoints
 
 logger = logging.getLogger(__name__)
+REPEATED = 2.0
 
 
 class Stopped(BaseException):
@@ -19,7 +21,9 @@ class Stopped(BaseException):
 
 
 class StopSignal:
-    """Asks for a stop after SIGTERM, SIGHUP (unless nohup has it ignored) or Ctrl-C; the second one ends the process.
+    """Asks for a stop after SIGTERM, SIGHUP (unless nohup has it ignored) or Ctrl-C; a second one ends the process.
+
+    Not within `REPEATED` seconds, when it may be the same again: some launchers send it to the process and to its group.
 
     Several processes agree on the step.
 
@@ -29,7 +33,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number, self.received = signal.SIGTERM, False
-        self._interrupts = False
+        self._interrupts, self._repeated_until = False, 0.0
         self._alone = jax.process_count() == 1  # else JAX catches SIGTERM
         can_catch = threading.current_thread() is threading.main_thread()
         if self._alone and not can_catch:
@@ -43,8 +47,13 @@ class StopSignal:
         return signal.Signals(self.number).name
 
     def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.received:
+            if time.monotonic() > self._repeated_until:
+                self.close()
+                signal.raise_signal(number)
+            return
         self.number, self.received = signal.Signals(number), True
-        self.close()
+        self._repeated_until = time.monotonic() + REPEATED
         if self._interrupts:
             raise Stopped
 

@@ -16,7 +16,7 @@ import pytest
 from pspnet_jax import config as configs
 from pspnet_jax import parallel
 from pspnet_jax.errors import UserError
-from pspnet_jax.train import checkpoint, integrity
+from pspnet_jax.train import checkpoint, integrity, layout
 from pspnet_jax.train.checkpoint import Checkpoints
 from tests.train import OneLayer, fit, make_batch, make_batches, score, tiny_config
 
@@ -355,3 +355,43 @@ def test_a_directory_where_a_file_should_be_is_a_sentence(tmp_path):
 def test_names_that_orbax_takes_for_patterns_are_refused(tmp_path, name):
     with pytest.raises(UserError, match="orbax cannot write below a name with"):
         train(small(), tmp_path / name)
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(tmp_path, caplog, whole):
+    """As launchers send it, to the process and to its group."""
+
+    def twice(step):
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGHUP)
+
+    with pytest.raises(SystemExit) as stop:
+        train(small(save=6, eval=0), tmp_path, None, hooks=[twice])
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert saved_steps(tmp_path) == [4]
+    assert_equal(train(small(save=6, eval=0), tmp_path, None), whole)
+
+
+def test_a_checkpoint_that_a_training_has_replaced_while_it_was_read(tmp_path, monkeypatch):
+    train(small(), tmp_path)
+    read = layout.read_variables
+
+    def superseded(directory, mesh):
+        if directory.name == "6":
+            shutil.copytree(tmp_path / "checkpoints/6", tmp_path / "checkpoints/8")
+            data = tmp_path / "checkpoints/8/data/metadata"
+            data.write_text(data.read_text().replace('"step": 6', '"step": 8'))
+            (tmp_path / "checkpoints/8/checksums.json").unlink()
+            shutil.rmtree(directory)
+        return read(directory, mesh)
+
+    monkeypatch.setattr(layout, "read_variables", superseded)
+    assert checkpoint.load(tmp_path, "latest", parallel.make_mesh())[1] == 8
+
+
+def test_an_import_that_was_interrupted_can_be_repeated(tmp_path):
+    state = train(small(), tmp_path / "run")
+    (tmp_path / "imported/checkpoints/0.orbax-checkpoint-tmp").mkdir(parents=True)
+    checkpoint.write_weights(tmp_path / "imported", small(), state)
+    with pytest.raises(UserError, match="holds a run already"):
+        checkpoint.write_weights(tmp_path / "imported", small(), state)
