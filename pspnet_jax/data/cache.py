@@ -4,7 +4,9 @@ import functools
 import logging
 import pathlib
 import shutil
+import struct
 import threading
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -18,7 +20,8 @@ from pspnet_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 Read = Callable[[int], Example]
-VERSION = 2  # of decoding: examples that another version has kept on disk are not used
+VERSION = 3  # of decoding: examples that another version has kept on disk are not used
+HEADER = struct.Struct("<III")  # of an example on disk: CRC-32 of its pixels, height, width
 
 
 class CacheBudget:
@@ -93,20 +96,27 @@ def _in_memory(read: Read, budget: CacheBudget) -> Read:
 
 
 def _on_disk(read: Read, budget: CacheBudget, path_of: Callable[[int], pathlib.Path]) -> Read:
-    """Keeps one .npy an example, which is mapped, not read: uint8[4H,W], the bytes of the image and then the label."""
+    """Keeps one .npy an example, which is mapped, not read: the `HEADER`, then the bytes of the image and of the label."""
+    verified: set[int] = set()  # whose checksums have been compared
 
     def call(index: int) -> Example:
         path = path_of(index)
         try:
-            rows = np.load(path, mmap_mode="r")
-            height = len(rows) // 4
-            return rows[: 3 * height].reshape(height, -1, 3), rows[3 * height :]
-        except (OSError, ValueError, EOFError):  # not there, or damaged
+            kept = np.load(path, mmap_mode="r")
+            checksum, height, width = HEADER.unpack(kept[: HEADER.size].tobytes())
+            pixels = kept[HEADER.size :]
+            if kept.dtype != np.uint8 or (index not in verified and zlib.crc32(pixels) != checksum):
+                raise ValueError(f"{path}: is damaged")
+            verified.add(index)
+            return pixels[: 3 * height * width].reshape(height, width, 3), pixels[3 * height * width :].reshape(height, width)
+        except (OSError, ValueError, EOFError, struct.error):  # not there, or damaged
             image, label = read(index)
         try:
             if budget.take(image.nbytes + label.nbytes):
+                pixels = np.concatenate([image.ravel(), label.ravel()])
+                header = np.frombuffer(HEADER.pack(zlib.crc32(pixels), *label.shape), np.uint8)
                 with files.atomic(path) as temporary:
-                    np.save(temporary, np.concatenate([image.reshape(-1, label.shape[1]), label]))
+                    np.save(temporary, np.concatenate([header, pixels]))
         except OSError as error:  # others have filled the disk, above all
             budget.close(str(error))
         return image, label
