@@ -105,7 +105,7 @@ def _on_disk(read: Read, budget: CacheBudget, path_of: Callable[[int], pathlib.P
             kept = np.load(path, mmap_mode="r")
             checksum, height, width = HEADER.unpack(kept[: HEADER.size].tobytes())
             pixels = kept[HEADER.size :]
-            if kept.dtype != np.uint8 or (index not in verified and zlib.crc32(pixels) != checksum):
+            if kept.dtype != np.uint8 or (index not in verified and zlib.crc32(memoryview(pixels)) != checksum):
                 raise ValueError(f"{path}: is damaged")
             verified.add(index)
             return pixels[: 3 * height * width].reshape(height, width, 3), pixels[3 * height * width :].reshape(height, width)
