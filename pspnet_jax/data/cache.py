@@ -114,7 +114,7 @@ def _on_disk(read: Read, budget: CacheBudget, path_of: Callable[[int], pathlib.P
         try:
             if budget.take(image.nbytes + label.nbytes):
                 pixels = np.concatenate([image.ravel(), label.ravel()])
-                header = np.frombuffer(HEADER.pack(zlib.crc32(pixels), *label.shape), np.uint8)
+                header = np.frombuffer(HEADER.pack(zlib.crc32(memoryview(pixels)), *label.shape), np.uint8)
                 with files.atomic(path) as temporary:
                     np.save(temporary, np.concatenate([header, pixels]))
         except OSError as error:  # others have filled the disk, above all
