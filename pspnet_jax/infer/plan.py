@@ -87,17 +87,6 @@ def plan_images(images: Sequence[np.ndarray], protocol: Protocol, devices: int) 
     return Plan(shape, canvases, _batches(images, views, protocol, devices, per_device), held)
 
 
-def _canvas(views: Sequence[View], shape: tuple[int, int, int], protocol: Protocol) -> Canvas:
-    axes = list(zip(*views, strict=True))  # all rows, all columns
-    largest = _rounded_up(*(max(axis.canvas for axis in of_images) for of_images in axes))
-    size = tuple(map(max, largest, *(_frame(view.window, protocol) for view in views)))
-    rows, columns = (
-        _stack([canvas_to_image(axis, protocol) for axis in of_images], shape[0], size)
-        for of_images, size in zip(axes, shape[1:], strict=True)
-    )
-    return Canvas(size, sum(view.num_windows for view in views), (rows, columns))
-
-
 def views_of(height: int, width: int, protocol: Protocol) -> list[View]:
     """Returns the views of an image, and where their windows lie."""
     settings = protocol.settings
@@ -126,18 +115,15 @@ def window_starts(size: int, window: int, stride: int = 0) -> list[int]:
     return [min(start, size - window) for start in range(0, size - window + stride, stride)]
 
 
-def image_to_canvas(image: np.ndarray, view: View, protocol: Protocol) -> np.ndarray:
-    """Returns a view's canvas [h, w, 3] in gray levels, float32 or, as it may be where nothing is padded, uint8."""
-    rows, columns = view
-    scaled = protocol.scale(image, rows.scaled, columns.scaled)
-    if columns.flipped:
-        scaled = scaled[:, ::-1]
-    if scaled.shape[:2] == (rows.canvas, columns.canvas):
-        return scaled
-    exceeds = rows.scaled > rows.window or columns.scaled > columns.window
-    canvas = np.tile(protocol.padding(exceeds).astype(np.float32), (rows.canvas, columns.canvas, 1))
-    canvas[rows.before : rows.before + rows.scaled, columns.before : columns.before + columns.scaled] = scaled
-    return canvas
+def _canvas(views: Sequence[View], shape: tuple[int, int, int], protocol: Protocol) -> Canvas:
+    axes = list(zip(*views, strict=True))  # all rows, all columns
+    largest = _rounded_up(*(max(axis.canvas for axis in of_images) for of_images in axes))
+    size = tuple(map(max, largest, *(_frame(view.window, protocol) for view in views)))
+    rows, columns = (
+        _stack([canvas_to_image(axis, protocol) for axis in of_images], shape[0], size)
+        for of_images, size in zip(axes, shape[1:], strict=True)
+    )
+    return Canvas(size, sum(view.num_windows for view in views), (rows, columns))
 
 
 def canvas_to_image(axis: Axis, protocol: Protocol) -> ResamplingWeights:
@@ -148,6 +134,16 @@ def canvas_to_image(axis: Axis, protocol: Protocol) -> ResamplingWeights:
     for start in axis.starts:
         times_seen[start : start + axis.window] += 1
     return ResamplingWeights(indices, weight / times_seen[indices])
+
+
+def _stack(weights: Sequence[ResamplingWeights], count: int, size: int) -> ResamplingWeights:
+    """Stacks [n, T] of any n and T, with weights of 0 after them, to [count, size, T]; T becomes a power of two."""
+    shape = (count, size, power_of_two(max(one.indices.shape[1] for one in weights)))
+    stacked = ResamplingWeights(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+    for i, one in enumerate(weights):
+        for target, source in zip(stacked, one, strict=True):
+            target[i, : source.shape[0], : source.shape[1]] = source
+    return stacked
 
 
 def _batches(
@@ -176,6 +172,20 @@ def _windows(
                     yield number, (i, y, x), canvas[y : y + size[0], x : x + size[1]]
 
 
+def image_to_canvas(image: np.ndarray, view: View, protocol: Protocol) -> np.ndarray:
+    """Returns a view's canvas [h, w, 3] in gray levels, float32 or, as it may be where nothing is padded, uint8."""
+    rows, columns = view
+    scaled = protocol.scale(image, rows.scaled, columns.scaled)
+    if columns.flipped:
+        scaled = scaled[:, ::-1]
+    if scaled.shape[:2] == (rows.canvas, columns.canvas):
+        return scaled
+    exceeds = rows.scaled > rows.window or columns.scaled > columns.window
+    canvas = np.tile(protocol.padding(exceeds).astype(np.float32), (rows.canvas, columns.canvas, 1))
+    canvas[rows.before : rows.before + rows.scaled, columns.before : columns.before + columns.scaled] = scaled
+    return canvas
+
+
 def count_windows(views: Iterable[View]) -> collections.Counter[tuple[int, int]]:
     """Counts windows by their size."""
     counts: collections.Counter[tuple[int, int]] = collections.Counter()
@@ -197,16 +207,6 @@ def _batch(by_device: list[list[Window]], n: int, size: tuple[int, int], frame: 
         for view in sorted(set(itertools.chain(*views)))
     ]
     return Batch(size, pixels, places, parts)
-
-
-def _stack(weights: Sequence[ResamplingWeights], count: int, size: int) -> ResamplingWeights:
-    """Stacks [n, T] of any n and T, with weights of 0 after them, to [count, size, T]; T becomes a power of two."""
-    shape = (count, size, power_of_two(max(one.indices.shape[1] for one in weights)))
-    stacked = ResamplingWeights(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
-    for i, one in enumerate(weights):
-        for target, source in zip(stacked, one, strict=True):
-            target[i, : source.shape[0], : source.shape[1]] = source
-    return stacked
 
 
 def _frame(window: tuple[int, int], protocol: Protocol) -> tuple[int, int]:

@@ -18,8 +18,8 @@
       |  _accumulate_view, _most_probable
     labels                   uint8[M, H, W]
 
-plan.py (what an image's size decides, as numbers) is to be read next, then resample.py and protocols.py (what a protocol
-decides). The network is one compiled program for one batch of windows, whatever the images, scales or weights (in whole
+`Predictor.stream` comes first, `labels` does the drawing. resample.py and protocols.py (what a protocol decides) are short, and
+plan.py (what an image's size decides, as numbers) builds on them. The network is one compiled program for one batch of windows, whatever the images, scales or weights (in whole
 inference, for each size of image and scale); what is around it takes a few programs for each bucket of sizes.
 """
 
@@ -110,6 +110,31 @@ class Predictor:
         local = jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, variables)
         return jax.device_put(local, parallel.replicated(self._mesh))
 
+    def stream(self, variables: Any, examples: Iterable[Example]) -> Iterator[tuple[list[Example], jax.Array]]:
+        """Yields the examples in order, in `groups`, each with the `labels` of its images."""
+        for group in self.groups(examples):
+            images = [example["image"] for example in group]
+            with memory.explained(images, self.settings):
+                labels = self.labels(variables, images)
+            yield group, labels
+
+    def groups(self, examples: Iterable[Example]) -> Iterator[list[Example]]:
+        """Yields the examples in order, in groups that have windows of the same sizes and fill the network's batch."""
+
+        def windows(example: Example) -> Mapping[tuple[int, int], int]:
+            try:
+                self.check(example["image"])
+            except UserError as error:
+                raise UserError(f"{example.get('name', 'an example')}: {error}") from error
+            height, width, _ = example["image"].shape
+            return count_windows(views_of(height, width, self._protocol))
+
+        for _, run in itertools.groupby(examples, lambda example: windows(example).keys()):
+            alike = iter(run)
+            for first in alike:
+                wanted = ceil_div(self.settings.batch_size, self._mesh.size * max(windows(first).values()))
+                yield [first, *itertools.islice(alike, self._mesh.size * power_of_two(wanted) - 1)]
+
     def labels(self, variables: Any, images: Sequence[np.ndarray]) -> jax.Array:
         """Predicts the most probable class of every pixel.
 
@@ -151,31 +176,6 @@ class Predictor:
         windows = {window for size in known for window in count_windows(views_of(*size, self._protocol))}
         if known:
             logger.info(f"the network is compiled for {len(windows)} sizes of windows, from {len(known)} sizes of images")
-
-    def stream(self, variables: Any, examples: Iterable[Example]) -> Iterator[tuple[list[Example], jax.Array]]:
-        """Yields the examples in order, in `groups`, each with the `labels` of its images."""
-        for group in self.groups(examples):
-            images = [example["image"] for example in group]
-            with memory.explained(images, self.settings):
-                labels = self.labels(variables, images)
-            yield group, labels
-
-    def groups(self, examples: Iterable[Example]) -> Iterator[list[Example]]:
-        """Yields the examples in order, in groups that have windows of the same sizes and fill the network's batch."""
-
-        def windows(example: Example) -> Mapping[tuple[int, int], int]:
-            try:
-                self.check(example["image"])
-            except UserError as error:
-                raise UserError(f"{example.get('name', 'an example')}: {error}") from error
-            height, width, _ = example["image"].shape
-            return count_windows(views_of(height, width, self._protocol))
-
-        for _, run in itertools.groupby(examples, lambda example: windows(example).keys()):
-            alike = iter(run)
-            for first in alike:
-                wanted = ceil_div(self.settings.batch_size, self._mesh.size * max(windows(first).values()))
-                yield [first, *itertools.islice(alike, self._mesh.size * power_of_two(wanted) - 1)]
 
     def _plan(self, images: Sequence[np.ndarray]) -> Plan:
         for image in images:
