@@ -105,7 +105,7 @@ def _on_disk(read: Read, budget: CacheBudget, path_of: Callable[[int], pathlib.P
             kept = np.load(path, mmap_mode="r")
             checksum, height, width = HEADER.unpack(kept[: HEADER.size].tobytes())
             pixels = kept[HEADER.size :]
-            if kept.dtype != np.uint8 or (index not in verified and zlib.crc32(memoryview(pixels)) != checksum):
+            if kept.dtype != np.uint8 or (index not in verified and zlib.crc32(pixels.data) != checksum):
                 raise ValueError(f"{path}: is damaged")
             verified.add(index)
             return pixels[: 3 * height * width].reshape(height, width, 3), pixels[3 * height * width :].reshape(height, width)
@@ -114,7 +114,7 @@ def _on_disk(read: Read, budget: CacheBudget, path_of: Callable[[int], pathlib.P
         try:
             if budget.take(image.nbytes + label.nbytes):
                 pixels = np.concatenate([image.ravel(), label.ravel()])
-                header = np.frombuffer(HEADER.pack(zlib.crc32(memoryview(pixels)), *label.shape), np.uint8)
+                header = np.frombuffer(HEADER.pack(zlib.crc32(pixels.data), *label.shape), np.uint8)
                 with files.atomic(path) as temporary:
                     np.save(temporary, np.concatenate([header, pixels]))
         except OSError as error:  # others have filled the disk, above all

@@ -24,7 +24,7 @@ TermWeights = dict[str, jax.Array]  # what the sums of the loss's terms are divi
 class TrainState(flax.struct.PyTreeNode):
     """All that a run needs to go on: everything else follows from the config and the step."""
 
-    step: jax.Array  # int32[], number of updates aux
+    step: jax.Array  # int32[], number of updates made
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
