@@ -265,7 +265,7 @@ class _Best:
         return [checkpoint.step == best for checkpoint in checkpoints]
 
 
-def load(workdir: epath.PathLike, which: str, mesh: Mesh) -> tuple[ConfigDict, int, Variables]:
+def load(workdir: epath.PathLike, which: str | int, mesh: Mesh) -> tuple[ConfigDict, int, Variables]:
     """Reads a run's weights for evaluation: its config, the step found ("latest", "best" or a number), and its variables.
 
     Raises:
@@ -273,7 +273,7 @@ def load(workdir: epath.PathLike, which: str, mesh: Mesh) -> tuple[ConfigDict, i
       UserError: the checkpoint is damaged or not finite, has other classes than its config, or storage does not hand it out.
     """
     with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
-        step = checkpoints.find(which)
+        step = checkpoints.find(str(which))
         directory = checkpoints.path(step)
 
         def read_all() -> tuple[ConfigDict, Variables]:
