@@ -314,6 +314,6 @@ class NonFiniteGuard:
             good = f"the last good checkpoint is that of step {steps[-1]}" if steps else "no checkpoint was saved before"
             raise DivergedError(
                 f"the loss is {loss}, its gradient's norm {norm} at step {step}; {good}; try a lower optimizer.learning_rate, "
-                "optimizer.warmup_steps or optimizer.clip_norm; where the batches are your own, check their labels, too: any but "
-                "0 to K-1 (of K classes) and 255 (ignored) does this"
+                "optimizer.warmup_steps or optimizer.clip_norm; where the batches are your own, check their labels, too: any "
+                "but 0 to K-1 (of K classes) and 255 (ignored) does this"
             )
