@@ -89,7 +89,8 @@ def fit(
         feed = iter(batches(min(newest, total - 1)))
         if (first := next(feed, None)) is None:  # read before there is a state, for the images' shape
             raise UserError("there is no batch to train on")
-        _check_batch(config, first)
+        with parallel.together("checking the first batch"):
+            _check_batch(config, first)
         state = resume.start(config, model, optimizer, mesh, first["image"].shape[1:], checkpoints, workdir, fingerprint)
         start = int(state.step)
         unscored = evaluate is not None and _lacks_score(checkpoints, start)
