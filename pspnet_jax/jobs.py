@@ -241,12 +241,14 @@ def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
         config.name, config.dataset, config.eval = recipe.name, recipe.dataset, recipe.eval
     config = configs.override(config, overrides)
     validation.validate(config)
+    weights.check_normalize(config.normalize, source)
     info = datasets.describe(config.dataset)
     config.dataset.class_names, config.dataset.colors = info.class_names, info.colors
     workdir = arguments.workdir
-    model = models.build(config.model, info.num_classes)
-    optimizer = optimizers.build(config.optimizer, config.total_steps)
-    state = new_state(config, optimizer, weights.load(source.path, model))
+    variables = weights.load(source.path, models.build(config.model, info.num_classes))
+    if source.class_names:
+        variables = resume.match_classes(variables, None, source.class_names, info.class_names, source.path)
+    state = new_state(config, optimizers.build(config.optimizer, config.total_steps), variables)
     checkpoint.write_weights(workdir, config, jax.device_put(state, parallel.replicated(parallel.make_mesh())))
     logger.info("\n".join(filter(None, (str(source), weights.assumptions(config, source)))))
     logger.info(f"written to {workdir}; --mode evaluate, predict and export take it with --workdir {workdir}")

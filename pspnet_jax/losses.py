@@ -89,6 +89,7 @@ def pixel_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float =
     """
     labeled = labels != IGNORE
     targets = jnp.where(labeled, labels, 0).astype(jnp.int32)
+    targets = jnp.where(targets < 0, logits.shape[-1], targets)  # no class, and so NaN, instead of one counted from the last
     pixels = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     if smoothing:
         uniform = jax.nn.logsumexp(logits, -1) - jnp.mean(logits, -1)  # cross-entropy with 1/K for each class

@@ -56,8 +56,9 @@ def test_batch_without_a_labeled_pixel_gives_zero_not_nan(logits):
 
 @pytest.mark.parametrize("kind", ["cross_entropy", "ohem", "focal"])
 @pytest.mark.parametrize("class_weights", [(), (1.0, 2.0, 3.0)])
-def test_a_label_that_is_no_class_makes_the_loss_nan_so_that_it_cannot_go_unseen(kind, class_weights):
-    labels = jnp.array([[[0, 2, 3]]], jnp.uint8)
+@pytest.mark.parametrize("wrong", [3, -1])
+def test_a_label_that_is_no_class_makes_the_loss_nan_so_that_it_cannot_go_unseen(kind, class_weights, wrong):
+    labels = jnp.array([[[0, 2, wrong]]], jnp.uint8 if wrong > 0 else jnp.int32)
     assert np.isnan(losses.LOSSES[kind](LOGITS, labels, options(class_weights=class_weights))[0])
 
 

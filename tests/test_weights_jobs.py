@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax import parallel
+from pspnet_jax import config as configs
+from pspnet_jax import models, parallel, weights
 from pspnet_jax.main import main
-from pspnet_jax.train import checkpoint
+from pspnet_jax.train import checkpoint, resume
 from tests import fakes
 from tests.test_main import SMALL, error, recipe
 
@@ -87,6 +88,55 @@ def test_an_import_names_what_it_assumes_and_the_users_word_counts(imported, tmp
     assert config.dataset.class_names == ("sky", "sea", "sand")
     kernel = content["ema"]["decode_head.bottleneck.conv.weight"].numpy()
     np.testing.assert_array_equal(variables["params"]["head_conv"]["kernel"], kernel.transpose(2, 3, 1, 0))
+
+
+@pytest.fixture(scope="module")
+def named(imported) -> tuple[Path, np.ndarray]:
+    """The network in a file that names its classes, and tells how images are normalized; and the biases of its classes."""
+    workdir, _, network = imported
+    cfg = "img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)"
+    path = workdir.parent / "named.pth"
+    meta = {"CLASSES": ("c2", "c1", "c0"), "cfg": cfg}
+    torch.save({"meta": meta, "state_dict": network.state_dict(), "ema": network.state_dict()}, path)
+    return path, network.state_dict()["decode_head.conv_seg.bias"].numpy()
+
+
+@pytest.mark.parametrize(
+    ("names", "rows", "said"),
+    [
+        (("c2", "c1", "c0"), [0, 1, 2], ""),
+        (("C0", "C1", "C2"), [2, 1, 0], "classifier's rows go by their names: kept: C1; moved: C0 (2 -> 0), C2 (0 -> 2)"),
+        (("c2", "road", "c0"), [0, 1, 2], "class 1 is 'c1' there and 'road' here: the classifier's rows are taken by position"),
+    ],
+)
+def test_the_rows_of_an_import_go_by_the_names_of_its_classes(named, tmp_path, capsys, names, rows, said):
+    path, bias = named
+    command = ["--mode=import", f"--input={path}", f"--workdir={tmp_path}/run", f"--config.dataset.class_names={names}"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert said in out if said else "classifier's rows" not in out
+    assert "ASSUMED, though" not in out
+    config, _, variables = checkpoint.load(tmp_path / "run", "latest", parallel.make_mesh())
+    assert config.dataset.class_names == names
+    np.testing.assert_array_equal(variables["params"]["classifier"]["bias"], bias[rows])
+
+
+def test_training_takes_the_rows_of_a_file_by_their_names_and_says_which_entry(named, caplog):
+    path, bias = named
+    config = configs.base_config()
+    weights.configure(config, weights.inspect(path))
+    config.init_from, names = str(path), ("c0", "c1", "c2")
+    with caplog.at_level("INFO", "pspnet_jax"):
+        given, old = resume.initial_weights(config, models.build(config.model, 3), parallel.make_mesh())
+    assert f"the weights are those in 'state_dict'; for the others name {path}:ema" in caplog.text
+    given = resume.match_classes(given, given, old, names, "named.pth")
+    np.testing.assert_array_equal(given["params"]["classifier"]["bias"], bias[::-1])
+
+
+def test_an_import_cannot_contradict_what_its_file_tells(named, tmp_path, capsys):
+    command = ["--mode=import", f"--input={named[0]}", f"--workdir={tmp_path}/run", "--config.normalize.order=BGR"]
+    assert "it was trained on images normalized otherwise: set --config.normalize.order=RGB" in error(capsys, *command)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_import_of_a_backbone_ends_in_one_sentence(tmp_path, capsys):

@@ -273,7 +273,7 @@ def exists(workdir: epath.Path) -> bool:
     return any(path.name.isdigit() for path in workdir.glob("checkpoints/*"))
 
 
-def load(workdir: epath.PathLike, which: str, mesh: Mesh) -> tuple[ConfigDict, int, Variables]:
+def load(workdir: epath.PathLike, which: str | int, mesh: Mesh) -> tuple[ConfigDict, int, Variables]:
     """Reads a run's weights for evaluation: its config, the step found ("latest", "best" or a number), and its variables.
 
     Raises:
@@ -281,7 +281,7 @@ def load(workdir: epath.PathLike, which: str, mesh: Mesh) -> tuple[ConfigDict, i
       UserError: the checkpoint is damaged or not finite, has other classes than its config, or storage does not hand it out.
     """
     with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
-        step = checkpoints.find(which)
+        step = checkpoints.find(str(which))
         directory = checkpoints.path(step)
 
         def read_all() -> tuple[ConfigDict, Variables]:
@@ -289,7 +289,7 @@ def load(workdir: epath.PathLike, which: str, mesh: Mesh) -> tuple[ConfigDict, i
 
         verdict, reason, read = integrity.attempt(directory, lambda: ["config", layout.evaluated_item(directory)], read_all)
     if verdict is not Verdict.GOOD or read is None:
-        if which != str(step) and not files.is_there(directory) and exists(files.absolute(workdir)):
+        if str(which) != str(step) and not files.is_there(directory) and exists(files.absolute(workdir)):
             return load(workdir, which, mesh)  # a training has a newer one now
         raise UserError(f"checkpoint {step} in {workdir} {reason}; evaluate, predict and export take another with --checkpoint")
     config, variables = read

@@ -60,7 +60,8 @@ def fit(
       loss: of what the model returns in training, see `losses`.
       optimizer: see `optimizers`.
       batches: called with the number of steps already made; gives this process's batches from there on, dicts of arrays with
-        the examples along the first axis; "image" is uint8[N, H, W, 3], all else is up to the loss.
+        the examples along the first axis; "image" is uint8[N, H, W, 3], N this process's share of config.batch_size,
+        and "label", where there is one, of integers; all else is up to the loss. The first batch is checked.
       evaluate: called with {"params", "batch_stats"} every config.every.eval steps, when the state is saved; returns metrics,
         which JSON can hold, among them the number config.eval.best_metric, and pictures by name; None: no evaluation. What it
         raises is reported, and training goes on; several processes have to raise together.
@@ -92,8 +93,8 @@ def fit(
         feed = iter(batches(min(newest, total - 1)))
         if (first := next(feed, None)) is None:  # read before there is a state, for the images' shape
             raise UserError("there is no batch to train on")
-        if "image" not in first:
-            raise UserError(f"the batches have {', '.join(first)}; expected an array of the name image, too")
+        with parallel.together("checking the first batch"):
+            _check_batch(config, first)
         state = resume.start(config, model, optimizer, mesh, first["image"].shape[1:], checkpoints, workdir, fingerprint)
         start = int(state.step)
         unscored = evaluate is not None and _lacks_score(checkpoints, start)
@@ -116,6 +117,28 @@ def fit(
         feed = itertools.chain([first], feed) if start == newest else iter(batches(start))
         on_devices = closing.enter_context(contextlib.closing(parallel.to_devices(feed, mesh)))
         return run.loop(state, train_step, log.stalls.timed(on_devices))
+
+
+def _check_batch(config: ConfigDict, batch: HostBatch) -> None:
+    """Refuses a batch that would be trained on as something else, or end in an error of JAX's."""
+    if "image" not in batch:
+        raise UserError(f"the batches have {', '.join(batch)}; expected an array of the name image, too")
+    size, share = np.shape(batch["image"])[1:3], config.batch_size // jax.process_count()
+    for name in ("image", *batch):
+        if not hasattr(batch[name], "dtype"):
+            raise UserError(f"the first batch's {name} is a {type(batch[name]).__name__}; expected a NumPy array")
+        array = np.asarray(batch[name])
+        form, expected = f"is {array.dtype}{list(array.shape)}", ""
+        if name == "image" and (array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3):
+            expected = "uint8[N, H, W, 3], not normalized"
+        elif name == "label" and not np.issubdtype(array.dtype, np.integer):
+            expected = "integers"
+        elif name == "label" and array.ndim == 3 and array.shape[1:] != size:
+            expected = "[N, {}, {}], as the images are".format(*size)
+        elif array.shape[:1] != (share,):
+            expected = f"{share} examples along the first axis, this process's share of batch_size={config.batch_size}"
+        if expected:
+            raise UserError(f"the first batch's {name} {form}; expected {expected}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,5 +320,6 @@ class NonFiniteGuard:
             good = f"the last good checkpoint is that of step {steps[-1]}" if steps else "no checkpoint was saved before"
             raise DivergedError(
                 f"the loss is {loss}, its gradient's norm {norm} at step {step}; {good}; try a lower optimizer.learning_rate, "
-                "optimizer.warmup_steps or optimizer.clip_norm"
+                "optimizer.warmup_steps or optimizer.clip_norm; where the batches are your own, check their labels, too: any "
+                "but 0 to K-1 (of K classes) and 255 (ignored) does this"
             )

@@ -115,7 +115,7 @@ def initial_weights(config: ConfigDict, model: nn.Module, mesh: Mesh) -> tuple[V
         return variables, saved.dataset.class_names
     source = weights.inspect(config.init_from)
     weights.check_normalize(config.normalize, source)
-    logger.info("starting from %s", source)
+    logger.info("starting from %s", "; ".join(filter(None, (str(source), source.choice))))
     return weights.load(config.init_from, model, partial=True), source.class_names
 
 
@@ -127,12 +127,15 @@ def _check_same_function(saved: ConfigDict, config: ConfigDict) -> None:
             raise UserError(f"init_from={config.init_from}: its network is another one; set {weights.flags(section, fields)}")
 
 
-def match_classes(given: Variables, fresh: Variables, old: Sequence[str], new: Sequence[str], name: str) -> Variables:
+def match_classes(given: Variables, fresh: Variables | None, old: Sequence[str], new: Sequence[str], name: str) -> Variables:
     """Puts the rows of the classifiers into the order of this run's classes, by their names, and says which those are.
+
+    Names that differ in case or outer spaces alone are the same.
 
     Args:
       given: the variables of another run.
-      fresh: this run's, which has the rows of the classes that the other does not know.
+      fresh: this run's, which has the rows of the classes that the other does not know; None: unless both name the same
+        classes, the rows stay where they are.
       old: the other's classes, in the order of its rows; none where it does not name them.
       new: this run's.
       name: of the other run.
@@ -140,16 +143,25 @@ def match_classes(given: Variables, fresh: Variables, old: Sequence[str], new: S
     Returns:
       `given` with other classifiers; without them where no class is known.
     """
-    old, new = tuple(old), tuple(new)
-    if old == new or not new:
+    keys = [[c.strip().lower() for c in names] for names in (old, new)]
+    old_keys, new_keys = keys if all(len(set(k)) == len(k) for k in keys) else (list(old), list(new))
+    if old_keys == new_keys or not new:
         return given
-    flat, ours = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (given, fresh))
+    flat, ours = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (given, fresh or given))
     paths = [path for path in flat if re.fullmatch(r"params/(.*_)?classifier/(kernel|bias)", path)]
     if any(all(re.fullmatch(r"class \d+", c) for c in names) for names in (old, new)):  # also where there is none
         if any(path in ours and flat[path].shape == ours[path].shape for path in paths):
             logger.warning("the classes of %s have no names: the classifier's rows are taken in their order", name)
         return given
-    rows = {new.index(c): old.index(c) for c in new if c in old}
+    if fresh is None and sorted(old_keys) != sorted(new_keys):
+        i = next(i for i, pair in enumerate(zip(old_keys, new_keys, strict=True)) if pair[0] != pair[1])
+        logger.warning(
+            "%s names its classes otherwise: class %s is %r there and %r here: the classifier's rows are taken by position; "
+            "where the order differs, too, set dataset.class_names to the names there",
+            *(name, i, old[i], new[i]),
+        )
+        return given
+    rows = {i: old_keys.index(c) for i, c in enumerate(new_keys) if c in old_keys}
     for path in paths:
         theirs, value = np.asarray(flat.pop(path)), np.array(ours.get(path, np.zeros(())))
         if rows and theirs.shape == (*value.shape[:-1], len(old)) and value.shape[-1:] == (len(new),):
@@ -158,8 +170,8 @@ def match_classes(given: Variables, fresh: Variables, old: Sequence[str], new: S
     groups = {
         "kept": [new[i] for i, j in rows.items() if i == j],
         "moved": [f"{new[i]} ({j} -> {i})" for i, j in rows.items() if i != j],
-        "drawn at random": [c for c in new if c not in old],
-        "left out": [c for c in old if c not in new],
+        "drawn at random": [c for i, c in enumerate(new) if i not in rows],
+        "left out": [c for j, c in enumerate(old) if j not in rows.values()],
     }
     told = "; ".join(f"{what}: {', '.join(classes)}" for what, classes in groups.items() if classes)
     logger.warning("%s has other classes, and the classifier's rows go by their names: %s", name, told)

@@ -52,7 +52,9 @@ def read(path: epath.PathLike) -> Content:
     if not path.exists():
         raise MissingFileError(f"{path}: no such file; expected a file of weights: {EXPECTED}")
     content = _read_index(path) if path.name.endswith(".index.json") else _reader(path)(path, entry)
-    return content._replace(arrays=without_prefixes(content.arrays))
+    if not (arrays := without_prefixes(content.arrays)):
+        raise UserError(f"{path}: holds no weights; expected those of a ResNet or a PSPNet")
+    return content._replace(arrays=arrays)
 
 
 def split_entry(path: epath.Path) -> tuple[epath.Path, str]:
@@ -66,9 +68,9 @@ def _directory(path: epath.Path) -> str:
     for run in (path, *path.parents[:2]):
         if (run / "checkpoints").is_dir():
             return (
-                f"is part of a run of this program: evaluate, predict and export take it with --workdir={run}, training with "
+                f"is part of a run of this program: evaluate, predict and export take it with --workdir={run}, "
+                f"training with --config.init_from={run}"
             )
-            f"--config.init_from={run}"
     found = sorted(
         p.name for p in path.iterdir() if re.search(r"\.(pth|pt|bin|ckpt|safetensors|caffemodel|index\.json)$", p.name)
     )

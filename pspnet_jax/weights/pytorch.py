@@ -73,8 +73,10 @@ def read_safetensors(path: epath.Path) -> Arrays:
     try:
         with _local(path) as file:
             return safetensors.numpy.load_file(file)  # unlike `load`, with bfloat16
-    except (safetensors.SafetensorError, TypeError, KeyError) as error:  # the last two: a dtype that NumPy lacks
+    except safetensors.SafetensorError as error:
         raise UserError(f"{path}: cannot be read as safetensors ({error}); download it again, or check what it is") from error
+    except (AttributeError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: has numbers of a type that NumPy lacks ({error}); convert its arrays to float32") from error
 
 
 def read_torch(path: epath.Path, entry: str = "") -> Content:
@@ -84,7 +86,9 @@ def read_torch(path: epath.Path, entry: str = "") -> Content:
       UserError: torch is missing, the file is damaged or something else, holds objects, or holds no state_dict.
     """
     content = _load(path, _import_torch(path))
-    content = tensors = content if isinstance(content, Mapping) else {}
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: holds a {type(content).__name__}; expected a state_dict, or a checkpoint with one")
+    tensors = content
     names = [name for name in ENTRIES if isinstance(content.get(name), Mapping)]
     taken = entry = entry or next(iter(names), "")
     while entry:
@@ -99,14 +103,24 @@ def read_torch(path: epath.Path, entry: str = "") -> Content:
             tensor = tensor.detach()
             arrays[str(key)] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
         except (AttributeError, TypeError, RuntimeError) as error:  # no tensor, or a sparse or quantized one
-            entries = [f"{path.name}:{name}" for name, value in content.items() if isinstance(value, Mapping)]
+            entries = [f"{path.name}:{name}" for name, value in content.items() if _has_tensors(value)]
+            what = f"{key!r} is no dense tensor"
+            if not entries and not _has_tensors(tensors):
+                what = f"holds no weights, only {', '.join(map(str, [*tensors][:4]))}"
             raise UserError(
-                f"{path}: {key!r} is no dense tensor; expected a state_dict, or the entry that holds it"
-                f"{': ' + ' or '.join(entries[:4]) if entries else ''}"
+                f"{path}: {what}; expected a state_dict, or a checkpoint with one"
+                f"{': name ' + ' or '.join(entries[:4]) if entries else ''}"
             ) from error
     metadata = content.get("meta")
-    others = tuple(name for name in names if name != taken and any(hasattr(t, "detach") for t in content[name].values()))
+    others = tuple(name for name in names if name != taken and _has_tensors(content[name]))
     return Content(arrays, metadata if isinstance(metadata, Mapping) else {}, taken, others)
+
+
+def _has_tensors(value: object) -> bool:
+    """Whether this is a state_dict, or an entry with one."""
+    if not isinstance(value, Mapping):
+        return False
+    return any(hasattr(t, "detach") for t in value.values()) or any(_has_tensors(value.get(name)) for name in ENTRIES)
 
 
 @contextlib.contextmanager

@@ -42,21 +42,16 @@ def _dataset(source: Source, num_classes: int) -> tuple[str, tuple[str, ...], tu
 
 def assumptions(config: ConfigDict, source: Source) -> str:
     """Names, a line each, what the file does not tell and `config` has as `configure` assumes it; "" if there is nothing."""
-    lines = []
-    if source.others:
-        file = source.path.removesuffix(f":{source.entry}")
-        others = " or ".join(f"{file}:{name}" for name in source.others)
-        lines.append(f"the weights are those in {source.entry!r}; for the others name {others}")
+    lines = [source.choice] if source.choice else []
     same = {s: {f: v for f, v in fields.items() if _same(config[s][f], v)} for s, fields in source.assumed.items()}
     if any(same.values()):
         given = " ".join(flags(section, fields) for section, fields in same.items() if fields)
         lines.append(f"ASSUMED, since the file does not tell (set what is otherwise): {given}")
     name, names, _ = _dataset(source, source.num_classes or 0)
-    if names and names == tuple(config.dataset.class_names) != source.class_names:
-        why = "though the file names some otherwise" if source.class_names else f"by their number, {len(names)}"
+    if names and names == tuple(config.dataset.class_names) and not source.class_names:
         lines.append(
-            f"ASSUMED, {why}: --config.dataset.name={name} with the classes {names[0]!r} to {names[-1]!r}; if they are others, "
-            "set --config.dataset.name=folder --config.dataset.class_names=..."
+            f"ASSUMED, by their number, {len(names)}: --config.dataset.name={name} with the classes {names[0]!r} to "
+            f"{names[-1]!r}; if they are others, set --config.dataset.name=folder --config.dataset.class_names=..."
         )
     return "\n".join(lines)
 

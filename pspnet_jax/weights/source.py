@@ -39,6 +39,13 @@ class Source:
         classes = "backbone only" if self.num_classes is None else f"{self.num_classes} classes"
         return f"{self.path}: {self.family.title}, depth {self.model['depth']}, {classes}"
 
+    @property
+    def choice(self) -> str:
+        """Which of a checkpoint's weights these are, and how to name the others; "" where there are no others."""
+        file = self.path.removesuffix(f":{self.entry}")
+        others = " or ".join(f"{file}:{name}" for name in self.others)
+        return f"the weights are those in {self.entry!r}; for the others name {others}" if others else ""
+
     def key(self, path: str) -> str | None:
         """The file's key for "params/backbone/..." and so on; None where its family has no such array."""
         return self.family.key(path, self.model.get("bins", ()), self.model["depth"])

@@ -58,6 +58,9 @@ def load(path: str | os.PathLike, model: nn.Module, partial: bool = False) -> di
     known = {key: variable for variable in shapes if (key := source.key(variable))}
     wanted = {key: variable for key, variable in known.items() if not _left_out(variable, source, fields)}
     _check_arrays(source, arrays, known.keys(), wanted, shapes)
+    if zero := [key for key, variable in wanted.items() if variable.endswith("/kernel") and not arrays[key].any()]:
+        kernels = sum(variable.endswith("/kernel") for variable in wanted.values())
+        logger.warning(f"{source}; {len(zero)} of its {kernels} kernels hold nothing but zeros, such as {zero[0]}")
     flat = {variable: _float32(names.to_ours(arrays[key])) for key, variable in wanted.items()}
     return traverse_util.unflatten_dict(flat, sep="/")
 
@@ -174,6 +177,15 @@ def save(path: str | os.PathLike, variables: Any, model: nn.Module, fmt: str) ->
         wrong = ["other parts than models.build's"]
     if wrong:
         raise UserError(f"{file}: semseg's PSPNet is another network than this one, which has {'; '.join(wrong)}")
+    image = jnp.zeros((1, 64, 64, 3))  # any size has the same variables
+    expected = jax.eval_shape(lambda: model.init(jax.random.key(0), image, train=False))
+    theirs, ours = ({k: v.shape for k, v in traverse_util.flatten_dict(t, sep="/").items()} for t in (expected, variables))
+    if unlike := sorted(path for path in theirs | ours if theirs.get(path) != ours.get(path)):
+        path = unlike[0]
+        raise UserError(
+            f"{file}: the variables are not the network's: {len(unlike)} differ, such as {path}, which has the shape "
+            f"{ours.get(path, 'missing')}, not {theirs.get(path, 'there')}"
+        )
     try:
         write(file, _semseg_arrays(variables, fields))
     except OSError as error:

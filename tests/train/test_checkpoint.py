@@ -199,6 +199,7 @@ def test_half_a_checkpoint_of_a_killed_process_does_not_count_and_goes_away(tmp_
 
 def test_evaluation_reads_config_and_moving_average_on_one_device(trained):
     config, step, variables = checkpoint.load(trained, "best", mesh_of(1))
+    assert checkpoint.load(trained, step, mesh_of(1))[1] == step  # a number, too
     assert (config.to_dict(), step) == (tiny_config().to_dict(), 4)
     for leaf in jax.tree.leaves(variables):
         np.testing.assert_array_equal(leaf, 6)

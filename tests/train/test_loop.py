@@ -22,7 +22,7 @@ from pspnet_jax.errors import UserError
 from pspnet_jax.train import loop
 from pspnet_jax.train.checkpoint import Checkpoints, load
 from pspnet_jax.train.loop import NonFiniteGuard, due
-from tests.train import fit, make_batches, score, tiny_config
+from tests.train import OneLayer, fit, make_batch, make_batches, score, tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -157,7 +157,7 @@ def test_a_finished_run_stays_as_it_is(uninterrupted, tmp_path, caplog):
     config = tiny_config()
     config.batch_size = 16
     with caplog.at_level(logging.INFO, "pspnet_jax"):
-        assert_equal(fit(config, make_batches, score, tmp_path), uninterrupted.state)
+        assert_equal(fit(config, lambda start: [make_batch(start, 16)], score, tmp_path), uninterrupted.state)
     assert (tmp_path / "metrics.jsonl").read_text() == before
     assert configs.read(tmp_path / "config.json").batch_size == 8  # as it ran
     assert "resuming with a changed config: batch_size: 8 -> 16" in caplog.messages
@@ -194,12 +194,42 @@ def test_nan_stops_the_run_and_is_never_saved(tmp_path):
         for step, batch in enumerate(make_batches(start), start + 1):
             yield batch if step != 4 else batch | {"label": np.full_like(batch["label"], 200)}
 
-    message = "the loss is nan, .* at step 4; the last good checkpoint is that of step 2; try a lower optimizer.learning_rate"
+    message = (
+        "the loss is nan, .* at step 4; the last good checkpoint is that of step 2; try a lower optimizer.learning_rate, .*; "
+        r"where the batches are your own, check their labels, too: any but 0 to K-1 \(of K classes\) and 255"
+    )
     with pytest.raises(FloatingPointError, match=message):
         fit(config, batches, None, tmp_path)
     assert saved_steps(tmp_path) == [2]
     _, _, variables = load(tmp_path, "latest", parallel.make_mesh(jax.devices()[:1]))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
+
+
+IMAGE, LABEL = (make_batch(0)[name] for name in ("image", "label"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"image": np.float32(IMAGE) / 255}, r"image is float32\[8, 33, 33, 3\]; expected uint8\[N, H, W, 3\], not normalized"),
+        ({"image": np.int32(IMAGE)}, r"image is int32\[8, 33, 33, 3\]; expected uint8"),
+        ({"image": IMAGE.transpose(0, 3, 1, 2)}, r"image is uint8\[8, 3, 33, 33\]; expected uint8"),
+        ({"image": IMAGE[0]}, r"image is uint8\[33, 33, 3\]; expected uint8"),
+        (
+            {"image": IMAGE[:4], "label": LABEL[:4]},
+            r"image is .*; expected 8 examples along the first axis, this process's share of batch_size=8",
+        ),
+        ({"label": LABEL[:1]}, r"label is .*; expected 8 examples"),
+        ({"depth": np.float32(3)}, r"depth is float32\[\]; expected 8 examples"),
+        ({"label": np.float32(LABEL)}, r"label is float32\[8, 33, 33\]; expected integers"),
+        ({"label": LABEL[:, :32]}, r"label is uint8\[8, 32, 33\]; expected \[N, 33, 33\], as the images are"),
+        ({"label": LABEL.tolist()}, r"label is a list; expected a NumPy array"),
+    ],
+)
+def test_a_batch_of_another_form_is_refused_before_anything_is_compiled(tmp_path, change, said):
+    with pytest.raises(UserError, match=f"the first batch's {said}"):
+        fit(tiny_config(), lambda start: [make_batch(0) | change], None, tmp_path, model=OneLayer())
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_a_wrong_example_costs_none_of_the_steps_before_it(tmp_path, uninterrupted):

@@ -86,6 +86,12 @@ def test_another_network_cannot_be_started_from_even_if_the_weights_fit(trained,
         started(config, trained, filled_state(config, 1))
 
 
+def test_names_differ_in_more_than_case_and_spaces(caplog):
+    given = {"params": {"classifier": {"bias": np.arange(3.0)}}}
+    assert resume.match_classes(given, given, ("Sky ", "ROAD", "car"), CLASSES, "net.pth") is given
+    assert not caplog.messages
+
+
 def test_a_backbone_alone_leaves_everything_else_fresh(caplog):
     fresh = filled_state(tiny_config(), 1)
     given = {

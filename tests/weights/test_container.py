@@ -195,4 +195,7 @@ def test_a_directory_is_no_file(tmp_path):
     (tmp_path / "run/checkpoints/3").mkdir(parents=True)
     for part in ("run", "run/checkpoints", "run/checkpoints/3"):
         said = refusal(tmp_path / part)
-        assert f"is part of a run of this program: evaluate, predict and export take it with --workdir={tmp_path}/run," in said
+        assert said == (
+            f"{tmp_path / part}: is part of a run of this program: evaluate, predict and export take it with "
+            f"--workdir={tmp_path}/run, training with --config.init_from={tmp_path}/run"
+        )

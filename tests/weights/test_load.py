@@ -227,6 +227,13 @@ def test_every_key_is_accounted_for(state, change, words, tmp_path):
     assert str(path) in str(refusal.value)
 
 
+def test_kernels_of_zeros_are_told(state, tmp_path, caplog):
+    path = write(tmp_path / "net.safetensors", {k: v * ("layer4" not in k) for k, v in state.items()})
+    weights.load(path, configured(path)[1])
+    said = caplog.messages[-1]
+    assert re.search(r"5 of its \d+ kernels hold nothing but zeros, such as backbone.layer4.0.conv1.weight", said)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", ["net.pth", "net.safetensors"])
 def test_other_precisions_become_float32(state, dtype, name, tmp_path):
@@ -358,6 +365,15 @@ def test_weights_that_are_not_finite_are_not_exported(ours, tmp_path):
     broken = jax.tree.map(lambda leaf: leaf.at[..., 0].set(jax.numpy.nan), variables)
     with pytest.raises(UserError, match="hold values that are not finite"):
         weights.save(tmp_path / "net.pth", broken, model, "torch")
+
+
+def test_variables_that_are_not_the_models_are_not_exported(ours, tmp_path):
+    model, variables = ours
+    head = {**variables, "params": {k: v for k, v in variables["params"].items() if k != "head_conv"}}
+    for wrong in ({}, {"params": variables["params"]}, head):
+        with pytest.raises(UserError, match=r"net.pth: the variables are not the network's: .*has the shape missing"):
+            weights.save(tmp_path / "net.pth", wrong, model, "torch")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_export_never_replaces_a_file_nor_takes_anothers_ending(ours, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from etils import epath
 
 from pspnet_jax import weights
+from pspnet_jax.errors import UserError
 from pspnet_jax.weights import container, pytorch
 
 torch = pytest.importorskip("torch")
@@ -141,12 +142,24 @@ def test_a_damaged_file_ends_in_one_sentence(ending, damage, tmp_path):
     assert len(said) < 300
 
 
+MOMENTUM = {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ([1, 2], "holds none of the networks that can be imported"),
+        ([1, 2], "holds a list; expected a state_dict, or a checkpoint with one"),
+        (torch.eye(3), "holds a Tensor; expected a state_dict"),
+        ({}, "holds no weights"),
+        ({"state_dict": {}}, "holds no weights"),
         ({"state_dict": {"a.weight": torch.eye(3).to_sparse()}}, "'a.weight' is no dense tensor"),
-        ({"state_dict": {"a.weight": np.float64(1)}}, "'a.weight' is no dense tensor"),
+        ({"state_dict": {"a.weight": np.float64(1)}}, "holds no weights, only a.weight; expected a state_dict"),
+        ({"epoch": 1, "optimizer": MOMENTUM}, "holds no weights, only epoch, optimizer; expected a state_dict"),
+        (MOMENTUM, "holds no weights, only state, param_groups; expected a state_dict"),
+        (
+            {"epoch": 1, "net1": tensors(), "optimizer": MOMENTUM},
+            "expected a state_dict, or a checkpoint with one: name net.pth:net1",
+        ),
     ],
 )
 def test_content_that_is_no_state_dict_is_refused(content, words, tmp_path):
@@ -154,6 +167,15 @@ def test_content_that_is_no_state_dict_is_refused(content, words, tmp_path):
     with pytest.raises(ValueError) as refusal:
         weights.inspect(tmp_path / "net.pth")
     assert words in str(refusal.value)
+    assert str(refusal.value).startswith(f"{tmp_path}/net.pth: ")
+
+
+def test_a_type_of_numbers_that_numpy_lacks_is_named(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a.weight": torch.ones(3).to(torch.float8_e4m3fn)}, tmp_path / "net.safetensors")
+    with pytest.raises(UserError, match=r"float8_e4m3fn.*; convert its arrays to float32"):
+        weights.inspect(tmp_path / "net.safetensors")
 
 
 def test_a_file_that_is_missing_is_named(tmp_path):
