@@ -16,7 +16,7 @@ Known = dict[int, tuple[Color, str]]  # the color of a value, and the file where
 class Palettes:
     """Compares the colors of the values that occur in labels, and the values of binary masks.
 
-    Gray ramps, in which value v is (v, v, v), say nothing.
+    Gray ramps, in which value v is (v, v, v), say nothing, nor does a color that several values have.
 
     Attributes:
       seen: the first color of each value.
@@ -45,12 +45,12 @@ class Palettes:
         """Compares a label file: the pixels of each class and of 255, and the palette with only the values that occur in it."""
         if self._num_classes == 2 and bool(values[1]) != bool(values[IGNORE]):
             self._masks.setdefault(1 if values[1] else IGNORE, file)
-        used: Known = {value: (color, file) for value, color in palette.items() if value != IGNORE}
-        colors = {color for color, _ in used.values()}
-        if all(color == (value,) * 3 for value, (color, _) in used.items()) or len(colors) < len(used):
+        colors = [color for value, color in palette.items() if value != IGNORE]
+        used: Known = {v: (color, file) for v, color in palette.items() if v != IGNORE and colors.count(color) == 1}
+        if all(color == (value,) * 3 for value, (color, _) in used.items()):
             return
         # Some of the list's colors may be another value's by chance, as both are often made of 0, 64 and 128; not all of them.
-        self._compare(used, self._listed, colors <= {color for color, _ in self._listed.values()})
+        self._compare(used, self._listed, set(colors) <= {color for color, _ in self._listed.values()})
         self._compare(used, self.seen, True)
         self._look_at_grays(used)
         self.seen = used | self.seen

@@ -56,6 +56,12 @@ CASES = {  # palettes, classes.txt, what is said, and whether it is refused
     "list, other": ([[RED, GREEN, BLUE]], "a 200 0 0\nb 9 9 9\nc 0 200 0", "but RGB (9, 9, 9) in the list of classes", False),
     "unused": ([[RED, GREEN, BLUE, GRAY], [RED, GREEN, BLUE, RED]], "a 200 0 0\nb 0 200 0\nc\nd 1 1 1", "", False),
     "gray ramp": ([[RED, GREEN, BLUE], [(0, 0, 0), (1, 1, 1), (2, 2, 2)], None], "a\nb\nc", "", False),
+    "permuted, but for two of one color": (
+        [[RED, GREEN, BLUE, GRAY], [RED, RED, GREEN, BLUE]],
+        "a\nb\nc\nd",
+        "value 2 is RGB (0, 200, 0) in the palette of {}/1.png",
+        True,
+    ),
     "gray, swapped": (
         [[(255,) * 3, (0, 0, 0), GRAY]],
         "a\nb\nc",
@@ -72,7 +78,7 @@ CASES = {  # palettes, classes.txt, what is said, and whether it is refused
 @pytest.mark.parametrize("name", CASES)
 def test_palettes(tmp_path, caplog, name):
     colors, classes, said, refused = CASES[name]
-    config = write(tmp_path, colors, classes)
+    config = write(tmp_path, colors, classes, (*range(3 + name.startswith("permuted, but")), 255))
     said = said.format(tmp_path / "labels/train")
     with caplog.at_level(logging.WARNING, "pspnet_jax"):
         if refused:
@@ -84,7 +90,7 @@ def test_palettes(tmp_path, caplog, name):
             pipeline.open_training(config)
             found = [message for message in caplog.messages if "in the palette of" in message]
             assert [said in message for message in found] == [True] * bool(said)
-    problems = survey.survey(config.dataset, "train", 4 if name == "unused" else 3).problems
+    problems = survey.survey(config.dataset, "train", len(classes.split("\n"))).problems
     assert [said in problem for problem in problems] == [True] * refused
 
 
