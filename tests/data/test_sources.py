@@ -10,7 +10,7 @@ from PIL import Image
 
 from pspnet_jax import image_files
 from pspnet_jax.config import base_config
-from pspnet_jax.data import checks, scenes, screening, sources
+from pspnet_jax.data import checks, overlap, scenes, screening, sources
 from pspnet_jax.errors import UserError
 from tests import fakes
 
@@ -306,7 +306,13 @@ def test_tfds_source(prepared):
     assert source.names == [f"train_{index:05d}" for index in range(5)]
     for index in (4, 0, 2):
         assert_loads(source, index, *fakes.pair("train", index))
-    assert_loads(sources.open_source(tfds_recipe(prepared), "train[2:4]"), 1, *fakes.pair("train", 3))
+    for split, index, number in (("train[2:4]", 1, 3), ("train[60%:]+train[:1]", 2, 0), ("all", 4, 4), ("train[-1:]", 0, 4)):
+        part = sources.open_source(tfds_recipe(prepared), split)
+        assert part.names[index] == f"train_{number:05d}"
+        assert_loads(part, index, *fakes.pair("train", number))
+    validation = sources.open_source(tfds_recipe(prepared), "train[80%:]")
+    for split, shared in (("train", 1), ("train[:1]+train[3:]", 1), ("train[:80%]", 0)):
+        assert overlap.warn_shared([sources.open_source(tfds_recipe(prepared), split)], validation) == shared
     assert [Path(file).relative_to(prepared) for file in source.files(4)] == [Path("fake_pairs/label/1.0.0/dataset_info.json")]
 
 
