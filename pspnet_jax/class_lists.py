@@ -24,6 +24,8 @@ COLUMNS = {  # what headers call them
     "blue": "blue b",
 }
 _INDEX = re.compile(r"(\d+)(?:\s*[:=.)]\s*|\s+)(?=\S)")  # before a name
+_NO_NAME = re.compile(r"[{}<>|=]|:\s|\s#|(\s+[\d.]+){2}\s*$")  # YAML, JSON, XML, or numbers that are no color
+EXPECTED = "expected one class a line, as `name` or `name R G B`; put a name in quotes if it is one"
 _COLUMN = {word: column for column, words in COLUMNS.items() for word in words.split()}
 
 
@@ -65,6 +67,9 @@ def _rows(lines: list[tuple[int, str]], file: str) -> list[Row]:
     if separator:  # "0,sky" as "0 sky"
         tables = [(n, [" ".join(f[:2]), *f[2:]] if f[1:] and f[0].isdecimal() else f) for n, f in tables]
     indexed = all(_INDEX.match(fields[0]) for _, fields in tables)
+    columns = [re.fullmatch(r"(.*\D)\s+[\d.]+", fields[0]) for _, fields in tables] if not separator else []
+    if len(columns) > 1 and len({column and column[1] for column in columns} - {None}) == len(columns):
+        _refuse(file, tables[0][0], f"{tables[0][1][0]!r} ends in a number that is no part of a color; {EXPECTED}")
     return [_row(number, fields, indexed, separator, file) for number, fields in tables]
 
 
@@ -90,11 +95,13 @@ def _row(number: int, fields: list[str], indexed: bool, separator: str, file: st
         label, name = int(found[1]), name[found.end() :]
     if re.search(r"^['\"].*['\"]$", name):
         name = name[1:-1]
+    elif _NO_NAME.search(name if color else f"{name} "):  # behind a name, a colon is for what follows
+        _refuse(file, number, f"{name!r} is not a name alone; {EXPECTED}")
     name = name.rstrip(": ")
     if re.fullmatch(r"(\d+\s+)*\d*", name) and (separator or not name.isdecimal()):
         _refuse(file, number, "has no name")
     if name.startswith("- ") or name.count('"') % 2 or name.count("[") != name.count("]"):
-        _refuse(file, number, f"{name!r} is not a name alone; expected one class a line, as `name` or `name R G B`")
+        _refuse(file, number, f"{name!r} is not a name alone; {EXPECTED}")
     return Row(number, name, label, _color(color, number, file) if color else None)
 
 

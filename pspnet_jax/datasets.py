@@ -31,6 +31,7 @@ RAW_VALUES = {
 }
 # Other values in these files, which are not scored: in ADE20K 0, in Cityscapes the ids of the remaining classes, to 33.
 VOID_VALUES = {"cityscapes": range(34), "voc2012": (IGNORE,), "ade20k": (0,)}
+RARE = 10  # wrong values at fewer than a tenth of the pixels may be the edges of interpolated labels
 # Number of images by split.
 COUNTS = {
     "ade20k": {"training": 20_210, "validation": 2_000},
@@ -132,14 +133,21 @@ def check_classes(dataset: ConfigDict) -> None:
     own = _own_classes(dataset)
     if own is None:
         return
-    theirs, ours = own[0], describe(dataset).class_names
-    for index, (there, here) in enumerate(itertools.zip_longest(theirs, ours)):
-        unnamed = here == f"class {index}" and there  # of imported weights that do not tell
-        if str(there).lower() != str(here).lower() and not unnamed:
-            raise UserError(
-                f"class {index} of dataset.name={dataset.name!r} at {dataset.root!r} is {there or 'not there'!r}, but in "
-                f"dataset.class_names {here or 'not there'!r}; the labels have to mean the same"
-            )
+    for index, there, here in differing_classes(own[0], describe(dataset).class_names):
+        raise UserError(
+            f"class {index} of dataset.name={dataset.name!r} at {dataset.root!r} is {there or 'not there'!r}, but in "
+            f"dataset.class_names {here or 'not there'!r}; the labels have to mean the same"
+        )
+
+
+def differing_classes(theirs: Sequence[str], ours: Sequence[str]) -> list[tuple[int, str, str]]:
+    """Returns the label of each class that two lists name differently, and the names, "" where a list has none."""
+    pairs = enumerate(itertools.zip_longest(theirs, ours, fillvalue=""))
+    return [
+        (label, there, here)
+        for label, (there, here) in pairs
+        if there.lower() != here.lower() and not (there and here == f"class {label}")  # imported weights that do not tell
+    ]
 
 
 def _own_classes(dataset: ConfigDict) -> tuple[tuple[str, ...], dict[int, Color]] | None:
@@ -244,6 +252,8 @@ def label_problem(histogram: Sequence[int], num_classes: int) -> str | None:
         cause = "Cityscapes' raw labelIds (name them *_labelIds.png and read them with --config.dataset.name=cityscapes)"
     else:
         cause = "raw ids that were not mapped to classes, a color picture turned gray, or missing class names"
+    if RARE * sum(histogram[value] for value in wrong) < sum(histogram):
+        cause = f"values between the classes' from saving as JPEG or resizing other than to the nearest pixel, or {cause}"
     return (
         f"label value {wrong[0]} at {histogram[wrong[0]]} pixels, expected 0..{num_classes - 1} for {num_classes} classes, or "
         f"{IGNORE} to ignore; likely {cause}"

@@ -5,16 +5,21 @@ turned by `turn`.
 """
 
 import io
+import logging
 from typing import IO
 
+import cv2
 import numpy as np
 from etils import epath
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from pspnet_jax.errors import UserError
 
+logger = logging.getLogger(__name__)
 TAIL = 2**17  # bytes at the end of a PNG that are searched for metadata, which may follow the pixels
+CUT_SHORT = "its pixels are damaged or end early"
 TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+_said = set[str]()  # about any image so far
 _METADATA = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # what a PNG may say its orientation in
 
 
@@ -25,13 +30,35 @@ def read(path: epath.PathLike) -> np.ndarray:
       UserError: the file is no image, is damaged or too large, or its pixels are of a kind that `kind_problem` names.
     """
     try:
-        with epath.Path(path).open("rb") as file, Image.open(file) as image:
+        contents = epath.Path(path).read_bytes()
+        with Image.open(io.BytesIO(contents)) as image:
             if problem := kind_problem(image):
                 raise ValueError(f"it {problem}")
+            if image.format == "PNG" and not is_whole_png(contents):
+                raise ValueError(CUT_SHORT)
+            for remark in filter(None, (_frames(image), _transparency(image))):
+                _say(remark, path)
             pixels = np.asarray(image.convert("RGB"))
             return turn(pixels, orientation(image))  # which is 1 now for a TIFF: Pillow turns those as it loads them
     except Exception as error:  # whatever Pillow raises over a damaged file
         raise UserError(f"{path}: cannot be read as an image ({reason(error)})") from error
+
+
+def _frames(image: ImageFile.ImageFile) -> str:
+    several = getattr(image, "n_frames", 1) > 1 and image.format != "MPO"  # a phone's JPEG with previews behind the picture
+    return "holds several pictures, of which the first is read" if several else ""
+
+
+def _transparency(image: ImageFile.ImageFile) -> str:
+    if not image.has_transparency_data or image.convert("RGBA").getchannel("A").getextrema()[0] == 255:
+        return ""
+    return "has a fourth channel, as of transparency, which is left out: its pixels are read in the colors below it"
+
+
+def _say(remark: str, path: epath.PathLike) -> None:
+    if remark not in _said:
+        _said.add(remark)
+        logger.warning(f"{path}: {remark}; this is said of the first such image only")
 
 
 def kind_problem(image: ImageFile.ImageFile) -> str | None:
@@ -47,6 +74,11 @@ def raw_mode(image: ImageFile.ImageFile) -> str:
     """Returns Pillow's name of the pixels in the file, such as "RGB;16B", of an image that is not loaded yet."""
     arguments = image.tile[0].args if image.tile else ""
     return arguments if isinstance(arguments, str) else str((arguments or ("",))[0])
+
+
+def is_whole_png(contents: bytes) -> bool:
+    """Decodes a PNG strictly, as TensorFlow does; where the pixels end early, Pillow takes the rest as 0 without a word."""
+    return cv2.imdecode(np.frombuffer(contents, np.uint8), cv2.IMREAD_UNCHANGED) is not None
 
 
 def orientation(image: ImageFile.ImageFile) -> int:

@@ -34,7 +34,7 @@ PANELS = 12  # of each split, in --mode check
 
 def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode train: trains the recipe in its workdir, or goes on where it stopped."""
-    from pspnet_jax.data import overlap, pipeline, sources  # imports TensorFlow, as does clu.metric_writers after it
+    from pspnet_jax.data import overlap, palettes, pipeline, sources  # imports TensorFlow, as does clu.metric_writers after it
     from pspnet_jax.train import loop
 
     from clu import metric_writers  # isort: skip
@@ -46,6 +46,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     validation_source = sources.open_source(config.dataset, config.eval.split)
     data = pipeline.open_training(config)
     overlap.warn_shared(data.sources, validation_source)
+    palettes.require_agreement([source.palette for source in (*data.sources, validation_source)])
     config.loss.class_weights = _class_weights(config)
     model = models.build(config.model, len(config.dataset.class_names))
     host, hosts = jax.process_index(), jax.process_count()
@@ -159,12 +160,12 @@ def _profile(folder: epath.Path, steps: int) -> Callable[[int], None]:
 
 def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode check: looks at all images and labels of a recipe, and pictures them."""
-    from pspnet_jax.data import overlap, sources, survey
+    from pspnet_jax.data import overlap, palettes, sources, survey
 
     config = _recipe(arguments, overrides)
     info = datasets.describe(config.dataset)
     output = arguments.output or _workdir(arguments, config.name) / "check"
-    problems, pictures = [], {}
+    problems, pictures, seen = [], {}, []
     parts = list(sources.training_parts(config.dataset))
     if config.eval.split != config.dataset.train_split:
         parts.append((config.dataset, config.eval.split))
@@ -175,6 +176,7 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
             problems.append(str(error))
             continue
         problems += found.problems
+        seen.append(found.palette)
         logger.info(found)
         rich.print(found.table(info))
         name = split if dataset is config.dataset else f"mixture{number}_{split}"
@@ -190,6 +192,10 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     with contextlib.suppress(UserError):  # which stands among the problems
         training = [sources.open_source(*part, check=False) for part in sources.training_parts(config.dataset)]
         overlap.warn_shared(training, sources.open_source(config.dataset, config.eval.split, check=False))
+    try:
+        palettes.require_agreement(seen)
+    except UserError as error:
+        problems.append(str(error))
     if problems:
         raise UserError("\n".join((*problems, f"{len(problems)} problem(s) found")))
 

@@ -103,6 +103,7 @@ class Report:
             return re.sub(r"[^\w.]+", "-", value).strip("-")
 
         decisive = {"dataset": self.info.name, "split": "", **origin, **self.protocol, "classes": self.info.class_names}
+        decisive |= {"images": self.images, "pixels": [int(pixels) for pixels in self.pixels]}  # of labels that may be altered
         digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:10]
         named = {name: decisive[name] for name in ("dataset", "split", "step", *self.protocol) if name in decisive}
         words = "_".join(word(name, value) for name, value in named.items())

@@ -1,6 +1,7 @@
 """Tiny datasets in the layouts that users have, with contents that a test can work out again."""
 
 import pathlib
+import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -34,6 +35,21 @@ def write_image(path: pathlib.Path, array: np.ndarray, **options: object) -> Non
     """Writes uint8[H,W] as gray or uint8[H,W,3] as RGB, in the format of the path's ending."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path, **options)
+
+
+def cut_pixels(path: pathlib.Path) -> None:
+    """Leaves the first half of a PNG's pixels, in a file whose checksums are right."""
+    contents, chunks, place = path.read_bytes(), [], 8
+    while place < len(contents):
+        size = int.from_bytes(contents[place : place + 4], "big")
+        chunks.append((contents[place + 4 : place + 8], contents[place + 8 : place + 8 + size]))
+        place += size + 12
+    pixels = zlib.decompress(b"".join(data for kind, data in chunks if kind == b"IDAT"))
+    half = zlib.compress(pixels[: len(pixels) // 2])
+    chunks = [(kind, half if kind == b"IDAT" else data) for kind, data in chunks]
+    sums = [zlib.crc32(kind + data).to_bytes(4, "big") for kind, data in chunks]
+    parts = [len(data).to_bytes(4, "big") + kind + data + end for (kind, data), end in zip(chunks, sums, strict=True)]
+    path.write_bytes(contents[:8] + b"".join(parts))
 
 
 def write_palette(path: pathlib.Path, label: np.ndarray) -> None:

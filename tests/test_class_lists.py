@@ -35,6 +35,8 @@ COLORED = (("sky", "traffic light"), {0: (1, 2, 3), 1: (250, 170, 30)})
         ("name r g b\nsky 1 2 3\nroad 4 5 6", (("sky", "road"), {0: (1, 2, 3), 1: (4, 5, 6)})),
         ("class_name,class_id\ntraffic light,1\nsky,0", TWO),
         ("lane 2\n2 wheeler\nroad 2 1 2 3", (("lane 2", "2 wheeler", "road 2"), {2: (1, 2, 3)})),
+        ("lane 1\nlane 2", (("lane 1", "lane 2"), {})),
+        ("'a: b'\n\"road 2\" 1 2 3\n'sky 1'", (("a: b", "road 2", "sky 1"), {1: (1, 2, 3)})),
         ("door, double door\nwall [inner]", (("door, double door", "wall [inner]"), {})),
     ],
 )
@@ -60,6 +62,19 @@ def test_forms(text, expected):
         ("['sky', 'road']", 1, "is not a name alone"),
         ('["sky",\n"road"]', 1, "is not a name alone"),
         ("background:0,0,0::\nroad:128,0,0::", 1, "is no color"),
+        (
+            "road 128 64 128 255\nsky 1 2 3 255",
+            1,
+            "'road 128' ends in a number that is no part of a color; expected one class a line",
+        ),
+        ("sky\nroad 0.5 0.25 0.5", 2, "'road 0.5 0.25 0.5' is not a name alone"),
+        ("0 road 1234\n1 sky 77", 1, "'0 road 1234' ends in a number"),
+        ("road 1\nsky 0", 1, "'road 1' ends in a number"),
+        ("road #80408080\nsky #11223344", 1, "is not a name alone"),
+        ("names:\n  0: road\n  1: sky", 1, "'names:' is not a name alone"),
+        ("nc: two\nnames: ['road', 'sky']", 1, "'nc: two' is not a name alone"),
+        ('{\n  "0": "road",\n  "1": "sky"\n}', 1, "'{' is not a name alone"),
+        ("<class>road</class>\n<class>sky</class>", 1, "is not a name alone"),
     ],
 )
 def test_what_is_not_clear_is_refused_with_its_line(text, line, why):

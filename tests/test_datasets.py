@@ -1,8 +1,10 @@
+import io
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pspnet_jax import datasets
 from pspnet_jax.config import base_config
@@ -112,3 +114,18 @@ def test_label_problem_names_the_value_and_the_likely_cause():
 def test_no_tensorflow():
     code = "import sys, pspnet_jax.datasets; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("scale", [1, 255])
+def test_values_between_those_of_the_classes_are_laid_to_interpolation(scale):
+    """Such as a JPEG leaves at the edges of a mask."""
+    rows, columns = np.mgrid[:100, :120]
+    mask = ((rows - 50) ** 2 + (columns - 50) ** 2 < 900).astype(np.uint8) * scale
+    file = io.BytesIO()
+    Image.fromarray(mask).save(file, "JPEG")
+    with Image.open(file) as image:
+        said = datasets.label_problem(image.histogram(), 2)
+    assert "likely values between the classes' from saving as JPEG or resizing" in said
+    assert "from saving as JPEG" not in datasets.label_problem(
+        np.bincount(mask.ravel() // scale + 1, minlength=256).tolist(), 2
+    )

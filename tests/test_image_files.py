@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from pspnet_jax import image_files
 from pspnet_jax.data import reader
 from pspnet_jax.errors import UserError
+from tests import fakes
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
 XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="{}"/></x:xmpmeta>'
@@ -114,3 +115,42 @@ def test_what_is_not_read_is_said(tmp_path, monkeypatch):
             image_files.read(tmp_path / name)
         assert str(error.value).startswith(f"{tmp_path}/{name}: ")
         assert "\n" not in str(error.value)
+
+
+def test_pixels_that_end_early_are_no_image(tmp_path):
+    for palette in (False, True):
+        picture = Image.fromarray(PIXELS).quantize(9) if palette else Image.fromarray(PIXELS)
+        picture.save(tmp_path / "a.png")
+        image_files.read(tmp_path / "a.png")
+        fakes.cut_pixels(tmp_path / "a.png")
+        with pytest.raises(UserError, match=r"a.png: cannot be read as an image \(its pixels are damaged or end early"):
+            image_files.read(tmp_path / "a.png")
+
+
+SEVERAL = {"save_all": True, "append_images": [Image.fromarray(PIXELS[::-1])]}
+ALPHA = np.dstack([PIXELS, np.full(PIXELS.shape[:2], 9, np.uint8)])
+INDEXED = Image.fromarray(PIXELS).quantize(4)
+REMARKS = {
+    "pages.tif": (lambda p: Image.fromarray(PIXELS).save(p, **SEVERAL), "holds several pictures"),
+    "frames.gif": (lambda p: Image.fromarray(PIXELS).save(p, **SEVERAL), "holds several pictures"),
+    "frames.webp": (lambda p: Image.fromarray(PIXELS).save(p, **SEVERAL), "holds several pictures"),
+    "frames.png": (lambda p: Image.fromarray(PIXELS).save(p, **SEVERAL), "holds several pictures"),
+    "phone.jpg": (lambda p: Image.fromarray(PIXELS).save(p, "MPO", **SEVERAL), ""),
+    "alpha.png": (lambda p: Image.fromarray(ALPHA).save(p), "has a fourth channel"),
+    "infrared.tif": (lambda p: Image.fromarray(ALPHA).save(p), "has a fourth channel"),
+    "index.png": (lambda p: INDEXED.save(p, transparency=1), "has a fourth channel"),
+    "opaque.png": (lambda p: Image.fromarray(PIXELS).convert("RGBA").save(p), ""),
+    "plain.tif": (lambda p: Image.fromarray(PIXELS).save(p), ""),
+}
+
+
+@pytest.mark.parametrize("name", REMARKS)
+def test_what_is_left_out_is_said_once(tmp_path, monkeypatch, caplog, name):
+    monkeypatch.setattr(image_files, "_said", set())
+    write, said = REMARKS[name]
+    write(tmp_path / name)
+    with caplog.at_level("WARNING", "pspnet_jax"):
+        images = [image_files.read(tmp_path / name) for _ in range(2)]
+    assert [message.startswith(f"{tmp_path}/{name}: {said}") for message in caplog.messages] == [True] * bool(said)
+    with Image.open(tmp_path / name) as image:
+        np.testing.assert_array_equal(images, [np.asarray(image.convert("RGB"))] * 2)

@@ -1,5 +1,6 @@
 """A report says over how many classes its means are, and has a file that no other setting shares."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -83,6 +84,8 @@ OTHERS = [
     (make(scales=[1.0] * 100), {}),
     (make(scales=[1.0] * 101), {}),
     (make(flip=False), {}),
+    (make(matrix=[[1, 0, 0], [0, 2, 0], [0, 0, 1]]), {}),  # labels that were altered in place
+    (dataclasses.replace(make(), images=2), {}),  # some were skipped
 ]
 
 

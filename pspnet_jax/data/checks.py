@@ -92,7 +92,10 @@ def decode_label(contents: bytes) -> np.ndarray:
       ValueError: it is neither.
     """
     if contents.startswith(b"\x89PNG"):
-        return np.asarray(Image.open(io.BytesIO(contents)))
+        with Image.open(io.BytesIO(contents)) as label:
+            if problem := _kind_problem(label):
+                raise ValueError(problem)
+            return np.asarray(label)
     try:
         return np.asarray(scipy.io.loadmat(io.BytesIO(contents))["GTcls"][0, 0]["Segmentation"], np.uint8)
     except Exception as error:  # whatever scipy raises over a damaged file
@@ -122,37 +125,34 @@ def _opened(file: str, partner: str) -> Iterator[BinaryIO]:
 
 def _check_image(file: BinaryIO, pixels: bool) -> tuple[tuple[int, int], int]:
     """Returns (width, height) as the file has them, and the orientation."""
-    stream = io.BytesIO(file.read()) if pixels else file
-    with Image.open(stream) as image:
+    contents = file.read() if pixels else b""
+    with Image.open(io.BytesIO(contents) if pixels else file) as image:
         if image.format not in ("JPEG", "MPO", "PNG"):  # MPO: a JPEG with further pictures behind it, from phones
             raise UserError(f"is a {image.format} file despite its name; convert it to JPEG or PNG")
         if problem := image_files.kind_problem(image):
             raise UserError(problem)
         size, kind, tag = image.size, image.format, image_files.orientation(image)
-    if pixels:
-        with Image.open(stream) as image:
-            if kind == "PNG":
-                image.verify()  # checksums, without decoding
-            else:
-                image.draft(None, (1, 1))  # an eighth of the size: reads the whole file in less time
-                image.load()
+    if pixels and kind == "PNG" and not image_files.is_whole_png(contents):
+        raise ValueError(image_files.CUT_SHORT)
+    if pixels and kind != "PNG":
+        with Image.open(io.BytesIO(contents)) as image:
+            image.draft(None, (1, 1))  # an eighth of the size: reads the whole file in less time
+            image.load()
     return size, tag
 
 
 def _check_label(file: BinaryIO, pixels: bool) -> tuple[tuple[int, ...], Seen | None]:
     """Returns (width, height) and, with `pixels`, the histogram and the colors of the values in it, if there is a palette."""
-    with Image.open(io.BytesIO(file.read()) if pixels else file) as label:
+    contents = file.read() if pixels else b""
+    with Image.open(io.BytesIO(contents) if pixels else file) as label:
         if label.format != "PNG":
             raise UserError(f"is a {label.format} file despite its name; labels must be PNGs of class indices")
-        if label.mode in ("RGB", "RGBA"):
-            raise UserError(_color_problem(label))
-        kind = label.tile[0][3]
-        if label.mode != "P" and kind != "L":
-            raise UserError(
-                f"has pixels of kind {kind!r}; expected an 8-bit gray or a palette PNG of class indices: convert it"
-            )
+        if problem := _kind_problem(label):
+            raise UserError(problem)
         if not pixels:
             return label.size, None
+        if not image_files.is_whole_png(contents):
+            raise ValueError(image_files.CUT_SHORT)
         histogram, colors = label.histogram(), label.getpalette() or []
         return label.size, (histogram, {v: tuple(colors[3 * v : 3 * v + 3]) for v in range(len(colors) // 3) if histogram[v]})
 
@@ -161,6 +161,16 @@ def _check_mat(file: BinaryIO, pixels: bool) -> tuple[tuple[int, ...], Seen | No
     """Does the same with a .mat file, whose pixels have to be read in any case."""
     label = decode_label(file.read())
     return label.shape[::-1], (np.bincount(label.ravel(), minlength=256).tolist(), {})
+
+
+def _kind_problem(label: ImageFile.ImageFile) -> str | None:
+    """Says which kind of pixels a label PNG has, if they are no class indices of 8 bits or of a palette."""
+    if label.mode in ("RGB", "RGBA"):
+        return _color_problem(label)
+    kind = image_files.raw_mode(label)
+    if label.mode == "P" or kind == "L":
+        return None
+    return f"has pixels of kind {kind!r}; expected an 8-bit gray or a palette PNG of class indices: convert it"
 
 
 def _color_problem(label: ImageFile.ImageFile) -> str:

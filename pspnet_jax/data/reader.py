@@ -25,6 +25,7 @@ import tensorflow as tf
 
 from pspnet_jax import image_files
 from pspnet_jax.data import checks
+from pspnet_jax.data.palettes import Known
 from pspnet_jax.data.totals import Totals
 from pspnet_jax.errors import UserError
 
@@ -40,6 +41,7 @@ class Source:
       in_graph: whether `tensors` loads an example by TensorFlow alone, which is faster than Python.
       totals: the pixels of each class in the labels, where they are known.
       image_sizes: bytes of the file of each image, which is the first of `files`, where each has one.
+      palette: the colors of the labels' values, where palettes say them, see `palettes.Palettes.seen`.
       fingerprint: digest of the names and sizes of the files; "" where there are none.
     """
 
@@ -48,6 +50,7 @@ class Source:
     in_graph = False
     totals: Totals | None = None
     image_sizes: Sequence[int] | None = None
+    palette: Known | None = None
     fingerprint = ""
 
     def __len__(self) -> int:

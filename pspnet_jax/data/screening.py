@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,15 +18,15 @@ from orbax.checkpoint import multihost
 from pspnet_jax import datasets
 from pspnet_jax.data import checks, stamps
 from pspnet_jax.data.layouts import Pair
-from pspnet_jax.data.palettes import Palettes
+from pspnet_jax.data.palettes import Known, Palettes
 from pspnet_jax.data.totals import Totals
 from pspnet_jax.errors import UserError
 from pspnet_jax.progress import progress
 
 logger = logging.getLogger(__name__)
 CHECK_ALL = 5000  # up to this many pairs, every pixel of every label is looked at before training starts
-CHECK_SOME = 1000  # of a larger folder, about this many, evenly spread; the others are looked at when they are loaded
-VERSION = 2  # of what is checked: the findings of another version do not count
+CHECK_SOME = 1000  # of a larger folder, this many, drawn at random; the others are looked at when they are loaded
+VERSION = 3  # of what is checked: the findings of another version do not count
 TOLD = 5  # sentences about skipped pairs
 WAIT = 24 * 3600 * 1000  # ms for the slowest process; that one has died is noticed far earlier
 _exchanges = itertools.count()  # for names of barriers, which are alike in all processes
@@ -51,7 +51,7 @@ class Findings(NamedTuple):
       orientations: of the images that are not upright, by the number of the pair, as text, which JSON wants.
       looked_at: the number of labels whose pixels were counted.
       values: their pixels of each class and of 255.
-      contradiction, difference: see `Palettes`.
+      contradiction, remarks, seen: see `Palettes`; seen's values as text.
       error: why the split cannot be listed.
     """
 
@@ -63,17 +63,20 @@ class Findings(NamedTuple):
     looked_at: int = 0
     values: Sequence[int] = (0,) * 256
     contradiction: str = ""
-    difference: str = ""
+    remarks: Sequence[str] = ()
+    seen: Mapping[str, tuple[Sequence[int], str]] = {}
     error: str = ""
 
 
 class Screened(NamedTuple):
-    """The pairs to use, the orientation of each image and its size in bytes, the labels' totals, and the files' fingerprint."""
+    """The pairs to use, the size in bytes and the orientation of each image, the labels' totals and colors (see
+    `Palettes.seen`), and the files' fingerprint."""
 
     pairs: list[Pair]
     sizes: list[int]
     orientations: list[int]
     totals: Totals
+    palette: Known
     fingerprint: str
 
 
@@ -109,13 +112,14 @@ def screen(list_pairs: Callable[[], list[Pair]], dataset: ConfigDict, names: Seq
     if sentence := first.contradiction or totals.problem(names, train=False):
         raise UserError(sentence)
     logger.info(f"{what}: {totals.of} pairs of files checked in {time.monotonic() - start:.1f} s")
-    warn(totals, names, [pairs[int(index)].image for index in first.orientations], first.difference)
+    warn(totals, names, [pairs[int(index)].image for index in first.orientations], first.remarks)
     if any(found.fingerprint != first.fingerprint for found in all_findings):
         logger.warning(f"{what}: the hosts have files of the same names, but of other sizes; every host needs the same files")
     wrong = {problem.pair for problem in problems}
     used = [index for index in range(len(pairs)) if index not in wrong]
     orientations = [mine.orientations.get(str(index), 1) for index in used]
-    return Screened([pairs[i] for i in used], [sizes[i] for i in used], orientations, totals, first.fingerprint)
+    palette: Known = {int(value): (tuple(color), file) for value, (color, file) in first.seen.items()}
+    return Screened([pairs[i] for i in used], [sizes[i] for i in used], orientations, totals, palette, first.fingerprint)
 
 
 def _tell(problems: list[Problem], pairs: int, skip: bool) -> None:
@@ -130,16 +134,16 @@ def _tell(problems: list[Problem], pairs: int, skip: bool) -> None:
         logger.warning("skipped %s pairs in all", len(problems))
 
 
-def warn(totals: Totals, names: Sequence[str], turned: Sequence[str], difference: str) -> None:
-    """Says what is odd about a split, but may be right: classes without a pixel, images to be turned, differing palettes."""
+def warn(totals: Totals, names: Sequence[str], turned: Sequence[str], remarks: Sequence[str]) -> None:
+    """Says what is odd about a split, but may be right: classes without a pixel, images to be turned, differing files."""
     totals.warn(names)
     if turned:
         logger.warning(
             f"{totals.what}: {len(turned)} images are turned upright, as their EXIF orientation asks for, the first of them "
             f"{turned[0]}; their labels have to be upright, too"
         )
-    if difference:
-        logger.warning(difference)
+    for remark in remarks:
+        logger.warning(remark)
 
 
 def _find(pairs: list[Pair], dataset: ConfigDict, names: Sequence[str], what: str) -> tuple[Findings, list[int]]:
@@ -150,25 +154,26 @@ def _find(pairs: list[Pair], dataset: ConfigDict, names: Sequence[str], what: st
     all_names, colors = [pair.name for pair in pairs], datasets.file_colors(dataset)
     mine = Findings(stamps.digest(all_names), stamps.digest((all_names, sizes)), len(pairs))
 
-    def look_at(index: int, stride: int) -> checks.Look | Problem:
+    def look_at(index: int, chosen: Container[int]) -> checks.Look | Problem:
         _, image, label, raw = pairs[index]
         try:
-            return checks.check_pair(image, label, len(names), index % stride == 0, dataset.name if raw else None)
+            return checks.check_pair(image, label, len(names), index in chosen, dataset.name if raw else None)
         except UserError as error:
             return Problem(index, isinstance(error, checks.WrongValues), str(error))
 
-    def find(stride: int) -> Findings:
-        look = functools.partial(look_at, stride=stride)
-        depends = (VERSION, stride, dataset.name, len(names), colors, pairs)
-        compute = functools.partial(_look, pairs, look, Palettes(colors), what)
+    def find(count: int) -> Findings:
+        everywhere = range(len(pairs))  # a sample is drawn, as evenly spread files may all be of one kind
+        chosen = everywhere if count == len(pairs) else set(np.random.default_rng(0).choice(len(pairs), count, replace=False))
+        look = functools.partial(look_at, chosen=chosen)
+        depends = (VERSION, count, dataset.name, len(names), colors, pairs)
+        compute = functools.partial(_look, pairs, look, Palettes(colors, len(names)), what)
         found = mine._replace(**json.loads(stamps.once(dataset.cache_dir, "checked", files, depends, compute, stats)))
         again = (look(index) for index, *_ in found.problems)  # a read may have failed by chance
         return found._replace(problems=[problem for problem in again if isinstance(problem, Problem)])
 
-    stride = 1 if dataset.on_error == "skip" or len(pairs) <= CHECK_ALL else len(pairs) // CHECK_SOME
-    found = find(stride)
-    if stride > 1 and Totals(what, found.looked_at, len(pairs), np.array(found.values)).problem(names):
-        found = find(1)  # what would be too much to say after a look at some
+    found = find(len(pairs) if dataset.on_error == "skip" or len(pairs) <= CHECK_ALL else CHECK_SOME)
+    if found.looked_at < len(pairs) and Totals(what, found.looked_at, len(pairs), np.array(found.values)).problem(names):
+        found = find(len(pairs))  # what would be too much to say after a look at some
     return found, sizes[::2]
 
 
@@ -185,7 +190,7 @@ def _look(pairs: list[Pair], look: Callable[[int], checks.Look | Problem], palet
                 orientations[index] = found.orientation
             if found.values is not None:
                 looked_at, values = looked_at + 1, values + found.values
-                palettes.add(pairs[index].label, found.palette)
+                palettes.add(pairs[index].label, found.values, found.palette)
     return json.dumps(
         {
             "problems": problems,
@@ -193,7 +198,8 @@ def _look(pairs: list[Pair], look: Callable[[int], checks.Look | Problem], palet
             "looked_at": looked_at,
             "values": values.tolist(),
             "contradiction": palettes.contradiction,
-            "difference": palettes.difference,
+            "remarks": palettes.remarks,
+            "seen": palettes.seen,
         }
     ).encode()
 

@@ -73,6 +73,7 @@ class Files(Source):
         self.pairs, self.num_classes, self._benchmark = pairs, num_classes, benchmark
         if screened:
             self.totals, self.fingerprint, self.image_sizes = screened.totals, screened.fingerprint, screened.sizes
+            self.palette = screened.palette
         self.names = [pair.name for pair in pairs]
         self._classes = datasets.classes_of_raw_values(benchmark) if any(pair.raw for pair in pairs) else None
 
@@ -95,9 +96,9 @@ class Files(Source):
 
     def tensors(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         contents = tf.io.read_file(self._labels[index])
-        gray_png = (tf.strings.substr(contents, 1, 3) == "PNG") & (tf.strings.substr(contents, 25, 1) == "\x00")
+        gray_png = (tf.strings.substr(contents, 1, 3) == "PNG") & (tf.strings.substr(contents, 24, 2) == b"\x08\x00")
         label = tf.cond(
-            gray_png,  # the color type in its header
+            gray_png,  # the bit depth and the color type in its header
             lambda: tf.io.decode_png(contents, channels=1)[..., 0],
             lambda: tf.numpy_function(checks.decode_label, [contents], tf.uint8, stateful=False),
         )

@@ -17,7 +17,7 @@ from rich.table import Column, Table
 from pspnet_jax import datasets
 from pspnet_jax.data import checks, layouts, screening, stamps
 from pspnet_jax.data.cache import Read
-from pspnet_jax.data.palettes import Palettes
+from pspnet_jax.data.palettes import Known, Palettes
 from pspnet_jax.data.sources import Source, open_source, training_parts
 from pspnet_jax.data.totals import Totals
 from pspnet_jax.errors import UserError
@@ -40,6 +40,7 @@ class Survey:
       pixels: int64[K], of each class.
       ignored: number of pixels that do not count.
       present: int64[K], number of images that have the class.
+      palette: the colors of the labels' values, see `Palettes.seen`.
       problems: one sentence for each example that cannot be used, and those about all of them together.
     """
 
@@ -49,6 +50,7 @@ class Survey:
     pixels: np.ndarray
     ignored: int
     present: np.ndarray
+    palette: Known
     problems: list[str]
 
     def __str__(self) -> str:
@@ -79,7 +81,7 @@ def survey(dataset: ConfigDict, split: str, num_classes: int) -> Survey:
       UserError: the split cannot be opened.
     """
     source, names = open_source(dataset, split, check=False), datasets.describe(dataset).class_names
-    palettes, turned = Palettes(datasets.file_colors(dataset)), []
+    palettes, turned = Palettes(datasets.file_colors(dataset), num_classes), []
 
     def look(index: int) -> tuple[tuple[int, ...], np.ndarray, checks.Look | None] | str:
         try:
@@ -101,7 +103,7 @@ def survey(dataset: ConfigDict, split: str, num_classes: int) -> Survey:
                 total += found[1]
                 present += found[1] > 0
                 if found[2]:
-                    palettes.add(source.files(index)[1], found[2].palette)
+                    palettes.add(source.files(index)[1], found[1], found[2].palette)
                     turned += [source.files(index)[0]] if found[2].orientation != 1 else []
             advance(1)
     name = dataset.tfds_name.removeprefix("pspnet_") if dataset.name == "tfds" else dataset.name
@@ -110,8 +112,8 @@ def survey(dataset: ConfigDict, split: str, num_classes: int) -> Survey:
     totals = Totals(split, len(usable), len(source), total)
     train = split == dataset.train_split and not dataset.mixture
     problems += [problem for problem in (palettes.contradiction, totals.problem(names, train)) if problem]
-    screening.warn(totals, names, turned, palettes.difference)
-    return Survey(split, usable, sizes, total[:num_classes], int(total[255]), present[:num_classes], problems)
+    screening.warn(totals, names, turned, palettes.remarks)
+    return Survey(split, usable, sizes, total[:num_classes], int(total[255]), present[:num_classes], palettes.seen, problems)
 
 
 def samples(dataset: ConfigDict, found: Survey, count: int) -> list[dict[str, Any]]:

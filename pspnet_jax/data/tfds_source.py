@@ -27,7 +27,11 @@ class Tfds(Source):
             self._records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
         except ValueError as error:
             raise UserError(f"{where}: has no split {split!r}, expected one of {', '.join(builder.info.splits)}") from error
-        self.num_classes, self.names = num_classes, numbered(split, len(self._records))
+        # Those of a slice or a sum of splits are called as in the whole split, by which overlap.py knows them again.
+        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
+        wholes = [numbered(part.splitname, builder.info.splits[part.splitname].num_examples) for part in parts]
+        self.names = [name for part, whole in zip(parts, wholes, strict=True) for name in whole[part.from_ : part.to]]
+        self.num_classes = num_classes
         self._files = (f"{builder.data_path}/dataset_info.json",)  # is written anew whenever the records are
 
         def parse(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -5,6 +5,7 @@ of its sixth competition (any training data), which go to the server as an archi
 """
 
 import dataclasses
+import logging
 
 import numpy as np
 from PIL import Image
@@ -12,6 +13,8 @@ from PIL import Image
 from pspnet_jax import datasets
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer.draw import palette_image
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +39,25 @@ SUBMISSIONS = {
 
 
 def choose(form: str, info: datasets.DatasetInfo) -> Submission:
-    """Returns the server's form, if the network predicts its classes.
+    """Returns the server's form, if the network predicts its classes; other names for them are a warning.
 
     Raises:
-      UserError: there is no such form, or the number of classes is another.
+      UserError: there is no such form, the number of classes is another, or their order.
     """
     if form not in SUBMISSIONS:
         raise UserError(f"--format {form}: expected one of {', '.join(SUBMISSIONS)}")
-    expected = len(datasets.RAW_VALUES[SUBMISSIONS[form].dataset])
-    if info.num_classes != expected:
+    expected = datasets.table(SUBMISSIONS[form].dataset).class_names
+    if info.num_classes != len(expected):
         raise UserError(
-            f"--format {form}: its server scores {expected} classes, but this network predicts the {info.num_classes} of "
+            f"--format {form}: its server scores {len(expected)} classes, but this network predicts the {info.num_classes} of "
             f"{info.name!r}"
         )
+    differing = datasets.differing_classes(expected, info.class_names)
+    known = {name.lower() for name in expected}
+    for index, there, here in sorted(differing, key=lambda each: each[2].lower() not in known):
+        said = f"--format {form}: class {index} is {there!r} to its server, but {here!r} to this network"
+        if here.lower() in known:
+            raise UserError(f"{said}, whose classes have another order: what it predicts cannot be scored there")
+        logger.warning(f"{said}; classes are sent by their number, whatever their names")
+        break
     return SUBMISSIONS[form]

@@ -1,3 +1,5 @@
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ from PIL import Image
 
 from pspnet_jax import image_files
 from pspnet_jax.config import base_config
-from pspnet_jax.data import checks, scenes, screening, sources
+from pspnet_jax.data import checks, overlap, scenes, screening, sources
 from pspnet_jax.errors import UserError
 from tests import fakes
 
@@ -152,6 +154,43 @@ def test_wrong_files_are_named(tmp_path, file, spoil, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["16 bits", "4 bits", "RGB"])
+def test_a_label_that_has_changed_since_the_check_is_not_taken_for_another(tmp_path, kind):
+    """As by a converter still at work: of 16 bits, TensorFlow would read the upper 8, and of 4 multiples of 17."""
+    path = fakes.write_folder(tmp_path, {"train": 1}) / "labels/train/000.png"
+    source = open_folder(tmp_path)
+    label = fakes.pair("train", 0)[1] % 4
+    if kind == "4 bits":
+        header = b"IHDR" + struct.pack(">IIBBBBB", 48, 40, 4, 0, 0, 0, 0)
+        rows = b"".join(b"\0" + bytes(row[::2] * 16 + row[1::2]) for row in label)
+        chunks = [header, b"IDAT" + zlib.compress(rows), b"IEND"]
+        coded = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(coded))
+    else:
+        fakes.write_image(path, label.astype(np.uint16) if kind == "16 bits" else np.repeat(label[..., None], 3, axis=2))
+    said = {"16 bits": "has pixels of kind 'I;16B'", "4 bits": "has pixels of kind 'L;4'", "RGB": "is an RGB picture"}[kind]
+    with pytest.raises(UserError, match=rf"labels/train/000.png: {said}"):
+        source.read(0)
+
+
+@pytest.mark.parametrize("palette", [False, True])
+@pytest.mark.parametrize("kind", ["images", "labels"])
+def test_pixels_that_end_early_are_seen_before_training(tmp_path, kind, palette):
+    root = fakes.write_folder(tmp_path, {"train": 3})
+    path = root / kind / "train/001.png"
+    if palette:
+        picture = Image.open(path).quantize(4)
+        picture.save(path)
+    whole = path.read_bytes()
+    for spoil in (fakes.cut_pixels, lambda path: path.write_bytes(whole[:-12])):  # the last chunk, IEND
+        spoil(path)
+        with pytest.raises(UserError, match=rf"{kind}/train/001.png: cannot be read, damaged or cut short"):
+            open_folder(root)
+        dataset = recipe(root=str(root), on_error="skip")
+        assert sources.open_source(dataset, "train").names == ["000", "002"]
+        sources._open_files.cache_clear()
+
+
 def test_wrong_values_in_a_palette_label(tmp_path):
     root = fakes.write_folder(tmp_path, {"train": 1})
     fakes.write_palette(root / "labels/train/000.png", np.full((40, 48), 9, np.uint8))
@@ -169,16 +208,29 @@ def test_the_first_of_many_wrong_pairs(tmp_path):
 
 def test_a_large_folder_is_sampled_but_every_header_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(screening, "CHECK_ALL", 5)
-    monkeypatch.setattr(screening, "CHECK_SOME", 2)  # of 6: every third, 0 and 3
+    monkeypatch.setattr(screening, "CHECK_SOME", 2)  # of 6
     root = fakes.write_folder(tmp_path, {"train": 6})
-    fakes.write_image(root / "labels/train/004.png", np.full((40, 48), 9, np.uint8))
+    fakes.write_image(root / "labels/train/002.png", np.full((40, 48), 9, np.uint8))
     source = open_folder(root)
-    with pytest.raises(UserError, match=r"labels/train/004.png: label value 9"):
-        source.read(4)
+    with pytest.raises(UserError, match=r"labels/train/002.png: label value 9"):
+        source.read(2)
     sources._open_files.cache_clear()
     fakes.write_image(root / "labels/train/005.png", np.zeros((40, 47), np.uint8))
     with pytest.raises(UserError, match=r"005.png: is 47x40"):
         open_folder(root)
+
+
+def test_a_sample_is_drawn_from_a_large_folder_not_every_so_many(tmp_path, monkeypatch):
+    """Wrong labels that come in turn with others, as where several sources were merged, do not slip through together."""
+    monkeypatch.setattr(screening, "CHECK_ALL", 5)
+    monkeypatch.setattr(screening, "CHECK_SOME", 4)
+    for right in range(3):
+        root = fakes.write_folder(tmp_path / str(right), {"train": 12})
+        for index in range(12):
+            if index % 3 != right:
+                fakes.write_image(root / f"labels/train/{index:03d}.png", np.full((40, 48), 9, np.uint8))
+        with pytest.raises(UserError, match="label value 9"):
+            open_folder(root)
 
 
 def test_missing_directories(tmp_path):
@@ -254,7 +306,13 @@ def test_tfds_source(prepared):
     assert source.names == [f"train_{index:05d}" for index in range(5)]
     for index in (4, 0, 2):
         assert_loads(source, index, *fakes.pair("train", index))
-    assert_loads(sources.open_source(tfds_recipe(prepared), "train[2:4]"), 1, *fakes.pair("train", 3))
+    for split, index, number in (("train[2:4]", 1, 3), ("train[60%:]+train[:1]", 2, 0), ("all", 4, 4), ("train[-1:]", 0, 4)):
+        part = sources.open_source(tfds_recipe(prepared), split)
+        assert part.names[index] == f"train_{number:05d}"
+        assert_loads(part, index, *fakes.pair("train", number))
+    validation = sources.open_source(tfds_recipe(prepared), "train[80%:]")
+    for split, shared in (("train", 1), ("train[:1]+train[3:]", 1), ("train[:80%]", 0)):
+        assert overlap.warn_shared([sources.open_source(tfds_recipe(prepared), split)], validation) == shared
     assert [Path(file).relative_to(prepared) for file in source.files(4)] == [Path("fake_pairs/label/1.0.0/dataset_info.json")]
 
 

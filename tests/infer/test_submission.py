@@ -1,10 +1,13 @@
 """Submissions: what the servers take, and back again."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from pspnet_jax import datasets
+from pspnet_jax.errors import UserError
 from pspnet_jax.infer import submission
 from pspnet_jax.infer.inputs import find_images
 from pspnet_jax.infer.predict import predict
@@ -53,6 +56,7 @@ def test_voc_submissions_have_vocs_colors(tmp_path):
 def test_files_are_named_like_the_images_of_all_subfolders(tmp_path, monkeypatch):
     monkeypatch.setitem(submission.SUBMISSIONS, "own", submission.Submission("own", "results/here"))
     monkeypatch.setitem(datasets.RAW_VALUES, "own", tuple(range(10, 10 + INFO.num_classes)))
+    monkeypatch.setattr(datasets, "table", lambda name: INFO)
     picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     for name in ("berlin/berlin_000000_000019_leftImg8bit", "bonn/bonn_000001_000019_leftImg8bit"):
         (tmp_path / "in" / name).parent.mkdir(parents=True)
@@ -77,6 +81,25 @@ def test_a_folder_without_images_in_its_subfolders(tmp_path):
 def test_a_form_for_other_classes_is_refused():
     with pytest.raises(ValueError, match=r"--format ade20k: its server scores 150 classes, .* predicts the 19 of 'cityscapes'"):
         submission.choose("ade20k", datasets.table("cityscapes"))
+
+
+def test_classes_in_another_order_are_refused_and_other_names_are_said(caplog):
+    voc = datasets.table("voc2012")
+
+    def choose(*names):
+        caplog.clear()
+        with caplog.at_level("WARNING", "pspnet_jax"):
+            submission.choose("voc", dataclasses.replace(voc, class_names=names))
+        return caplog.messages
+
+    names = voc.class_names
+    assert choose(*names) == choose(*map(str.upper, names)) == choose(*(f"class {index}" for index in range(21))) == []
+    (said,) = choose(names[0], "plane", *names[2:])
+    assert said.startswith("--format voc: class 1 is 'aeroplane' to its server, but 'plane' to this network")
+    with pytest.raises(
+        UserError, match=r"class 1 is 'aeroplane' .* 'bicycle' to this network, whose classes have another order"
+    ):
+        choose("ground", names[2], names[1], *names[3:])
 
 
 def test_an_unknown_form_lists_the_known_ones():
