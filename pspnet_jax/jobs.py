@@ -23,7 +23,7 @@ from pspnet_jax.infer import evaluate as evaluation
 from pspnet_jax.infer import predict as prediction
 from pspnet_jax.infer.predictor import Predictor
 from pspnet_jax.report import Report
-from pspnet_jax.train import checkpoint, resume
+from pspnet_jax.train import checkpoint, layout, resume
 from pspnet_jax.train.step import new_state
 
 logger = logging.getLogger("pspnet_jax")
@@ -138,7 +138,7 @@ def evaluator(config: ConfigDict, model: nn.Module, source: Any) -> Callable[[An
     def evaluate(variables: Any) -> Evaluation:
         report, pictures = _score(predictor, variables, config, source)
         logger.info(report)
-        return report.to_json(), pictures
+        return report.to_json() | {"data": source.fingerprint}, pictures
 
     return evaluate
 
@@ -205,8 +205,9 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from pspnet_jax.data import sources
 
     config, step, variables, workdir = _restore(arguments, overrides)
-    predictor = _predictor(config)
-    source = _by_size(predictor, sources.open_source(config.dataset, config.eval.split))
+    predictor, source = _predictor(config), sources.open_source(config.dataset, config.eval.split)
+    _warn_of_training_images(workdir, step, source)
+    source = _by_size(predictor, source)
     report, _ = _score(predictor, variables, config, source)
     if jax.process_index() == 0:
         with contextlib.suppress(OSError):  # nobody reads any more, as after `| head -1`
@@ -215,6 +216,7 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         roots = {field: config.dataset[field] for field in ("root", "extra_root")}
         network = {"model": config.model.to_dict(), "normalize": config.normalize.to_dict()}
         origin = {"step": step, "checkpoint": str(workdir), **roots, "tfds_name": config.dataset.tfds_name, **network}
+        origin["data"] = source.fingerprint
         logger.info(f"written to {report.save(workdir / 'evaluation', origin)}")
 
 
@@ -296,12 +298,37 @@ def _restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[C
     if recipe and (differing := resume.differences(recipe, saved)):
         logger.warning(f"the config saved with the checkpoint counts, not that of {arguments.config}: {'; '.join(differing)}")
     config = _absolute(configs.override(saved.copy_and_resolve_references(), overrides))
+    _check_class_names(saved.dataset.class_names, config.dataset.class_names)
     validation.validate(config)
-    if len(config.dataset.class_names) != (classes := len(saved.dataset.class_names)):
-        raise UserError(f"dataset.class_names={config.dataset.class_names}: the network tells {classes} classes apart")
     if changed := [c for c in resume.differences(saved, config) if c.startswith(("model.", "normalize."))]:
         raise UserError(f"{'; '.join(changed)}: the network is the one that was trained; leave these fields out")
     return config, step, variables, workdir
+
+
+def _check_class_names(saved: Sequence[str], given: Sequence[str]) -> None:
+    """Refuses other class names than the network's own, unless they are other words for them, which is said."""
+    if len(given) != len(saved):
+        raise UserError(f"dataset.class_names={given}: the network tells {len(saved)} classes apart")
+    renamed = [
+        (label, there, here) for label, there, here in datasets.differing_classes(saved, given) if there != f"class {label}"
+    ]
+    if not renamed:
+        return
+    label, there, here = renamed[0]
+    if sorted(map(str.lower, saved)) == sorted(map(str.lower, given)):
+        raise UserError(f"dataset.class_names: class {label} of the network is {there!r}, not {here!r}; keep its order")
+    logger.warning(f"dataset.class_names: class {label} of the network is {there!r}; it is called {here!r} here")
+
+
+def _warn_of_training_images(workdir: epath.Path, step: int, source: Any) -> None:
+    """Says how many of the images to score the network was trained on, where these are at hand."""
+    from pspnet_jax.data import overlap, sources
+
+    saved, _ = layout.read_origin(workdir / "checkpoints" / str(step))
+    with contextlib.suppress(UserError):  # the training data is not here
+        parts = list(sources.training_parts(saved.copy_and_resolve_references().dataset))
+        if not any("://" in dataset.root for dataset, _ in parts):  # in a bucket that takes minutes
+            overlap.warn_shared([sources.open_source(*part, check=False) for part in parts], source)
 
 
 def _images(config: ConfigDict) -> dict[str, str]:

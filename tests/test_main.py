@@ -16,6 +16,7 @@ from PIL import Image
 
 from pspnet_jax import jobs
 from pspnet_jax.config import base_config, leaves, load_recipe, to_json
+from pspnet_jax.errors import UserError
 from pspnet_jax.main import main
 from tests import fakes
 
@@ -108,6 +109,21 @@ def test_evaluate_takes_another_split_and_other_scales(run):
     (file,) = (workdir / "evaluation").glob("*_train_step3_*scales0.5-1.0_*.json")
     scored = json.loads(file.read_text())
     assert (scored["images"], scored["scales"], scored["split"]) == (9, [0.5, 1.0], "train")
+
+
+def test_images_that_the_network_was_trained_on_are_told(run, capsys):
+    assert main(["--mode=evaluate", f"--workdir={run[0]}", "--config.eval.split=train"]) == 0
+    assert "9 of the 9 images that are scored are in the training data as well" in capsys.readouterr().out
+
+
+def test_the_networks_classes_keep_their_order(caplog):
+    with pytest.raises(UserError, match="class 0 of the network is 'sky', not 'road'; keep its order"):
+        jobs._check_class_names(("sky", "road"), ("Road", "sky"))
+    jobs._check_class_names(("class 0", "class 1"), ("sky", "road"))
+    jobs._check_class_names(("sky", "road"), ("Sky", "road"))
+    assert not caplog.records
+    jobs._check_class_names(("sky", "road"), ("sky", "street"))
+    assert "class 1 of the network is 'road'; it is called 'street' here" in caplog.text
 
 
 def test_predict_writes_three_pictures_an_image_at_its_size(run, tmp_path):

@@ -147,8 +147,13 @@ class Checkpoints:
           metrics: numbers, `SCORE` among them: the larger, the better.
           settings: of the evaluation, which JSON can hold.
         """
+        data = settings.get("data")
         with parallel.together("writing the score"), self._writing():
             self._manager.wait_until_finished()
+            if self._scores and (self._scores[max(self._scores)].get(SETTINGS) or {}).get("data", data) != data:
+                logger.warning(
+                    "the evaluated data has changed: the best checkpoint is one of those scored from step %s on", step
+                )
             self._scores[step] = json.loads(json.dumps({**metrics, SETTINGS: settings}))
             if jax.process_index() == 0 and self.path(step).exists():
                 with files.atomic(self.path(step) / "score.json") as path:

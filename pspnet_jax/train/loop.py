@@ -63,8 +63,9 @@ def fit(
         the examples along the first axis; "image" is uint8[N, H, W, 3], N this process's share of config.batch_size,
         and "label", where there is one, of integers; all else is up to the loss. The first batch is checked.
       evaluate: called with {"params", "batch_stats"} every config.every.eval steps, when the state is saved; returns metrics,
-        which JSON can hold, among them the number config.eval.best_metric, and pictures by name; None: no evaluation. What it
-        raises is reported, and training goes on; several processes have to raise together.
+        which JSON can hold, among them the number config.eval.best_metric, and pictures by name; None: no evaluation. A metric
+        "data" names the data: only scores of the same are compared. What it raises is reported, and training goes on; several
+        processes have to raise together.
       workdir: where checkpoints, metrics and pictures go.
       examples_per_epoch: examples after which the training data has been seen once, for the rates written then; 0: none.
       fingerprint: of the training data, saved with each checkpoint; when it has changed, a resumed run says so; empty: unknown.
@@ -244,7 +245,8 @@ class Run:
             raise UserError(f"eval.best_metric={best_metric!r}: the evaluation has {', '.join(found)}; choose one of these")
         self.log.pause(seconds)
         self.log.evaluation(step, metrics, pictures)  # first: what has no score is evaluated again
-        self.checkpoints.add_score(step, {SCORE: found[best_metric], **found}, resume.evaluation_settings(self.config))
+        settings = resume.evaluation_settings(self.config) | {"data": metrics.get("data")}
+        self.checkpoints.add_score(step, {SCORE: found[best_metric], **found}, settings)
 
 
 def due(step: int, every: int, total: int) -> bool:

@@ -395,3 +395,16 @@ def test_an_import_that_was_interrupted_can_be_repeated(tmp_path):
     checkpoint.write_weights(tmp_path / "imported", small(), state)
     with pytest.raises(UserError, match="holds a run already"):
         checkpoint.write_weights(tmp_path / "imported", small(), state)
+
+
+def test_scores_of_other_data_are_not_compared(tmp_path, caplog):
+    def scored(value, data):
+        return lambda variables: ({"mean_iou": value, "data": data}, {})
+
+    config = small(eval=2)
+    config.total_steps = 4
+    train(config, tmp_path, scored(0.9, "before"))
+    config.total_steps = 6
+    train(config, tmp_path, scored(0.1, "after"))
+    assert Checkpoints(tmp_path, read_only=True).best() == 6
+    assert "the evaluated data has changed: the best checkpoint is one of those scored from step 6 on" in warnings(caplog)
