@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 import jax
 from rich import progress as bars
 from rich.console import Console
-from rich.markup import escape
 
 logger = logging.getLogger(__name__)
 SECONDS_A_LINE = 30  # where there is no terminal to draw a bar on
@@ -26,7 +25,7 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         columns = (name, bars.BarColumn(), bars.MofNCompleteColumn(), "{task.fields[rate]}")
         left = (bars.TimeRemainingColumn(), "left")
         with bars.Progress(*columns, *left, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(escape(title), total=total, rate="")
+            task = bar.add_task(title, total=total, rate="")
             yield lambda images: bar.update(task, advance=images, rate=f"{bar.tasks[0].speed or 0:.3g} images/s")
     else:
         yield _lines(title, total)
