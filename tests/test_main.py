@@ -117,7 +117,7 @@ def test_images_that_the_network_was_trained_on_are_told(run, capsys):
 
 
 def test_the_networks_classes_keep_their_order(caplog):
-    with pytest.raises(UserError, match="class 0 of the network is 'sky', not 'Road'; keep its order"):
+    with pytest.raises(UserError, match="class 0 of the network is 'sky', not 'road'; keep its order"):
         jobs._check_class_names(("sky", "road"), ("road", "Sky"))
     jobs._check_class_names(("class 0", "class 1"), ("sky", "road"))
     jobs._check_class_names(("sky", "road"), ("Sky", "road"))
