@@ -16,8 +16,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from pspnet_jax import config as configs
-from pspnet_jax import datasets, files, losses, models, optimizers, parallel, validation, weights
-from pspnet_jax.errors import MissingFileError, UserError
+from pspnet_jax import datasets, losses, models, optimizers, parallel, runs, validation, weights
+from pspnet_jax.errors import UserError
 from pspnet_jax.infer import draw, inputs
 from pspnet_jax.infer import evaluate as evaluation
 from pspnet_jax.infer import predict as prediction
@@ -39,15 +39,15 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     from clu import metric_writers  # isort: skip
 
-    config = _recipe(arguments, overrides, jax.device_count())
-    workdir = _workdir(arguments, config.name)
+    config = runs.from_recipe(arguments, overrides, jax.device_count())
+    workdir = runs.workdir_of(arguments, config.name)
     if config.init_from:
-        _check_init_from(config, workdir)
+        runs.check_init_from(config, workdir)
     validation_source = sources.open_source(config.dataset, config.eval.split)
     data = pipeline.open_training(config)
     overlap.warn_shared(data.sources, validation_source)
     palettes.require_agreement([source.palette for source in (*data.sources, validation_source)])
-    config.loss.class_weights = _class_weights(config)
+    config.loss.class_weights = runs.class_weights(config)
     model = models.build(config.model, len(config.dataset.class_names))
     host, hosts = jax.process_index(), jax.process_count()
 
@@ -69,59 +69,6 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         hooks=[_profile(workdir / "profile", config.profile_steps)] if config.profile_steps and host == 0 else (),
     )
     logger.info(f"{workdir} has checkpoints/, metrics.jsonl, pictures/ and tensorboard/")
-
-
-def _recipe(arguments: argparse.Namespace, overrides: Sequence[str], num_devices: int = 1) -> ConfigDict:
-    """The recipe with the command line's overrides, absolute paths, and its classes filled in."""
-    if not arguments.config:
-        raise UserError("--config is missing: name a recipe, such as --config configs/quickstart.py")
-    config = configs.override(configs.load_recipe(arguments.config), overrides)
-    validation.validate(config, num_devices)
-    dataset = _absolute(config).dataset
-    info = datasets.describe(dataset)
-    dataset.class_names, dataset.colors = info.class_names, info.colors
-    return config
-
-
-def _workdir(arguments: argparse.Namespace, name: str) -> epath.Path:
-    return arguments.workdir or files.absolute(f"runs/{name}")
-
-
-def _absolute(config: ConfigDict) -> ConfigDict:
-    """Makes the paths of config.dataset absolute."""
-    dataset = config.dataset
-    for field in ("root", "extra_root", "cache_dir"):
-        dataset[field] = dataset[field] and str(files.given(dataset[field]))
-    dataset.mixture = tuple((name, root and str(files.given(root)), *rest) for name, root, *rest in dataset.mixture)
-    return config
-
-
-def _check_init_from(config: ConfigDict, workdir: epath.Path) -> None:
-    """Makes config.init_from absolute, and refuses one that is not there, unless the run has gone beyond it already."""
-    config.init_from = str(files.given(config.init_from))
-    if checkpoint.exists(workdir):
-        return
-    path, _ = weights.split_entry(epath.Path(config.init_from))
-    if not path.exists():
-        raise MissingFileError(f"init_from={path}: no such file or directory")
-    if path.is_dir():
-        with contextlib.closing(checkpoint.Checkpoints(path, read_only=True)) as checkpoints:
-            checkpoints.find("latest")
-
-
-def _class_weights(config: ConfigDict) -> tuple[float, ...]:
-    """config.loss.class_weights, or what config.loss.class_weighting makes of the training data's pixels."""
-    names, given = config.dataset.class_names, config.loss.class_weights
-    if not config.loss.class_weighting:
-        if len(given) not in (0, len(names)):
-            raise UserError(f"loss.class_weights={given}: expected one for each of the {len(names)} classes")
-        return given
-    from pspnet_jax.data import survey
-
-    counts = survey.class_pixels(config)
-    found = losses.class_weights(config.loss.class_weighting, counts.pixels, counts.labeled)
-    logger.info(f"class weights: {', '.join(f'{name} {weight:.3g}' for name, weight in zip(names, found, strict=True))}")
-    return found
 
 
 def evaluator(config: ConfigDict, model: nn.Module, source: Any) -> Callable[[Any], Evaluation]:
@@ -162,9 +109,9 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode check: looks at all images and labels of a recipe, and pictures them."""
     from pspnet_jax.data import overlap, palettes, sources, survey
 
-    config = _recipe(arguments, overrides)
+    config = runs.from_recipe(arguments, overrides)
     info = datasets.describe(config.dataset)
-    output = arguments.output or _workdir(arguments, config.name) / "check"
+    output = arguments.output or runs.workdir_of(arguments, config.name) / "check"
     problems, pictures, seen = [], {}, []
     parts = list(sources.training_parts(config.dataset))
     if config.eval.split != config.dataset.train_split:
@@ -204,7 +151,7 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode evaluate: scores a checkpoint with its saved config, and writes a file of its own in WORKDIR/evaluation/."""
     from pspnet_jax.data import sources
 
-    config, step, variables, workdir = _restore(arguments, overrides)
+    config, step, variables, workdir = runs.restore(arguments, overrides)
     predictor, source = _predictor(config), sources.open_source(config.dataset, config.eval.split)
     _warn_of_training_images(workdir, step, source)
     source = _by_size(predictor, source)
@@ -226,7 +173,7 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise UserError(
             "--mode predict needs --output (a directory), and --input (an image or a folder) unless it is a split's"
         )
-    config, step, variables, workdir = _restore(arguments, overrides)
+    config, step, variables, workdir = runs.restore(arguments, overrides)
     info = datasets.describe(config.dataset)
     form = arguments.format or ""
     paths = inputs.find_images(arguments.input, bool(form), arguments.output) if arguments.input else _images(config)
@@ -266,7 +213,7 @@ def export_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
     """--mode export: writes a checkpoint's weights under semseg's names."""
     if not (arguments.output and arguments.format):
         raise UserError("--mode export needs --output (a file to write) and --format (torch or safetensors)")
-    config, step, variables, workdir = _restore(arguments, overrides)
+    config, step, variables, workdir = runs.restore(arguments, overrides)
     if config.normalize.to_dict() != (usual := configs.base_config().normalize.to_dict()):
         raise UserError(
             f"{workdir}: its network was trained on images normalized by {config.normalize.to_dict()}, but semseg's code, for "
@@ -286,38 +233,6 @@ JOBS = {
     "export": export_weights,
 }
 SHARED_JOBS = ("train", "evaluate")  # those that several processes can do together
-
-
-def _restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[ConfigDict, int, Any, epath.Path]:
-    """The checkpoint's config with the command line's overrides, its step, its variables, and the workdir."""
-    if not (arguments.workdir or arguments.config):
-        raise UserError("--workdir is missing: name the directory of a training run")
-    recipe = arguments.config and configs.load_recipe(arguments.config)
-    workdir = _workdir(arguments, recipe and recipe.name)
-    saved, step, variables = checkpoint.load(workdir, arguments.checkpoint or "latest", parallel.make_mesh())
-    if recipe and (differing := resume.differences(recipe, saved)):
-        logger.warning(f"the config saved with the checkpoint counts, not that of {arguments.config}: {'; '.join(differing)}")
-    config = _absolute(configs.override(saved.copy_and_resolve_references(), overrides))
-    _check_class_names(saved.dataset.class_names, config.dataset.class_names)
-    validation.validate(config)
-    if changed := [c for c in resume.differences(saved, config) if c.startswith(("model.", "normalize."))]:
-        raise UserError(f"{'; '.join(changed)}: the network is the one that was trained; leave these fields out")
-    return config, step, variables, workdir
-
-
-def _check_class_names(saved: Sequence[str], given: Sequence[str]) -> None:
-    """Refuses other class names than the network's own, unless they are other words for them, which is said."""
-    if len(given) != len(saved):
-        raise UserError(f"dataset.class_names={given}: the network tells {len(saved)} classes apart")
-    renamed = [
-        (label, there, here) for label, there, here in datasets.differing_classes(saved, given) if there != f"class {label}"
-    ]
-    if not renamed:
-        return
-    label, there, here = renamed[0]
-    if sorted(map(str.lower, saved)) == sorted(map(str.lower, given)):
-        raise UserError(f"dataset.class_names: class {label} of the network is {there!r}, not {here!r}; keep its order")
-    logger.warning(f"dataset.class_names: class {label} of the network is {there!r}; it is called {here!r} here")
 
 
 def _warn_of_training_images(workdir: epath.Path, step: int, source: Any) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax import jobs
+from pspnet_jax import jobs, runs
 from pspnet_jax.config import base_config, leaves, load_recipe, to_json
 from pspnet_jax.errors import UserError
 from pspnet_jax.main import main
@@ -118,11 +118,11 @@ def test_images_that_the_network_was_trained_on_are_told(run, capsys):
 
 def test_the_networks_classes_keep_their_order(caplog):
     with pytest.raises(UserError, match="class 0 of the network is 'sky', not 'road'; keep its order"):
-        jobs._check_class_names(("sky", "road"), ("road", "Sky"))
-    jobs._check_class_names(("class 0", "class 1"), ("sky", "road"))
-    jobs._check_class_names(("sky", "road"), ("Sky", "road"))
+        runs._check_class_names(("sky", "road"), ("road", "Sky"))
+    runs._check_class_names(("class 0", "class 1"), ("sky", "road"))
+    runs._check_class_names(("sky", "road"), ("Sky", "road"))
     assert not caplog.records
-    jobs._check_class_names(("sky", "road"), ("sky", "street"))
+    runs._check_class_names(("sky", "road"), ("sky", "street"))
     assert "class 1 of the network is 'road'; it is called 'street' here" in caplog.text
 
 

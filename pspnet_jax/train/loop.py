@@ -20,11 +20,12 @@ from ml_collections import ConfigDict
 
 from pspnet_jax import config as configs
 from pspnet_jax import files, parallel
-from pspnet_jax.errors import DivergedError, UserError
+from pspnet_jax.errors import UserError
 from pspnet_jax.losses import Batch, Loss
 from pspnet_jax.optimizers import Optimizer
 from pspnet_jax.train import resume
 from pspnet_jax.train.checkpoint import SCORE, Checkpoints
+from pspnet_jax.train.guard import NonFiniteGuard
 from pspnet_jax.train.integrity import reason
 from pspnet_jax.train.lock import locked
 from pspnet_jax.train.logs import TrainingLog, Writer
@@ -201,7 +202,7 @@ class Run:
         self.log.flush()
 
     @contextlib.contextmanager
-    def saving_if_it_fails(self, state: TrainState, guard: "NonFiniteGuard") -> Iterator[None]:
+    def saving_if_it_fails(self, state: TrainState, guard: NonFiniteGuard) -> Iterator[None]:
         """Saves the steps made, where the block fails: a wrong example must not cost those before it.
 
         Several processes cannot while one of them fails.
@@ -290,38 +291,3 @@ def _write_description(config: ConfigDict, state: TrainState, workdir: epath.Pat
             if jax.process_index() == 0:
                 with files.atomic(workdir / name) as path:
                     path.write_text(text)
-
-
-class NonFiniteGuard:
-    """Stops a run whose loss or gradient is not finite, looking one step late so that the device never waits for it.
-
-    A loss may be finite where its gradient is not, and the state after that step is lost.
-    """
-
-    def __init__(self, checkpoints: Checkpoints):
-        self._checkpoints = checkpoints
-        self._pending: tuple[int, Metrics] | None = None
-
-    def see(self, step: int, metrics: Metrics) -> None:
-        """Takes note of a step, and waits for the one before it."""
-        self.finish()
-        self._pending = step, metrics
-
-    def finish(self) -> None:
-        """Waits for the last step seen.
-
-        Raises:
-          DivergedError: names the step and the last good checkpoint.
-        """
-        if self._pending is None:
-            return
-        (step, metrics), self._pending = self._pending, None
-        loss, norm = (float(jax.device_get(metrics[name]).compute()) for name in ("loss", "gradient_norm"))
-        if not np.isfinite(loss + norm):
-            steps = self._checkpoints.steps
-            good = f"the last good checkpoint is that of step {steps[-1]}" if steps else "no checkpoint was saved before"
-            raise DivergedError(
-                f"the loss is {loss}, its gradient's norm {norm} at step {step}; {good}; try a lower optimizer.learning_rate, "
-                "optimizer.warmup_steps or optimizer.clip_norm; where the batches are your own, check their labels, too: any "
-                "but 0 to K-1 (of K classes) and 255 (ignored) does this"
-            )

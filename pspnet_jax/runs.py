@@ -1,0 +1,102 @@
+"""Where a job starts: from a recipe and its data, or from a run and one of its checkpoints."""
+
+import argparse
+import contextlib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from pspnet_jax import config as configs
+from pspnet_jax import datasets, files, losses, parallel, validation, weights
+from pspnet_jax.errors import MissingFileError, UserError
+from pspnet_jax.train import checkpoint, resume
+
+logger = logging.getLogger("pspnet_jax")
+
+
+def from_recipe(arguments: argparse.Namespace, overrides: Sequence[str], num_devices: int = 1) -> ConfigDict:
+    """The recipe with the command line's overrides, absolute paths, and its classes filled in."""
+    if not arguments.config:
+        raise UserError("--config is missing: name a recipe, such as --config configs/quickstart.py")
+    config = configs.override(configs.load_recipe(arguments.config), overrides)
+    validation.validate(config, num_devices)
+    dataset = _absolute(config).dataset
+    info = datasets.describe(dataset)
+    dataset.class_names, dataset.colors = info.class_names, info.colors
+    return config
+
+
+def workdir_of(arguments: argparse.Namespace, name: str) -> epath.Path:
+    return arguments.workdir or files.absolute(f"runs/{name}")
+
+
+def _absolute(config: ConfigDict) -> ConfigDict:
+    """Makes the paths of config.dataset absolute."""
+    dataset = config.dataset
+    for field in ("root", "extra_root", "cache_dir"):
+        dataset[field] = dataset[field] and str(files.given(dataset[field]))
+    dataset.mixture = tuple((name, root and str(files.given(root)), *rest) for name, root, *rest in dataset.mixture)
+    return config
+
+
+def check_init_from(config: ConfigDict, workdir: epath.Path) -> None:
+    """Makes config.init_from absolute, and refuses one that is not there, unless the run has gone beyond it already."""
+    config.init_from = str(files.given(config.init_from))
+    if checkpoint.exists(workdir):
+        return
+    path, _ = weights.split_entry(epath.Path(config.init_from))
+    if not path.exists():
+        raise MissingFileError(f"init_from={path}: no such file or directory")
+    if path.is_dir():
+        with contextlib.closing(checkpoint.Checkpoints(path, read_only=True)) as checkpoints:
+            checkpoints.find("latest")
+
+
+def class_weights(config: ConfigDict) -> tuple[float, ...]:
+    """config.loss.class_weights, or what config.loss.class_weighting makes of the training data's pixels."""
+    names, given = config.dataset.class_names, config.loss.class_weights
+    if not config.loss.class_weighting:
+        if len(given) not in (0, len(names)):
+            raise UserError(f"loss.class_weights={given}: expected one for each of the {len(names)} classes")
+        return given
+    from pspnet_jax.data import survey
+
+    counts = survey.class_pixels(config)
+    found = losses.class_weights(config.loss.class_weighting, counts.pixels, counts.labeled)
+    logger.info(f"class weights: {', '.join(f'{name} {weight:.3g}' for name, weight in zip(names, found, strict=True))}")
+    return found
+
+
+def restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[ConfigDict, int, Any, epath.Path]:
+    """The checkpoint's config with the command line's overrides, its step, its variables, and the workdir."""
+    if not (arguments.workdir or arguments.config):
+        raise UserError("--workdir is missing: name the directory of a training run")
+    recipe = arguments.config and configs.load_recipe(arguments.config)
+    workdir = workdir_of(arguments, recipe and recipe.name)
+    saved, step, variables = checkpoint.load(workdir, arguments.checkpoint or "latest", parallel.make_mesh())
+    if recipe and (differing := resume.differences(recipe, saved)):
+        logger.warning(f"the config saved with the checkpoint counts, not that of {arguments.config}: {'; '.join(differing)}")
+    config = _absolute(configs.override(saved.copy_and_resolve_references(), overrides))
+    validation.validate(config)
+    _check_class_names(saved.dataset.class_names, config.dataset.class_names)
+    if changed := [c for c in resume.differences(saved, config) if c.startswith(("model.", "normalize."))]:
+        raise UserError(f"{'; '.join(changed)}: the network is the one that was trained; leave these fields out")
+    return config, step, variables, workdir
+
+
+def _check_class_names(saved: Sequence[str], given: Sequence[str]) -> None:
+    """Refuses other class names than the network's own, unless they are other words for them, which is said."""
+    if len(given) != len(saved):
+        raise UserError(f"dataset.class_names={given}: the network tells {len(saved)} classes apart")
+    renamed = [
+        (label, there, here) for label, there, here in datasets.differing_classes(saved, given) if there != f"class {label}"
+    ]
+    if not renamed:
+        return
+    label, there, here = renamed[0]
+    if sorted(map(str.lower, saved)) == sorted(map(str.lower, given)):
+        raise UserError(f"dataset.class_names: class {label} of the network is {there!r}, not {here!r}; keep its order")
+    logger.warning(f"dataset.class_names: class {label} of the network is {there!r}; it is called {here!r} here")
