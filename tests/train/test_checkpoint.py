@@ -212,7 +212,7 @@ def test_evaluating_an_unreadable_checkpoint_ends_in_one_sentence(trained, tmp_p
     for file in (tmp_path / "checkpoints" / "4" / part).rglob("*"):
         if file.is_file():
             file.write_bytes(b"garbage")
-    with pytest.raises(ValueError, match=r"checkpoint 4 in .* is damaged .*; take another with --checkpoint") as error:
+    with pytest.raises(ValueError, match=r"checkpoint 4 in .* is damaged .*; .* take another with --checkpoint") as error:
         checkpoint.load(tmp_path, "latest", mesh_of(1))
     assert "\n" not in str(error.value)
 
