@@ -18,7 +18,7 @@
       |  _accumulate_view, _most_probable
     labels                   uint8[M, H, W]
 
-`Predictor.stream` comes first, `labels` does the drawing. resample.py and protocols.py (what a protocol decides) are short, and
+`Predictor.groups` comes first, `labels` does the drawing. resample.py and protocols.py (what a protocol decides) are short, and
 plan.py (what an image's size decides, as numbers) builds on them. The network is one compiled program for one batch of windows,
 whatever the images, scales or weights (in whole inference, for each size of image and scale); what is around it takes a few
 programs for each bucket of sizes.
