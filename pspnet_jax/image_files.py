@@ -6,6 +6,8 @@ turned by `turn`.
 
 import io
 import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import IO
 
 import cv2
@@ -16,6 +18,7 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from pspnet_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
+Size = tuple[int, int]  # height, width
 TAIL = 2**17  # bytes at the end of a PNG that are searched for metadata, which may follow the pixels
 CUT_SHORT = "its pixels are damaged or end early"
 TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -119,6 +122,22 @@ def reason(error: Exception) -> str:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         return f"it is larger than the {most:.0f} million pixels that can be read; cut it into smaller images"
     return "its contents are no image" if isinstance(error, UnidentifiedImageError) else str(error)
+
+
+def sizes(paths: Sequence[epath.PathLike]) -> list[Size]:
+    """Returns the height and width of each image, upright, from its header; 0, 0 where that does not tell."""
+    with ThreadPoolExecutor(16) as pool:  # a header is a small read that is waited for
+        return list(pool.map(_size, paths))
+
+
+def _size(path: epath.PathLike) -> Size:
+    try:
+        with epath.Path(path).open("rb") as file, Image.open(file) as image:
+            width, height = image.size
+            turned = orientation(image) >= 5 and image.format != "TIFF"  # of which Pillow tells the upright size
+            return (width, height) if turned else (height, width)
+    except Exception:  # whatever a decoder raises: whoever reads the image will say it
+        return 0, 0
 
 
 def _tail(file: IO[bytes]) -> bytes:

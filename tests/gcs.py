@@ -3,7 +3,6 @@
 TensorFlow knows no other host than googleapis.com, so the server is an HTTPS proxy too, which answers in that host's place.
 """
 
-import collections
 import contextlib
 import http.server
 import itertools
@@ -31,7 +30,6 @@ class Bucket:
 
     def __init__(self) -> None:
         self.objects: dict[str, Object] = {}
-        self.requests: collections.Counter[str] = collections.Counter()
         self._generations = itertools.count(1)
 
     def write(self, key: str, content: bytes) -> Object:
@@ -64,8 +62,7 @@ def serve(folder: pathlib.Path) -> Iterator[tuple[Bucket, dict[str, str]]]:
         "-nodes",
         "-days",
         "2",
-        *subject,
-    ]
+    ] + subject
     subprocess.run([*command, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
@@ -154,7 +151,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """The bucket, the object (None: all of them) and the query."""
         url = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(url.query))
-        self.bucket.requests[f"{self.command} {url.path}"] += 1
         if found := re.fullmatch(r"/(?:upload/|download/)?storage/v1/b/([^/]+)(?:/o(?:/(.*))?)?", url.path):
             bucket, name = found[1], found[2]
             if name is None and "/o" not in url.path.split("/b/")[1]:

@@ -69,6 +69,7 @@ def test_an_image_is_turned_as_pillow_turns_it(tmp_path, name):
         assert expected.shape[:2] == ((56, 40) if tag >= 5 else (40, 56))
         (tmp_path / name).write_bytes(contents)
         np.testing.assert_array_equal(image_files.read(tmp_path / name), expected)
+        assert image_files.sizes([tmp_path / name]) == [expected.shape[:2]]
         if name.endswith(("jpg", "png")):
             np.testing.assert_array_equal(reader.decode_image(contents).numpy(), expected)
 

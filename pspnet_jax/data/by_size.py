@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from pspnet_jax import image_sizes
+from pspnet_jax import image_files
 from pspnet_jax.data.sources import Example, Source
 
 
@@ -19,7 +19,7 @@ class BySize(Source):
         """Reads the headers of the images."""
         files = [next(iter(source.files(index)), "") for index in range(len(source))]
         distinct = list(dict.fromkeys(files))
-        known = dict(zip(distinct, image_sizes.sizes(distinct), strict=True))
+        known = dict(zip(distinct, image_files.sizes(distinct), strict=True))
         self._order = sorted(range(len(source)), key=lambda index: known[files[index]])
         self.sizes = [known[files[index]] for index in self._order]
         self.names = [source.names[index] for index in self._order]

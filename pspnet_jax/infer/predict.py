@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from pspnet_jax import files, image_files, image_sizes
+from pspnet_jax import files, image_files
 from pspnet_jax.datasets import IGNORE, DatasetInfo
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer import memory, submission
@@ -234,6 +234,6 @@ def _by_size(paths: Mapping[str, epath.PathLike], predictor: Predictor) -> Mappi
     """Orders files so that whole inference compiles the network once for each size; says for how many."""
     if predictor.settings.inference != "whole":
         return paths
-    sizes = dict(zip(paths, image_sizes.sizes(list(paths.values())), strict=True))
+    sizes = dict(zip(paths, image_files.sizes(list(paths.values())), strict=True))
     predictor.announce(sizes.values())
     return {name: paths[name] for name in sorted(paths, key=sizes.__getitem__)}
