@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 from PIL import Image
 
 from pspnet_jax import files, image_files
@@ -61,37 +62,18 @@ def predict(
         when all others have their results, some images could not be predicted: which, and why.
     """
     server, output = submission.choose(form, info) if form else None, files.absolute(output)
-    _keep_others({name: _results(output, name, server) for name in images}, images, output)
+    results = {name: _results(output, name, server) for name in images}
+    _keep_others(results, images, output)
     since = _write_origin(output, {**(origin or {}), **predictor.description, "format": form}, skip_existing)
-    done = {name for name in images if skip_existing and all(_is_done(path, since) for path in _results(output, name, server))}
-    new = {name: path for name, path in images.items() if name not in done}
-    todo = _by_size(new, predictor)
+    done = {name for name in images if skip_existing and all(_is_done(path, since) for path in results[name])}
+    todo = _by_size({name: path for name, path in images.items() if name not in done}, predictor)
     began, variables = time.perf_counter(), predictor.place(variables)
-
-    def write(example: Example, labels: jax.Array, i: int) -> None:
-        image = example["image"]
-        with memory.explained([image], predictor.settings):
-            label = np.asarray(labels)[i, : image.shape[0], : image.shape[1]]  # waits for the devices
-        if (label == IGNORE).any():
-            raise UserError("the network's scores are not finite (NaN), so no class is the most probable")
-        _write(_results(output, example["name"], server), image, label, info, server)
-
-    def labeled(group: list[Example]) -> list[tuple[Example, jax.Array, int]]:
-        group_images = [example["image"] for example in group]
-        try:
-            with memory.explained(group_images, predictor.settings):
-                labels = predictor.labels(variables, group_images)
-        except UserError as error:
-            if len(group) > 1:  # one of them may be to blame
-                return [args for example in group for args in labeled([example])]
-            job.fail(f"{group[0]['name']}: {error}")
-            return []
-        return [(example, labels, i) for i, example in enumerate(group)]
-
     with ThreadPoolExecutor(THREADS) as pool, progress("predicting", len(todo)) as advance:
         job = _Job(pool, advance)
         for group in predictor.groups(job.read(todo, predictor.check)):
-            job.write([(args[0]["name"], pool.submit(write, *args)) for args in labeled(group)])
+            for example, labels, i in _labeled(group, predictor, variables, job.fail):
+                name, settings = example["name"], predictor.settings
+                job.write(name, _write, results[name], example["image"], labels, i, info, server, settings)
             if job.stopped_by:
                 break
         job.wait()
@@ -105,6 +87,22 @@ def predict(
     logger.info(f"{kept}, {existing} from before; {rate:.3g} images/s on {predictor.device}, reading and writing included")
     if job.failed:
         raise UserError("\n".join((*job.failed, f"{len(job.failed)} of {len(images)} images could not be predicted")))
+
+
+def _labeled(
+    group: Sequence[Example], predictor: Predictor, variables: Any, fail: Callable[[str], None]
+) -> list[tuple[Example, jax.Array, int]]:
+    """Returns examples with labels uint8[M, S, T] on the devices and their place in these; `fail` gets what is wrong."""
+    images = [example["image"] for example in group]
+    try:
+        with memory.explained(images, predictor.settings):
+            labels = predictor.labels(variables, images)
+    except UserError as error:
+        if len(group) > 1:  # one of them may be to blame
+            return [found for example in group for found in _labeled([example], predictor, variables, fail)]
+        fail(f"{group[0]['name']}: {error}")
+        return []
+    return [(example, labels, i) for i, example in enumerate(group)]
 
 
 class _Job:
@@ -145,9 +143,9 @@ class _Job:
             except UserError as error:
                 self.fail(str(error))
 
-    def write(self, writing: Sequence[tuple[str, Future]]) -> None:
-        """Takes results that are being written, by name, and waits until few of them are left."""
-        self._writing.extend(writing)
+    def write(self, name: str, write: Callable[..., None], *args: Any) -> None:
+        """Has the results of an image written, and waits until few are left to write."""
+        self._writing.append((name, self._pool.submit(write, *args)))
         self.wait(AHEAD)
 
     def wait(self, left: int = 0) -> None:
@@ -164,9 +162,9 @@ class _Job:
                 self.done += 1
                 self._advance(1)
 
-    def fail(self, *reasons: str) -> None:
-        self.failed += reasons
-        self._advance(len(reasons))
+    def fail(self, reason: str) -> None:
+        self.failed.append(reason)
+        self._advance(1)
 
 
 def _results(output: epath.Path, name: str, server: submission.Submission | None) -> list[epath.Path]:
@@ -183,10 +181,16 @@ def _is_done(result: epath.Path, since: float) -> bool:
 def _write(
     results: Sequence[epath.Path],
     image: np.ndarray,
-    label: np.ndarray,
+    labels: jax.Array,
+    i: int,
     info: DatasetInfo,
     server: submission.Submission | None,
+    settings: ConfigDict,
 ) -> None:
+    with memory.explained([image], settings):
+        label = np.asarray(labels)[i, : image.shape[0], : image.shape[1]]  # waits for the devices
+    if (label == IGNORE).any():
+        raise UserError("the network's scores are not finite (NaN), so no class is the most probable")
     if folders := [str(path) for path in results if path.is_dir()]:
         raise UserError(f"{', '.join(folders)}: is a folder where a result should be; move it away")
     if server:

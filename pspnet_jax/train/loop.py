@@ -87,16 +87,10 @@ def fit(
         stop = closing.enter_context(contextlib.closing(StopSignal()))
         closing.enter_context(locked(workdir))
         checkpoints = closing.enter_context(contextlib.closing(Checkpoints(workdir)))
-        newest = checkpoints.steps[-1] if checkpoints.steps else 0
-        if (most := parallel.agree(newest)) != (least := -parallel.agree(-newest)):
-            raise UserError(
-                f"{workdir}: one process finds checkpoint {most} there, another {least}; all need the same directory"
-            )
+        newest = _newest(checkpoints, workdir)
         feed = iter(batches(min(newest, total - 1)))
-        if (first := next(feed, None)) is None:  # read before there is a state, for the images' shape
-            raise UserError("there is no batch to train on")
-        with parallel.together("checking the first batch"):
-            _check_batch(config, first)
+        with parallel.together("reading the first batch"):
+            first = _checked(config, next(feed, None))  # before there is a state, for the images' shape
         state = resume.start(config, model, optimizer, mesh, first["image"].shape[1:], checkpoints, workdir, fingerprint)
         start = int(state.step)
         unscored = evaluate is not None and _lacks_score(checkpoints, start)
@@ -121,8 +115,18 @@ def fit(
         return run.loop(state, train_step, log.stalls.timed(on_devices))
 
 
-def _check_batch(config: ConfigDict, batch: HostBatch) -> None:
-    """Refuses a batch that would be trained on as something else, or end in an error of JAX's."""
+def _newest(checkpoints: Checkpoints, workdir: epath.Path) -> int:
+    """The step of the newest checkpoint, the same one for all processes; 0: there is none."""
+    newest = checkpoints.steps[-1] if checkpoints.steps else 0
+    if (most := parallel.agree(newest)) != (least := -parallel.agree(-newest)):
+        raise UserError(f"{workdir}: one process finds checkpoint {most} there, another {least}; all need the same directory")
+    return newest
+
+
+def _checked(config: ConfigDict, batch: HostBatch | None) -> HostBatch:
+    """Returns the batch, unless there is none, or it would be trained on as something else or end in an error of JAX's."""
+    if batch is None:
+        raise UserError("there is no batch to train on")
     if "image" not in batch:
         raise UserError(f"the batches have {', '.join(batch)}; expected an array of the name image, too")
     size, share = np.shape(batch["image"])[1:3], config.batch_size // jax.process_count()
@@ -141,6 +145,7 @@ def _check_batch(config: ConfigDict, batch: HostBatch) -> None:
             expected = f"{share} examples along the first axis, this process's share of batch_size={config.batch_size}"
         if expected:
             raise UserError(f"the first batch's {name} {form}; expected {expected}")
+    return batch
 
 
 @dataclasses.dataclass(frozen=True)
