@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from pspnet_jax import files
 from pspnet_jax.errors import MissingFileError, UserError
@@ -147,15 +147,20 @@ def load_recipe(path: str) -> ConfigDict:
     try:
         get_config = runpy.run_path(str(file)).get("get_config")
         config = get_config and (get_config(argument) if argument else get_config())
+        config = ConfigDict(config) if isinstance(config, FrozenConfigDict) else config
+        values = dict(leaves(config)) if isinstance(config, ConfigDict) else {}
     except (Exception, SystemExit) as error:  # whatever a user's code raises
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{line.filename}, line {line.lineno}: " if line.filename == str(file) else ""
-        raise UserError(f"--config {path}: {where}{type(error).__name__}: {error}") from error
+        lines = [line for line in traceback.extract_tb(error.__traceback__) if line.filename == str(file)]
+        where = f"{lines[-1].filename}, line {lines[-1].lineno}: " if lines else ""
+        reason = re.sub(r" Other fields present: .*?}\"(?=\nDid|'?$)", "", str(error), flags=re.DOTALL)  # a whole config
+        raise UserError(f"--config {path}: {where}{type(error).__name__}: {reason}") from error
     if get_config is None:
         raise UserError(f"--config {name}: has no function get_config() that returns a config")
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config {path}: get_config() returns {type(config).__name__}; expected the config of base_config()")
-    kinds, values = dict(leaves(base_config())), dict(leaves(config))
+    kinds = dict(leaves(base_config()))
+    if unknown := values.keys() - kinds.keys():
+        raise UserError(f"--config {path}: there is no field {', '.join(sorted(unknown)[:5])}; --help lists them")
     if wrong := [f"{field}={value!r}" for field, value in values.items() if not _is_like(value, kinds.get(field, value))]:
         raise UserError(
             f"--config {path}: {', '.join(wrong[:3])}: expected what base_config() has there, in Python's own types"
@@ -191,8 +196,14 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(str(error).removeprefix("flag ")) from error
     if rest:
-        raise UserError(f"{rest[0]}: unknown argument; a field of the config is set by --config.field=value")
+        raise UserError(f"{rest[0]}: {UNKNOWN}")
     return config
+
+
+UNKNOWN = (
+    "unknown argument; an option takes one value (a folder, not FOLDER/*), and a field of the config is set by "
+    "--config.field=value"
+)
 
 
 def _by_field(arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -203,7 +214,7 @@ def _by_field(arguments: Sequence[str]) -> dict[str, list[str]]:
         if found := re.match(r"--?(?:no)?config\.([^=]+)", argument):
             group = groups[found[1]] = []
         elif not group:
-            raise UserError(f"{argument}: unknown argument; a field of the config is set by --config.field=value")
+            raise UserError(f"{argument}: {UNKNOWN}")
         group.append(argument)
     return groups
 
@@ -235,13 +246,17 @@ def from_dict(saved: Mapping[str, Any]) -> ConfigDict:
     A field that is no longer known, or of another type now, is reported and left out.
     """
     config = base_config()
+    if not isinstance(saved, Mapping):
+        raise ValueError("it is no JSON object")
     for field, value in leaves(ConfigDict(saved)):
         *parents, last = RENAMED.get(field, field).split(".")
         try:
             node = functools.reduce(getattr, parents, config)
             node[last] = _tuples(value)
-        except (AttributeError, KeyError, TypeError):
+        except (AttributeError, KeyError):
             logger.warning("the saved config has %s=%r, which this version does not know; it is left out", field, value)
+        except TypeError:
+            logger.warning("the saved config has %s=%r, of another type than %r; it is left out", field, value, node[last])
     return config.lock()
 
 
@@ -254,7 +269,7 @@ def read(path: epath.Path) -> ConfigDict:
     try:
         return from_dict(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore it, or choose another --workdir") from error
+        raise UserError(f"{path}: cannot be read as a saved config ({error}); restore it, or take a recipe") from error
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

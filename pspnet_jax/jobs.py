@@ -23,7 +23,7 @@ from pspnet_jax.infer import evaluate as evaluation
 from pspnet_jax.infer import predict as prediction
 from pspnet_jax.infer.predictor import Predictor
 from pspnet_jax.report import Report
-from pspnet_jax.train import checkpoint, layout, resume
+from pspnet_jax.train import checkpoint, resume
 from pspnet_jax.train.step import new_state
 
 logger = logging.getLogger("pspnet_jax")
@@ -151,9 +151,9 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode evaluate: scores a checkpoint with its saved config, and writes a file of its own in WORKDIR/evaluation/."""
     from pspnet_jax.data import sources
 
-    config, step, variables, workdir = runs.restore(arguments, overrides)
+    config, step, variables, workdir, saved = runs.restore(arguments, overrides)
     predictor, source = _predictor(config), sources.open_source(config.dataset, config.eval.split)
-    _warn_of_training_images(workdir, step, source)
+    _warn_of_training_images(saved, source)
     source = _by_size(predictor, source)
     report, _ = _score(predictor, variables, config, source)
     if jax.process_index() == 0:
@@ -173,7 +173,7 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise UserError(
             "--mode predict needs --output (a directory), and --input (an image or a folder) unless it is a split's"
         )
-    config, step, variables, workdir = runs.restore(arguments, overrides)
+    config, step, variables, workdir, _ = runs.restore(arguments, overrides)
     info = datasets.describe(config.dataset)
     form = arguments.format or ""
     paths = inputs.find_images(arguments.input, bool(form), arguments.output) if arguments.input else _images(config)
@@ -213,7 +213,7 @@ def export_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
     """--mode export: writes a checkpoint's weights under semseg's names."""
     if not (arguments.output and arguments.format):
         raise UserError("--mode export needs --output (a file to write) and --format (torch or safetensors)")
-    config, step, variables, workdir = runs.restore(arguments, overrides)
+    config, step, variables, workdir, _ = runs.restore(arguments, overrides)
     if config.normalize.to_dict() != (usual := configs.base_config().normalize.to_dict()):
         raise UserError(
             f"{workdir}: its network was trained on images normalized by {config.normalize.to_dict()}, but semseg's code, for "
@@ -235,11 +235,10 @@ JOBS = {
 SHARED_JOBS = ("train", "evaluate")  # those that several processes can do together
 
 
-def _warn_of_training_images(workdir: epath.Path, step: int, source: Any) -> None:
+def _warn_of_training_images(saved: ConfigDict, source: Any) -> None:
     """Says how many of the images to score the network was trained on, where these are at hand."""
     from pspnet_jax.data import overlap, sources
 
-    saved, _ = layout.read_origin(workdir / "checkpoints" / str(step))
     with contextlib.suppress(UserError):  # the training data is not here
         parts = list(sources.training_parts(saved.copy_and_resolve_references().dataset))
         if not any("://" in dataset.root for dataset, _ in parts):  # in a bucket that takes minutes

@@ -4,8 +4,9 @@ import argparse
 import contextlib
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -13,6 +14,7 @@ from pspnet_jax import config as configs
 from pspnet_jax import datasets, files, losses, parallel, validation, weights
 from pspnet_jax.errors import MissingFileError, UserError
 from pspnet_jax.train import checkpoint, resume
+from pspnet_jax.train.step import Variables
 
 logger = logging.getLogger("pspnet_jax")
 
@@ -66,12 +68,32 @@ def class_weights(config: ConfigDict) -> tuple[float, ...]:
 
     counts = survey.class_pixels(config)
     found = losses.class_weights(config.loss.class_weighting, counts.pixels, counts.labeled)
+    if given and not np.allclose(given, found, rtol=1e-3):  # equal in a saved config, which has both
+        raise UserError(f"loss.class_weights={given}: loss.class_weighting sets them to other values; leave one of the two out")
     logger.info(f"class weights: {', '.join(f'{name} {weight:.3g}' for name, weight in zip(names, found, strict=True))}")
     return found
 
 
-def restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[ConfigDict, int, Any, epath.Path]:
-    """The checkpoint's config with the command line's overrides, its step, its variables, and the workdir."""
+class Restored(NamedTuple):
+    """A checkpoint, and how it is to be used.
+
+    Attributes:
+      config: the saved one with the command line's overrides.
+      step: of the checkpoint.
+      variables: on all devices.
+      workdir: of the run.
+      saved: the config it was trained with.
+    """
+
+    config: ConfigDict
+    step: int
+    variables: Variables
+    workdir: epath.Path
+    saved: ConfigDict
+
+
+def restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> Restored:
+    """Reads the checkpoint that the command line names, and sets what it overrides."""
     if not (arguments.workdir or arguments.config):
         raise UserError("--workdir is missing: name the directory of a training run")
     recipe = arguments.config and configs.load_recipe(arguments.config)
@@ -84,7 +106,7 @@ def restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[Co
     _check_class_names(saved.dataset.class_names, config.dataset.class_names)
     if changed := [c for c in resume.differences(saved, config) if c.startswith(("model.", "normalize."))]:
         raise UserError(f"{'; '.join(changed)}: the network is the one that was trained; leave these fields out")
-    return config, step, variables, workdir
+    return Restored(config, step, variables, workdir, saved)
 
 
 def _check_class_names(saved: Sequence[str], given: Sequence[str]) -> None:

@@ -121,14 +121,25 @@ def _range_problems(config: ConfigDict) -> list[str]:
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int | float)]
         if field != "seed" and not all(abs(number) < 2**31 for number in numbers):  # nor infinite, nor not a number
             problems.append(f"{field}={value}: expected numbers below {2**31}")
-    if min(config.normalize.std) <= 0:
-        problems.append(f"normalize.std={config.normalize.std}: expected values above 0")
+    if min(config.normalize.std) < 1:
+        problems.append(
+            f"normalize.std={config.normalize.std}: expected values of 1 or more, on the 0..255 scale; multiply those of the "
+            "0..1 scale, and normalize.mean, by 255"
+        )
     problems += losses.problems(config.loss)
     low, high = config.augment.scale
-    if not 0 < low <= high:
-        problems.append(f"augment.scale={config.augment.scale}: expected (low, high) with 0 < low <= high")
-    if not config.eval.scales or min(config.eval.scales) <= 0:
-        problems.append(f"eval.scales={config.eval.scales}: expected one or more scales above 0")
+    if not 1 / 16 <= low <= high <= 16:
+        problems.append(
+            f"augment.scale={config.augment.scale}: expected (low, high) with 1/16 <= low <= high <= 16; 1.0 keeps the size"
+        )
+    if not config.eval.scales or min(config.eval.scales) < 1 / 16:
+        problems.append(f"eval.scales={config.eval.scales}: expected one or more scales of 1/16 or more; 1.0 keeps the size")
+    if 0 < config.eval.base_size < 33:
+        problems.append(f"eval.base_size={config.eval.base_size}: expected 33 pixels or more, or 0 for the images' own size")
+    if config.optimizer.warmup_steps > config.total_steps:
+        problems.append(
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps}: expected at most total_steps={config.total_steps}"
+        )
     if not all(0 <= stride <= crop for stride, crop in zip(config.eval.stride, config.eval.crop, strict=True)):
         problems.append(f"eval.stride={config.eval.stride}: expected values from 0 to eval.crop={config.eval.crop}")
     if config.eval.short_size > config.eval.base_size > 0:

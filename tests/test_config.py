@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from pspnet_jax import config as configs
 from pspnet_jax import datasets, models, validation
+from pspnet_jax.errors import UserError
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -42,6 +43,9 @@ BENCHMARKS = {  # recipe: classes, parameters, crop, depth, steps, probability o
     "voc2012": (21, 68_073_706, 473, 101, 30_000, 0.5, 512),
     "cityscapes": (19, 68_072_166, 713, 101, 90_000, 0.0, 2048),
 }
+
+
+RECIPE = "from pspnet_jax.config import base_config\ndef get_config(config=base_config()):\n  {}\n  return config\n"
 
 
 def recipe(name: str) -> ConfigDict:
@@ -85,6 +89,44 @@ def test_a_recipe_that_cannot_be_run_is_refused(tmp_path):
         configs.load_recipe(str(tmp_path / "empty.py"))
     with pytest.raises(ValueError, match=r"camvid\.py:101: "):  # it takes no argument
         configs.load_recipe(str(FOLDER / "camvid.py:101"))
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ("config.my_field = 3", r'line 4: AttributeError: .Key "my_field" does not exist and cannot be added.{,40}$'),
+        ("config.unlock(); config.my_field = 3", "there is no field my_field; --help lists them"),
+        (
+            "config.unlock(); del config.name; config.name = required_placeholder(str)",
+            "RequiredValueError: None value found in required",
+        ),
+    ],
+)
+def test_fields_that_do_not_exist_or_have_no_value(tmp_path, body, problem):
+    path = tmp_path / "mine.py"
+    path.write_text(f"from ml_collections.config_dict import *\n{RECIPE.format(body)}")
+    with pytest.raises(UserError, match=problem) as said:
+        configs.load_recipe(str(path))
+    assert len(str(said.value)) < 300
+
+
+def test_a_frozen_config_is_a_recipe(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(f"from ml_collections import FrozenConfigDict\n{RECIPE.format('config = FrozenConfigDict(config)')}")
+    assert_same(configs.load_recipe(str(path)), configs.base_config())
+
+
+def test_what_a_saved_config_has_of_another_type_or_kind(tmp_path, caplog):
+    path = tmp_path / "config.json"
+    path.write_text('{"batch_size": "4", "thoughts": 1}')
+    assert configs.read(path).batch_size == 16
+    assert [record.getMessage() for record in caplog.records] == [
+        "the saved config has batch_size='4', of another type than 16; it is left out",
+        "the saved config has thoughts=1, which this version does not know; it is left out",
+    ]
+    path.write_text("[]")
+    with pytest.raises(UserError, match=r"config.json: cannot be read as a saved config \(it is no JSON object\); restore it"):
+        configs.read(path)
 
 
 def assert_same(config: ConfigDict, other: ConfigDict) -> None:
@@ -160,6 +202,6 @@ def test_a_saved_field_that_is_no_longer_known_is_reported_and_left_out(caplog):
     assert restored.batch_size == 4
     assert restored.loss.terms == "cross_entropy"
     assert caplog.messages == [
-        "the saved config has loss.terms=7, which this version does not know; it is left out",
+        "the saved config has loss.terms=7, of another type than 'cross_entropy'; it is left out",
         "the saved config has optimizer.nesterov=True, which this version does not know; it is left out",
     ]

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pspnet_jax import jobs, runs
 from pspnet_jax.config import base_config, leaves, load_recipe, to_json
 from pspnet_jax.errors import UserError
 from pspnet_jax.main import main
+from pspnet_jax.train import checkpoint
 from tests import fakes
 
 ROOT = Path(__file__).parents[1]
@@ -114,6 +116,26 @@ def test_evaluate_takes_another_split_and_other_scales(run):
 def test_images_that_the_network_was_trained_on_are_told(run, capsys):
     assert main(["--mode=evaluate", f"--workdir={run[0]}", "--config.eval.split=train"]) == 0
     assert "9 of the 9 images that are scored are in the training data as well" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_a_training_removes_is_evaluated_all_the_same(run, tmp_path, monkeypatch):
+    load = checkpoint.load
+
+    def load_and_remove(workdir, *arguments):
+        found = load(workdir, *arguments)
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")
+        return found
+
+    shutil.copytree(run[0], tmp_path / "run")
+    monkeypatch.setattr(checkpoint, "load", load_and_remove)
+    assert main(["--mode=evaluate", f"--workdir={tmp_path / 'run'}"]) == 0
+
+
+def test_class_weights_are_given_or_computed_not_both(run, capsys, tmp_path):
+    own = recipe(tmp_path / "own.py", run[1])
+    both = ["--config.loss.class_weights=1.0,1.0,5.0", "--config.loss.class_weighting=median"]
+    said = error(capsys, "--config", str(own), "--workdir", str(tmp_path / "run"), *SMALL, *both)
+    assert "class_weights=(1.0, 1.0, 5.0): loss.class_weighting sets them to other values; leave one of the two out" in said
 
 
 def test_the_networks_classes_keep_their_order(caplog):

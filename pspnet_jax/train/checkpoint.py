@@ -296,7 +296,10 @@ def load(workdir: epath.PathLike, which: str | int, mesh: Mesh) -> tuple[ConfigD
     if verdict is not Verdict.GOOD or read is None:
         if str(which) != str(step) and not files.is_there(directory) and exists(files.absolute(workdir)):
             return load(workdir, which, mesh)  # a training has a newer one now
-        raise UserError(f"checkpoint {step} in {workdir} {reason}; evaluate, predict and export take another with --checkpoint")
+        raise UserError(
+            f"checkpoint {step} in {workdir} {reason}; evaluate, predict and export take another with --checkpoint, and "
+            f"init_from the one before it when {directory} is moved away"
+        )
     config, variables = read
     bias = variables["params"].get("classifier", {}).get("bias")
     if bias is not None and config.dataset.class_names and bias.shape[-1] != len(config.dataset.class_names):

@@ -1,6 +1,7 @@
 """What is wrong with a checkpoint: damaged, if that is proven; out of reach, of another network, or not finite."""
 
 import collections
+import contextlib
 import enum
 import json
 import logging
@@ -140,8 +141,7 @@ def problems(directory: epath.Path, items: Sequence[str]) -> tuple[list[str], li
     Where there are no checksums, only missing items are found.
     """
     missing = [f"{item}/" for item in items if not files.is_there(directory / item)]
-    path = directory / CHECKSUMS
-    expected = json.loads(path.read_text()) if files.is_there(path) else {}
+    expected = _read_checksums(directory / CHECKSUMS)
     if not expected and files.is_there(directory / "data") and not files.is_remote(directory):  # else nobody has written any
         logger.warning("checkpoint %s has lost its %s: damage to its numbers would not be seen", directory.name, CHECKSUMS)
     differing = []
@@ -154,6 +154,14 @@ def problems(directory: epath.Path, items: Sequence[str]) -> tuple[list[str], li
         elif _checksum(file) != checksum:
             differing.append(name)
     return missing, differing
+
+
+def _read_checksums(path: epath.Path) -> dict[str, list[int]]:
+    """What `write_checksums` has written; nothing where the file is missing or damaged itself."""
+    with contextlib.suppress(ValueError):
+        if files.is_there(path) and isinstance(found := json.loads(path.read_bytes()), dict):
+            return found
+    return {}
 
 
 def _checksum(path: epath.Path) -> list[int]:

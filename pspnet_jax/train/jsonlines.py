@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -21,7 +21,7 @@ class JsonLines:
     def __init__(self, path: epath.Path, start: int, without: str = ""):
         """Goes on after `start` steps: drops the lines of later ones, and sets damaged ones aside, beside the file.
 
-        Of those of step `start`, it drops the kind `without`.
+        Of those of step `start`, it drops the kind `without`. Where a run starts anew, it sets the earlier one's lines aside.
         """
         self._path, self._waiting, self._failed = path, "", False
         with files.writing(path, "make room, or move it away"):
@@ -37,14 +37,22 @@ class JsonLines:
             line + b"\n" for line, step in good if step < start or not without or json.loads(line).get("kind") != without
         )
         if damaged := [line for line, step in zip(lines, steps, strict=True) if step is None]:
-            aside = path.with_name(f"{path.stem}.damaged{path.suffix}")
-            earlier = aside.read_bytes() if aside.exists() else b""
-            with files.atomic(aside) as temporary:
-                temporary.write_bytes(earlier + b"".join(line + b"\n" for line in damaged))
-            logger.warning("%s: %s damaged line(s), moved to %s; the others are kept", path, len(damaged), aside.name)
+            aside = self._set_aside("damaged", damaged)
+            logger.warning("%s: %s damaged line(s), moved to %s; the others are kept", path, len(damaged), aside)
+        if earlier := [line for line, step in zip(lines, steps, strict=True) if step is not None and start == 0 < step]:
+            aside = self._set_aside("earlier", earlier)
+            logger.warning("there is no checkpoint: training starts anew, and the earlier lines of %s are in %s", path, aside)
         if kept != content:
             with files.atomic(path) as temporary:
                 temporary.write_bytes(kept)
+
+    def _set_aside(self, kind: str, lines: Sequence[bytes]) -> str:
+        """Adds lines to the file for those of a kind, and returns its name."""
+        aside = self._path.with_name(f"{self._path.stem}.{kind}{self._path.suffix}")
+        before = aside.read_bytes() if aside.exists() else b""
+        with files.atomic(aside) as temporary:
+            temporary.write_bytes(before + b"".join(line + b"\n" for line in lines))
+        return aside.name
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Adds a line; a bucket, where adding is to upload it all again, gets it when `flush` is called."""

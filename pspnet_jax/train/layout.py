@@ -32,8 +32,11 @@ def items_of(directory: epath.Path, target: TrainState) -> Sequence[str]:
 
 
 def evaluated_item(directory: epath.Path) -> str:
-    """The item that `read_variables` reads."""
-    return next((item for item in ("state", "ema") if files.is_there(directory / item)), "weights")
+    """The item that `read_variables` reads: by the config, so that a moving average that has got lost is missed."""
+    if files.is_there(directory / "state"):
+        return "state"
+    known = files.is_there(directory / "config")  # else it is missing itself
+    return "ema" if known and read_origin(directory)[0].optimizer.ema_decay else "weights"
 
 
 def read_state(directory: epath.Path, target: TrainState) -> TrainState:

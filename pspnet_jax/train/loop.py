@@ -278,6 +278,8 @@ def _announce(config: ConfigDict, state: TrainState, mesh: Mesh, workdir: epath.
     )
     if config.model.norm == "frozen":
         logger.info("BatchNorm uses its running statistics and does not update them")
+        if start == 0 and not config.init_from:
+            logger.warning("they are those of a new network, mean 0 and variance 1: model.norm='frozen' is meant for init_from")
     elif (images := configs.bn_images(config)) < 16:
         logger.warning(
             f"BatchNorm sees {images} images; under 16 the result suffers: raise batch_size (the published runs had 16), or "

@@ -402,6 +402,7 @@ def test_what_a_copy_left_out_is_named(trained, tmp_path):
 
     assert "(missing: ema/)" not in copy(lambda path: shutil.rmtree(path / "4" / "config"))
     assert "is damaged or incomplete (missing: config/)" in copy(lambda path: shutil.rmtree(path / "4" / "config"))
+    assert "is damaged or incomplete (missing: ema/)" in copy(lambda path: shutil.rmtree(path / "4" / "ema"))
     assert "is damaged or incomplete (missing: ema/_METADATA" in copy(lambda path: (path / "4" / "ema" / "_METADATA").unlink())
     said = copy(lambda path: [file.unlink() for file in path.glob("4/ema/d/*")])
     assert "(missing: ema/d/" in said
@@ -412,12 +413,13 @@ def test_what_a_copy_left_out_is_named(trained, tmp_path):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_not_finite_are_neither_scored_nor_trained_on(tmp_path, caplog, bad):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(2, small_state(2), tiny_config())
+    checkpoints, config = Checkpoints(tmp_path), tiny_config()
+    config.optimizer.ema_decay = 0.0
+    checkpoints.save(2, small_state(2), config)
     broken = small_state(3)
     kernel = np.array(broken.params["a"]["kernel"])
     kernel[0, 1] = bad
-    checkpoints.save(3, broken.replace(params={"a": {"kernel": jax.device_put(kernel, broken.step.sharding)}}), tiny_config())
+    checkpoints.save(3, broken.replace(params={"a": {"kernel": jax.device_put(kernel, broken.step.sharding)}}), config)
     checkpoints.close()
     with pytest.raises(
         UserError, match=r"checkpoint 3 .* is not finite \(1 of 6 values of .*params/a/kernel are NaN or infinite\)"

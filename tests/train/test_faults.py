@@ -335,9 +335,12 @@ def test_an_evaluation_without_its_score_has_one_line_in_the_end(tmp_path, whole
     assert (tmp_path / "checkpoints/6/score.json").exists()
 
 
-def test_lost_checksums_and_a_wrong_score_are_told(tmp_path, caplog, whole):
+@pytest.mark.parametrize("content", ["[]", "{", ""])
+def test_lost_checksums_and_a_wrong_score_are_told(tmp_path, caplog, whole, content):
+    checksums = tmp_path / "checksums.json"
+    checksums.write_text(content)
     train(small(eval=6), tmp_path)
-    (tmp_path / "checkpoints/6/checksums.json").unlink()
+    checksums.replace(tmp_path / "checkpoints/6/checksums.json")
     (tmp_path / "checkpoints/6/score.json").write_text('{"score": 1, "settings": []}')
     assert_equal(train(small(eval=6), tmp_path), whole)
     said = " ".join(warnings(caplog))

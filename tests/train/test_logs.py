@@ -178,6 +178,18 @@ def test_damaged_lines_are_set_aside_and_the_good_ones_kept(tmp_path, caplog, co
     assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == said
 
 
+def test_the_lines_of_a_run_without_a_checkpoint_are_kept_beside(tmp_path, caplog):
+    """A killed run is one; so is one whose checkpoints are on a disk that is not mounted."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join(GOOD) + b"\n")
+    log = open_log(tmp_path)
+    log_step(log, 1)
+    log.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+    assert (tmp_path / "metrics.earlier.jsonl").read_bytes().splitlines() == GOOD
+    assert "there is no checkpoint: training starts anew, and the earlier lines of" in caplog.text
+
+
 def test_resuming_adds_to_the_file_and_does_not_write_it_anew(tmp_path):
     log = open_log(tmp_path)
     log_step(log, 1)
