@@ -65,6 +65,7 @@ def base_config() -> ConfigDict:
     dataset.train_split = "train"  # several in the form "train+train_extra"
     dataset.class_names = ()  # empty: from the dataset's table, or a folder's classes.txt
     dataset.colors = ()  # one (R, G, B) a class; empty: as class_names
+    dataset.palette = ()  # (value, R, G, B) of palette labels: filled in by training, compared by evaluation
     dataset.on_error = "stop"  # at a damaged file or one of a wrong kind, when files are checked: stop, or skip it and say so
     dataset.cache = ""  # keeps decoded images: memory, in each process; disk, for all processes of a machine; empty: none
     dataset.cache_dir = ""  # for the cache on disk, and what was found out about files; empty: TMPDIR/pspnet_jax
@@ -194,7 +195,8 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         _, *rest = values(argv)
     except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(str(error).removeprefix("flag ")) from error
+        reason = re.sub(r"\\('(.*)', '.*'\\)$", r"\1", str(error))  # absl quotes an exception's arguments
+        raise UserError(reason.removeprefix("flag ")) from error
     if rest:
         raise UserError(f"{rest[0]}: {UNKNOWN}")
     return config

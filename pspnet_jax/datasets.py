@@ -21,7 +21,7 @@ MAX_CLASSES = 255  # labels are uint8, and 255 is IGNORE
 # Names and colors of the known datasets, in the form of a folder's classes.txt: those of the benchmarks (hszhao/semseg,
 # data/*/*_names.txt and *_colors.txt; VOC's colors are `voc_palette`'s); CamVid's are the SegNet tutorial's.
 CLASSES = pathlib.Path(__file__).parent / "classes"
-LISTS = ("classes.txt", "class_dict.csv")  # where a folder names its classes; the first that is there counts
+LISTS = ("classes.txt", "class_dict.csv")  # where a folder names its classes
 
 # The value of each class 0..K-1 in a benchmark's label files and submissions.
 RAW_VALUES = {
@@ -156,9 +156,11 @@ def _own_classes(dataset: ConfigDict) -> tuple[tuple[str, ...], dict[int, Color]
     if known in tables():
         return _read(CLASSES / f"{known}.txt")
     if dataset.name == "folder" and dataset.root:
-        for name in LISTS:
-            if (file := epath.Path(dataset.root).expanduser() / name).exists():
-                return _read(file)
+        there = [file for name in LISTS if (file := epath.Path(dataset.root).expanduser() / name).exists()]
+        lists = [_read(file) for file in there]
+        if len(lists) > 1 and differing_classes(lists[0][0], lists[1][0]):
+            raise UserError(f"{there[0]} and {there[1].name} name other classes, or in another order; remove the wrong one")
+        return lists[0] if lists else None
     return None
 
 
@@ -252,7 +254,7 @@ def label_problem(histogram: Sequence[int], num_classes: int) -> str | None:
         cause = "Cityscapes' raw labelIds (name them *_labelIds.png and read them with --config.dataset.name=cityscapes)"
     else:
         cause = "raw ids that were not mapped to classes, a color picture turned gray, or missing class names"
-    if RARE * sum(histogram[value] for value in wrong) < sum(histogram):
+    if wrong != [num_classes] and RARE * sum(histogram[value] for value in wrong) < sum(histogram):
         cause = f"values between the classes' from saving as JPEG or resizing other than to the nearest pixel, or {cause}"
     return (
         f"label value {wrong[0]} at {histogram[wrong[0]]} pixels, expected 0..{num_classes - 1} for {num_classes} classes, or "

@@ -40,8 +40,12 @@ def _sentence(error: BaseException) -> str:
         return f"{error}; {ADVICE[error.errno]}" if error.errno in ADVICE else str(error)
     if "No space left on device" in str(error):  # TensorFlow's errors and TensorStore's are no OSErrors
         return f"{_first_line(error)}; {ADVICE[errno.ENOSPC]}"
+    if "Too many open files" in str(error):
+        return f"too many files are open; {ADVICE[errno.EMFILE]}"
     if "can't start new thread" in str(error):
-        return "no further thread can be started; raise the limit of processes, see `ulimit -u`"
+        return "no further thread can be started; raise the limit of processes or of memory, see `ulimit -u` and `ulimit -v`"
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in str(error):
+        return f"a name is not in the encoding that the locale sets: {error.object!r}; set LC_ALL=C.UTF-8"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return f"out of memory ({_first_line(error)}); lower batch_size, eval.batch_size, the crop or the scales"
     if isinstance(error, ImportError) and not (error.name or "").startswith("pspnet_jax"):

@@ -11,7 +11,6 @@ from etils import epath
 
 from pspnet_jax.errors import MissingFileError, UserError
 
-REMOTE = ("gs://", "s3://")  # what etils knows
 # What storage has to do with the user, as the libraries that write files quote it in errors of their own.
 _FULL_OR_CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _AWAY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -31,7 +30,7 @@ def absolute(path: epath.PathLike) -> epath.Path:
     """
     text = os.fspath(path).removeprefix("file://")
     if is_remote(text):
-        if not text.startswith(REMOTE):
+        if not text.startswith("gs://"):
             raise UserError(f"{text}: cannot be read or written here; expected a local path, or one in a bucket, gs://...")
         return epath.Path(path)
     try:

@@ -98,8 +98,9 @@ def orientation(image: ImageFile.ImageFile) -> int:
     return tag if 1 <= tag <= 8 else 1
 
 
-def orientation_of(contents: bytes) -> np.int64:
-    """Returns `orientation` of a file's contents; 1 of what is no image."""
+def orientation_of(contents: bytes | np.ndarray) -> np.int64:
+    """Returns `orientation` of a file's contents, or of an object array [] of them; 1 of what is no image."""
+    contents = contents.item() if isinstance(contents, np.ndarray) else contents
     try:
         with Image.open(io.BytesIO(contents)) as image:
             return np.int64(orientation(image))

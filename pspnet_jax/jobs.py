@@ -16,7 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from pspnet_jax import config as configs
-from pspnet_jax import datasets, losses, models, optimizers, parallel, runs, validation, weights
+from pspnet_jax import datasets, files, losses, models, optimizers, parallel, runs, validation, weights
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer import draw, inputs
 from pspnet_jax.infer import evaluate as evaluation
@@ -45,9 +45,12 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         runs.check_init_from(config, workdir)
     validation_source = sources.open_source(config.dataset, config.eval.split)
     data = pipeline.open_training(config)
+    overlap.refuse_inside(workdir, [*data.sources, validation_source])
     overlap.warn_shared(data.sources, validation_source)
-    palettes.require_agreement([source.palette for source in (*data.sources, validation_source)])
-    config.loss.class_weights = runs.class_weights(config)
+    palette = palettes.require_agreement([source.palette for source in (*data.sources, validation_source)])
+    config.dataset.palette = tuple((value, *color) for value, (color, _) in sorted(palette.items()))
+    config.loss.class_weights = runs.class_weights(config, data.sources)
+    parallel.require_same("their configs", runs.comparable(config))
     model = models.build(config.model, len(config.dataset.class_names))
     host, hosts = jax.process_index(), jax.process_count()
 
@@ -112,7 +115,7 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     config = runs.from_recipe(arguments, overrides)
     info = datasets.describe(config.dataset)
     output = arguments.output or runs.workdir_of(arguments, config.name) / "check"
-    problems, pictures, seen = [], {}, []
+    problems, pictures, seen, opened = [], {}, [], list[Any]()
     parts = list(sources.training_parts(config.dataset))
     if config.eval.split != config.dataset.train_split:
         parts.append((config.dataset, config.eval.split))
@@ -130,30 +133,40 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         if examples := survey.samples(dataset, found, PANELS):
             pictures[f"{name}_images.png"] = draw.contact_sheet(examples, info)
             pictures[f"{name}_classes.png"] = draw.class_frequencies(found.pixels, info)
-    try:
-        for name, picture in pictures.items():
-            draw.save(picture, output / name)
-        logger.info(f"pictures of the labels, and of the classes' frequencies, are in {output}")
-    except OSError as error:
-        problems.append(f"{output}: the pictures cannot be written ({error})")
     with contextlib.suppress(UserError):  # which stands among the problems
         training = [sources.open_source(*part, check=False) for part in sources.training_parts(config.dataset)]
-        overlap.warn_shared(training, sources.open_source(config.dataset, config.eval.split, check=False))
-    try:
-        palettes.require_agreement(seen)
-    except UserError as error:
-        problems.append(str(error))
+        validation_source = sources.open_source(config.dataset, config.eval.split, check=False)
+        opened = [*training, validation_source]
+        overlap.warn_shared(training, validation_source)
+    for step in (lambda: _write_pictures(pictures, output, opened), lambda: palettes.require_agreement(seen)):
+        try:
+            step()
+        except UserError as error:
+            problems.append(str(error))
     if problems:
         raise UserError("\n".join((*problems, f"{len(problems)} problem(s) found")))
 
 
+def _write_pictures(pictures: Mapping[str, Any], output: epath.Path, opened: Sequence[Any]) -> None:
+    """Writes what --mode check has drawn, but not among the images and labels, or over a picture of the user's."""
+    from pspnet_jax.data import overlap
+
+    overlap.refuse_inside(output, opened)
+    with files.writing(output, "the pictures are missing"):
+        for name, picture in pictures.items():
+            draw.save_over_own(picture, output / name)
+    logger.info(f"pictures of the labels, and of the classes' frequencies, are in {output}")
+
+
 def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode evaluate: scores a checkpoint with its saved config, and writes a file of its own in WORKDIR/evaluation/."""
-    from pspnet_jax.data import sources
+    from pspnet_jax.data import palettes, sources
 
     config, step, variables, workdir, saved = runs.restore(arguments, overrides)
     predictor, source = _predictor(config), sources.open_source(config.dataset, config.eval.split)
+    parallel.require_same("their checkpoints or configs", (step, runs.comparable(config)))
     _warn_of_training_images(saved, source)
+    palettes.require_agreement([palettes.trained(saved.dataset), source.palette])
     source = _by_size(predictor, source)
     report, _ = _score(predictor, variables, config, source)
     if jax.process_index() == 0:
@@ -179,7 +192,8 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     paths = inputs.find_images(arguments.input, bool(form), arguments.output) if arguments.input else _images(config)
     predictor = _predictor(config)
     logger.info(f"predicting {len(paths)} image(s) with step {step} of {workdir} on {predictor.device}")
-    origin = {"checkpoint": str(workdir), "step": step}
+    split = {field: config.dataset[field] for field in ("name", "root")} | {"split": config.eval.split}
+    origin = {"checkpoint": str(workdir), "step": step, "input": str(arguments.input) if arguments.input else split}
     prediction.predict(predictor, variables, paths, arguments.output, info, form, arguments.skip_existing, origin)
 
 
@@ -199,6 +213,8 @@ def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
     weights.check_normalize(config.normalize, source)
     info = datasets.describe(config.dataset)
     config.dataset.class_names, config.dataset.colors = info.class_names, info.colors
+    if config.dataset.name in datasets.tables():
+        datasets.check_classes(config.dataset)
     workdir = arguments.workdir
     variables = weights.load(source.path, models.build(config.model, info.num_classes))
     if source.class_names:

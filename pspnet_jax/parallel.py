@@ -8,6 +8,7 @@ import collections
 import contextlib
 import logging
 import os
+import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -46,6 +47,17 @@ def start_processes() -> None:
 def agree(number: int) -> int:
     """The largest of the numbers that the processes of this job give; all of them have to call it."""
     return int(multihost_utils.process_allgather(np.int32(number)).max()) if jax.process_count() > 1 else number
+
+
+def require_same(what: str, value: object) -> None:
+    """Refuses to go on where the processes of this job have different values, such as settings.
+
+    Raises:
+      UserError: says what differs.
+    """
+    digest = zlib.crc32(repr(value).encode()) >> 1  # 31 bits
+    if agree(digest) != -agree(-digest):
+        raise UserError(f"the processes of this job differ in {what}; start all of them alike, on the same files")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yields a function that takes the number of images just done; in the job's first process it shows rate and time left."""
     if jax.process_index():
         yield lambda images: None
-    elif sys.stderr.isatty():
+    elif sys.stderr and sys.stderr.isatty():  # None where it is closed
         name = bars.TextColumn("{task.description}", markup=False)
         columns = (name, bars.BarColumn(), bars.MofNCompleteColumn(), "{task.fields[rate]}")
         left = (bars.TimeRemainingColumn(), "left")

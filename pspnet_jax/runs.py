@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -25,6 +25,8 @@ def from_recipe(arguments: argparse.Namespace, overrides: Sequence[str], num_dev
         raise UserError("--config is missing: name a recipe, such as --config configs/quickstart.py")
     config = configs.override(configs.load_recipe(arguments.config), overrides)
     validation.validate(config, num_devices)
+    for remark in validation.unread(config):
+        logger.warning(remark)
     dataset = _absolute(config).dataset
     info = datasets.describe(dataset)
     dataset.class_names, dataset.colors = info.class_names, info.colors
@@ -44,29 +46,37 @@ def _absolute(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def comparable(config: ConfigDict) -> list[tuple[str, Any]]:
+    """The fields that all processes of a job have to have alike; each may have its own paths."""
+    paths = ("init_from", "dataset.root", "dataset.extra_root", "dataset.cache_dir", "dataset.mixture")
+    return [(field, value) for field, value in configs.leaves(config) if field not in paths]
+
+
 def check_init_from(config: ConfigDict, workdir: epath.Path) -> None:
     """Makes config.init_from absolute, and refuses one that is not there, unless the run has gone beyond it already."""
     config.init_from = str(files.given(config.init_from))
     if checkpoint.exists(workdir):
         return
     path, _ = weights.split_entry(epath.Path(config.init_from))
-    if not path.exists():
+    if not files.is_there(path):
         raise MissingFileError(f"init_from={path}: no such file or directory")
     if path.is_dir():
         with contextlib.closing(checkpoint.Checkpoints(path, read_only=True)) as checkpoints:
             checkpoints.find("latest")
 
 
-def class_weights(config: ConfigDict) -> tuple[float, ...]:
-    """config.loss.class_weights, or what config.loss.class_weighting makes of the training data's pixels."""
+def class_weights(config: ConfigDict, training: Sequence[Any]) -> tuple[float, ...]:
+    """config.loss.class_weights, or what config.loss.class_weighting makes of the pixels of the training data's sources."""
     names, given = config.dataset.class_names, config.loss.class_weights
     if not config.loss.class_weighting:
         if len(given) not in (0, len(names)):
             raise UserError(f"loss.class_weights={given}: expected one for each of the {len(names)} classes")
+        if zero := [name for name, weight in zip(names, given, strict=False) if weight == 0]:
+            logger.warning(f"loss.class_weights: pixels of {', '.join(zero)} have weight 0 and teach nothing")
         return given
     from pspnet_jax.data import survey
 
-    counts = survey.class_pixels(config)
+    counts = survey.class_pixels(config, training)
     found = losses.class_weights(config.loss.class_weighting, counts.pixels, counts.labeled)
     if given and not np.allclose(given, found, rtol=1e-3):  # equal in a saved config, which has both
         raise UserError(f"loss.class_weights={given}: loss.class_weighting sets them to other values; leave one of the two out")
@@ -104,8 +114,11 @@ def restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> Restored
     config = _absolute(configs.override(saved.copy_and_resolve_references(), overrides))
     validation.validate(config)
     _check_class_names(saved.dataset.class_names, config.dataset.class_names)
-    if changed := [c for c in resume.differences(saved, config) if c.startswith(("model.", "normalize."))]:
-        raise UserError(f"{'; '.join(changed)}: the network is the one that was trained; leave these fields out")
+    changed = resume.differences(saved, config)
+    if network := [c for c in changed if c.startswith(("model.", "normalize."))]:
+        raise UserError(f"{'; '.join(network)}: the network is the one that was trained; leave these fields out")
+    if unread := [c for c in changed if not c.startswith(("dataset.", "eval."))]:
+        logger.warning(f"{'; '.join(unread)}: only training reads these fields; they change nothing here")
     return Restored(config, step, variables, workdir, saved)
 
 

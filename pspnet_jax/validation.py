@@ -1,11 +1,12 @@
 """The check that refuses a config's wrong values before anything compiles: every one of them is named."""
 
+import math
 from collections.abc import Callable, Collection
 
 from ml_collections import ConfigDict
 
 from pspnet_jax import datasets, losses, models, optimizers
-from pspnet_jax.config import bn_images, leaves
+from pspnet_jax.config import base_config, bn_images, leaves
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer.protocols import PROTOCOLS
 
@@ -54,10 +55,39 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
         raise UserError("\n".join(problems))
 
 
+# Fields that are read only where others have certain values: what these have to be, for the words, and whether they are.
+READ_WITH: tuple[tuple[str, str, Callable[[ConfigDict], bool]], ...] = (
+    ("loss.class_weights loss.class_weighting", "a loss other than dice", lambda c: c.loss.terms != "dice"),
+    ("loss.label_smoothing", "cross_entropy or ohem", lambda c: bool({"cross_entropy", "ohem"} & {*c.loss.terms.split("+")})),
+    ("loss.focal_gamma", "focal", lambda c: "focal" in c.loss.terms),
+    ("loss.ohem_threshold loss.ohem_min_kept", "ohem", lambda c: "ohem" in c.loss.terms),
+    ("optimizer.beta2", "adamw", lambda c: c.optimizer.name == "adamw"),
+    ("optimizer.trust_coefficient", "lars", lambda c: c.optimizer.name == "lars"),
+    ("dataset.tfds_name", "dataset.name='tfds'", lambda c: c.dataset.name == "tfds"),
+    ("dataset.extra_root", "dataset.name='voc2012'", lambda c: c.dataset.name == "voc2012"),
+)
+
+
+def unread(config: ConfigDict) -> list[str]:
+    """Says of fields that were set that they change nothing beside the others."""
+    values, defaults = dict(leaves(config)), dict(leaves(base_config()))
+    remarks = [
+        f"{field}={values[field]} changes nothing: it is read with {needed} only"
+        for fields, needed, holds in READ_WITH
+        for field in fields.split()
+        if values[field] != defaults[field] and not holds(config)
+    ]
+    if "ohem" in config.loss.terms and config.loss.ohem_min_kept >= (pixels := math.prod(config.augment.crop)):
+        remarks.append(f"loss.ohem_min_kept={config.loss.ohem_min_kept}: a crop has {pixels} pixels, so ohem keeps all of them")
+    return remarks
+
+
 def _tuple_problems(config: ConfigDict) -> list[str]:
     problems, values = [], dict(leaves(config))
-    if not config.name or "/" in config.name or config.name.startswith("."):
-        problems.append(f"name={config.name!r}: expected a name for a folder in runs/, without a slash or a dot at its start")
+    if not config.name.isprintable() or not config.name or "/" in config.name or config.name.startswith("."):
+        problems.append(
+            f"name={config.name!r}: expected a name for a folder in runs/, one line without a slash or a dot at its start"
+        )
     if not all(isinstance(name, str) for name in config.dataset.class_names):
         problems.append(f"dataset.class_names={config.dataset.class_names}: expected names, such as ('road', 'sky')")
     if not all(isinstance(color, tuple | list) for color in config.dataset.colors):
@@ -127,6 +157,8 @@ def _range_problems(config: ConfigDict) -> list[str]:
             "0..1 scale, and normalize.mean, by 255"
         )
     problems += losses.problems(config.loss)
+    if config.loss.class_weights and not any(config.loss.class_weights):
+        problems.append(f"loss.class_weights={config.loss.class_weights}: expected some above 0")
     low, high = config.augment.scale
     if not 1 / 16 <= low <= high <= 16:
         problems.append(

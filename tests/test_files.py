@@ -49,7 +49,7 @@ def test_an_exception_before_anything_is_written_is_the_one_that_is_seen(tmp_pat
 
 
 def test_remote_paths_stay_as_they_are():
-    for path in ("gs://bucket/run", "s3://bucket/a/../b"):
+    for path in ("gs://bucket/run", "gs://bucket/a/../b"):
         assert os.fspath(files.absolute(path)) == path
         assert files.is_remote(path)
     assert os.fspath(files.absolute("a/../b")) == f"{os.getcwd()}/b"

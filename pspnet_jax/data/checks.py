@@ -51,10 +51,15 @@ def check_pair(image_file: str, label_file: str, num_classes: int, pixels: bool,
       UserError: anything else.
     """
     with _opened(image_file, label_file) as file:
-        size, tag = _check_image(file, pixels)
+        contents = file.read() if pixels else b""
+        size, tag = _check_image(io.BytesIO(contents) if pixels else file, contents)
     upright = size[::-1] if tag >= 5 else size
     with _opened(label_file, image_file) as file:
-        label_size, seen = (_check_mat if label_file.endswith(".mat") else _check_label)(file, pixels)
+        label_contents = file.read() if pixels else b""
+        if contents and contents == label_contents:
+            raise UserError("is the same file as its image; put the label there")
+        check = _check_mat if label_file.endswith(".mat") else _check_label
+        label_size, seen = check(io.BytesIO(label_contents) if pixels else file, label_contents)
         if label_size != upright:
             raise UserError(_size_problem(label_size, image_file, size, tag))
         if not seen:
@@ -123,33 +128,35 @@ def _opened(file: str, partner: str) -> Iterator[BinaryIO]:
         raise UserError(f"{file}: cannot be read, damaged or cut short ({cause}); replace it or remove the pair") from error
 
 
-def _check_image(file: BinaryIO, pixels: bool) -> tuple[tuple[int, int], int]:
-    """Returns (width, height) as the file has them, and the orientation."""
-    contents = file.read() if pixels else b""
-    with Image.open(io.BytesIO(contents) if pixels else file) as image:
+def _check_image(file: BinaryIO, contents: bytes) -> tuple[tuple[int, int], int]:
+    """Returns (width, height) as the file has them, and the orientation; looks at the pixels in the contents, if given."""
+    with Image.open(file) as image:
         if image.format not in ("JPEG", "MPO", "PNG"):  # MPO: a JPEG with further pictures behind it, from phones
             raise UserError(f"is a {image.format} file despite its name; convert it to JPEG or PNG")
         if problem := image_files.kind_problem(image):
             raise UserError(problem)
         size, kind, tag = image.size, image.format, image_files.orientation(image)
-    if pixels and kind == "PNG" and not image_files.is_whole_png(contents):
+    if contents and kind == "PNG" and not image_files.is_whole_png(contents):
         raise ValueError(image_files.CUT_SHORT)
-    if pixels and kind != "PNG":
+    if contents and kind != "PNG":
         with Image.open(io.BytesIO(contents)) as image:
             image.draft(None, (1, 1))  # an eighth of the size: reads the whole file in less time
             image.load()
     return size, tag
 
 
-def _check_label(file: BinaryIO, pixels: bool) -> tuple[tuple[int, ...], Seen | None]:
-    """Returns (width, height) and, with `pixels`, the histogram and the colors of the values in it, if there is a palette."""
-    contents = file.read() if pixels else b""
-    with Image.open(io.BytesIO(contents) if pixels else file) as label:
+def _check_label(file: BinaryIO, contents: bytes) -> tuple[tuple[int, ...], Seen | None]:
+    """Returns (width, height) and, given the contents, the histogram and a palette's colors of the values in it."""
+    with Image.open(file) as label:
         if label.format != "PNG":
             raise UserError(f"is a {label.format} file despite its name; labels must be PNGs of class indices")
         if problem := _kind_problem(label):
             raise UserError(problem)
-        if not pixels:
+        if (tag := image_files.orientation(label)) != 1:
+            raise UserError(
+                f"has an EXIF orientation of {tag}, but labels are read as they are; turn it upright, or drop the tag"
+            )
+        if not contents:
             return label.size, None
         if not image_files.is_whole_png(contents):
             raise ValueError(image_files.CUT_SHORT)
@@ -157,9 +164,9 @@ def _check_label(file: BinaryIO, pixels: bool) -> tuple[tuple[int, ...], Seen | 
         return label.size, (histogram, {v: tuple(colors[3 * v : 3 * v + 3]) for v in range(len(colors) // 3) if histogram[v]})
 
 
-def _check_mat(file: BinaryIO, pixels: bool) -> tuple[tuple[int, ...], Seen | None]:
+def _check_mat(file: BinaryIO, contents: bytes) -> tuple[tuple[int, ...], Seen | None]:
     """Does the same with a .mat file, whose pixels have to be read in any case."""
-    label = decode_label(file.read())
+    label = decode_label(contents or file.read())
     return label.shape[::-1], (np.bincount(label.ravel(), minlength=256).tolist(), {})
 
 
@@ -181,8 +188,8 @@ def _color_problem(label: ImageFile.ImageFile) -> str:
             "8-bit gray PNG"
         )
     return (
-        f"is an {label.mode} picture, probably labels drawn in colors; expected one channel: replace each color by its class "
-        "index"
+        f"is an {label.mode} picture: labels drawn in colors, or a photo where a label belongs; expected one channel: replace "
+        "each color by its class index"
     )
 
 

@@ -57,12 +57,14 @@ def list_pairs(name: str, root: str, split: str, extra_root: str = "") -> list[P
     parts = _parts(name, split)
     try:
         if not tf.io.gfile.isdir(root):
-            raise MissingFileError(f"--config.dataset.root={root}: no such directory")
+            raise MissingFileError(f"{root}: no such directory; --config.dataset.root or dataset.mixture names it")
         found = {part: LAYOUTS[name](root, part, extra_root) for part in parts}
     except MissingFileError as error:
         raise MissingFileError(f"dataset.name={name!r}: {error}; expected {expected}") from error
     except tf.errors.OpError as error:  # of permissions or the network
-        raise UserError(f"--config.dataset.root={root}: cannot be read ({error.message})") from error
+        raise UserError(
+            f"{root}: cannot be read ({error.message}); --config.dataset.root or dataset.mixture names it"
+        ) from error
     pairs = [pair for part in parts for pair in found[part]]
     if name == "folder" and len(parts) > 1:  # where the same names may occur in each
         pairs = [pair._replace(name=f"{part}/{pair.name}") for part in parts for pair in found[part]]
@@ -194,9 +196,10 @@ def _names(file: str) -> list[str]:
         raise MissingFileError(f"{file}: no such file; it lists the names of the images of a split")
     try:
         with tf.io.gfile.GFile(file) as lines:
-            return [line.split()[0] for line in lines if line.strip()]
+            text = lines.read().removeprefix("\ufeff")  # which some editors put at the start
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: is no UTF-8 text ({error.reason}); save it as UTF-8") from error
+    return [line.split()[0] for line in text.splitlines() if line.strip()]
 
 
 def _files(directory: str, endings: Sequence[str]) -> dict[str, str]:

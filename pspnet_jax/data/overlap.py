@@ -1,14 +1,17 @@
-"""Images that are scored although they were trained on."""
+"""Images that are scored although they were trained on, and files that would be written among the images."""
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import tensorflow as tf
+from etils import epath
 
 from pspnet_jax.data import stamps
 from pspnet_jax.data.reader import Source
+from pspnet_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 PART = 2**16  # bytes at the start and the end of an image that tell it from others of its size
@@ -34,6 +37,17 @@ def warn_shared(training: Sequence[Source], evaluation: Source) -> int:
             f"them {name}{same}: the score says nothing about new images"
         )
     return len(shared)
+
+
+def refuse_inside(path: epath.Path, training: Sequence[Source]) -> None:
+    """Refuses to write among the files that are read.
+
+    Raises:
+      UserError: names the directory.
+    """
+    for directory in {os.path.dirname(file) for source in training for i in range(len(source)) for file in source.files(i)}:
+        if f"{path}/".startswith(f"{directory}/"):
+            raise UserError(f"{path}: lies among the images and labels in {directory}; choose a directory elsewhere")
 
 
 def _keys(source: Source, others: Sequence[Source]) -> Iterator[tuple[str, Key]]:

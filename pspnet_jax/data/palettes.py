@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from pspnet_jax.datasets import IGNORE
 from pspnet_jax.errors import UserError
@@ -87,8 +88,15 @@ class Palettes:
             )
 
 
-def require_agreement(splits: Sequence[Known | None]) -> None:
-    """Compares the colors seen in several splits, of one dataset or of a mixture; says in a warning what differs.
+def trained(dataset: ConfigDict) -> Known:
+    """The colors of a run's training data, from its config."""
+    return {value: (tuple(color), "the training data") for value, *color in dataset.palette}
+
+
+def require_agreement(splits: Sequence[Known | None]) -> Known:
+    """Compares the colors seen in several splits, of one dataset or of a mixture, and returns all of them.
+
+    What differs is said in a warning.
 
     Raises:
       UserError: they contradict each other.
@@ -100,3 +108,4 @@ def require_agreement(splits: Sequence[Known | None]) -> None:
         raise UserError(together.contradiction)
     for remark in together.remarks:
         logger.warning(remark)
+    return together.seen

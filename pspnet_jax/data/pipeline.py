@@ -19,6 +19,7 @@ from pspnet_jax import datasets
 from pspnet_jax.data import augment, stamps, survey
 from pspnet_jax.data.cache import CacheBudget, Read, cached
 from pspnet_jax.data.order import AUGMENT, Order, generator
+from pspnet_jax.data.reader import last_line
 from pspnet_jax.data.sources import Example, Source, open_source, training_parts
 from pspnet_jax.data.totals import Totals
 from pspnet_jax.errors import UserError
@@ -206,9 +207,12 @@ def _as_numpy(dataset: tf.data.Dataset) -> Generator[dict[str, Any], None, None]
         for element in dataset.as_numpy_iterator():
             yield {key: value.decode() if isinstance(value, bytes) else value for key, value in element.items()}
             count += 1
-    except tf.errors.OpError:
+    except tf.errors.OpError as error:
         if read_again := getattr(dataset, "read_again", None):  # not there if the caller has made another dataset of ours
             read_again(count)  # raises what is wrong with it, which TensorFlow has made text of
+            raise UserError(
+                f"an example could not be read ({last_line(error)}), and a moment later it could; start the same command again"
+            ) from error
         raise
 
 

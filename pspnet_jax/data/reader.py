@@ -70,7 +70,7 @@ class Source:
             image, label = self.load(index)
         except Exception as error:  # whatever a decoder raises
             self.check(index)
-            where, reason = self.where(index), _reason(error)
+            where, reason = self.where(index), last_line(error)
             raise UserError(f"{where}: cannot be loaded ({reason}); replace it or remove the pair") from error
         if problem := checks.example_problem(image, label, self.num_classes):
             self.check(index)
@@ -103,7 +103,7 @@ class Source:
         return ()
 
 
-def _reason(error: Exception) -> str:
+def last_line(error: Exception) -> str:
     """The last line of what an error says, without the names of TensorFlow's nodes."""
     said = error.message.split("\n\t [[")[0] if isinstance(error, tf.errors.OpError) else str(error)
     return re.sub(r"\{\{.*?\}\} ", "", said).strip().split("\n")[-1]

@@ -26,7 +26,8 @@ from pspnet_jax.progress import progress
 logger = logging.getLogger(__name__)
 CHECK_ALL = 5000  # up to this many pairs, every pixel of every label is looked at before training starts
 CHECK_SOME = 1000  # of a larger folder, this many, drawn at random; the others are looked at when they are loaded
-VERSION = 3  # of what is checked: the findings of another version do not count
+VERSION = 4  # of what is checked: the findings of another version do not count
+ATTEMPTS = 3  # at a check in which a read fails by chance
 TOLD = 5  # sentences about skipped pairs
 WAIT = 24 * 3600 * 1000  # ms for the slowest process; that one has died is noticed far earlier
 _exchanges = itertools.count()  # for names of barriers, which are alike in all processes
@@ -165,11 +166,13 @@ def _find(pairs: list[Pair], dataset: ConfigDict, names: Sequence[str], what: st
         everywhere = range(len(pairs))  # a sample is drawn, as evenly spread files may all be of one kind
         chosen = everywhere if count == len(pairs) else set(np.random.default_rng(0).choice(len(pairs), count, replace=False))
         look = functools.partial(look_at, chosen=chosen)
-        depends = (VERSION, count, dataset.name, len(names), colors, pairs)
-        compute = functools.partial(_look, pairs, look, Palettes(colors, len(names)), what)
-        found = mine._replace(**json.loads(stamps.once(dataset.cache_dir, "checked", files, depends, compute, stats)))
-        again = (look(index) for index, *_ in found.problems)  # a read may have failed by chance
-        return found._replace(problems=[problem for problem in again if isinstance(problem, Problem)])
+        for attempt in range(ATTEMPTS):
+            depends = (VERSION, count, dataset.name, len(names), colors, pairs, attempt)
+            compute = functools.partial(_look, pairs, look, Palettes(colors, len(names)), what)
+            found = mine._replace(**json.loads(stamps.once(dataset.cache_dir, "checked", files, depends, compute, stats)))
+            if all(isinstance(look(index), Problem) for index, *_ in found.problems):
+                break  # else a read has failed by chance, and what it would have told is missing from what was found
+        return found
 
     found = find(len(pairs) if dataset.on_error == "skip" or len(pairs) <= CHECK_ALL else CHECK_SOME)
     if found.looked_at < len(pairs) and Totals(what, found.looked_at, len(pairs), np.array(found.values)).problem(names):

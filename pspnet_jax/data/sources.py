@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import cv2
 import numpy as np
 import tensorflow as tf
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from pspnet_jax import datasets
 from pspnet_jax.data import checks, layouts, scenes, screening, stamps
@@ -31,7 +31,7 @@ def open_source(dataset: ConfigDict, split: str, check: bool = True) -> Source:
       UserError: the split is not there, its classes are others, or something in it is wrong: which file, and what to do.
     """
     if dataset.name in layouts.LAYOUTS:
-        return _open_files(FrozenConfigDict(dataset), split, check)
+        return _open_files(dataset, split, check)
     datasets.check_classes(dataset)
     if dataset.name in OTHERS:
         return OTHERS[dataset.name](dataset, split, datasets.describe(dataset).num_classes)
@@ -121,8 +121,7 @@ class Files(Source):
         return self.pairs[index].image, self.pairs[index].label
 
 
-@functools.lru_cache
-def _open_files(dataset: FrozenConfigDict, split: str, check: bool) -> Files:
+def _open_files(dataset: ConfigDict, split: str, check: bool) -> Files:
     name, names = dataset.name, datasets.describe(dataset).class_names
     root, extra_root = (os.path.expanduser(path).rstrip("/") for path in (dataset.root, dataset.extra_root))
 

@@ -146,15 +146,18 @@ class ClassPixels(NamedTuple):
     labeled: np.ndarray
 
 
-def class_pixels(config: ConfigDict) -> ClassPixels:
+def class_pixels(config: ConfigDict, sources: Sequence[Source]) -> ClassPixels:
     """Counts the classes of the training data, dataset.mixture included, each image once; the labels are read once: see stamps.
 
+    Args:
+      config: of which this uses dataset.
+      sources: of its `training_parts`.
+
     Raises:
-      UserError: see `open_source`; or a label is wrong.
+      UserError: a label is wrong.
     """
     totals = []
-    for dataset, split in training_parts(config.dataset):
-        source = open_source(dataset, split)
+    for (dataset, _), source in zip(training_parts(config.dataset), sources, strict=True):
         counts = class_counts(source, dataset, source.read)
         labeled = counts.sum(axis=1)
         totals.append((counts.sum(axis=0), labeled @ (counts > 0)))

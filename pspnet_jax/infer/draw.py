@@ -1,5 +1,6 @@
 """Pictures of labels: palette PNGs, labels over images, image and truth and prediction side by side, class frequencies."""
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,10 +9,11 @@ import numpy as np
 from etils import epath
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from pspnet_jax import files
 from pspnet_jax.datasets import IGNORE, Color, DatasetInfo
+from pspnet_jax.errors import UserError
 
 PANEL = 240  # least width of a panel: smaller images are enlarged by a whole factor
 SHEET_PANEL = 400  # sides of an image in a contact sheet, at most
@@ -90,6 +92,23 @@ def save(picture: Image.Image, path: epath.PathLike, kind: str = "PNG", **option
     """Writes a picture in one piece, or not at all."""
     with files.atomic(path) as temporary, temporary.open("wb") as file:
         picture.save(file, kind, **options)
+
+
+def save_over_own(picture: Image.Image, path: epath.PathLike) -> None:
+    """Writes a PNG, but not over a file that this has not written.
+
+    Raises:
+      UserError: there is one.
+    """
+    path, mark = epath.Path(path), ("Software", "pspnet_jax")
+    own = not path.exists()
+    with contextlib.suppress(OSError), path.open("rb") as file:  # it is not there, or no picture
+        own = own or Image.open(file).info.get(mark[0]) == mark[1]
+    if not own:
+        raise UserError(f"{path}: is there already, and this program did not draw it; choose another --output")
+    marked = PngImagePlugin.PngInfo()
+    marked.add_text(*mark)
+    save(picture, path, pnginfo=marked)
 
 
 def _sheet(

@@ -30,7 +30,7 @@ def find_images(source: epath.PathLike, flat: bool = False, output: epath.PathLi
         images have the same name but for their endings, so that their results would overwrite each other.
     """
     source = files.absolute(source)
-    if not source.exists():
+    if not files.is_there(source):
         raise MissingFileError(f"--input {source}: no such file or folder")
     if not source.is_dir():
         return {source.stem: source}

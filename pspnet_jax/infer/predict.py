@@ -2,11 +2,14 @@
 
 import collections
 import errno
+import functools
+import hashlib
 import itertools
 import json
 import logging
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -15,7 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from pspnet_jax import files, image_files
 from pspnet_jax.datasets import IGNORE, DatasetInfo
@@ -23,12 +26,14 @@ from pspnet_jax.errors import UserError
 from pspnet_jax.infer import memory, submission
 from pspnet_jax.infer.draw import overlay, palette_image, save
 from pspnet_jax.infer.predictor import Example, Predictor
+from pspnet_jax.lock import locked
 from pspnet_jax.progress import progress
 
 logger = logging.getLogger(__name__)
 THREADS = 2 + (os.cpu_count() or 1)
 AHEAD = 2 * THREADS  # images that are read before they are needed, and results that may wait to be written
 ORIGIN = ".origin.json"  # in the output: what its results were made with
+SIGNATURE = "pspnet_jax"  # names the text in a result by which it is known again
 OF_ONE_FILE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)  # the next image would meet any other error, too
 
 
@@ -55,7 +60,8 @@ def predict(
       info: the classes.
       form: "cityscapes", "ade20k" or "voc" for a submission to the benchmark's server.
       skip_existing: leaves out images whose results are all there, to go on with a long job.
-      origin: what the weights are, such as the run and its step; kept in output/.origin.json with the settings.
+      origin: what the weights and the images are, such as the run, its step and the "input"; kept in output/.origin.json
+        with the settings.
 
     Raises:
       UserError: the form is of other classes; the output cannot be written to, or is to be continued with another origin; or,
@@ -63,20 +69,26 @@ def predict(
     """
     server, output = submission.choose(form, info) if form else None, files.absolute(output)
     results = {name: _results(output, name, server) for name in images}
-    _keep_others(results, images, output)
-    since = _write_origin(output, {**(origin or {}), **predictor.description, "format": form}, skip_existing)
-    done = {name for name in images if skip_existing and all(_is_done(path, since) for path in results[name])}
-    todo = _by_size({name: path for name, path in images.items() if name not in done}, predictor)
-    began, variables = time.perf_counter(), predictor.place(variables)
-    with ThreadPoolExecutor(THREADS) as pool, progress("predicting", len(todo)) as advance:
-        job = _Job(pool, advance)
-        for group in predictor.groups(job.read(todo, predictor.check)):
-            for example, labels, i in _labeled(group, predictor, variables, job.fail):
-                name, settings = example["name"], predictor.settings
-                job.write(name, _write, results[name], example["image"], labels, i, info, server, settings)
-            if job.stopped_by:
-                break
-        job.wait()
+    origin = {**(origin or {}), **predictor.description, "format": form, "weights": _digest(variables)}
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is a file; expected a folder, which is made if need be")
+    with locked(output):
+        _keep_others(results, images, output, origin)
+        _write_origin(output, origin, skip_existing)
+        signatures = {name: _signature(origin, path) for name, path in images.items()}
+        done = {name for name in images if skip_existing and _is_done(results[name], signatures[name])}
+        todo = _by_size({name: path for name, path in images.items() if name not in done}, predictor)
+        began, variables = time.perf_counter(), predictor.place(variables)
+        with ThreadPoolExecutor(THREADS) as pool, progress("predicting", len(todo)) as advance:
+            job = _Job(pool, advance)
+            for group in predictor.groups(job.read(todo, predictor.check)):
+                for example, labels, i in _labeled(group, predictor, variables, job.fail):
+                    name, image = example["name"], example["image"]
+                    find = functools.partial(_labels, labels, i, image, predictor.settings)
+                    job.write(name, _write, results[name], signatures[name], image, find, info, server)
+                if job.stopped_by:
+                    break
+            job.wait()
     existing = len(images) - len(todo)
     kept = f"{existing + job.done} of {len(images)} images have their results in {output}"
     if job.stopped_by:
@@ -174,64 +186,104 @@ def _results(output: epath.Path, name: str, server: submission.Submission | None
     return [output / "index" / f"{name}.png", output / "color" / f"{name}.png", output / "overlay" / f"{name}.jpg"]
 
 
-def _is_done(result: epath.Path, since: float) -> bool:
-    return result.is_file() and result.stat().mtime >= since
+def _digest(variables: Any) -> str:
+    """What tells weights from others that have the same step in the same run."""
+    checksum = 0
+    for leaf in jax.tree.leaves(variables):
+        array = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
+        checksum = zlib.crc32(array.tobytes(), checksum)
+    return f"{checksum:08x}"
+
+
+def _signature(origin: Mapping[str, Any], image: epath.PathLike) -> str:
+    """What the results of an image carry, to be known again: what they were made with, and the image's size and time."""
+    made_with = {key: value for key, value in origin.items() if key != "input"}
+    try:
+        stat = epath.Path(image).stat()
+        of = stat.length, stat.mtime
+    except OSError:  # who reads it says so
+        of = 0, 0
+    return hashlib.sha256(json.dumps([made_with, of]).encode()).hexdigest()[:32]
+
+
+def _is_done(results: Sequence[epath.Path], signature: str) -> bool:
+    """Whether all results of an image are there, the first of which, written last, carries this signature."""
+    try:
+        for path in results[1:]:
+            with path.open("rb") as file, Image.open(file):
+                pass
+        with results[0].open("rb") as file, Image.open(file) as image:
+            image.load()
+            return image.info.get(SIGNATURE) == signature
+    except Exception:  # it is not there, or whatever Pillow raises over a damaged file
+        return False
+
+
+def _labels(labels: jax.Array, i: int, image: np.ndarray, settings: ConfigDict) -> np.ndarray:
+    """Waits for the devices, and returns the i-th image's labels uint8[H, W]."""
+    with memory.explained([image], settings):
+        label = np.asarray(labels)[i, : image.shape[0], : image.shape[1]]
+    if (label == IGNORE).any():
+        raise UserError("the network's scores are not finite (NaN), so no class is the most probable")
+    return label
 
 
 def _write(
     results: Sequence[epath.Path],
+    signature: str,
     image: np.ndarray,
-    labels: jax.Array,
-    i: int,
+    find: Callable[[], np.ndarray],
     info: DatasetInfo,
     server: submission.Submission | None,
-    settings: ConfigDict,
 ) -> None:
-    with memory.explained([image], settings):
-        label = np.asarray(labels)[i, : image.shape[0], : image.shape[1]]  # waits for the devices
-    if (label == IGNORE).any():
-        raise UserError("the network's scores are not finite (NaN), so no class is the most probable")
+    label, signed = find(), PngImagePlugin.PngInfo()
+    signed.add_text(SIGNATURE, signature)
     if folders := [str(path) for path in results if path.is_dir()]:
         raise UserError(f"{', '.join(folders)}: is a folder where a result should be; move it away")
     if server:
-        return save(server.encode(label), results[0])
+        return save(server.encode(label), results[0], pnginfo=signed)
     index, color, mixed = results
-    save(Image.fromarray(label), index)
     save(palette_image(label, info.colors), color)
     save(Image.fromarray(overlay(image, label, info.colors)), mixed, "JPEG", quality=95, subsampling=0)  # crisp edges
+    save(Image.fromarray(label), index, pnginfo=signed)  # last: with it, the others are there
 
 
-def _keep_others(results: Mapping[str, Sequence[epath.Path]], images: Mapping[str, epath.PathLike], output: epath.Path) -> None:
-    """Refuses results that would be written over an image to predict, or over files that no prediction has written."""
-    inputs = {os.path.realpath(path) for path in images.values()}
-    foreign = output.is_dir() and not (output / ORIGIN).exists()
+def _keep_others(
+    results: Mapping[str, Sequence[epath.Path]],
+    images: Mapping[str, epath.PathLike],
+    output: epath.Path,
+    origin: Mapping[str, Any],
+) -> None:
+    """Refuses results that would be written over an image to predict, over those of other images, or over others' files."""
+    inputs, before = {os.path.realpath(path) for path in images.values()}, _read_origin(output)
+    foreign = output.is_dir() and (before is None or before.get("input") != origin.get("input"))
     for path in itertools.chain.from_iterable(results.values()):
         if os.path.realpath(path) in inputs or (foreign and path.is_file()):
-            raise UserError(f"{path}: is there already, and no prediction has written it; choose another --output")
+            raise UserError(f"{path}: is there already, and no prediction of this input wrote it; choose another --output")
 
 
-def _write_origin(output: epath.Path, origin: Mapping[str, Any], continued: bool) -> float:
-    """Makes the folder and its .origin.json before anything is computed, and returns since when results are of this origin.
+def _read_origin(output: epath.Path) -> Mapping[str, Any] | None:
+    """What the results in a folder were made with; None where no prediction has written there."""
+    try:
+        return dict(json.loads((output / ORIGIN).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write_origin(output: epath.Path, origin: Mapping[str, Any], continued: bool) -> None:
+    """Writes .origin.json before anything is computed.
 
     Raises:
       UserError: the folder cannot be written to, or a job of another origin is to be continued.
     """
-    path, text = output / ORIGIN, json.dumps(origin, indent=2) + "\n"
-    try:
-        if output.exists() and not output.is_dir():
-            raise UserError(f"--output {output}: is a file; expected a folder, which is made if need be")
-        same = path.exists() and path.read_text() == text
-        if continued and path.exists() and not same:
-            raise UserError(
-                f"--output {output}: its results are of another checkpoint or other settings ({path}); leave --skip_existing "
-                "out to make them anew, or choose another --output"
-            )
-        with files.atomic(path if not same else output / ".writable") as temporary:
-            temporary.write_text(text)
-        (output / ".writable").unlink(missing_ok=True)
-        return path.stat().mtime
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written to ({error}); nothing was predicted") from error
+    path = output / ORIGIN
+    if continued and path.exists() and _read_origin(output) != json.loads(json.dumps(origin)):
+        raise UserError(
+            f"--output {output}: its results are of another checkpoint or other settings ({path}); leave --skip_existing "
+            "out to make them anew, or choose another --output"
+        )
+    with files.writing(output, "nothing was predicted"), files.atomic(path) as temporary:
+        temporary.write_text(json.dumps(origin, indent=2) + "\n")
 
 
 def _by_size(paths: Mapping[str, epath.PathLike], predictor: Predictor) -> Mapping[str, epath.PathLike]:

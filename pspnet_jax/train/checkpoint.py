@@ -22,9 +22,9 @@ from orbax.checkpoint import checkpoint_managers as policies
 from pspnet_jax import config as configs
 from pspnet_jax import files, parallel
 from pspnet_jax.errors import MissingFileError, UserError
+from pspnet_jax.lock import locked
 from pspnet_jax.train import integrity, layout
 from pspnet_jax.train.integrity import Verdict
-from pspnet_jax.train.lock import locked
 from pspnet_jax.train.step import TrainState, Variables
 
 logger = logging.getLogger(__name__)
@@ -55,14 +55,17 @@ class Checkpoints:
 
     Attributes:
       steps: the steps saved, in order.
+      unreadable: those whose scores are there and cannot be read.
     """
 
     def __init__(self, workdir: epath.PathLike, *, read_only: bool = False):
         self._directory = files.absolute(workdir) / "checkpoints"
-        if read_only and not self._directory.is_dir():
+        if read_only and not files.is_there(self._directory):
+            run = self._directory.parents[2]
+            hint = f"it is part of the run {run}" if self._directory.parents[1].name == "checkpoints" else "train there first"
             raise MissingFileError(
-                f"{workdir}: is no run with checkpoints; train there first, copy the run with its folder checkpoints/, or name "
-                "another directory"
+                f"{workdir}: is no run with checkpoints; {hint}, copy the run with its folder checkpoints/, or name another "
+                "directory"
             )
         if not read_only and (odd := set(str(self._directory)) & set("[]\\")):
             raise UserError(f"{workdir}: orbax cannot write below a name with {' or '.join(sorted(odd))}; choose another")
@@ -78,6 +81,7 @@ class Checkpoints:
                     read_only=read_only,
                 ),
             )
+        self.unreadable = set[int]()
         self._scores = {step: score for step in self.steps if (score := self._read_score(step))}
 
     @property
@@ -155,6 +159,7 @@ class Checkpoints:
                     "the evaluated data has changed: the best checkpoint is one of those scored from step %s on", step
                 )
             self._scores[step] = json.loads(json.dumps({**metrics, SETTINGS: settings}))
+            self.unreadable.discard(step)
             if jax.process_index() == 0 and self.path(step).exists():
                 with files.atomic(self.path(step) / "score.json") as path:
                     path.write_text(json.dumps(self._scores[step]))
@@ -164,17 +169,21 @@ class Checkpoints:
         return self._scores.get(step)
 
     def _read_score(self, step: int) -> dict[str, Any] | None:
-        path, old = (self.path(step) / name for name in ("score.json", "metrics/metrics"))
+        paths = [self.path(step) / name for name in ("score.json", "metrics/metrics")]
         try:
-            path = path if path.exists() else old
+            path = next((path for path in paths if files.is_there(path)), None)
+            if path is None:
+                return None
             metrics = json.loads(path.read_text())
             if not isinstance(metrics.get(SETTINGS, {}), dict):
                 raise ValueError(f"{SETTINGS} is no object")
             return {**metrics, SCORE: float(metrics.get(SCORE, metrics.get("mean_iou", math.nan)))}
-        except FileNotFoundError:
-            return None
-        except Exception:  # one damaged file must not keep the other checkpoints from being used
-            logger.warning("the score of checkpoint %s cannot be read; it does not count for the best", step)
+        except Exception as error:  # one damaged file must not keep the other checkpoints from being used
+            self.unreadable.add(step)
+            logger.warning(
+                "the score of checkpoint %s cannot be read (%s); it does not count for the best, and the checkpoint is kept",
+                *(step, integrity.reason(error)),
+            )
             return None
 
     def best(self) -> int | None:
@@ -263,14 +272,14 @@ class Checkpoints:
 
 
 class _Best:
-    """Orbax's question of which checkpoints to keep, answered: the best one."""
+    """Orbax's question of which checkpoints to keep, answered: the best one, and those that may be it."""
 
     def __init__(self, checkpoints: Checkpoints):
         self._checkpoints = checkpoints
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        best = self._checkpoints.best()
-        return [checkpoint.step == best for checkpoint in checkpoints]
+        kept = {self._checkpoints.best(), *self._checkpoints.unreadable}
+        return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
 def exists(workdir: epath.Path) -> bool:

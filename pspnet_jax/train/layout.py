@@ -23,7 +23,8 @@ from pspnet_jax.train.step import TrainState, Variables
 
 def items(state: TrainState) -> dict[str, Any]:
     """The trees that are saved."""
-    return {"weights": state.weights, "optimizer": state.opt_state} | ({"ema": state.ema} if state.ema else {})
+    trees = {"weights": state.weights, "optimizer": state.opt_state, "ema": state.ema}
+    return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}  # orbax saves no empty ones
 
 
 def items_of(directory: epath.Path, target: TrainState) -> Sequence[str]:
@@ -56,7 +57,7 @@ def read_state(directory: epath.Path, target: TrainState) -> TrainState:
     integrity.check_shapes(directory, targets)
     read = {name: reader.restore(directory / name, args=ocp.args.StandardRestore(tree)) for name, tree in targets.items()}
     number = jax.device_put(jax.numpy.int32(int(directory.name)), target.step.sharding)
-    return TrainState(number, opt_state=read["optimizer"], ema=read.get("ema"), **read["weights"])
+    return TrainState(number, opt_state=read.get("optimizer", target.opt_state), ema=read.get("ema"), **read["weights"])
 
 
 def read_variables(directory: epath.Path, mesh: Mesh) -> Variables:
@@ -80,7 +81,7 @@ def _read_data(directory: epath.Path) -> dict[str, Any]:
         return {"fingerprint": ""}
     data = ocp.JsonCheckpointHandler().restore(directory / "data")
     if (step := data.get("step", int(directory.name))) != int(directory.name):
-        raise UserError(f"{directory}: was saved as step {step}, and renamed since; give it its name back")
+        raise UserError(f"{directory}: was saved as step {step}; give it that name back or, if it is a copy, move it away")
     return data
 
 

@@ -113,6 +113,8 @@ class TrainingLog:
         self._write("eval", step, metrics)
         for name, picture in pictures.items() if self._active else ():
             try:
+                if (self._pictures / name).parent != self._pictures:
+                    raise ValueError("its name has a folder in it")
                 pixels = np.asarray(picture)
                 with files.atomic(self._pictures / f"{name}.png") as path, path.open("wb") as file:
                     Image.fromarray(pixels).save(file, "PNG")
@@ -130,7 +132,8 @@ class TrainingLog:
         with self._tensorboard():
             if self._writer:
                 self._writer.write_scalars(step, scalars)
-        self._lines.write({"step": step, "kind": kind, **values})
+        about = {"step": step, "kind": kind}
+        self._lines.write(about | dict(values) | about)  # which no metric of these names replaces
 
     @contextlib.contextmanager
     def _tensorboard(self) -> Iterator[None]:

@@ -21,13 +21,13 @@ from ml_collections import ConfigDict
 from pspnet_jax import config as configs
 from pspnet_jax import files, parallel
 from pspnet_jax.errors import UserError
+from pspnet_jax.lock import locked
 from pspnet_jax.losses import Batch, Loss
 from pspnet_jax.optimizers import Optimizer
 from pspnet_jax.train import resume
 from pspnet_jax.train.checkpoint import SCORE, Checkpoints
 from pspnet_jax.train.guard import NonFiniteGuard
 from pspnet_jax.train.integrity import reason
-from pspnet_jax.train.lock import locked
 from pspnet_jax.train.logs import TrainingLog, Writer
 from pspnet_jax.train.step import Metrics, TrainState, Variables, make_train_step
 from pspnet_jax.train.stop import Stopped, StopSignal
@@ -88,6 +88,8 @@ def fit(
         closing.enter_context(locked(workdir))
         checkpoints = closing.enter_context(contextlib.closing(Checkpoints(workdir)))
         newest = _newest(checkpoints, workdir)
+        with parallel.together("looking at the workdir"):
+            _refuse_others_files(workdir, newest)
         feed = iter(batches(min(newest, total - 1)))
         with parallel.together("reading the first batch"):
             first = _checked(config, next(feed, None))  # before there is a state, for the images' shape
@@ -110,7 +112,7 @@ def fit(
             run.exit_if_asked(start)
             return state
         train_step = make_train_step(config, model, loss, optimizer, mesh)
-        feed = itertools.chain([first], feed) if start == newest else iter(batches(start))
+        feed = _alike(first, itertools.chain([first], feed) if start == newest else iter(batches(start)))
         on_devices = closing.enter_context(contextlib.closing(parallel.to_devices(feed, mesh)))
         return run.loop(state, train_step, log.stalls.timed(on_devices))
 
@@ -127,6 +129,8 @@ def _checked(config: ConfigDict, batch: HostBatch | None) -> HostBatch:
     """Returns the batch, unless there is none, or it would be trained on as something else or end in an error of JAX's."""
     if batch is None:
         raise UserError("there is no batch to train on")
+    if not isinstance(batch, Mapping):
+        raise UserError(f"the first batch is a {type(batch).__name__}; expected a dict of NumPy arrays")
     if "image" not in batch:
         raise UserError(f"the batches have {', '.join(batch)}; expected an array of the name image, too")
     size, share = np.shape(batch["image"])[1:3], config.batch_size // jax.process_count()
@@ -146,6 +150,31 @@ def _checked(config: ConfigDict, batch: HostBatch | None) -> HostBatch:
         if expected:
             raise UserError(f"the first batch's {name} {form}; expected {expected}")
     return batch
+
+
+def _refuse_others_files(workdir: epath.Path, newest: int) -> None:
+    """Refuses a workdir without checkpoints that has files of the names of ours, unless a run that was killed left them."""
+    if newest:
+        return
+    path = workdir / "config.json"
+    try:
+        ours = not path.exists() or {"model", "total_steps", "every"} <= json.loads(path.read_text()).keys()
+    except (ValueError, AttributeError):
+        ours = False
+    if not ours or (not path.exists() and (path := workdir / "parameters.txt").exists()):
+        raise UserError(f"{path}: is there already, and no run of this program wrote it; choose another --workdir")
+
+
+def _alike(first: HostBatch, batches: Iterable[HostBatch]) -> Iterator[HostBatch]:
+    """Yields the batches, each after a look whether it has the first one's types and number of examples."""
+
+    def kinds(batch: HostBatch) -> dict[str, str]:
+        return {name: f"{array.dtype}[{len(array)}, ...]" for name, array in batch.items()}
+
+    for batch in batches:
+        if (found := kinds(batch)) != (expected := kinds(first)):
+            raise UserError(f"a batch has {found}, but the first one had {expected}; all have to be alike")
+        yield batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +263,7 @@ class Run:
             with self.stop.interrupts():
                 metrics, pictures = self.evaluate(state.variables)
                 json.dumps(metrics, default=float)  # it has to be written, too
-                found = {name: float(value) for name, value in metrics.items() if isinstance(value, numbers.Real | jax.Array)}
+                found = {name: float(value) for name, value in metrics.items() if _is_number(value)}
         except Stopped:
             return
         except Exception as error:  # an image, the devices' memory, a mistake in the evaluation: no step is lost for it
@@ -251,8 +280,14 @@ class Run:
             raise UserError(f"eval.best_metric={best_metric!r}: the evaluation has {', '.join(found)}; choose one of these")
         self.log.pause(seconds)
         self.log.evaluation(step, metrics, pictures)  # first: what has no score is evaluated again
+        if parallel.agree(self.checkpoints.failed(wait=True)):
+            self.save(step, state)
         settings = resume.evaluation_settings(self.config) | {"data": metrics.get("data")}
         self.checkpoints.add_score(step, {SCORE: found[best_metric], **found}, settings)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) or (isinstance(value, jax.Array | np.ndarray) and value.size == 1)
 
 
 def due(step: int, every: int, total: int) -> bool:

@@ -52,6 +52,11 @@ def new_state(config: ConfigDict, optimizer: Optimizer, variables: Variables) ->
     )
 
 
+def random_key(seed: int) -> jax.Array:
+    """The key of a seed, of the generator that a resumed run has, too, whatever JAX_DEFAULT_PRNG_IMPL says."""
+    return jax.random.key(seed, impl="threefry2x32")
+
+
 def init_state(
     config: ConfigDict, model: nn.Module, optimizer: Optimizer, mesh: Mesh, image_shape: tuple[int, ...]
 ) -> Callable[[], TrainState]:
@@ -66,7 +71,7 @@ def init_state(
     """
 
     def init() -> TrainState:
-        variables = model.init(jax.random.key(config.seed), jnp.zeros((1, *image_shape)), train=False)
+        variables = model.init(random_key(config.seed), jnp.zeros((1, *image_shape)), train=False)
         return new_state(config, optimizer, dict(variables))
 
     # Most of the time goes into compiling one random generator a kernel; CPUs do it four times faster unoptimized.
@@ -115,7 +120,7 @@ def make_train_step(
         return total, Aux(updates.get("batch_stats", {}), own, {"loss": total} | means, metrics)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = jax.random.fold_in(random_key(config.seed), state.step)
         # Without parts there is no scan of length 1: XLA runs convolutions inside loops many times slower on CPUs.
         if config.optimizer.accumulate == 1:
             grads, aux = jax.grad(loss_fn, has_aux=True)(state.params, state.batch_stats, state.step, batch, key)

@@ -49,9 +49,12 @@ def read(path: epath.PathLike) -> Content:
     path, entry = split_entry(files.absolute(path))
     if path.is_dir():
         raise UserError(f"{path}: {_directory(path)}")
-    if not path.exists():
+    if not files.is_there(path):
         raise MissingFileError(f"{path}: no such file; expected a file of weights: {EXPECTED}")
-    content = _read_index(path) if path.name.endswith(".index.json") else _reader(path)(path, entry)
+    reader = _read_index if path.name.endswith(".index.json") else _reader(path)
+    if entry and reader is not pytorch.read_torch:
+        raise UserError(f"{path}:{entry}: only PyTorch's checkpoints have entries; name the file alone")
+    content = reader(path, entry)
     if not (arrays := without_prefixes(content.arrays)):
         raise UserError(f"{path}: holds no weights; expected those of a ResNet or a PSPNet")
     return content._replace(arrays=arrays)
@@ -117,7 +120,7 @@ def _zip_reader(path: epath.Path) -> Reader:
     return pytorch.read_torch
 
 
-def _read_index(path: epath.Path) -> Content:
+def _read_index(path: epath.Path, entry: str) -> Content:
     """Puts shards together: model.safetensors.index.json, pytorch_model.bin.index.json."""
     try:
         shards = sorted({os.path.basename(name) for name in json.loads(path.read_text())["weight_map"].values()})

@@ -103,7 +103,7 @@ def read_torch(path: epath.Path, entry: str = "") -> Content:
             tensor = tensor.detach()
             arrays[str(key)] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
         except (AttributeError, TypeError, RuntimeError) as error:  # no tensor, or a sparse or quantized one
-            entries = [f"{path.name}:{name}" for name, value in content.items() if _has_tensors(value)]
+            entries = [f"{path.name}:{name}" for name, value in content.items() if name != taken and _has_tensors(value)]
             what = f"{key!r} is no dense tensor"
             if not entries and not _has_tensors(tensors):
                 what = f"holds no weights, only {', '.join(map(str, [*tensors][:4]))}"
@@ -139,9 +139,13 @@ def _load(path: epath.Path, torch: ModuleType) -> object:
     try:
         with _local(path) as file, warnings.catch_warnings(), torch.serialization.safe_globals(inert):
             warnings.simplefilter("ignore")  # about the pickle's protocol; what cannot be read raises
+            if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):  # torch does not compare them
+                raise UserError(
+                    f"{path}: is damaged, {damaged} has another checksum (CRC-32) than was written; download it again"
+                )
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (MemoryError, OSError):
-        raise  # not the file's fault
+    except (MemoryError, OSError, UserError):
+        raise
     except Exception as error:  # whatever a damaged or hostile file makes torch raise
         why = "cannot be read as a PyTorch file of tensors alone; download it again, or check what it is"
         if found := re.search(r"GLOBAL (\S+)", str(error)):

@@ -85,6 +85,10 @@ def _describe(path: str, content: pytorch.Content) -> Source:
     if family.protocol:
         found["num_classes"] = num_classes = _num_classes(path, family, shape)
         levels = len(bins) or next(i for i in itertools.count() if not shape(f"pyramid/level{i}/conv/kernel"))
+        if family.protocol == "mmseg" and not levels:
+            raise UserError(
+                f"{path}: an mmsegmentation network of another head than PSPNet's: it has no decode_head.psp_modules"
+            )
         found["levels"] = levels
         model |= _head_fields(shape, levels, depth)
         found["evaluation"] = _evaluation(family.protocol, num_classes)
@@ -110,7 +114,10 @@ def _without(fields: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, An
 def _num_classes(path: str, family: Family, shape: ShapeOf) -> int:
     if not shape("classifier/bias"):
         missing = family.key("params/classifier/bias", (), 50)
-        raise UserError(f"{path}: {family.title}, but without its classifier, {missing}")
+        raise UserError(
+            f"{path}: begins as {family.title}, but has no {missing}; a network with another head, such as FCN or DeepLab, "
+            "cannot be imported"
+        )
     if (num_classes := shape("classifier/bias")[0]) < 2:
         raise UserError(
             f"{path}: its classifier has {num_classes} output, as for a sigmoid; expected one for each of 2 or more classes"
@@ -150,6 +157,10 @@ def _depth(path: str, shape: ShapeOf) -> int:
     blocks = tuple(next(b for b in itertools.count() if not kernel(f"layer{s}_block{b}/conv1")) for s in range(1, 5))
     basic = not kernel("layer1_block0/conv3")
     if kernel("layer1_block0/conv1")[:1] != (64,) or kernel("layer1_block0/conv2") != (64, 64, 3, 3):
+        if kernel("layer1_block0/conv2") == (3, 3, 64, 64):
+            raise UserError(
+                f"{path}: its kernels are [height, width, in, out]; transpose them to PyTorch's [out, in, height, width]"
+            )
         raise UserError(f"{path}: its blocks are grouped or wide (ResNeXt, Wide ResNet), which this network has not")
     for depth, expected in BLOCKS.items():
         if blocks == expected and basic == (depth in BASIC_DEPTHS):

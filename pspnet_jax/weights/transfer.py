@@ -58,6 +58,8 @@ def load(path: str | os.PathLike, model: nn.Module, partial: bool = False) -> di
     known = {key: variable for variable in shapes if (key := source.key(variable))}
     wanted = {key: variable for key, variable in known.items() if not _left_out(variable, source, fields)}
     _check_arrays(source, arrays, known.keys(), wanted, shapes)
+    if zero := [key for key, variable in wanted.items() if variable.endswith("/var") and not arrays[key].any()]:
+        raise UserError(f"{source}; {len(zero)} of its variances are all zeros, such as {zero[0]}: the file is incomplete")
     if zero := [key for key, variable in wanted.items() if variable.endswith("/kernel") and not arrays[key].any()]:
         kernels = sum(variable.endswith("/kernel") for variable in wanted.values())
         logger.warning(f"{source}; {len(zero)} of its {kernels} kernels hold nothing but zeros, such as {zero[0]}")

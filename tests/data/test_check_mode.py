@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 
 from pspnet_jax.main import main
@@ -36,7 +37,21 @@ def test_pictures_that_cannot_be_written_are_one_sentence(tmp_path, check):
     (tmp_path / "file").write_text("")
     status, said = check(f"--output={tmp_path}/file/below")
     assert status == 1
-    assert f"{tmp_path}/file/below: the pictures cannot be written" in said
+    assert f"{tmp_path}/file/below: cannot be written (Not a directory); the pictures are missing" in said
+
+
+def test_pictures_are_drawn_neither_over_the_users_nor_among_the_data(tmp_path, check):
+    fakes.write_folder(tmp_path / "data", {"train": 2, "val": 1})
+    assert check(f"--output={tmp_path}/out")[0] == check(f"--output={tmp_path}/out")[0] == 0  # over its own
+    fakes.write_image(tmp_path / "mine/train_images.png", np.zeros((4, 5, 3), np.uint8))
+    before = (tmp_path / "mine/train_images.png").read_bytes()
+    status, said = check(f"--output={tmp_path}/mine")
+    assert (status, (tmp_path / "mine/train_images.png").read_bytes()) == (1, before)
+    assert "mine/train_images.png: is there already, and this program did not draw it; choose another --output" in said
+    status, said = check(f"--output={tmp_path}/data/labels/train/check")
+    assert status == 1
+    assert "labels/train/check: lies among the images and labels in " in said
+    assert not (tmp_path / "data/labels/train/check").exists()
     assert "Traceback" not in said
 
 

@@ -241,10 +241,11 @@ def test_evaluation_has_every_example_once(root, hosts):
 
 
 @pytest.fixture
-def spoiled(tmp_path):
+def spoiled(tmp_path, monkeypatch):
     """Returns a recipe whose example 002 turns bad after the check at the start: its only other pair is in order."""
     config = recipe(fakes.write_folder(tmp_path, {"train": 3}), batch_size=2, total_steps=6)
-    sources.open_source(config.dataset, "train")
+    source = sources.open_source(config.dataset, "train")
+    monkeypatch.setattr(pipeline, "open_source", lambda *_: source)
     return config, tmp_path / "images/train/002.png", tmp_path / "labels/train/002.png"
 
 
@@ -255,6 +256,17 @@ def test_a_wrong_label_met_in_training_is_named(spoiled):
         list(batches_of(config))
     with pytest.raises(ValueError, match=r"labels/train/002.png: label value 17 at 1920 pixels"):
         list(examples_of(config, "train"))
+
+
+def test_an_example_that_cannot_be_read_for_a_moment_is_a_sentence(spoiled, monkeypatch):
+    config, image, _ = spoiled
+    read, contents = sources.Files.read, image.read_bytes()
+    monkeypatch.setattr(sources.Files, "read", lambda self, index: (image.write_bytes(contents), read(self, index))[1])
+    image.unlink()
+    with pytest.raises(
+        UserError, match=r"an example could not be read \(.*, and a moment later it could; start the same command"
+    ):
+        list(batches_of(config))
 
 
 def test_batches_before_the_wrong_one_arrive(spoiled):

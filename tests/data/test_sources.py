@@ -1,3 +1,4 @@
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -6,11 +7,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from PIL import Image
+from PIL import ExifTags, Image
 
 from pspnet_jax import image_files
 from pspnet_jax.config import base_config
-from pspnet_jax.data import checks, overlap, scenes, screening, sources
+from pspnet_jax.data import overlap, scenes, screening, sources
 from pspnet_jax.errors import UserError
 from tests import fakes
 
@@ -84,13 +85,6 @@ def test_remote_root(monkeypatch):
     assert_loads(source, 0, image, label)
 
 
-def test_a_folder_is_checked_once(tmp_path, monkeypatch):
-    root = fakes.write_folder(tmp_path, {"train": 1})
-    first = open_folder(root)
-    monkeypatch.setattr(checks, "check_pair", lambda *_: pytest.fail("checked twice"))
-    assert open_folder(root) is first
-
-
 IMAGE, LABEL = "images/train/001.png", "labels/train/001.png"
 
 
@@ -107,6 +101,12 @@ def _jpeg_cut_short(path):
     fakes.write_image(path.with_suffix(".jpg"), fakes.pair("train", 1)[0])
     path.unlink()
     _truncate(path.with_suffix(".jpg"))
+
+
+def _turn(path, tag):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = tag
+    Image.open(path).save(path, exif=exif)
 
 
 def _set_label(path, *values):
@@ -135,9 +135,11 @@ def _set_label(path, *values):
         ),
         (
             LABEL,
-            lambda p: fakes.write_image(p, fakes.pair("train", 1)[0]),
-            r"001.png: is an RGB picture, probably labels drawn",
+            lambda p: fakes.write_image(p, 255 - fakes.pair("train", 1)[0]),
+            r"001.png: is an RGB picture: labels drawn",
         ),
+        (LABEL, lambda p: shutil.copy(p.parents[2] / IMAGE, p), r"labels/train/001.png: is the same file as its image"),
+        (LABEL, lambda p: _turn(p, 3), r"labels/train/001.png: has an EXIF orientation of 3, but labels are read as they are"),
         (LABEL, lambda p: _as(p, "PNG", "RGBA"), r"labels/train/001.png: is an RGBA picture"),
         (LABEL, lambda p: _as(p, "PNG", "I;16"), r"labels/train/001.png: has pixels of kind 'I;16B'; expected an 8-bit"),
         (LABEL, lambda p: _as(p, "PNG", "1"), r"labels/train/001.png: has pixels of kind '1'; expected an 8-bit"),
@@ -188,7 +190,6 @@ def test_pixels_that_end_early_are_seen_before_training(tmp_path, kind, palette)
             open_folder(root)
         dataset = recipe(root=str(root), on_error="skip")
         assert sources.open_source(dataset, "train").names == ["000", "002"]
-        sources._open_files.cache_clear()
 
 
 def test_wrong_values_in_a_palette_label(tmp_path):
@@ -214,7 +215,6 @@ def test_a_large_folder_is_sampled_but_every_header_is_read(tmp_path, monkeypatc
     source = open_folder(root)
     with pytest.raises(UserError, match=r"labels/train/002.png: label value 9"):
         source.read(2)
-    sources._open_files.cache_clear()
     fakes.write_image(root / "labels/train/005.png", np.zeros((40, 47), np.uint8))
     with pytest.raises(UserError, match=r"005.png: is 47x40"):
         open_folder(root)
@@ -393,7 +393,6 @@ def test_training_turns_an_image_as_prediction_does(tmp_path, tag, caplog):
     assert_loads(source, 1, upright, label)
     assert_loads(source, 2, *fakes.pair("train", 2))
     np.testing.assert_array_equal(image_files.read(tmp_path / "images/train/001.png"), upright)
-    sources._open_files.cache_clear()
     assert_loads(open_folder(tmp_path), 1, upright, label)  # as the stamp has it
     assert_loads(sources.open_source(recipe(root=str(tmp_path)), "train", check=False), 1, upright, label)
 

@@ -127,6 +127,7 @@ def test_frequencies_of_classes(dataset, tmp_path):
     fakes.write_image(root / "labels/more/0.png", np.ones((2, 3), np.uint8))
     (root / "classes.txt").write_text("a\nb\nc\nd\n")
     config.dataset.update(root=str(root), cache_dir=dataset.cache_dir, mixture=(("folder", str(root), "more", 2.0),))
-    found = survey.class_pixels(config)
+    opened = [sources.open_source(*part) for part in sources.training_parts(config.dataset)]
+    found = survey.class_pixels(config, opened)
     assert found.pixels.tolist() == [3, 9, 5, 0]
     assert found.labeled.tolist() == [5 + 6, 5 + 6, 6, 0]

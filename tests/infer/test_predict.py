@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pspnet_jax import files, image_files
+from pspnet_jax import files, image_files, lock
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer import memory
 from pspnet_jax.infer.draw import colorize, overlay
@@ -156,19 +156,44 @@ def test_skip_existing_takes_up_what_lacks_a_result(tmp_path, monkeypatch, caplo
     caplog.set_level(logging.INFO)
     paths = write(tmp_path / "in", a=(20, 30), b=(20, 30), c=(20, 30))
     run(tmp_path)
-    (tmp_path / "out" / "overlay" / "b.jpg").unlink()
-    (tmp_path / "out" / "index" / "a.png").write_bytes(b"kept as it is")
-    read, original = [], image_files.read
+    out, read, original = tmp_path / "out", [], image_files.read
     monkeypatch.setattr(image_files, "read", lambda path: (read.append(path), original(path))[1])
+    (out / "overlay" / "b.jpg").unlink()
+    os.truncate(out / "index" / "c.png", 60)
+    os.utime(out / "index" / "a.png", (0, 0))  # as a copy may have it
     run(tmp_path, skip_existing=True)
-    assert read == [paths["b"]]
-    assert (tmp_path / "out" / "index" / "a.png").read_bytes() == b"kept as it is"
-    assert len(results(tmp_path / "out")) == 9
-    assert caplog.messages[-1].startswith(f"3 of 3 images have their results in {tmp_path}/out, 2 from before; ")
+    assert sorted(read) == [paths["b"], paths["c"]]
+    assert (out / "index" / "a.png").stat().st_mtime == 0
+    assert len(results(out)) == 9
+    assert caplog.messages[-1].startswith(f"3 of 3 images have their results in {out}, 1 from before; ")
     assert "images/s on 1 x cpu" in caplog.messages[-1]
-    run(tmp_path, skip_existing=True)  # nothing is left to do
+    read.clear()
+    run(tmp_path, skip_existing=True)
+    assert read == []
+    Image.fromarray(picture(30, 20)).save(paths["a"])  # another photo under the same name
+    run(tmp_path, skip_existing=True)
+    assert read == [paths["a"]]
     run(tmp_path)
-    assert (tmp_path / "out" / "index" / "a.png").read_bytes() != b"kept as it is"
+    assert len(read) == 4
+
+
+def test_results_of_other_images_are_not_written_over(tmp_path):
+    """Two folders of a camera, whose pictures have the same names."""
+    write(tmp_path / "in", a=(20, 30))
+    run(tmp_path, origin={"input": "day1"})
+    before = (tmp_path / "out" / "index" / "a.png").read_bytes()
+    for skip_existing in (False, True):
+        with pytest.raises(
+            UserError, match=r"a.png: is there already, and no prediction of this input wrote it; choose another"
+        ):
+            run(tmp_path, origin={"input": "day2"}, skip_existing=skip_existing)
+    assert (tmp_path / "out" / "index" / "a.png").read_bytes() == before
+
+
+def test_two_predictions_do_not_write_into_one_folder(tmp_path):
+    write(tmp_path / "in", a=(20, 30))
+    with lock.locked(tmp_path / "out"), pytest.raises(UserError, match="another process writes to"):
+        run(tmp_path)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
@@ -199,7 +224,7 @@ def test_an_output_that_is_a_file_or_cannot_be_written_to_is_refused_at_once(tmp
     with pytest.raises(UserError, match=r"--output .*out: is a file; expected a folder"):
         run(tmp_path)
     assert (tmp_path / "out").read_text() == "precious"
-    with pytest.raises(UserError, match=r"--output .*out/below: cannot be written to .*; nothing was predicted"):
+    with pytest.raises(UserError, match=r"out/below: cannot be written \(Not a directory\); choose another place"):
         predict(predictor(), STRONGEST, find_images(tmp_path / "in"), tmp_path / "out" / "below", INFO)
 
 
@@ -271,7 +296,11 @@ def test_results_of_another_checkpoint_are_not_taken_for_this_ones(tmp_path):
     run(tmp_path, origin={"step": 1}, skip_existing=True)
     with pytest.raises(UserError, match="its results are of another checkpoint or other settings"):
         run(tmp_path, origin={"step": 2}, skip_existing=True)
+    first = (tmp_path / "out/index/a.png").read_bytes()
     run(tmp_path, origin={"step": 2})
-    os.utime(tmp_path / "out/index/a.png", (0, 0))  # of the first checkpoint still, as if the second had stopped before it
+    second = (tmp_path / "out/index/a.png").read_bytes()
+    (tmp_path / "out/index/a.png").write_bytes(first)  # as if the second had stopped before it
     run(tmp_path, origin={"step": 2}, skip_existing=True)
-    assert (tmp_path / "out/index/a.png").stat().st_mtime > 0
+    assert (tmp_path / "out/index/a.png").read_bytes() == second != first
+    with pytest.raises(UserError, match="its results are of another checkpoint"):  # trained anew to the same step
+        predict(predictor(), {"other": np.ones(3)}, find_images(tmp_path / "in"), tmp_path / "out", INFO, "", True, {"step": 2})

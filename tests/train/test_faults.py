@@ -235,7 +235,7 @@ def test_a_workdir_that_vanishes_ends_in_a_sentence_or_is_made_again(tmp_path, w
 
 def test_a_file_where_the_workdir_should_be(tmp_path):
     (tmp_path / "run").write_text("notes")
-    with pytest.raises(UserError, match=r"run: cannot be written \(File exists\); choose another --workdir"):
+    with pytest.raises(UserError, match=r"run: cannot be written \(File exists\); choose another place"):
         train(small(), tmp_path / "run")
     assert (tmp_path / "run").read_text() == "notes"
 
@@ -319,7 +319,7 @@ def test_a_save_that_fails_in_the_background_is_made_up_for_at_the_next_line(tmp
 def test_a_renamed_checkpoint_is_told(tmp_path):
     train(small(), tmp_path)
     (tmp_path / "checkpoints/6").rename(tmp_path / "checkpoints/5")
-    with pytest.raises(UserError, match=r"checkpoints/5: was saved as step 6, and renamed since"):
+    with pytest.raises(UserError, match=r"checkpoints/5: was saved as step 6; give it that name back"):
         train(small(), tmp_path)
     with pytest.raises(UserError, match="was saved as step 6"):
         checkpoint.load(tmp_path, "latest", parallel.make_mesh())

@@ -195,7 +195,7 @@ def test_nan_stops_the_run_and_is_never_saved(tmp_path):
             yield batch if step != 4 else batch | {"label": np.full_like(batch["label"], 200)}
 
     message = (
-        "the loss is nan, .* at step 4; the last good checkpoint is that of step 2; try a lower optimizer.learning_rate, .*; "
+        "the loss is nan, .* at step 4; the newest checkpoint is that of step 2; .*; try a lower optimizer.learning_rate, .*; "
         r"where the batches are your own, check their labels, too: any but 0 to K-1 \(of K classes\) and 255"
     )
     with pytest.raises(FloatingPointError, match=message):

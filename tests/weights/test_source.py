@@ -273,7 +273,7 @@ class OtherHead(reference.MmsegPSPNet):
         (Grouped, "grouped or wide"),
         (Deeper, r"\(3, 4, 6, 4\) bottlenecks .* expected a ResNet of depth 18, 34, 50"),
         (TimmD, "not ResNet-C, -D, -T"),
-        (OtherHead, "without its classifier, decode_head.conv_seg.bias"),
+        (OtherHead, "has no decode_head.conv_seg.bias"),
         (lambda: torch.nn.Linear(2, 3), "It has 2 arrays in weight, bias, such as bias"),
         (lambda: reference.MmsegPSPNet(18, 1, "deep32", False), "its classifier has 1 output, as for a sigmoid"),
     ],

@@ -1,4 +1,4 @@
-"""The lock of a workdir: one training at a time writes there, on whatever machine it runs.
+"""The lock of a directory: one process at a time writes a run or predictions there, on whatever machine it is.
 
 On one machine the kernel holds the lock and drops it when its process ends, however that happens. Between machines that share a
 file system it may know nothing; there the owner sets the file's time every few seconds, and one who finds the lock of another
@@ -27,22 +27,22 @@ BEAT, PATIENCE = 10.0, 45.0  # seconds between two signs of life, and without on
 
 
 @contextlib.contextmanager
-def locked(workdir: epath.Path) -> Iterator[None]:
-    """Makes the workdir and holds its lock, WORKDIR/lock, for all processes of this job; a bucket has none.
+def locked(directory: epath.Path) -> Iterator[None]:
+    """Makes the directory and holds its lock, DIRECTORY/lock, for all processes of this job; a bucket has none.
 
     Raises:
-      UserError: another training writes there, or nobody can.
+      UserError: another process writes there, or nobody can.
     """
     descriptor, refusal = None, None
     if jax.process_index() == 0:
         try:
-            with files.writing(workdir, "choose another --workdir, or make it writable"):
-                workdir.mkdir(parents=True, exist_ok=True)
-                descriptor = None if files.is_remote(workdir) else _take(os.fspath(workdir / "lock"))
+            with files.writing(directory, "choose another place, or make it writable"):
+                directory.mkdir(parents=True, exist_ok=True)
+                descriptor = None if files.is_remote(directory) else _take(os.fspath(directory / "lock"))
         except UserError as error:
             refusal = error
     if parallel.agree(refusal is not None):
-        raise refusal or UserError(f"{workdir}: the first process of this job may not write there, and says why")
+        raise refusal or UserError(f"{directory}: the first process of this job may not write there, and says why")
     if descriptor is None:
         yield
         return
@@ -55,14 +55,14 @@ def locked(workdir: epath.Path) -> Iterator[None]:
         over.set()
         heart.join()
         with contextlib.suppress(OSError):
-            os.unlink(workdir / "lock")  # before the lock is dropped: see `_take`
+            os.unlink(directory / "lock")  # before the lock is dropped: see `_take`
         os.close(descriptor)
 
 
 def _take(path: str) -> int:
     """Returns the open lock file, which names this process."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             known = _lock(descriptor)
             owner = _owner(descriptor)
@@ -126,4 +126,4 @@ def _beat(descriptor: int, over: threading.Event) -> None:
 
 def _refusal(path: str, owner: dict[str, object]) -> str:
     who = f"process {owner['pid']} on {owner['host']}, since {owner['since']}" if owner else "a process that it does not name"
-    return f"another training writes to {os.path.dirname(path)} ({who}); wait for its end, stop it, or choose another --workdir"
+    return f"another process writes to {os.path.dirname(path)} ({who}); wait for its end, stop it, or choose another directory"

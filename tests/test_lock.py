@@ -9,8 +9,9 @@ import time
 import pytest
 from etils import epath
 
+from pspnet_jax import lock
 from pspnet_jax.errors import UserError
-from pspnet_jax.train import checkpoint, lock
+from pspnet_jax.train import checkpoint
 from tests.train import filled_state, tiny_config
 
 HOLD = """
@@ -44,7 +45,7 @@ def test_the_owner_is_named_and_the_file_goes_with_it(run):
         owner = json.loads((run / "lock").read_text())
         assert (owner["host"], owner["pid"]) == (socket.gethostname(), os.getpid())
         with (
-            pytest.raises(UserError, match=rf"another training writes to .*run \(process {os.getpid()} on ") as error,
+            pytest.raises(UserError, match=rf"another process writes to .*run \(process {os.getpid()} on ") as error,
             lock.locked(run),
         ):
             pass
@@ -68,7 +69,7 @@ def test_a_living_process_keeps_it_and_a_killed_one_loses_it(run, holder):
 
 
 def test_importing_respects_it(run, holder):
-    with pytest.raises(UserError, match="another training writes to"):
+    with pytest.raises(UserError, match="another process writes to"):
         checkpoint.write_weights(run, tiny_config(), filled_state(tiny_config(), 1))
     assert not (run / "checkpoints").exists()
 
@@ -85,7 +86,7 @@ def test_another_machines_lock_that_shows_life_is_respected(run, foreign, monkey
     monkeypatch.setattr(lock, "PATIENCE", 10.0)
     alive = threading.Timer(0.3, os.utime, [run / "lock"])
     alive.start()
-    with pytest.raises(UserError, match=r"another training writes to .*run \(process 12 on node7, since yesterday\)"):
+    with pytest.raises(UserError, match=r"another process writes to .*run \(process 12 on node7, since yesterday\)"):
         lock.locked(run).__enter__()
     alive.join()
 
