@@ -195,7 +195,7 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         _, *rest = values(argv)
     except (flags.Error, TypeError, ValueError) as error:
-        reason = re.sub(r"\\('(.*)', '.*'\\)$", r"\1", str(error))  # absl quotes an exception's arguments
+        reason = re.sub(r"\('(.*)', '.*'\)$", r"\1", str(error))  # absl quotes an exception's arguments
         raise UserError(reason.removeprefix("flag ")) from error
     if rest:
         raise UserError(f"{rest[0]}: {UNKNOWN}")

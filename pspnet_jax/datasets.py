@@ -254,8 +254,9 @@ def label_problem(histogram: Sequence[int], num_classes: int) -> str | None:
         cause = "Cityscapes' raw labelIds (name them *_labelIds.png and read them with --config.dataset.name=cityscapes)"
     else:
         cause = "raw ids that were not mapped to classes, a color picture turned gray, or missing class names"
-    if wrong != [num_classes] and RARE * sum(histogram[value] for value in wrong) < sum(histogram):
-        cause = f"values between the classes' from saving as JPEG or resizing other than to the nearest pixel, or {cause}"
+    if RARE * sum(histogram[value] for value in wrong) < sum(histogram):
+        causes = ["values between the classes' from saving as JPEG or resizing other than to the nearest pixel", cause]
+        cause = ", or ".join(causes[::-1] if wrong == [num_classes] else causes)
     return (
         f"label value {wrong[0]} at {histogram[wrong[0]]} pixels, expected 0..{num_classes - 1} for {num_classes} classes, or "
         f"{IGNORE} to ignore; likely {cause}"

@@ -89,14 +89,17 @@ def test_an_empty_list(tmp_path):
         class_lists.parse("\n# nothing\n", "classes.txt")
 
 
-def test_a_class_dict_is_read_and_classes_txt_goes_before_it(tmp_path):
+def test_a_class_dict_is_read_and_classes_txt_must_not_contradict_it(tmp_path):
     dataset = base_config().dataset
     dataset.root = str(tmp_path)
     (tmp_path / "class_dict.csv").write_text("name,r,g,b\nsky,1,2,3\nroad,4,5,6\n")
     info = datasets.describe(dataset)
     assert (info.class_names, info.colors) == (("sky", "road"), ((1, 2, 3), (4, 5, 6)))
-    (tmp_path / "classes.txt").write_text("a\nb\n")
-    assert datasets.describe(dataset).class_names == ("a", "b")
+    (tmp_path / "classes.txt").write_text("sky\nroad\n")
+    assert datasets.describe(dataset).class_names == ("sky", "road")
+    (tmp_path / "classes.txt").write_text("road\nsky\n")
+    with pytest.raises(UserError, match=r"classes.txt and class_dict.csv name other classes, or in another order; remove"):
+        datasets.describe(dataset)
 
 
 @pytest.mark.parametrize("contents", ["a\nb\nA\n", "a 1 2 3\nb\n a \n"])

@@ -118,6 +118,36 @@ def test_images_that_the_network_was_trained_on_are_told(run, capsys):
     assert "9 of the 9 images that are scored are in the training data as well" in capsys.readouterr().out
 
 
+def test_fields_that_change_nothing_are_told(run, capsys, tmp_path):
+    assert main(["--mode=evaluate", f"--workdir={run[0]}", "--config.total_steps=9"]) == 0
+    assert "total_steps: 3 -> 9: only training reads these fields; they change nothing here" in capsys.readouterr().out
+    own = recipe(tmp_path / "own.py", run[1])
+    options = ["--config.loss.terms=ohem+dice", "--config.loss.focal_gamma=1.0", "--config.loss.class_weights=1.0,0.0,1.0"]
+    options += ["--config.model.norm=frozen", "--config.optimizer.beta2=0.9"]
+    assert main(["--config", str(own), "--workdir", str(tmp_path / "run"), *SMALL, *options]) == 0
+    said = capsys.readouterr().out
+    assert "loss.focal_gamma=1.0 changes nothing: it is read with focal only" in said
+    assert "optimizer.beta2=0.9 changes nothing: it is read with adamw only" in said
+    assert "loss.ohem_min_kept=100000: a crop has 1920 pixels, so ohem keeps all of them" in said
+    assert "loss.class_weights: pixels of " in said
+    assert "they are those of a new network, mean 0 and variance 1: model.norm='frozen' is meant for init_from" in said
+
+
+def test_labels_whose_palette_means_other_classes_are_not_scored(tmp_path, capsys):
+    for folder, colors in (("data", [(200, 0, 0), (0, 200, 0)]), ("other", [(0, 200, 0), (200, 0, 0)])):
+        root = fakes.write_folder(tmp_path / folder, {"train": 9, "val": 1}, size=(60, 50), num_classes=3)
+        for path in root.glob("labels/*/*.png"):
+            label = Image.fromarray(np.asarray(Image.open(path)) % 3)
+            label.putpalette(np.array([(9, 9, 9), *colors], np.uint8).tobytes())
+            label.save(path)
+    own = ["--config", str(recipe(tmp_path / "own.py", tmp_path / "data")), "--workdir", str(tmp_path / "run"), *SMALL]
+    assert main(own) == 0
+    (tmp_path / "other/classes.txt").unlink()
+    said = error(capsys, "--mode=evaluate", f"--workdir={tmp_path}/run", f"--config.dataset.root={tmp_path}/other")
+    assert "but RGB (200, 0, 0) in the training data" in said
+    assert "the same value means different classes" in said
+
+
 def test_a_checkpoint_that_a_training_removes_is_evaluated_all_the_same(run, tmp_path, monkeypatch):
     load = checkpoint.load
 
@@ -214,6 +244,14 @@ def test_another_network_in_the_same_workdir_is_refused(run, capsys):
         (["--mode=evaluate", "--workdir=hdfs://a/b"], "hdfs://a/b: cannot be read or written here; expected a local path"),
         (["--config=configs/camvid.py", "--config.dataset.root=http://a/b"], "http://a/b: cannot be read or written here"),
         (["--config=configs/camvid.py", "--config.seed=1", "-config.batch_sze=3"], "did you mean batch_size"),
+        (
+            ["--config=configs/camvid.py", "--workdir", "a", "b"],
+            "b: unknown argument; an option takes one value",
+        ),
+        (["--config=configs/camvid.py", "--config.eval.flip=yes"], "flip=yes: Non-boolean argument to boolean flag"),
+        (["--config=configs/camvid.py", "--config.name=a\nb"], "expected a name for a folder in runs/, one line"),
+        (["--config=configs/camvid.py", "--config.dataset.root=s3://a/b"], "s3://a/b: cannot be read or written here"),
+        (["--mode=evaluate", "--workdir=s3://a/b"], "s3://a/b: cannot be read or written here"),
         (["--config=~/no/config.json"], f"--config {Path.home()}/no/config.json: no such file"),
     ],
 )
@@ -404,6 +442,9 @@ def test_double_precision_of_the_shell_is_left_off(tmp_path):
             ValueError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore"),
             "9 bytes.); lower batch_size",
         ),
+        (ValueError("RESOURCE_EXHAUSTED: Error opening zarr: Too many open files"), "too many files are open; raise the limit"),
+        (RuntimeError("can't start new thread"), "no further thread can be started; raise the limit of processes or of memory"),
+        (UnicodeEncodeError("utf-8", "d\udcc3", 1, 2, "surrogates not allowed"), "set LC_ALL=C.UTF-8"),
         (RuntimeError("/x/events: No space left on device"), "/x/events: No space left on device; free some space"),
     ],
 )

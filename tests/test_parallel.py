@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType
 
 from pspnet_jax import parallel
+from pspnet_jax.errors import UserError
 from pspnet_jax.train import checkpoint, layout
 from tests.train import OneLayer, fit, make_batches, tiny_config
 
@@ -185,3 +186,11 @@ def test_two_processes_stop_and_resume_together_and_equal_one(tmp_path, monkeypa
     assert largest < 1e-5
     lines = [(tmp_path / run / "metrics.jsonl").read_text().count("\n") for run in ("one", "two")]
     assert lines == [12, 12]
+
+
+def test_processes_that_differ_are_told(monkeypatch):
+    parallel.require_same("their configs", {"seed": 0})
+    others = iter([7, -3])  # the largest value of any process, and the negative of the smallest
+    monkeypatch.setattr(parallel, "agree", lambda _: next(others))
+    with pytest.raises(UserError, match="the processes of this job differ in their configs; start all of them alike"):
+        parallel.require_same("their configs", {"seed": 0})

@@ -31,3 +31,9 @@ def test_a_title_with_brackets_is_shown_as_it_is(monkeypatch):
     with progress.progress("evaluating val[a] [/b]", 2) as advance:
         advance(1)
     assert "evaluating val[a] [/b]" in terminal.getvalue()
+
+
+def test_closed_streams_are_no_terminal(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with progress.progress("evaluating", 2) as advance:
+        advance(2)

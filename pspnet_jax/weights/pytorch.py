@@ -140,9 +140,7 @@ def _load(path: epath.Path, torch: ModuleType) -> object:
         with _local(path) as file, warnings.catch_warnings(), torch.serialization.safe_globals(inert):
             warnings.simplefilter("ignore")  # about the pickle's protocol; what cannot be read raises
             if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):  # torch does not compare them
-                raise UserError(
-                    f"{path}: is damaged, {damaged} has another checksum (CRC-32) than was written; download it again"
-                )
+                raise UserError(f"{path}: is damaged ({damaged} differs from its CRC-32); download it again")
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (MemoryError, OSError, UserError):
         raise

@@ -86,9 +86,7 @@ def _describe(path: str, content: pytorch.Content) -> Source:
         found["num_classes"] = num_classes = _num_classes(path, family, shape)
         levels = len(bins) or next(i for i in itertools.count() if not shape(f"pyramid/level{i}/conv/kernel"))
         if family.protocol == "mmseg" and not levels:
-            raise UserError(
-                f"{path}: an mmsegmentation network of another head than PSPNet's: it has no decode_head.psp_modules"
-            )
+            raise UserError(f"{path}: is mmsegmentation's, but no PSPNet: it has no decode_head.psp_modules")
         found["levels"] = levels
         model |= _head_fields(shape, levels, depth)
         found["evaluation"] = _evaluation(family.protocol, num_classes)
@@ -158,9 +156,7 @@ def _depth(path: str, shape: ShapeOf) -> int:
     basic = not kernel("layer1_block0/conv3")
     if kernel("layer1_block0/conv1")[:1] != (64,) or kernel("layer1_block0/conv2") != (64, 64, 3, 3):
         if kernel("layer1_block0/conv2") == (3, 3, 64, 64):
-            raise UserError(
-                f"{path}: its kernels are [height, width, in, out]; transpose them to PyTorch's [out, in, height, width]"
-            )
+            raise UserError(f"{path}: its kernels are [height, width, in, out]; transpose them to PyTorch's order")
         raise UserError(f"{path}: its blocks are grouped or wide (ResNeXt, Wide ResNet), which this network has not")
     for depth, expected in BLOCKS.items():
         if blocks == expected and basic == (depth in BASIC_DEPTHS):

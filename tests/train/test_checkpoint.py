@@ -2,6 +2,7 @@ import errno
 import gc
 import os
 import pathlib
+import re
 import shutil
 import zipfile
 
@@ -437,3 +438,34 @@ def test_weights_for_other_classes_than_the_config_names_are_refused(tmp_path):
     checkpoint.write_weights(tmp_path / "run", config, state)
     with pytest.raises(UserError, match="tells 3 classes apart, but its config names 2"):
         checkpoint.load(tmp_path / "run", "latest", mesh_of(1))
+
+
+@pytest.mark.parametrize("fault", ["damaged", "out of reach"])
+def test_a_checkpoint_whose_score_cannot_be_read_is_kept(tmp_path, monkeypatch, caplog, fault):
+    """It may be the best one."""
+    save(tmp_path, {1: 0.9, 2: 0.5, 3: None})
+    with monkeypatch.context() as patch:
+        if fault == "damaged":
+            os.truncate(tmp_path / "checkpoints/1/score.json", 9)
+        else:
+            stat = os.stat
+            refuse = lambda path, **more: _raise(errno.ESTALE) if "1/score" in str(path) else stat(path, **more)  # noqa: E731
+            patch.setattr(os, "stat", refuse)
+        checkpoints = Checkpoints(tmp_path)
+    assert "the score of checkpoint 1 cannot be read" in caplog.text
+    for step in (4, 5, 6):
+        checkpoints.save(step, small_state(step), tiny_config())
+    checkpoints.close()
+    assert Checkpoints(tmp_path, read_only=True).steps == [1, 2, 5, 6]
+
+
+def _raise(code):
+    raise OSError(code, os.strerror(code))
+
+
+def test_a_directory_within_a_run_is_told_for_what_it_is(trained, monkeypatch):
+    with pytest.raises(UserError, match=rf"is no run with checkpoints; it is part of the run {re.escape(str(trained))}, copy"):
+        Checkpoints(trained / "checkpoints" / "4", read_only=True)
+    monkeypatch.setattr(os, "stat", lambda path, **_: _raise(errno.EACCES))
+    with pytest.raises(OSError, match="Permission denied"):
+        Checkpoints(trained, read_only=True)

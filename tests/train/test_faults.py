@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import re
 import resource
 import shutil
 import signal
@@ -11,11 +12,13 @@ import time
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from pspnet_jax import config as configs
 from pspnet_jax import parallel
 from pspnet_jax.errors import UserError
+from pspnet_jax.optimizers import Optimizer
 from pspnet_jax.train import checkpoint, integrity, layout
 from pspnet_jax.train.checkpoint import Checkpoints
 from tests.train import OneLayer, fit, make_batch, make_batches, score, tiny_config
@@ -411,3 +414,76 @@ def test_scores_of_other_data_are_not_compared(tmp_path, caplog):
     train(config, tmp_path, scored(0.1, "after"))
     assert Checkpoints(tmp_path, read_only=True).best() == 6
     assert "the evaluated data has changed: the best checkpoint is one of those scored from step 6 on" in warnings(caplog)
+
+
+def test_a_save_that_fails_before_its_evaluation_is_made_up_for(tmp_path, monkeypatch, caplog, whole):
+    write, calls = integrity.write_checksums, itertools.count()
+
+    def full_at_first(directory):
+        if next(calls) == 0:
+            raise OSError(28, "No space left on device")
+        write(directory)
+
+    monkeypatch.setattr(integrity, "write_checksums", full_at_first)
+    assert_equal(train(small(save=6), tmp_path), whole)
+    assert saved_steps(tmp_path) == [3, 6]
+    assert "checkpoint 3 could not be written (No space left on device)" in warnings(caplog)
+
+
+@pytest.mark.parametrize("name", ["config.json", "parameters.txt"])
+@pytest.mark.parametrize("content", ['{"architectures": ["Bert"]}', "[]", "no JSON"])
+def test_files_of_others_are_not_written_over(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name}: is there already, and no run of this program wrote it; choose another"):
+        train(small(), tmp_path)
+    assert (tmp_path / name).read_text() == content
+
+
+def test_names_of_an_evaluation_stay_in_their_place(tmp_path, caplog):
+    def evaluate(variables):
+        return {"mean_iou": np.float32(0.5), "step": 99, "kind": 7}, {"../../escaped": np.zeros((4, 5, 3), np.uint8)}
+
+    train(small(), tmp_path / "a/b", evaluate)
+    assert not list(tmp_path.rglob("escaped*"))
+    assert "the picture '../../escaped' cannot be written (its name has a folder in it); training goes on" in caplog.text
+    lines = [json.loads(line) for line in (tmp_path / "a/b/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [3, 6]
+
+
+def test_an_optimizer_without_a_state_is_saved_and_resumed(tmp_path):
+    optimizer = Optimizer(optax.scale(-0.01), {})
+    state = fit(small(), make_batches, None, tmp_path, model=OneLayer(), optimizer=optimizer)
+    shutil.rmtree(tmp_path / "checkpoints/6")
+    assert_equal(fit(small(), make_batches, None, tmp_path, model=OneLayer(), optimizer=optimizer), state)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda batch: batch | {"image": batch["image"] / np.float32(255)}, "'image': 'float32[8, ...]'"),
+        (lambda batch: {name: array[:4] for name, array in batch.items()}, "'image': 'uint8[4, ...]'"),
+        (lambda batch: {"image": batch["image"]}, "{'image': 'uint8[8, ...]'}, but"),
+    ],
+)
+def test_a_later_batch_of_another_kind_is_refused_and_the_steps_are_saved(tmp_path, change, said):
+    def batches(start):
+        for step, batch in enumerate(make_batches(start), start + 1):
+            yield change(batch) if step == 5 else batch
+
+    with pytest.raises(UserError, match=re.escape(said)):
+        fit(small(save=6, eval=0), batches, None, tmp_path, model=OneLayer())
+    assert saved_steps(tmp_path) == [4]
+
+
+def test_a_batch_that_teaches_nothing_is_told_once(tmp_path, caplog):
+    def batches(start):
+        return ({**batch, "label": np.full_like(batch["label"], 255)} for batch in make_batches(start))
+
+    fit(small(eval=0), batches, None, tmp_path, model=OneLayer())
+    assert [line for line in warnings(caplog) if "the gradient of step 1 is 0: nothing is learned" in line] != []
+    assert sum("nothing is learned" in line for line in warnings(caplog)) == 1
+
+
+def test_random_numbers_do_not_depend_on_the_environment(tmp_path, whole):
+    with jax.default_prng_impl("rbg"):
+        assert_equal(train(small(), tmp_path), whole)

@@ -199,3 +199,31 @@ def test_a_directory_is_no_file(tmp_path):
             f"{tmp_path / part}: is part of a run of this program: evaluate, predict and export take it with "
             f"--workdir={tmp_path}/run, training with --config.init_from={tmp_path}/run"
         )
+
+
+@pytest.mark.parametrize("name", ["net.safetensors", "model.safetensors.index.json"])
+def test_only_checkpoints_of_pytorch_have_entries(name, tmp_path):
+    pytorch.write_safetensors(tmp_path / "net.safetensors", ARRAYS)
+    index = {"weight_map": dict.fromkeys(ARRAYS, "net.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert is_plain(container.read(tmp_path / name))
+    said = refusal(f"{tmp_path / name}:state_dict_ema")
+    assert said == f"{tmp_path / name}:state_dict_ema: only PyTorch's checkpoints have entries; name the file alone"
+
+
+@pytest.mark.parametrize("written", [b"\0" * 64, np.arange(16, dtype=np.float32).tobytes()], ids=["zeros", "numbers"])
+def test_damage_that_torch_does_not_see_is_seen(written, tmp_path):
+    array = np.random.default_rng(0).standard_normal(1000, np.float32)
+    torch.save({"a": torch.from_numpy(array)}, tmp_path / "net.pth")
+    content = bytearray((tmp_path / "net.pth").read_bytes())
+    place = content.index(array.tobytes()) + 2000
+    content[place : place + 64] = written
+    (tmp_path / "net.pth").write_bytes(content)
+    torch.load(tmp_path / "net.pth", weights_only=True)
+    assert "net.pth: is damaged (net/data/0 differs from its CRC-32); download it again" in refusal(tmp_path / "net.pth")
+
+
+def test_a_sparse_array_is_named_without_the_entry_it_is_in(tmp_path):
+    torch.save({"state_dict": {"a": torch.eye(3).to_sparse()}}, tmp_path / "net.pth")
+    said = refusal(tmp_path / "net.pth")
+    assert said.endswith("'a' is no dense tensor; expected a state_dict, or a checkpoint with one")

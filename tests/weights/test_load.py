@@ -228,10 +228,19 @@ def test_every_key_is_accounted_for(state, change, words, tmp_path):
 
 
 def test_kernels_of_zeros_are_told(state, tmp_path, caplog):
-    path = write(tmp_path / "net.safetensors", {k: v * ("layer4" not in k) for k, v in state.items()})
+    path = write(tmp_path / "net.safetensors", {k: v * ("layer4" not in k or v.ndim < 4) for k, v in state.items()})
     weights.load(path, configured(path)[1])
     said = caplog.messages[-1]
     assert re.search(r"5 of its \d+ kernels hold nothing but zeros, such as backbone.layer4.0.conv1.weight", said)
+
+
+def test_half_a_file_of_zeros_is_refused(state, tmp_path):
+    """As a download leaves that was given its size before it was stopped."""
+    path = write(tmp_path / "net.safetensors", state)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    with pytest.raises(UserError, match=r"of its variances are all zeros, such as .*running_var: the file is incomplete"):
+        weights.load(path, configured(path)[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

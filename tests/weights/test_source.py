@@ -50,11 +50,11 @@ img_norm_cfg = dict(mean=[103.939, 116.779, 123.68], std=[1.0, 2.0, 3.0], to_rgb
 
 
 def write(path: Path, build: Callable[[], "torch.nn.Module"], **others: object) -> Path:
-    """Saves a network as a file of few bytes, whose arrays have the true shapes and hold a single 0."""
+    """Saves a network as a file of few bytes, whose arrays have the true shapes and hold a single 1."""
     with torch.device("meta"):
         state = build().state_dict()
-    zeros = {key: torch.zeros((), dtype=value.dtype).expand(value.shape) for key, value in state.items()}
-    torch.save({"state_dict": zeros, **others}, path)
+    ones = {key: torch.ones((), dtype=value.dtype).expand(value.shape) for key, value in state.items()}
+    torch.save({"state_dict": ones, **others}, path)
     return path
 
 
@@ -267,13 +267,28 @@ class OtherHead(reference.MmsegPSPNet):
         del self.decode_head.conv_seg
 
 
+class WithoutPyramid(reference.MmsegPSPNet):
+    def __init__(self):
+        super().__init__(18, 19, "deep32", False)
+        del self.decode_head.psp_modules
+
+
+class TensorFlows(reference.MmsegPSPNet):
+    def __init__(self):
+        super().__init__(18, 19, "deep32", False)
+        kernel = self.backbone.layer1[0].conv2.weight
+        self.backbone.layer1[0].conv2.weight = torch.nn.Parameter(kernel.permute(2, 3, 1, 0))
+
+
 @pytest.mark.parametrize(
     ("build", "words"),
     [
         (Grouped, "grouped or wide"),
         (Deeper, r"\(3, 4, 6, 4\) bottlenecks .* expected a ResNet of depth 18, 34, 50"),
         (TimmD, "not ResNet-C, -D, -T"),
-        (OtherHead, "has no decode_head.conv_seg.bias"),
+        (OtherHead, "has no decode_head.conv_seg.bias; a network with another head, such as FCN or DeepLab"),
+        (WithoutPyramid, "mmsegmentation's, but no PSPNet: it has no decode_head.psp_modules"),
+        (TensorFlows, "transpose them to PyTorch's"),
         (lambda: torch.nn.Linear(2, 3), "It has 2 arrays in weight, bias, such as bias"),
         (lambda: reference.MmsegPSPNet(18, 1, "deep32", False), "its classifier has 1 output, as for a sigmoid"),
     ],
