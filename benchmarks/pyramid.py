@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 VARIANTS = ("none", "1", "1236")
-SHOWN = ("boat", "car", "pole", "bird")
+SHOWN = ("boat", "car", "sheep", "boulder", "pole", "bird")
 
 
 def train(variant: str, seed: int, workdir: pathlib.Path) -> dict[str, float]:
@@ -30,13 +30,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/pyramid"))
     arguments = parser.parse_args()
-    print(f"| pyramid | mIoU, by seed {arguments.seeds} | mean | {' | '.join(SHOWN)} |")
-    print("| --- " * (3 + len(SHOWN)) + "|")
+    print(f"| pyramid | mIoU, by seed {arguments.seeds} | mean | std | {' | '.join(SHOWN)} |")
+    print("| --- " * (4 + len(SHOWN)) + "|")
     for variant in VARIANTS:
         scores = [train(variant, seed, arguments.workdir / f"{variant}_{seed}") for seed in arguments.seeds]
         mean = {key: np.mean([s[key] for s in scores]) for key in scores[0]}
-        each = ", ".join(f"{s['mIoU']:.1f}" for s in scores)
-        print(f"| {variant} | {each} | {' | '.join(f'{value:.1f}' for value in mean.values())} |", flush=True)
+        each, miou = ", ".join(f"{s['mIoU']:.1f}" for s in scores), mean.pop("mIoU")
+        std = np.std([s["mIoU"] for s in scores])
+        classes = " | ".join(f"{value:.1f}" for value in mean.values())
+        print(f"| {variant} | {each} | {miou:.1f} | {std:.1f} | {classes} |", flush=True)
 
 
 if __name__ == "__main__":

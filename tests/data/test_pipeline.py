@@ -90,7 +90,7 @@ CHECKSUMS = {
     "disk": "cf672947ac2db1f7",
     "balance": "664f22a1db0a9079",
     "cityscapes": "3c7a642c6eecb4e9",
-    "scenes": "d085e09a471683e9",
+    "scenes": "6c7d4618a62a5b48",
 }
 
 
