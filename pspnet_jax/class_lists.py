@@ -16,7 +16,7 @@ from typing import NamedTuple, NoReturn
 from pspnet_jax.errors import UserError
 
 Color = tuple[int, int, int]
-COLUMNS = {  # and their names in headers
+COLUMNS = {  # {column: its names in headers}
     "name": "name class class_name classname label label_name category",
     "index": "index idx id label_id labelid class_id classid class_index train_id trainid value",
     "red": "red r",

@@ -55,8 +55,7 @@ class DatasetInfo:
     """Class names and (R, G, B) colors, 0..255, in label order 0..K-1.
 
     Raises:
-      UserError: there are not 2 to 255 classes, two have the same name, the number of colors differs, or a color is not
-        three values in 0..255.
+      UserError: there are not 2 to 255 classes with distinct names, or not one valid color for each.
     """
 
     name: str
@@ -196,10 +195,8 @@ def tables() -> list[str]:
 
 
 def voc_palette(num_classes: int) -> tuple[Color, ...]:
-    """Returns PASCAL VOC's colors of the labels 0..K-1, as VOCdevkit's VOClabelcolormap.
-
-    Bits 3i, 3i+1 and 3i+2 of a label become bit 7-i of R, G and B.
-    """
+    """Returns PASCAL VOC's colors of the labels 0..K-1 (VOCdevkit's VOClabelcolormap): bits 3i, 3i+1 and 3i+2 of a label
+    become bit 7-i of R, G and B."""
 
     def value(label: int, channel: int) -> int:
         return sum((label >> (3 * i + channel) & 1) << (7 - i) for i in range(3))
@@ -208,10 +205,8 @@ def voc_palette(num_classes: int) -> tuple[Color, ...]:
 
 
 def classes_of_raw_values(name: str) -> np.ndarray:
-    """Returns uint8[256], the inverse of `RAW_VALUES`: the class of each raw value.
-
-    Values that are not scored map to IGNORE, and values that do not occur to WRONG.
-    """
+    """Returns uint8[256], the inverse of `RAW_VALUES`: the class of each raw value, IGNORE for values that are not scored,
+    and WRONG for values that do not occur."""
     table = np.full(256, WRONG, np.uint8)
     table[list(VOID_VALUES[name])] = IGNORE
     table[list(RAW_VALUES[name])] = np.arange(len(RAW_VALUES[name]))

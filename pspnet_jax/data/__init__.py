@@ -1,4 +1,4 @@
-"""The input pipeline, which yields tf.data datasets of uint8 images and labels. Only this package imports TensorFlow."""
+"""The input pipeline, which yields tf.data datasets of uint8 images and labels. Only this package needs TensorFlow."""
 
 import contextlib
 import os
@@ -9,10 +9,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def _without_startup_notes() -> Iterator[None]:
-    """Removes TensorFlow's start-up notes, which no setting turns off, from stderr.
-
-    The filter is a separate process, so that the output of a crash still gets through.
-    """
+    """Removes TensorFlow's start-up notes, which no setting turns off, from stderr. The filter is a separate process, so that
+    the output of a crash still gets through."""
     try:
         stderr = os.dup(2) if shutil.which("grep") else None
     except OSError:  # stderr is closed

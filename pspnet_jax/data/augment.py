@@ -25,9 +25,7 @@ from pspnet_jax.datasets import IGNORE
 from pspnet_jax.errors import UserError
 
 if int(cv2.__version__.split(".")[0]) < 5:  # an installed opencv-python 4 can overwrite the required version
-    raise UserError(
-        f"OpenCV {cv2.__version__} rounds bilinear coordinates too coarsely; run pip install 'opencv-python-headless>=5'"
-    )
+    raise UserError(f"OpenCV {cv2.__version__} rounds coordinates too coarsely; run pip install 'opencv-python-headless>=5'")
 cv2.setNumThreads(0)  # OpenCV runs in the calling thread, because the pipeline already has a thread for each core
 RADIUS = 2  # of the blur kernel, in pixels
 
@@ -128,11 +126,8 @@ def _warp_image(image: np.ndarray, a: np.ndarray, b: np.ndarray, rotated: bool, 
 def _source_box(
     source: tuple[int, ...], a: np.ndarray, b: np.ndarray, size: tuple[int, ...]
 ) -> tuple[tuple[slice, slice], np.ndarray, bool]:
-    """Returns the source region from which an output of this size is interpolated.
-
-    Returns:
-      the region as slices, with at least one pixel; b relative to its corner; whether the output extends beyond the source.
-    """
+    """Returns the source region, of at least one pixel, from which an output of this size is interpolated; b relative to the
+    region's corner; and whether the output extends beyond the source."""
     reach = a * (np.array(size) - 1)
     low = np.floor(b + np.minimum(reach, 0).sum(axis=1)).astype(int)
     high = np.floor(b + np.maximum(reach, 0).sum(axis=1)).astype(int) + 2

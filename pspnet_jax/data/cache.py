@@ -59,9 +59,7 @@ class CacheBudget:
             was_closed, self._closed = self._closed, True
         if not was_closed:
             kept, where = self._taken / 2**30, self._path or "memory"
-            logger.warning(
-                f"dataset.cache: stopped at {kept:.1f} GiB in {where} ({reason}); other examples are decoded each time"
-            )
+            logger.warning(f"dataset.cache: stopped at {kept:.1f} GiB in {where} ({reason}); the rest is decoded each time")
 
 
 def cached(source: Source, dataset: ConfigDict, budget: CacheBudget) -> Read:
@@ -77,10 +75,7 @@ def cached(source: Source, dataset: ConfigDict, budget: CacheBudget) -> Read:
         return _in_memory(source.read, budget)
     if dataset.cache == "disk":
         if not source.files(0):
-            raise UserError(
-                "dataset.cache='disk': this source names no files, so it is unknown when an example changes; implement "
-                "Source.files, or use dataset.cache='memory'"
-            )
+            raise UserError("dataset.cache='disk': this source names no files, so changes would go unnoticed; use 'memory'")
         path = stamps.directory(dataset.cache_dir)
         return _on_disk(source.read, budget, functools.cache(lambda index: path / f"{_identity(source, index, dataset)}.npy"))
     return source.read
@@ -130,7 +125,7 @@ def _on_disk(read: Read, budget: CacheBudget, path_of: Callable[[int], pathlib.P
 
 
 def _identity(source: Source, index: int, dataset: ConfigDict) -> str:
-    """Returns a digest that changes whenever the example may: of its dataset, name, and its files' paths, sizes and times."""
+    """Returns a digest of the example's dataset and name, and of its files' paths, sizes and times."""
     key = (VERSION, dataset.name, dataset.root, dataset.tfds_name, source.num_classes, source.names[index])
     return stamps.digest((*key, [(file, stamps.stat(file)) for file in source.files(index)]))
 

@@ -57,7 +57,7 @@ def check_pair(image_file: str, label_file: str, num_classes: int, pixels: bool,
     with _opened(label_file, image_file) as file:
         label_contents = file.read() if pixels else b""
         if contents and contents == label_contents:
-            raise UserError("is a copy of its image; put the label there")
+            raise UserError("is a copy of its image; replace it with the label")
         check = _check_mat if label_file.endswith(".mat") else _check_label
         label_size, statistics = check(io.BytesIO(label_contents) if pixels else file, label_contents)
         if label_size != upright:
@@ -82,7 +82,7 @@ def example_problem(image: np.ndarray, label: np.ndarray, num_classes: int) -> s
         found = [f"{array.dtype}{list(array.shape)}" for array in (image, label)]
         return f"has image {found[0]} and label {found[1]}, expected uint8[H, W, 3] and uint8[H, W]"
     if image.shape[:2] != label.shape:
-        return f"the image is {image.shape[:2]}, but the label {label.shape} (height, width)"
+        return f"the image is {image.shape[:2]}, but the label is {label.shape} (height, width)"
     if not label.size:
         return "has no pixels"
     if (label + np.uint8(1)).max() > num_classes:  # IGNORE + 1 is 0
@@ -191,7 +191,7 @@ def _color_problem(label: ImageFile.ImageFile) -> str:
         )
     return (
         f"is an {label.mode} image, but a label has one channel; if it shows classes as colors, replace each color with its "
-        "class index; if it is a photo, put the label there"
+        "class index; if it is a photo, replace it with the label"
     )
 
 

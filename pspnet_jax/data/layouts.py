@@ -1,4 +1,4 @@
-"""The file layout of each dataset, as its official archives unpack. Directories may be local or gs://."""
+"""The directory layout of each dataset, as users unpack it. Directories may be local or gs://."""
 
 import collections
 import logging
@@ -26,7 +26,7 @@ class Pair(NamedTuple):
     Attributes:
       name: identifies the pair in messages and prediction files.
       image: the image file.
-      label: the label file; "" if the split has no public labels. `checks.check_pair` reports a missing file.
+      label: the label file; "" if the split has no public labels. Either file may be missing, see `checks.check_pair`.
       raw: whether the label has the benchmark's raw values (see `datasets.RAW_VALUES`) instead of class indices.
     """
 
@@ -182,7 +182,7 @@ def _cityscapes(root: str, split: str, extra_root: str) -> list[Pair]:
 
 
 def _first_with(folder: str, *places: str) -> str:
-    """Returns the first of several directories that contains a folder."""
+    """Returns the first of these directories that contains the folder."""
     for place in places:
         if tf.io.gfile.isdir(f"{place}/{folder}"):
             return place
@@ -231,7 +231,7 @@ def _files(directory: str, extensions: Sequence[str]) -> dict[str, str]:
 def _walk(directory: str, above: tuple[str, ...] = ()) -> Iterator[str]:
     """Yields the files below a directory, except hidden ones; `above` are the real paths of its parent directories.
 
-    Buckets list folders with a trailing "/". Their entries with a "." are taken for files: a query for each takes minutes.
+    Buckets list folders with a trailing "/", so other entries with a "." are assumed to be files; queries would take minutes.
     """
     remote = "://" in directory
     if not remote:

@@ -71,10 +71,7 @@ def _apportion(weights: Sequence[float]) -> tuple[int, ...]:
     quotas = np.floor(exact).astype(int)
     quotas[np.argsort(quotas - exact, kind="stable")[: BLOCK - quotas.sum()]] += 1
     if quotas.min() == 0:
-        raise UserError(
-            f"dataset.mixture: weights {tuple(weights)[1:]}, with 1 for the main dataset: each must be at least 1/{BLOCK} of "
-            "their sum"
-        )
+        raise UserError(f"dataset.mixture: the weights {tuple(weights)[1:]} and 1 must each be at least 1/{BLOCK} of their sum")
     return tuple(quotas.tolist())
 
 

@@ -44,13 +44,7 @@ class Palettes:
         return [remark for remark in (self._difference, self._grays, mixed) if remark]
 
     def add(self, file: str, values: np.ndarray, palette: Mapping[int, Color]) -> None:
-        """Compares a label file with the list of classes and with earlier files.
-
-        Args:
-          file: its name.
-          values: int64[256], number of pixels of each class and of 255.
-          palette: the colors of the values that occur.
-        """
+        """Compares a label file, given its number of pixels of each class and of 255 and the colors of values that occur."""
         if self._num_classes == 2 and bool(values[1]) != bool(values[IGNORE]):
             self._masks.setdefault(1 if values[1] else IGNORE, file)
         colors = [color for value, color in palette.items() if value != IGNORE]

@@ -1,7 +1,4 @@
-"""Finds the pairs of files that cannot be used, with the same result in all processes of a job.
-
-The findings are cached until a file changes.
-"""
+"""Finds unusable pairs of files, with the same result in all processes of a job, and caches it until a file changes."""
 
 import concurrent.futures
 import functools
@@ -73,16 +70,8 @@ class Findings(NamedTuple):
 
 
 class Screened(NamedTuple):
-    """The usable pairs of a split.
-
-    Attributes:
-      pairs: the files.
-      sizes: of the image files, in bytes.
-      orientations: of the images.
-      totals: pixel counts of the labels.
-      palette: see `Palettes.seen`.
-      fingerprint: digest of the names and sizes of the files.
-    """
+    """The usable pairs of a split, the size in bytes and the orientation of each image, the labels' totals and colors (see
+    `Palettes.seen`), and the files' fingerprint."""
 
     pairs: list[Pair]
     sizes: list[int]
@@ -177,11 +166,9 @@ def _check_files(pairs: list[Pair], dataset: ConfigDict, names: Sequence[str], s
         chosen = every if count == len(pairs) else set(np.random.default_rng(0).choice(len(pairs), count, replace=False))
         check_chosen = functools.partial(check, chosen=chosen)
         for attempt in range(ATTEMPTS):
-            depends = (VERSION, count, dataset.name, len(names), colors, pairs, attempt)
+            key = (VERSION, count, dataset.name, len(names), colors, pairs, attempt)
             compute = functools.partial(_check_pairs, pairs, check_chosen, Palettes(colors, len(names)), split)
-            found = mine._replace(
-                **json.loads(stamps.compute_once(dataset.cache_dir, "checked", files, depends, compute, stats))
-            )
+            found = mine._replace(**json.loads(stamps.compute_once(dataset.cache_dir, "checked", files, key, compute, stats)))
             if all(isinstance(check_chosen(index), Problem) for index, *_ in found.problems):
                 break  # otherwise a read failed temporarily, and the findings lack that pair's pixels and orientation
         return found

@@ -68,9 +68,7 @@ def _prepared_builder(name: str, root: str) -> tfds.core.DatasetBuilder:
         ) from error
     where = f"dataset.tfds_name={name!r} at {builder.data_path}"
     if not builder.is_prepared():
-        raise UserError(
-            f"{where}: is not prepared; run `tfds build {name} --file_format=array_record --data_dir={root or 'DIR'}`"
-        )
+        raise UserError(f"{where}: not prepared; run `tfds build {name} --file_format=array_record --data_dir={root or 'DIR'}`")
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         raise UserError(
             f"{where}: is stored as {builder.info.file_format.value}, which cannot be read in random order; build it again in "

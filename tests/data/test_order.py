@@ -59,7 +59,7 @@ def test_each_dataset_of_a_mixture_has_its_own_epochs():
 
 def test_a_weight_below_one_position_in_a_block_is_an_error():
     with pytest.raises(
-        ValueError, match=r"dataset.mixture: weights \(0.0004,\), with 1 for the main dataset: .* 1/1000 of their sum"
+        ValueError, match=r"dataset.mixture: the weights \(0.0004,\) and 1 must each be at least 1/1000 of their sum"
     ):
         Order(0, [5, 5], (1, 0.0004))
 
