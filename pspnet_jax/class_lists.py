@@ -1,12 +1,12 @@
-"""Reading a list of classes as users write them: classes.txt, or a class_dict.csv with a header.
+"""Reading a user's list of classes: classes.txt, or a class_dict.csv with a header.
 
-| a line | means |
+| line | meaning |
 | --- | --- |
 | `sky` | the next class |
 | `sky 128 128 128`, `sky,128,128,128`, `"sky"; 128; 128; 128`, `sky #808080` | with its color |
-| `0 sky`, `0: sky`, `0,sky,128,128,128` | the class of label 0, if all lines begin so; 255 is left out, as it is no class |
-| `name,r,g,b`, `id;name` | a header, which names the columns |
-| `# a comment` | nothing |
+| `0 sky`, `0: sky`, `0,sky,128,128,128` | the class of label 0, if all lines start with a label; a line for 255 is ignored |
+| `name,r,g,b`, `id;name` | a header that names the columns |
+| `# a comment` | ignored |
 """
 
 import csv
@@ -16,41 +16,41 @@ from typing import NamedTuple, NoReturn
 from pspnet_jax.errors import UserError
 
 Color = tuple[int, int, int]
-COLUMNS = {  # what headers call them
+COLUMNS = {  # {column: its names in headers}
     "name": "name class class_name classname label label_name category",
     "index": "index idx id label_id labelid class_id classid class_index train_id trainid value",
     "red": "red r",
     "green": "green g",
     "blue": "blue b",
 }
-_INDEX = re.compile(r"(\d+)(?:\s*[:=.)]\s*|\s+)(?=\S)")  # before a name
-_NO_NAME = re.compile(r"[{}<>|=]|:\s|\s#|(\s+[\d.]+){2}\s*$")  # YAML, JSON, XML, or numbers that are no color
-EXPECTED = "expected one class a line, as `name` or `name R G B`; put a name in quotes if it is one"
+_INDEX = re.compile(r"(\d+)(?:\s*[:=.)]\s*|\s+)(?=\S)")  # a label before a name
+_NO_NAME = re.compile(r"[{}<>|=]|:\s|\s#|(\s+[\d.]+){2}\s*$")  # YAML, JSON, XML, or numbers that are not a color
+EXPECTED = "expected one class per line, as `name` or `name R G B`; put it in quotes if it is meant as a name"
 _COLUMN = {word: column for column, words in COLUMNS.items() for word in words.split()}
 
 
 class Row(NamedTuple):
-    """One class: the number of its line, its name, its label if the list says so, and its color if it has one."""
+    """One class of a list."""
 
-    line: int
+    line: int  # from 1
     name: str
     label: int | None = None
     color: Color | None = None
 
 
 def parse(text: str, file: str) -> tuple[tuple[str, ...], dict[int, Color]]:
-    """Returns the class names in label order, and the colors of those that have one.
+    """Returns the class names in label order, and {label: color} of the classes with a color.
 
     Raises:
-      UserError: names the file and the line that can be understood in two ways, or in none.
+      UserError: names the file and the first line that is ambiguous or cannot be parsed.
     """
     without_comments = [re.sub(r"^#.*|\s#(\s.*)?$", "", line.strip()) for line in text.removeprefix("\ufeff").splitlines()]
     lines = [(number, line.strip()) for number, line in enumerate(without_comments, 1) if line.strip()]
     rows = _rows(lines, file) if lines else []
     if not rows:
-        raise UserError(f"{file}: names no classes; expected one a line, as `name` or `name R G B`")
+        raise UserError(f"{file}: contains no classes; expected one per line, as `name` or `name R G B`")
     indexed = rows[0].label is not None
-    ordered = _by_index([row for row in rows if row.label != 255], file) if indexed else rows
+    ordered = _sorted_by_label([row for row in rows if row.label != 255], file) if indexed else rows
     return tuple(row.name for row in ordered), {i: row.color for i, row in enumerate(ordered) if row.color}
 
 
@@ -59,22 +59,22 @@ def _rows(lines: list[tuple[int, str]], file: str) -> list[Row]:
     tables = [(number, _fields(line, separator)) for number, line in lines]
     header = [_COLUMN.get(field.lower()) for field in tables[0][1]]
     if len(header) == 1 and header[0] and len(tables) > 1:
-        _refuse(file, tables[0][0], f"{tables[0][1][0]!r} looks like a header: take it out, or give the class another name")
+        _refuse(file, tables[0][0], f"{tables[0][1][0]!r} looks like a header; remove it, or rename the class")
     if "name" in header and None not in header and len(set(header)) == len(header):
-        return [_by_header(header, number, fields, file) for number, fields in tables[1:]]
+        return [_row_by_header(header, number, fields, file) for number, fields in tables[1:]]
     if separator and len(header) > 1 and any(header) and not any(field.isdecimal() for field in tables[0][1]):
-        _refuse(file, tables[0][0], f"a header with other columns than {', '.join(COLUMNS)}; name these, or take the line out")
-    if separator:  # "0,sky" as "0 sky"
+        _refuse(file, tables[0][0], f"the header has columns other than {', '.join(COLUMNS)}; rename them, or remove the line")
+    if separator:  # turn "0,sky" into "0 sky"
         tables = [(n, [" ".join(f[:2]), *f[2:]] if f[1:] and f[0].isdecimal() else f) for n, f in tables]
     indexed = all(_INDEX.match(fields[0]) for _, fields in tables)
     columns = [re.fullmatch(r"(.*\D)\s+[\d.]+", fields[0]) for _, fields in tables] if not separator else []
     if len(columns) > 1 and len({column and column[1] for column in columns} - {None}) == len(columns):
-        _refuse(file, tables[0][0], f"{tables[0][1][0]!r} ends in a number that is no part of a color; {EXPECTED}")
+        _refuse(file, tables[0][0], f"{tables[0][1][0]!r} ends in a number that is not part of a color; {EXPECTED}")
     return [_row(number, fields, indexed, separator, file) for number, fields in tables]
 
 
 def _fields(line: str, separator: str) -> list[str]:
-    """Splits a line into its fields; without a separator into name and color, as names may hold spaces, or a header's words."""
+    """Splits a line into fields; without a separator, into a name, which may contain spaces, and a color, or into a header."""
     if separator:
         fields = [field.strip() for field in next(csv.reader([line], delimiter=separator, skipinitialspace=True))]
         while fields[1:] and not fields[-1]:
@@ -95,26 +95,26 @@ def _row(number: int, fields: list[str], indexed: bool, separator: str, file: st
         label, name = int(found[1]), name[found.end() :]
     if re.search(r"^['\"].*['\"]$", name):
         name = name[1:-1]
-    elif _NO_NAME.search(name if color else f"{name} "):  # behind a name, a colon is for what follows
-        _refuse(file, number, f"{name!r} is not a name alone; {EXPECTED}")
+    elif _NO_NAME.search(name if color else f"{name} "):  # before a color, a name may end in a colon
+        _refuse(file, number, f"{name!r} is not just a name; {EXPECTED}")
     name = name.rstrip(": ")
     if re.fullmatch(r"(\d+\s+)*\d*", name) and (separator or not name.isdecimal()):
         _refuse(file, number, "has no name")
     if name.startswith("- ") or name.count('"') % 2 or name.count("[") != name.count("]"):
-        _refuse(file, number, f"{name!r} is not a name alone; {EXPECTED}")
+        _refuse(file, number, f"{name!r} is not just a name; {EXPECTED}")
     return Row(number, name, label, _color(color, number, file) if color else None)
 
 
-def _by_header(header: list[str | None], number: int, fields: list[str], file: str) -> Row:
+def _row_by_header(header: list[str | None], number: int, fields: list[str], file: str) -> Row:
     if len(fields) != len(header):
-        _refuse(file, number, f"has {len(fields)} fields, expected {len(header)} as the header has")
+        _refuse(file, number, f"has {len(fields)} fields, but the header has {len(header)}")
     found = dict(zip(header, fields, strict=True))
     color = [found[key] for key in ("red", "green", "blue") if key in found]
     index = found.get("index")
     if not found["name"]:
         _refuse(file, number, "has no name")
     if index is not None and not index.isdecimal():
-        _refuse(file, number, f"{index!r} is no label value")
+        _refuse(file, number, f"{index!r} is not a label value")
     return Row(number, found["name"], int(index) if index else None, _color(color, number, file) if color else None)
 
 
@@ -122,15 +122,15 @@ def _color(values: list[str], number: int, file: str) -> Color:
     if len(values) == 1 and re.fullmatch(r"#[0-9a-fA-F]{6}", values[0]):
         return tuple(bytes.fromhex(values[0][1:]))  # type: ignore[return-value]
     if len(values) != 3 or not all(value.isdecimal() and int(value) < 256 for value in values):
-        _refuse(file, number, f"{', '.join(values)} after the name is no color; expected R, G, B, each from 0 to 255")
+        _refuse(file, number, f"{', '.join(values)} after the name is not a color; expected R, G, B, each from 0 to 255")
     return int(values[0]), int(values[1]), int(values[2])
 
 
-def _by_index(rows: list[Row], file: str) -> list[Row]:
+def _sorted_by_label(rows: list[Row], file: str) -> list[Row]:
     ordered = sorted(rows, key=lambda row: row.label or 0)
-    for place, (number, name, label, _) in enumerate(ordered):
-        if label != place:
-            _refuse(file, number, f"{name!r} has label {label}, where {place} should come: labels count from 0 without a gap")
+    for expected, (number, name, label, _) in enumerate(ordered):
+        if label != expected:
+            _refuse(file, number, f"{name!r} has label {label}, expected {expected}; labels count from 0 without gaps")
     return ordered
 
 

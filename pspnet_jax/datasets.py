@@ -1,4 +1,4 @@
-"""What a dataset is: its class names and colors, and the values that stand for the classes in its files."""
+"""Definitions of datasets: class names and colors, and the raw values of the classes in label files."""
 
 import dataclasses
 import itertools
@@ -14,48 +14,48 @@ from pspnet_jax import class_lists
 from pspnet_jax.class_lists import Color
 from pspnet_jax.errors import MissingFileError, UserError
 
-IGNORE = 255  # label of the pixels that neither train nor count
-WRONG = 254  # stands for values that do not occur in a benchmark's label files
+IGNORE = 255  # label of pixels that are ignored in training and evaluation
+WRONG = 254  # marks values that do not occur in a benchmark's label files
 MAX_CLASSES = 255  # labels are uint8, and 255 is IGNORE
 
-# Names and colors of the known datasets, in the form of a folder's classes.txt: those of the benchmarks (hszhao/semseg,
-# data/*/*_names.txt and *_colors.txt; VOC's colors are `voc_palette`'s); CamVid's are the SegNet tutorial's.
+# Names and colors of the known datasets, in the format of classes.txt. The benchmarks' are from hszhao/semseg,
+# data/*/*_names.txt and *_colors.txt (VOC's colors are `voc_palette`); CamVid's are from the SegNet tutorial.
 CLASSES = pathlib.Path(__file__).parent / "classes"
-LISTS = ("classes.txt", "class_dict.csv")  # where a folder names its classes
+LISTS = ("classes.txt", "class_dict.csv")  # files in which a folder lists its classes
 
-# The value of each class 0..K-1 in a benchmark's label files and submissions.
+# The raw value of each class 0..K-1 in a benchmark's label files and submissions.
 RAW_VALUES = {
     "cityscapes": (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33),  # labelIds
     "voc2012": tuple(range(21)),
     "ade20k": tuple(range(1, 151)),
 }
-# Other values in these files, which are not scored: in ADE20K 0, in Cityscapes the ids of the remaining classes, to 33.
+# Other values in these files, which are not scored: 0 in ADE20K; the ids of the remaining classes up to 33 in Cityscapes.
 VOID_VALUES = {"cityscapes": range(34), "voc2012": (IGNORE,), "ade20k": (0,)}
-RARE = 10  # wrong values at fewer than a tenth of the pixels may be the edges of interpolated labels
-# Number of images by split.
+RARE = 10  # wrong values at fewer than 1/10 of the pixels may be the edges of interpolated labels
+# Number of images in each split.
 COUNTS = {
     "ade20k": {"training": 20_210, "validation": 2_000},
     "voc2012": {"train": 1_464, "train_aug": 10_582, "trainval": 2_913, "val": 1_449, "test": 1_456},
     "cityscapes": {"train": 2_975, "val": 500, "test": 1_525, "train_extra": 19_998},
 }
 
-# What a directory holds that is read by each config.dataset.name, see data/layouts.py; the others are no directories of files.
+# Expected contents of the directory for each file-based config.dataset.name, see data/layouts.py.
 EXPECTED_FILES = {
     "folder": "images/SPLIT and labels/SPLIT",
-    "ade20k": "images/{training,validation} and annotations/{training,validation}, as ADEChallengeData2016 has them",
-    "voc2012": "JPEGImages, SegmentationClass and ImageSets/Segmentation, as VOCdevkit/VOC2012 has them; for train_aug also "
-    "SegmentationClassAug, or SBD's benchmark_RELEASE/dataset beside it or as --config.dataset.extra_root",
-    "cityscapes": "leftImg8bit/{train,val}/CITY and gtFine/{train,val}/CITY (for train_extra gtCoarse), all in one place",
+    "ade20k": "images/{training,validation} and annotations/{training,validation}, as in ADEChallengeData2016",
+    "voc2012": "JPEGImages, SegmentationClass and ImageSets/Segmentation, as in VOCdevkit/VOC2012; for train_aug also "
+    "SegmentationClassAug, or SBD's benchmark_RELEASE/dataset, next to it or as --config.dataset.extra_root",
+    "cityscapes": "leftImg8bit/{train,val}/CITY and gtFine/{train,val}/CITY (for train_extra gtCoarse), all in one directory",
 }
 NAMES = (*EXPECTED_FILES, "scenes", "tfds")
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """Class names and their (R, G, B) colors, 0..255, in the order of the labels 0..K-1.
+    """Class names and (R, G, B) colors, 0..255, in label order 0..K-1.
 
     Raises:
-      UserError: there are not 2 to 255 classes, two of one name, not one color for each, or a color has a value outside 0..255.
+      UserError: there are not 2 to 255 classes with distinct names, or not one valid color for each.
     """
 
     name: str
@@ -66,17 +66,17 @@ class DatasetInfo:
         if not 2 <= self.num_classes <= MAX_CLASSES:
             raise UserError(
                 f"dataset {self.name!r} has {self.num_classes} classes: expected 2 to {MAX_CLASSES} in dataset.class_names or "
-                f"classes.txt (labels are 8-bit, and {IGNORE} is the ignored one)"
+                f"classes.txt (labels are 8-bit, and {IGNORE} means ignored)"
             )
         first: dict[str, int] = {}
         for label, name in enumerate(self.class_names):
             if (other := first.setdefault(name.strip().lower(), label)) != label:
                 raise UserError(
-                    f"classes {other} and {label} of dataset {self.name!r} are both {name!r}; give them names that differ"
+                    f"classes {other} and {label} of dataset {self.name!r} are both {name!r}; give them different names"
                 )
         if len(self.colors) != self.num_classes:
             raise UserError(
-                f"dataset.colors has {len(self.colors)} colors for {self.num_classes} classes: expected one a class"
+                f"dataset.colors has {len(self.colors)} colors for {self.num_classes} classes: expected one per class"
             )
         for name, color in zip(self.class_names, self.colors, strict=True):
             if len(color) != 3 or not all(isinstance(value, int) and 0 <= value < 256 for value in color):
@@ -88,18 +88,18 @@ class DatasetInfo:
 
 
 def describe(dataset: ConfigDict) -> DatasetInfo:
-    """Returns the classes that a recipe's dataset is labeled with.
+    """Returns the classes of a recipe's dataset.
 
-    Names are dataset.class_names or, where that is empty, those of the known dataset's table or of a folder's classes.txt.
-    Colors are dataset.colors, or come with the names, or are `voc_palette`'s.
+    Names are dataset.class_names or, if that is empty, from the known dataset's table or a folder's list of classes.
+    Colors are dataset.colors, or from the same table or list, or from `voc_palette`.
 
     Args:
       dataset: config.dataset.
 
     Raises:
-      UserError: nobody names the classes, or see DatasetInfo.
+      UserError: the classes are not named anywhere, or see DatasetInfo.
     """
-    own = None if dataset.class_names else _own_classes(dataset)
+    own = None if dataset.class_names else _listed_classes(dataset)
     names = dataset.class_names or (own and own[0])
     if not names and dataset.name == "tfds":
         raise UserError(
@@ -108,58 +108,59 @@ def describe(dataset: ConfigDict) -> DatasetInfo:
     if not names:
         root = epath.Path(dataset.root).expanduser()
         if dataset.root and not (root.exists() if "://" in dataset.root else os.access(root, os.R_OK | os.X_OK)):
-            raise MissingFileError(f"--config.dataset.root={dataset.root}: no such directory, or none that can be read")
+            raise MissingFileError(f"--config.dataset.root={dataset.root}: no such directory, or it cannot be read")
         file = epath.Path(dataset.root) / "classes.txt" if dataset.root else "dataset.root"
         raise UserError(
             f"dataset.class_names is empty and there is no {file}: name the classes in the recipe, or in ROOT/classes.txt with "
-            "--config.dataset.root=ROOT, one a line in label order, as `name` or `name R G B`"
+            "--config.dataset.root=ROOT, one per line in label order, as `name` or `name R G B`"
         )
-    colors = tuple(map(tuple, dataset.colors)) or _filled(names, own[1] if own else {})
+    colors = tuple(map(tuple, dataset.colors)) or _fill_colors(names, own[1] if own else {})
     return DatasetInfo(dataset.name, tuple(names), colors)
 
 
 def file_colors(dataset: ConfigDict) -> dict[int, Color]:
-    """Returns the colors that a folder's own list gives its classes: {label: (R, G, B)}, {} without any."""
-    own = _own_classes(dataset) if dataset.name == "folder" else None
+    """Returns the colors in a folder's list of classes, {label: (R, G, B)}; {} if there are none."""
+    own = _listed_classes(dataset) if dataset.name == "folder" else None
     return own[1] if own else {}
 
 
 def check_classes(dataset: ConfigDict) -> None:
-    """Refuses a dataset whose labels mean other classes than dataset.class_names, by its table or a folder's classes.txt.
+    """Checks that dataset.class_names agrees with the known dataset's table or a folder's list of classes.
 
     Raises:
       UserError: names the first class that differs.
     """
-    own = _own_classes(dataset)
+    own = _listed_classes(dataset)
     if own is None:
         return
-    for index, there, here in differing_classes(own[0], describe(dataset).class_names):
+    for label, listed, named in differing_classes(own[0], describe(dataset).class_names):
         raise UserError(
-            f"class {index} of dataset.name={dataset.name!r} at {dataset.root!r} is {there or 'not there'!r}, but in "
-            f"dataset.class_names {here or 'not there'!r}; the labels have to mean the same"
+            f"class {label} of dataset.name={dataset.name!r} at {dataset.root!r} is {listed or 'missing'!r}, but "
+            f"{named or 'missing'!r} in dataset.class_names; both must list the same classes"
         )
 
 
 def differing_classes(theirs: Sequence[str], ours: Sequence[str]) -> list[tuple[int, str, str]]:
-    """Returns the label of each class that two lists name differently, and the names, "" where a list has none."""
+    """Returns (label, their name, our name) of each class that two lists name differently; a missing name is ""."""
     pairs = enumerate(itertools.zip_longest(theirs, ours, fillvalue=""))
     return [
-        (label, there, here)
-        for label, (there, here) in pairs
-        if there.lower() != here.lower() and not (there and here == f"class {label}")  # imported weights that do not tell
+        (label, their, our)
+        for label, (their, our) in pairs
+        if their.lower() != our.lower()
+        and not (their and our == f"class {label}")  # the placeholder for imported weights without class names
     ]
 
 
-def _own_classes(dataset: ConfigDict) -> tuple[tuple[str, ...], dict[int, Color]] | None:
-    """The names and colors of a known dataset's table, or of a folder's list if it has one."""
+def _listed_classes(dataset: ConfigDict) -> tuple[tuple[str, ...], dict[int, Color]] | None:
+    """Returns the names and colors of a known dataset's table, or of a folder's list of classes; None without either."""
     known = dataset.tfds_name.removeprefix("pspnet_") if dataset.name == "tfds" else dataset.name
     if known in tables():
         return _read(CLASSES / f"{known}.txt")
     if dataset.name == "folder" and dataset.root:
-        there = [file for name in LISTS if (file := epath.Path(dataset.root).expanduser() / name).exists()]
-        lists = [_read(file) for file in there]
+        files = [file for name in LISTS if (file := epath.Path(dataset.root).expanduser() / name).exists()]
+        lists = [_read(file) for file in files]
         if len(lists) > 1 and differing_classes(lists[0][0], lists[1][0]):
-            raise UserError(f"{there[0]} and {there[1].name} name other classes, or in another order; remove the wrong one")
+            raise UserError(f"{files[0]} and {files[1].name} differ in their classes or the order; remove the wrong file")
         return lists[0] if lists else None
     return None
 
@@ -167,25 +168,25 @@ def _own_classes(dataset: ConfigDict) -> tuple[tuple[str, ...], dict[int, Color]
 def _read(file: epath.Path | pathlib.Path) -> tuple[tuple[str, ...], dict[int, Color]]:
     try:
         if "\0" in (text := file.read_text(encoding="utf-8")):
-            raise UserError(f"{file}: is no UTF-8 text; save it as UTF-8")
+            raise UserError(f"{file}: is not UTF-8 text; save it as UTF-8")
         return class_lists.parse(text, str(file))
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: is no UTF-8 text ({error.reason}); save it as UTF-8") from error
+        raise UserError(f"{file}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
 
 
-def _filled(names: Sequence[str], colors: Mapping[int, Color]) -> tuple[Color, ...]:
-    """The colors, and VOC's where there is none."""
+def _fill_colors(names: Sequence[str], colors: Mapping[int, Color]) -> tuple[Color, ...]:
+    """Returns a color for each class, from VOC's palette if it has none."""
     return tuple(colors.get(label, color) for label, color in enumerate(voc_palette(len(names))))
 
 
 def table(name: str) -> DatasetInfo:
     """Returns the classes of a known dataset, for recipes that read it from a folder: `table("camvid")`."""
     if name not in tables():
-        raise UserError(f"no table of classes for {name!r}: expected one of {', '.join(tables())}")
+        raise UserError(f"there is no table of classes for {name!r}: expected one of {', '.join(tables())}")
     names, colors = _read(CLASSES / f"{name}.txt")
-    return DatasetInfo(name, names, _filled(names, colors))
+    return DatasetInfo(name, names, _fill_colors(names, colors))
 
 
 def tables() -> list[str]:
@@ -194,8 +195,8 @@ def tables() -> list[str]:
 
 
 def voc_palette(num_classes: int) -> tuple[Color, ...]:
-    """Returns PASCAL VOC's colors of the labels 0..K-1 (VOCdevkit's VOClabelcolormap): from the lowest bit up, a label's bits
-    go in turn to R, G and B, and fill these from the highest bit down."""
+    """Returns PASCAL VOC's colors of the labels 0..K-1 (VOCdevkit's VOClabelcolormap): bits 3i, 3i+1 and 3i+2 of a label
+    become bit 7-i of R, G and B."""
 
     def value(label: int, channel: int) -> int:
         return sum((label >> (3 * i + channel) & 1) << (7 - i) for i in range(3))
@@ -204,8 +205,8 @@ def voc_palette(num_classes: int) -> tuple[Color, ...]:
 
 
 def classes_of_raw_values(name: str) -> np.ndarray:
-    """Returns uint8[256], the inverse of `RAW_VALUES`: the class of each value in a benchmark's label files, IGNORE for values
-    that are not scored, and WRONG for those that do not occur."""
+    """Returns uint8[256], the inverse of `RAW_VALUES`: the class of each raw value, IGNORE for values that are not scored,
+    and WRONG for values that do not occur."""
     table = np.full(256, WRONG, np.uint8)
     table[list(VOID_VALUES[name])] = IGNORE
     table[list(RAW_VALUES[name])] = np.arange(len(RAW_VALUES[name]))
@@ -213,7 +214,7 @@ def classes_of_raw_values(name: str) -> np.ndarray:
 
 
 def raw_label_problem(name: str, histogram: Sequence[int]) -> str | None:
-    """Describes values that do not occur in a benchmark's label files, if there are any.
+    """Returns a description of raw values that a benchmark's label files cannot have, or None if there are none.
 
     Args:
       name: of the benchmark.
@@ -227,17 +228,17 @@ def raw_label_problem(name: str, histogram: Sequence[int]) -> str | None:
     if wrong[0] != IGNORE:
         cause = "instance or color labels: unpack the labels again"
     else:
-        cause = "labels that were mapped to classes before: unpack the original ones" + (
-            ", or name these *_labelTrainIds.png" if name == "cityscapes" else ""
+        cause = "labels that are already mapped to classes: unpack the original ones" + (
+            ", or rename these to *_labelTrainIds.png" if name == "cityscapes" else ""
         )
     return (
-        f"value {wrong[0]} at {histogram[wrong[0]]} pixels does not occur in labels of {name}, which have {known[0]}.."
-        f"{known[-1]}; likely {cause}"
+        f"value {wrong[0]} at {histogram[wrong[0]]} pixels does not occur in labels of {name}, which have values {known[0]}.."
+        f"{known[-1]}; likely cause: {cause}"
     )
 
 
 def label_problem(histogram: Sequence[int], num_classes: int) -> str | None:
-    """Describes label values outside 0..K-1 and 255, if there are any.
+    """Returns a description of label values outside 0..K-1 and 255, or None if there are none.
 
     Args:
       histogram: number of pixels of each value 0..255.
@@ -247,23 +248,23 @@ def label_problem(histogram: Sequence[int], num_classes: int) -> str | None:
     if not wrong:
         return None
     if wrong == [num_classes]:
-        cause = "indices that count from 1 with 0 as void (subtract 1, and make 0 into 255), or one class name too few"
+        cause = "indices that count from 1 with 0 as void (subtract 1, and change 0 to 255), or one class name is missing"
     elif set(wrong) <= _voc_grays():
-        cause = "a palette picture of VOC turned gray (read the palette's indices instead)"
+        cause = "a VOC palette image converted to gray (read the palette's indices instead)"
     elif num_classes == len(RAW_VALUES["cityscapes"]) and wrong[-1] <= max(RAW_VALUES["cityscapes"]):
         cause = "Cityscapes' raw labelIds (name them *_labelIds.png and read them with --config.dataset.name=cityscapes)"
     else:
-        cause = "raw ids that were not mapped to classes, a color picture turned gray, or missing class names"
+        cause = "raw ids that were not mapped to classes, a color image converted to gray, or missing class names"
     if RARE * sum(histogram[value] for value in wrong) < sum(histogram):
-        causes = ["values between the classes' from saving as JPEG or resizing other than to the nearest pixel", cause]
+        causes = ["interpolated values from saving as JPEG or from resizing without nearest-neighbor interpolation", cause]
         cause = ", or ".join(causes[::-1] if wrong == [num_classes] else causes)
     return (
         f"label value {wrong[0]} at {histogram[wrong[0]]} pixels, expected 0..{num_classes - 1} for {num_classes} classes, or "
-        f"{IGNORE} to ignore; likely {cause}"
+        f"{IGNORE} to ignore; likely cause: {cause}"
     )
 
 
 def _voc_grays() -> set[int]:
-    """The brightness, by ITU-R 601, of VOC's 21 colors and of its border's."""
+    """Returns the ITU-R 601 luma of VOC's 21 colors and of its border color."""
     colors = (*voc_palette(21), (224, 224, 192))
     return {round(0.299 * red + 0.587 * green + 0.114 * blue) for red, green, blue in colors}

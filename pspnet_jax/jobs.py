@@ -166,7 +166,7 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     predictor, source = _predictor(config), sources.open_source(config.dataset, config.eval.split)
     parallel.require_same("their checkpoints or configs", (step, runs.comparable(config)))
     _warn_of_training_images(saved, source)
-    palettes.require_agreement([palettes.trained(saved.dataset), source.palette])
+    palettes.require_agreement([palettes.training_colors(saved.dataset), source.palette])
     source = _by_size(predictor, source)
     report, _ = _score(predictor, variables, config, source)
     if jax.process_index() == 0:

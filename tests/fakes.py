@@ -1,4 +1,4 @@
-"""Tiny datasets in the layouts that users have, with contents that a test can work out again."""
+"""Tiny datasets in the layouts of real ones, with contents that a test can compute."""
 
 import pathlib
 import zlib
@@ -12,7 +12,7 @@ from pspnet_jax import datasets
 
 
 def pair(split: str, index: int, size: tuple[int, int] = (40, 48), num_classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """Returns noise uint8[H,W,3] and labels uint8[H,W] of 0..K-1 and 255, different for every split and index."""
+    """Returns random uint8[H,W,3] and a random label uint8[H,W] of 0..K-1 and 255, different for every split and index."""
     random = np.random.default_rng([*split.encode(), index])
     label = random.integers(0, num_classes + 1, size, dtype=np.uint8)
     return random.integers(0, 256, (*size, 3), dtype=np.uint8), np.where(label == num_classes, 255, label).astype(np.uint8)
@@ -32,13 +32,13 @@ def write_folder(
 
 
 def write_image(path: pathlib.Path, array: np.ndarray, **options: object) -> None:
-    """Writes uint8[H,W] as gray or uint8[H,W,3] as RGB, in the format of the path's ending."""
+    """Writes uint8[H,W] as gray or uint8[H,W,3] as RGB, in the format of the path's extension."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path, **options)
 
 
 def cut_pixels(path: pathlib.Path) -> None:
-    """Leaves the first half of a PNG's pixels, in a file whose checksums are right."""
+    """Keeps only the first half of a PNG's pixels, in a file with valid checksums."""
     contents, chunks, place = path.read_bytes(), [], 8
     while place < len(contents):
         size = int.from_bytes(contents[place : place + 4], "big")
@@ -53,7 +53,7 @@ def cut_pixels(path: pathlib.Path) -> None:
 
 
 def write_palette(path: pathlib.Path, label: np.ndarray) -> None:
-    """Writes uint8[H,W] as a palette PNG, whose colors are not its indices."""
+    """Writes uint8[H,W] as a palette PNG whose colors differ from the indices."""
     picture = Image.fromarray(label, "P")
     picture.putpalette([(7 * value + 100) % 256 for value in range(3 * 256)])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def write_palette(path: pathlib.Path, label: np.ndarray) -> None:
 
 def write_ade20k(root: pathlib.Path, splits: Mapping[str, int], size: tuple[int, int] = (40, 48)) -> pathlib.Path:
     """Writes `pair`s of 150 classes as images/training/ADE_train_00000001.jpg, annotations/training/ADE_train_00000001.png
-    and so on; labels have 0 for void and classes from 1."""
+    and so on, where 0 is void and classes count from 1."""
     for split, count in splits.items():
         for index in range(count):
             image, label = pair(split, index, size, 150)
@@ -73,7 +73,7 @@ def write_ade20k(root: pathlib.Path, splits: Mapping[str, int], size: tuple[int,
 
 
 def write_voc2012(root: pathlib.Path, splits: Mapping[str, Sequence[str]], size: tuple[int, int] = (40, 48)) -> pathlib.Path:
-    """Writes the named images, which are `pair("voc", int(name))`, as VOC does; those of the split "test" have no labels."""
+    """Writes the pairs `pair("voc", int(name))` in VOC's layout, without labels for the split "test"."""
     for split, names in splits.items():
         lists = root / "ImageSets/Segmentation"
         lists.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def write_voc2012(root: pathlib.Path, splits: Mapping[str, Sequence[str]], size:
 
 
 def write_sbd(root: pathlib.Path, splits: Mapping[str, Sequence[str]], size: tuple[int, int] = (40, 48)) -> pathlib.Path:
-    """Writes the named images, which are `pair("sbd", int(name))`, as SBD does: img/NAME.jpg and cls/NAME.mat, without 255."""
+    """Writes the pairs `pair("sbd", int(name))` in SBD's layout: img/NAME.jpg and cls/NAME.mat, with 0 instead of 255."""
     for split, names in splits.items():
         root.mkdir(parents=True, exist_ok=True)
         (root / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
@@ -105,9 +105,9 @@ def write_sbd(root: pathlib.Path, splits: Mapping[str, Sequence[str]], size: tup
 def write_cityscapes(
     root: pathlib.Path, splits: Mapping[str, int], size: tuple[int, int] = (40, 48), kind: str = "labelIds"
 ) -> pathlib.Path:
-    """Writes `pair`s of 19 classes as leftImg8bit/SPLIT/CITY/..., with labels of a kind (for "test" empty, as they come).
+    """Writes `pair`s of 19 classes as leftImg8bit/SPLIT/CITY/..., with labels of a kind (blank for "test", as published).
 
-    The cities are aachen and bochum in turn, in "train_extra" augsburg and bayreuth.
+    The cities alternate between aachen and bochum, in "train_extra" between augsburg and bayreuth.
     """
     ids = np.full(256, 3, np.uint8)  # "out of roi", which is not scored
     ids[:19] = datasets.RAW_VALUES["cityscapes"]

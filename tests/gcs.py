@@ -1,6 +1,6 @@
-"""Google Cloud Storage on the loopback: what TensorFlow, tensorstore and google-cloud-storage ask of its JSON API.
+"""A local emulator of Google Cloud Storage: the part of its JSON API that TensorFlow, tensorstore and google-cloud-storage use.
 
-TensorFlow knows no other host than googleapis.com, so the server is an HTTPS proxy too, which answers in that host's place.
+TensorFlow always connects to googleapis.com, so the server is also an HTTPS proxy that answers in place of that host.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ class Object(NamedTuple):
 
 
 class Bucket:
-    """The objects of all buckets, as "bucket/name"."""
+    """The objects of all buckets, with keys "bucket/name"."""
 
     def __init__(self) -> None:
         self.objects: dict[str, Object] = {}
@@ -48,7 +48,7 @@ class Bucket:
 
 @contextlib.contextmanager
 def serve(folder: pathlib.Path) -> Iterator[tuple[Bucket, dict[str, str]]]:
-    """Yields the buckets, and the environment in which clients find them; the folder gets a certificate."""
+    """Yields the buckets, and the environment variables that point clients to them; writes a certificate to the folder."""
     key, certificate = folder / "key.pem", folder / "certificate.pem"
     subject = ["-subj", "/CN=emulator", "-addext", "subjectAltName=DNS:*.googleapis.com"]
     kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
@@ -83,13 +83,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     bucket: Bucket
     context: ssl.SSLContext
-    uploads: dict[str, list[Any]]  # key and the bytes so far, by id
+    uploads: dict[str, list[Any]]  # {id: [key, bytes so far]}
 
     def log_message(self, *args: object) -> None:
         pass
 
     def do_CONNECT(self) -> None:
-        """Becomes the server that the client asked the proxy for."""
+        """Answers in place of the host that the client wants to reach through the proxy."""
         self.send_response(200)
         self.end_headers()
         self.connection = self.request = self.context.wrap_socket(self.connection, server_side=True)
@@ -97,7 +97,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = False
 
     def parse_request(self) -> bool:
-        """Refuses buckets that are not there, or not the user's."""
+        """Answers requests for the buckets "no-bucket" and "forbidden" with an error."""
         if not super().parse_request():
             return False
         if self.command != "CONNECT" and (found := re.search(r"(?:^|/b)/(no-bucket|forbidden)\b", self.path)):
@@ -138,7 +138,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         }
 
     def _target(self) -> tuple[str, str | None, dict[str, str]]:
-        """The bucket, the object (None: all of them) and the query."""
+        """Returns the bucket, the object (None for all) and the query."""
         url = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(url.query))
         if found := re.fullmatch(r"/(?:upload/|download/)?storage/v1/b/([^/]+)(?:/o(?:/(.*))?)?", url.path):

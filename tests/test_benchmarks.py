@@ -48,7 +48,7 @@ def test_a_benchmark_from_its_files_to_its_server(name, tmp_path, capsys, monkey
     LAYOUTS[name](root)
     command = [f"--config=configs/{name}.py", f"--config.dataset.root={root}"]
     said = error(capsys, "--mode=check", *command, f"--output={tmp_path}/check")
-    assert "images officially, here" in said
+    assert "images, but" in said
     assert "2 problem(s) found" in said
     assert len(list((tmp_path / "check").glob("*.png"))) == 4
     assert main([*command, f"--workdir={run}", *SMALL, "--config.total_steps=2"]) == 0

@@ -1,4 +1,4 @@
-"""Lists of classes are read in the forms in which users keep them; what can be understood in two ways is refused."""
+"""Lists of classes are read in all common forms; an ambiguous line is an error."""
 
 import pytest
 
@@ -48,36 +48,36 @@ def test_forms(text, expected):
     ("text", "line", "why"),
     [
         ("name\nsky\nroad", 1, "'name' looks like a header"),
-        ("\n# x\nclass, area\nsky, 5\n", 3, "a header with other columns"),
-        ("1 sky\n2 road", 1, "'sky' has label 1, where 0 should come"),
-        ("0 sky\n2 road", 2, "'road' has label 2, where 1 should come"),
-        ("0 sky\n0 road", 2, "'road' has label 0, where 1 should come"),
-        ("sky,1,2,3,255\nroad,1,2,3,255", 1, "1, 2, 3, 255 after the name is no color"),
-        ("sky 1 2 3\nroad 1 2 300", 2, "1, 2, 300 after the name is no color"),
-        ("sky,0.5,0.5,0.5", 1, "0.5, 0.5, 0.5 after the name is no color"),
-        ("name,r,g,b\nsky,1,2", 2, "has 3 fields, expected 4"),
-        ("name,id\nsky,zero", 2, "'zero' is no label value"),
+        ("\n# x\nclass, area\nsky, 5\n", 3, "the header has columns other than"),
+        ("1 sky\n2 road", 1, "'sky' has label 1, expected 0"),
+        ("0 sky\n2 road", 2, "'road' has label 2, expected 1"),
+        ("0 sky\n0 road", 2, "'road' has label 0, expected 1"),
+        ("sky,1,2,3,255\nroad,1,2,3,255", 1, "1, 2, 3, 255 after the name is not a color"),
+        ("sky 1 2 3\nroad 1 2 300", 2, "1, 2, 300 after the name is not a color"),
+        ("sky,0.5,0.5,0.5", 1, "0.5, 0.5, 0.5 after the name is not a color"),
+        ("name,r,g,b\nsky,1,2", 2, "has 3 fields, but the header has 4"),
+        ("name,id\nsky,zero", 2, "'zero' is not a label value"),
         ("128 64 128\n0 0 0\n", 1, "has no name"),
-        ("- sky\n- road", 1, "'- sky' is not a name alone"),
-        ("['sky', 'road']", 1, "is not a name alone"),
-        ('["sky",\n"road"]', 1, "is not a name alone"),
-        ("background:0,0,0::\nroad:128,0,0::", 1, "is no color"),
+        ("- sky\n- road", 1, "'- sky' is not just a name"),
+        ("['sky', 'road']", 1, "is not just a name"),
+        ('["sky",\n"road"]', 1, "is not just a name"),
+        ("background:0,0,0::\nroad:128,0,0::", 1, "is not a color"),
         (
             "road 128 64 128 255\nsky 1 2 3 255",
             1,
-            "'road 128' ends in a number that is no part of a color; expected one class a line",
+            "'road 128' ends in a number that is not part of a color; expected one class per line",
         ),
-        ("sky\nroad 0.5 0.25 0.5", 2, "'road 0.5 0.25 0.5' is not a name alone"),
+        ("sky\nroad 0.5 0.25 0.5", 2, "'road 0.5 0.25 0.5' is not just a name"),
         ("0 road 1234\n1 sky 77", 1, "'0 road 1234' ends in a number"),
         ("road 1\nsky 0", 1, "'road 1' ends in a number"),
-        ("road #80408080\nsky #11223344", 1, "is not a name alone"),
-        ("names:\n  0: road\n  1: sky", 1, "'names:' is not a name alone"),
-        ("nc: two\nnames: ['road', 'sky']", 1, "'nc: two' is not a name alone"),
-        ('{\n  "0": "road",\n  "1": "sky"\n}', 1, "'{' is not a name alone"),
-        ("<class>road</class>\n<class>sky</class>", 1, "is not a name alone"),
+        ("road #80408080\nsky #11223344", 1, "is not just a name"),
+        ("names:\n  0: road\n  1: sky", 1, "'names:' is not just a name"),
+        ("nc: two\nnames: ['road', 'sky']", 1, "'nc: two' is not just a name"),
+        ('{\n  "0": "road",\n  "1": "sky"\n}', 1, "'{' is not just a name"),
+        ("<class>road</class>\n<class>sky</class>", 1, "is not just a name"),
     ],
 )
-def test_what_is_not_clear_is_refused_with_its_line(text, line, why):
+def test_an_ambiguous_line_is_named(text, line, why):
     with pytest.raises(UserError) as error:
         class_lists.parse(text, "x/classes.txt")
     assert str(error.value).startswith(f"x/classes.txt, line {line}: ")
@@ -85,7 +85,7 @@ def test_what_is_not_clear_is_refused_with_its_line(text, line, why):
 
 
 def test_an_empty_list(tmp_path):
-    with pytest.raises(UserError, match=r"classes.txt: names no classes"):
+    with pytest.raises(UserError, match=r"classes.txt: contains no classes"):
         class_lists.parse("\n# nothing\n", "classes.txt")
 
 
@@ -98,12 +98,12 @@ def test_a_class_dict_is_read_and_classes_txt_must_not_contradict_it(tmp_path):
     (tmp_path / "classes.txt").write_text("sky\nroad\n")
     assert datasets.describe(dataset).class_names == ("sky", "road")
     (tmp_path / "classes.txt").write_text("road\nsky\n")
-    with pytest.raises(UserError, match=r"classes.txt and class_dict.csv name other classes, or in another order; remove"):
+    with pytest.raises(UserError, match=r"classes.txt and class_dict.csv differ in their classes or the order; remove"):
         datasets.describe(dataset)
 
 
 @pytest.mark.parametrize("contents", ["a\nb\nA\n", "a 1 2 3\nb\n a \n"])
-def test_two_classes_of_one_name_are_refused(tmp_path, contents):
+def test_two_classes_of_the_same_name_are_an_error(tmp_path, contents):
     dataset = base_config().dataset
     dataset.root = str(tmp_path)
     (tmp_path / "classes.txt").write_text(contents)
@@ -116,5 +116,5 @@ def test_text_that_is_not_utf_8(tmp_path):
     dataset.root = str(tmp_path)
     for contents in ("stra\u00dfe\nweg".encode("latin-1"), "a\nb".encode("utf-16"), "a\nb".encode("utf-16-le")):
         (tmp_path / "classes.txt").write_bytes(contents)
-        with pytest.raises(UserError, match=r"classes.txt: is no UTF-8 text"):
+        with pytest.raises(UserError, match=r"classes.txt: is not UTF-8 text"):
             datasets.describe(dataset)

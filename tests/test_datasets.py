@@ -65,7 +65,7 @@ def test_classes_file(tmp_path):
     assert info.colors == ((128, 128, 128), (250, 170, 30), (0, 128, 0), (1, 2, 3))  # label 2 has VOC's color
 
 
-def test_recipe_goes_before_file_and_table(tmp_path):
+def test_the_recipe_overrides_the_file_and_the_table(tmp_path):
     (tmp_path / "classes.txt").write_text("a\nb\nc\n")
     assert datasets.describe(recipe(root=str(tmp_path), class_names=("x", "y"))).class_names == ("x", "y")
     assert datasets.describe(recipe(name="cityscapes", class_names=("x", "y"))).num_classes == 2
@@ -89,7 +89,7 @@ def test_recipe_goes_before_file_and_table(tmp_path):
         ({"class_names": ("a", "b"), "colors": ((0, 0, 0), (0, 0))}, r"\(0, 0\) of class 'b'"),
     ],
 )
-def test_refused(fields, message):
+def test_wrong_classes_are_an_error(fields, message):
     with pytest.raises(ValueError, match=message):
         datasets.describe(recipe(**fields))
 
@@ -111,21 +111,21 @@ def test_label_problem_names_the_value_and_the_likely_cause():
     assert "raw ids" in problem(7, 33)
 
 
-def test_no_tensorflow():
+def test_datasets_does_not_import_tensorflow():
     code = "import sys, pspnet_jax.datasets; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("scale", [1, 255])
-def test_values_between_those_of_the_classes_are_laid_to_interpolation(scale):
-    """Such as a JPEG leaves at the edges of a mask."""
+def test_values_between_class_indices_are_attributed_to_interpolation(scale):
+    """A JPEG has such values at the edges of a mask."""
     rows, columns = np.mgrid[:100, :120]
     mask = ((rows - 50) ** 2 + (columns - 50) ** 2 < 900).astype(np.uint8) * scale
     file = io.BytesIO()
     Image.fromarray(mask).save(file, "JPEG")
     with Image.open(file) as image:
-        said = datasets.label_problem(image.histogram(), 2)
-    assert "values between the classes' from saving as JPEG or resizing" in said
+        message = datasets.label_problem(image.histogram(), 2)
+    assert "interpolated values from saving as JPEG or from resizing" in message
     assert "from saving as JPEG" not in datasets.label_problem(
         np.bincount(mask.ravel() // scale + 1, minlength=256).tolist(), 2
     )

@@ -1,4 +1,4 @@
-"""One image is read alike by training and prediction, and turned as Pillow would, whatever says its orientation."""
+"""Training and prediction read the same pixels, and turn images as Pillow does, for every kind of orientation metadata."""
 
 import io
 import struct
@@ -32,7 +32,7 @@ def saved(format, pixels=PIXELS, **options):
 
 
 def with_chunk(png, kind, data, late):
-    """Puts a chunk before or behind the pixels of a PNG."""
+    """Inserts a chunk before or after the pixels of a PNG."""
     chunk = len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
     place = png.index(b"IEND" if late else b"IDAT") - 4
     return png[:place] + chunk + png[place:]
@@ -61,7 +61,7 @@ CARRIERS = {
 
 @pytest.mark.parametrize("name", CARRIERS)
 def test_an_image_is_turned_as_pillow_turns_it(tmp_path, name):
-    """And TensorFlow's decoder gives the same pixels, to the last bit."""
+    """TensorFlow's decoder gives exactly the same pixels."""
     for tag in range(1, 9):
         contents = CARRIERS[name](tag)
         with Image.open(io.BytesIO(contents)) as image:
@@ -77,7 +77,7 @@ def test_an_image_is_turned_as_pillow_turns_it(tmp_path, name):
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("data", [b"", b"II", b"MM\0*\0\0\0\x08\xff\xff", b"II*\0\xff\xff\xff\x7f", b"nonsense" * 9])
-def test_malformed_exif_says_nothing(tmp_path, data, late):
+def test_malformed_exif_is_ignored(tmp_path, data, late):
     for name, contents in (
         ("a.png", with_chunk(saved("PNG"), b"eXIf", data, late)),
         ("a.jpg", saved("JPEG", quality=95, exif=b"Exif\0\0" + data)),
@@ -101,13 +101,16 @@ def test_both_decoders_of_a_jpeg_give_the_same_pixels(quality, subsampling, prog
         np.testing.assert_array_equal(reader.decode_image(contents).numpy(), expected)
 
 
-def test_what_is_not_read_is_said(tmp_path, monkeypatch):
+def test_unsupported_images_are_errors(tmp_path, monkeypatch):
     files = {
         "cmyk.jpg": (lambda p: Image.fromarray(PIXELS).convert("CMYK").save(p), "is a CMYK image; convert it to RGB"),
-        "deep.png": (lambda p: Image.fromarray(PIXELS[..., 0].astype(np.uint16)).save(p), "has 16 or more bits a channel"),
-        "text.png": (lambda p: p.write_text("hello"), "its contents are no image"),
-        "empty.png": (lambda p: p.write_bytes(b""), "its contents are no image"),
-        "large.png": (lambda p: p.write_bytes(saved("PNG", np.zeros((80, 80), np.uint8))), "larger than the 0 million pixels"),
+        "deep.png": (lambda p: Image.fromarray(PIXELS[..., 0].astype(np.uint16)).save(p), "has 16 or more bits per channel"),
+        "text.png": (lambda p: p.write_text("hello"), "its contents are not an image"),
+        "empty.png": (lambda p: p.write_bytes(b""), "its contents are not an image"),
+        "large.png": (
+            lambda p: p.write_bytes(saved("PNG", np.zeros((80, 80), np.uint8))),
+            "larger than the limit of 0 million pixels",
+        ),
     }
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2400)
     for name, (write, expected) in files.items():
@@ -118,7 +121,7 @@ def test_what_is_not_read_is_said(tmp_path, monkeypatch):
         assert "\n" not in str(error.value)
 
 
-def test_pixels_that_end_early_are_no_image(tmp_path):
+def test_missing_pixels_are_an_error(tmp_path):
     for palette in (False, True):
         picture = Image.fromarray(PIXELS).quantize(9) if palette else Image.fromarray(PIXELS)
         picture.save(tmp_path / "a.png")
@@ -132,10 +135,10 @@ SEVERAL = {"save_all": True, "append_images": [Image.fromarray(PIXELS[::-1])]}
 ALPHA = np.dstack([PIXELS, np.full(PIXELS.shape[:2], 9, np.uint8)])
 INDEXED = Image.fromarray(PIXELS).quantize(4)
 REMARKS = {
-    "pages.tif": (lambda p: Image.fromarray(PIXELS).save(p, **SEVERAL), "holds several pictures"),
-    "frames.gif": (lambda p: Image.fromarray(PIXELS).save(p, **SEVERAL), "holds several pictures"),
-    "frames.webp": (lambda p: Image.fromarray(PIXELS).save(p, **SEVERAL), "holds several pictures"),
-    "frames.png": (lambda p: Image.fromarray(PIXELS).save(p, **SEVERAL), "holds several pictures"),
+    "pages.tif": (lambda p: Image.fromarray(PIXELS).save(p, **SEVERAL), "contains several images"),
+    "frames.gif": (lambda p: Image.fromarray(PIXELS).save(p, **SEVERAL), "contains several images"),
+    "frames.webp": (lambda p: Image.fromarray(PIXELS).save(p, **SEVERAL), "contains several images"),
+    "frames.png": (lambda p: Image.fromarray(PIXELS).save(p, **SEVERAL), "contains several images"),
     "phone.jpg": (lambda p: Image.fromarray(PIXELS).save(p, "MPO", **SEVERAL), ""),
     "alpha.png": (lambda p: Image.fromarray(ALPHA).save(p), "has a fourth channel"),
     "infrared.tif": (lambda p: Image.fromarray(ALPHA).save(p), "has a fourth channel"),
@@ -146,12 +149,12 @@ REMARKS = {
 
 
 @pytest.mark.parametrize("name", REMARKS)
-def test_what_is_left_out_is_said_once(tmp_path, monkeypatch, caplog, name):
-    monkeypatch.setattr(image_files, "_said", set())
-    write, said = REMARKS[name]
+def test_ignored_content_is_reported_once(tmp_path, monkeypatch, caplog, name):
+    monkeypatch.setattr(image_files, "_warned", set())
+    write, remark = REMARKS[name]
     write(tmp_path / name)
     with caplog.at_level("WARNING", "pspnet_jax"):
         images = [image_files.read(tmp_path / name) for _ in range(2)]
-    assert [message.startswith(f"{tmp_path}/{name}: {said}") for message in caplog.messages] == [True] * bool(said)
+    assert [message.startswith(f"{tmp_path}/{name}: {remark}") for message in caplog.messages] == [True] * bool(remark)
     with Image.open(tmp_path / name) as image:
         np.testing.assert_array_equal(images, [np.asarray(image.convert("RGB"))] * 2)

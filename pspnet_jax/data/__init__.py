@@ -1,4 +1,4 @@
-"""The input pipeline, and the only part that imports TensorFlow: out come tf.data datasets of uint8 images and labels."""
+"""The input pipeline, which yields tf.data datasets of uint8 images and labels. Only this package needs TensorFlow."""
 
 import contextlib
 import os
@@ -8,21 +8,21 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def _without_notes() -> Iterator[None]:
-    """Filters TensorFlow's start-up notes, which no setting of its own turns off, out of stderr; all else gets through, also
-    what a crash says, as the filter is a process of its own."""
+def _without_startup_notes() -> Iterator[None]:
+    """Removes TensorFlow's start-up notes, which no setting turns off, from stderr. The filter is a separate process, so that
+    the output of a crash still gets through."""
     try:
         stderr = os.dup(2) if shutil.which("grep") else None
-    except OSError:  # it is closed
+    except OSError:  # stderr is closed
         stderr = None
     if stderr is None:
         yield
         return
     try:
         command = ["grep", "--line-buffered", "-vE", "^[IWE]0000 |absl::InitializeLog|^To enable the following instructions"]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr) as notes:
-            assert notes.stdin is not None
-            os.dup2(notes.stdin.fileno(), 2)
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr) as grep:
+            assert grep.stdin is not None
+            os.dup2(grep.stdin.fileno(), 2)
             try:
                 yield
             finally:
@@ -31,8 +31,8 @@ def _without_notes() -> Iterator[None]:
         os.close(stderr)
 
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its later notes; what goes wrong is raised
-with _without_notes():
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides later notes; errors are raised anyway
+with _without_startup_notes():
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")  # TensorFlow would reserve the memory that training needs

@@ -1,16 +1,17 @@
 """Random scale, rotation, blur, horizontal flip and crop of an image and its label, in NumPy and OpenCV.
 
-What it means, step by step (as hszhao/semseg, util/transform.py, but with exact half-pixel centers):
-  1. scale by s: the canvas is round(H*s) x round(W*s), and its pixel x shows the source at (x + 0.5)/s - 0.5; images bilinear
-     without antialiasing, labels nearest, edges replicated;
-  2. rotate what is on the canvas about its center; where the source does not reach, the image is the mean, the label IGNORE;
-  3. blur the canvas by (1, 4, 6, 4, 1)/16 down and across, reflected at its border; 4. flip it;
-  5. pad a canvas smaller than the crop on both sides (an odd pixel goes below or right), with mean and IGNORE, and crop.
-What it does: scale, rotation, flip and crop are one affine map, evaluated only where the crop shows the canvas. The image is
-rounded once, at the end, from values that are exact to a few hundredths of a gray level: the map's coordinates are float32.
+The definition, step by step (as hszhao/semseg, util/transform.py, but with exact half-pixel centers):
+  1. Scale by s: the canvas is round(H*s) x round(W*s), and its pixel x shows the source at (x + 0.5)/s - 0.5. Images are
+     bilinear without antialiasing, labels nearest; edges are replicated.
+  2. Rotate the canvas about its center. Outside the source, the image is the mean and the label IGNORE.
+  3. Blur the canvas with the kernel (1, 4, 6, 4, 1)/16 in both directions, reflected at its border.
+  4. Flip it horizontally.
+  5. Pad a canvas smaller than the crop with the mean and IGNORE on both sides (an odd pixel goes below or right), and crop.
+The implementation composes scale, rotation, flip and crop into one affine map and evaluates it only inside the crop. The image
+is rounded once, at the end. Coordinates are float32, so values before rounding are exact to a few hundredths of a gray level.
 
-The blur's weights are what cv2.GaussianBlur(image, (5, 5), 0) computes there, in float32 as in uint8: given sigma 0, OpenCV has
-a fixed table for up to 7 taps. Its formula for sigma, 1.1 for 5 taps, would give (0.071, 0.244, 0.370, 0.244, 0.071).
+The kernel is the one that semseg's cv2.GaussianBlur(image, (5, 5), 0) uses, in float32 as in uint8: for sigma 0, OpenCV has a
+fixed table of kernels up to size 7. Its formula (sigma 1.1 at size 5) would give (0.071, 0.244, 0.370, 0.244, 0.071).
 """
 
 import math
@@ -23,24 +24,24 @@ from ml_collections import ConfigDict
 from pspnet_jax.datasets import IGNORE
 from pspnet_jax.errors import UserError
 
-if int(cv2.__version__.split(".")[0]) < 5:  # opencv-python 4 may lie over the version that was asked for
-    raise UserError(f"OpenCV is {cv2.__version__}, whose bilinear maps are coarse; run pip install 'opencv-python-headless>=5'")
-cv2.setNumThreads(0)  # a call runs in its caller's thread: the pipeline has one for each core
-RADIUS = 2  # pixels that the blur reaches
+if int(cv2.__version__.split(".")[0]) < 5:  # an installed opencv-python 4 can overwrite the required version
+    raise UserError(f"OpenCV {cv2.__version__} rounds coordinates too coarsely; run pip install 'opencv-python-headless>=5'")
+cv2.setNumThreads(0)  # OpenCV runs in the calling thread, because the pipeline already has a thread for each core
+RADIUS = 2  # of the blur kernel, in pixels
 
 
 class AugmentationParams(NamedTuple):
     """The random choices for one example."""
 
     scale: float
-    degrees: float  # counterclockwise; 0: not rotated
+    degrees: float  # counterclockwise; 0 means no rotation
     blur: bool
     flip: bool
-    offset: np.ndarray  # float64[2] in [0, 1): the crop's position among all that fit; vertical, horizontal
+    offset: np.ndarray  # float64[2] in [0, 1): vertical and horizontal position of the crop within the range that fits
 
 
 def sample_augmentation(random: np.random.Generator, augment: ConfigDict) -> AugmentationParams:
-    """Samples from the distributions in config.augment; a neutral value there gives exactly 1, 0 or False."""
+    """Samples from the distributions in config.augment; neutral settings give exactly scale 1, 0 degrees and False."""
     u = random.random(7)
     low, high = augment.scale
     return AugmentationParams(
@@ -55,14 +56,14 @@ def sample_augmentation(random: np.random.Generator, augment: ConfigDict) -> Aug
 def apply_augmentation(
     image: np.ndarray, label: np.ndarray, params: AugmentationParams, crop: tuple[int, int], mean: tuple[float, float, float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the augmented crop of an example. Points and sizes are (vertical, horizontal), here and below.
+    """Returns the augmented crop of an example. Points and sizes are (vertical, horizontal) throughout this module.
 
     Args:
       image: uint8[H,W,3], of any size.
       label: uint8[H,W].
-      params: what is done to it.
+      params: see `sample_augmentation`.
       crop: height and width (h, w) of the result.
-      mean: of red, green and blue; rounded, the color of the padding.
+      mean: (R, G, B), which is rounded and used as the color of the padding.
 
     Returns:
       uint8[h,w,3] and uint8[h,w].
@@ -85,14 +86,14 @@ def apply_augmentation(
     first, last = np.maximum(low - RADIUS, 0), np.minimum(high + RADIUS, canvas)
     region = np.empty((*(last - first), 3), np.float32)
     _warp_image(image, a, a @ first + b, rotated, fill, region)
-    # Reflected at the region's border: where that is not the canvas's, the two pixels concerned are cut off.
+    # The blur reflects at the region's border. Where that is not the canvas's border, the affected pixels are cut off below.
     cv2.GaussianBlur(region, (2 * RADIUS + 1, 2 * RADIUS + 1), 0, dst=region)
     cv2.convertScaleAbs(region[_slices(low - first, high - first)], dst=out_image[shown])  # rounds
     return out_image, out_label
 
 
 def _canvas_to_source(params: AugmentationParams, canvas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the affine map (a, b), float64[2,2] and float64[2]: pixel q of the flipped canvas shows the source at a q + b."""
+    """Returns the affine map from pixels q of the flipped canvas to source points a q + b: float64[2,2] and float64[2]."""
     angle, center = np.radians(params.degrees), (canvas - 1) / 2
     rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     a = rotation * (1, -1 if params.flip else 1) / params.scale
@@ -100,7 +101,7 @@ def _canvas_to_source(params: AugmentationParams, canvas: np.ndarray) -> tuple[n
 
 
 def _warp_label(label: np.ndarray, a: np.ndarray, b: np.ndarray, rotated: bool, out: np.ndarray) -> None:
-    """Writes to uint8[h,w], at its pixel p, the label at a p + b."""
+    """Writes the label at a p + b to pixel p of uint8[h,w]."""
     if rotated:
         box, b, _ = _source_box(label.shape, a, b, out.shape)
         _warp(label[box], a, b, out, cv2.INTER_NEAREST, cv2.BORDER_CONSTANT, IGNORE)
@@ -110,12 +111,12 @@ def _warp_label(label: np.ndarray, a: np.ndarray, b: np.ndarray, rotated: bool, 
 
 
 def _warp_image(image: np.ndarray, a: np.ndarray, b: np.ndarray, rotated: bool, fill: np.ndarray, out: np.ndarray) -> None:
-    """Writes to [h,w,3], uint8 or float32, at its pixel p, the image at a p + b; outside a rotated one, `fill`."""
+    """Writes the image at a p + b, or `fill` outside a rotated image, to pixel p of [h,w,3], uint8 or float32."""
     box, b, beyond = _source_box(image.shape[:2], a, b, out.shape[:2])
     source = image[box]
     _warp(source.astype(out.dtype, copy=False), a, b, out, cv2.INTER_LINEAR, cv2.BORDER_REPLICATE)
     if rotated and beyond:
-        outside = np.empty(out.shape[:2], np.uint8)  # to the pixel where the label is IGNORE
+        outside = np.empty(out.shape[:2], np.uint8)  # exactly the pixels where the label is IGNORE
         _warp(np.zeros(source.shape[:2], np.uint8), a, b, outside, cv2.INTER_NEAREST, cv2.BORDER_CONSTANT, 1)
         padding = np.empty_like(out, subok=False)
         _fill(padding, fill)
@@ -125,8 +126,8 @@ def _warp_image(image: np.ndarray, a: np.ndarray, b: np.ndarray, rotated: bool, 
 def _source_box(
     source: tuple[int, ...], a: np.ndarray, b: np.ndarray, size: tuple[int, ...]
 ) -> tuple[tuple[slice, slice], np.ndarray, bool]:
-    """Returns the source pixels that `size` pixels p at a p + b are interpolated from, at least one; b from there on; and
-    whether they lie beyond the source, too."""
+    """Returns the source region, of at least one pixel, from which an output of this size is interpolated; b relative to the
+    region's corner; and whether the output extends beyond the source."""
     reach = a * (np.array(size) - 1)
     low = np.floor(b + np.minimum(reach, 0).sum(axis=1)).astype(int)
     high = np.floor(b + np.maximum(reach, 0).sum(axis=1)).astype(int) + 2
@@ -138,14 +139,14 @@ def _source_box(
 def _warp(
     source: np.ndarray, a: np.ndarray, b: np.ndarray, out: np.ndarray, interpolation: int, border: int, value: int = 0
 ) -> None:
-    """Writes to each pixel p of `out` the source at a p + b; OpenCV 5 computes it in float32 (4 rounds to 1/32 pixel)."""
+    """Writes the source at a p + b to each pixel p of `out`. OpenCV 5 computes a p + b in float32; 4 rounds to 1/32 pixel."""
     matrix = np.column_stack([a[::-1, ::-1], b[::-1]])  # OpenCV's points are (horizontal, vertical)
     flags = interpolation | cv2.WARP_INVERSE_MAP
     cv2.warpAffine(source, matrix, out.shape[1::-1], dst=out, flags=flags, borderMode=border, borderValue=value)
 
 
 def _empty(shape: tuple[int, ...]) -> np.ndarray:
-    """Returns uint8 memory that begins at a multiple of 64 bytes, so that TensorFlow takes it without a copy."""
+    """Returns uninitialized uint8 memory aligned to 64 bytes, which TensorFlow can use without a copy."""
     size = math.prod(shape)
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -153,7 +154,7 @@ def _empty(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _fill(out: np.ndarray, color: np.ndarray) -> None:
-    """Sets all of [h,w,3] to a color, row by row: far faster than NumPy's loop over triples."""
+    """Fills [h,w,3] with a color, row by row, which is much faster than NumPy's broadcasting over triples."""
     out.reshape(len(out), -1)[:] = np.tile(color, out.shape[1])
 
 

@@ -1,4 +1,4 @@
-"""A split in the order of its images' sizes, for whole inference, which compiles the network for each."""
+"""Sorting a split by image size for whole-image inference, which compiles the network once per size."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from pspnet_jax.data.sources import Example, Source
 
 
 class BySize(Source):
-    """Another source's examples, the smallest first; those that are no image files (scenes, TFDS) keep their order.
+    """Another source's examples, smallest image first; examples without an image file (scenes, TFDS) keep their order.
 
     Attributes:
-      sizes: height and width of each image, as its file's header says; 0, 0 where that is not known.
+      sizes: height and width of each image from its file's header; (0, 0) if unknown.
     """
 
     def __init__(self, source: Source):

@@ -1,4 +1,4 @@
-"""Decoded examples, kept in memory or on disk when they are first read."""
+"""A cache of decoded examples, in memory or on disk, filled as they are first read."""
 
 import functools
 import logging
@@ -20,62 +20,62 @@ from pspnet_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 Read = Callable[[int], Example]
-VERSION = 3  # of decoding: examples that another version has kept on disk are not used
+VERSION = 3  # of decoding; examples on disk from another version are not used
 HEADER = struct.Struct("<III")  # of an example on disk: CRC-32 of its pixels, height, width
 
 
 class CacheBudget:
-    """How much all datasets together may keep: until half of the bytes that are free now are left."""
+    """The limit on what all datasets together may cache: half of the bytes that are free at the start."""
 
     def __init__(self, dataset: ConfigDict):
-        """Looks at the memory or disk of config.dataset.cache.
+        """Measures the free space where config.dataset.cache keeps examples.
 
         Raises:
           UserError: config.dataset.cache_dir cannot be written to.
         """
         self._path = stamps.directory(dataset.cache_dir) if dataset.cache == "disk" else None
-        self._least = self._free() // 2 if dataset.cache else 0
+        self._min_free = self._free() // 2 if dataset.cache else 0
         self._taken, self._closed, self._lock = 0, False, threading.Lock()
 
     def _free(self) -> int:
         return shutil.disk_usage(self._path).free if self._path else _available_memory()
 
     def take(self, size: int) -> bool:
-        """Whether so many bytes may be kept; they count from then on.
+        """Returns whether this many bytes may be cached, and if so, counts them as used.
 
         Raises:
-          OSError: the directory is gone.
+          OSError: the directory no longer exists.
         """
         with self._lock:
-            if not self._closed and self._free() - size >= self._least:
+            if not self._closed and self._free() - size >= self._min_free:
                 self._taken += size
                 return True
-        self.close("half of what was free")
+        self.close("half of the space that was free is used")
         return False
 
     def close(self, reason: str) -> None:
-        """Lets nothing more be kept, and says so once."""
+        """Stops caching, and logs the reason once."""
         with self._lock:
-            told, self._closed = self._closed, True
-        if not told:
+            was_closed, self._closed = self._closed, True
+        if not was_closed:
             kept, where = self._taken / 2**30, self._path or "memory"
-            logger.warning(f"dataset.cache: {kept:.1f} GiB are kept in {where} ({reason}); the rest is decoded each time")
+            logger.warning(f"dataset.cache: stopped at {kept:.1f} GiB in {where} ({reason}); the rest is decoded each time")
 
 
 def cached(source: Source, dataset: ConfigDict, budget: CacheBudget) -> Read:
-    """Returns `source.read` with the cache that config.dataset.cache asks for.
+    """Returns `source.read` with the cache that config.dataset.cache selects.
 
-    In memory, each process has its own. On disk, all that use the directory share one, where an example is found by its name
-    and by path, size and times of its files, so that a changed file is read anew.
+    A memory cache belongs to one process. A disk cache is shared by all processes that use its directory. Its key is the
+    example's name and the path, size and times of its files, so that a changed file is decoded again.
 
     Raises:
-      UserError: config.dataset.cache_dir cannot be written to, or the source cannot tell when an example changes.
+      UserError: config.dataset.cache_dir cannot be written to, or the source names no files that show when an example changes.
     """
     if dataset.cache == "memory":
         return _in_memory(source.read, budget)
     if dataset.cache == "disk":
         if not source.files(0):
-            raise UserError("dataset.cache='disk': this source names no files, whose times say whether an example has changed")
+            raise UserError("dataset.cache='disk': this source names no files, so changes would go unnoticed; use 'memory'")
         path = stamps.directory(dataset.cache_dir)
         return _on_disk(source.read, budget, functools.cache(lambda index: path / f"{_identity(source, index, dataset)}.npy"))
     return source.read
@@ -96,8 +96,8 @@ def _in_memory(read: Read, budget: CacheBudget) -> Read:
 
 
 def _on_disk(read: Read, budget: CacheBudget, path_of: Callable[[int], pathlib.Path]) -> Read:
-    """Keeps one .npy an example, which is mapped, not read: the `HEADER`, then the bytes of the image and of the label."""
-    verified: set[int] = set()  # whose checksums have been compared
+    """Keeps one memory-mapped .npy file per example: the `HEADER`, then the bytes of the image and of the label."""
+    verified: set[int] = set()  # examples whose checksum has been compared
 
     def call(index: int) -> Example:
         path = path_of(index)
@@ -106,10 +106,10 @@ def _on_disk(read: Read, budget: CacheBudget, path_of: Callable[[int], pathlib.P
             checksum, height, width = HEADER.unpack(kept[: HEADER.size].tobytes())
             pixels = kept[HEADER.size :]
             if kept.dtype != np.uint8 or (index not in verified and zlib.crc32(pixels.data) != checksum):
-                raise ValueError(f"{path}: is damaged")
+                raise ValueError(f"{path} is damaged")
             verified.add(index)
             return pixels[: 3 * height * width].reshape(height, width, 3), pixels[3 * height * width :].reshape(height, width)
-        except (OSError, ValueError, EOFError, struct.error):  # not there, or damaged
+        except (OSError, ValueError, EOFError, struct.error):  # missing or damaged
             image, label = read(index)
         try:
             if budget.take(image.nbytes + label.nbytes):
@@ -117,7 +117,7 @@ def _on_disk(read: Read, budget: CacheBudget, path_of: Callable[[int], pathlib.P
                 header = np.frombuffer(HEADER.pack(zlib.crc32(pixels.data), *label.shape), np.uint8)
                 with files.atomic(path) as temporary:
                     np.save(temporary, np.concatenate([header, pixels]))
-        except OSError as error:  # others have filled the disk, above all
+        except OSError as error:  # usually because something else has filled the disk
             budget.close(str(error))
         return image, label
 
@@ -125,13 +125,13 @@ def _on_disk(read: Read, budget: CacheBudget, path_of: Callable[[int], pathlib.P
 
 
 def _identity(source: Source, index: int, dataset: ConfigDict) -> str:
-    """Changes whenever the example may: where it is, its name, and its files' paths, sizes and times."""
-    where = (VERSION, dataset.name, dataset.root, dataset.tfds_name, source.num_classes, source.names[index])
-    return stamps.digest((*where, [(file, stamps.stat(file)) for file in source.files(index)]))
+    """Returns a digest of the example's dataset and name, and of its files' paths, sizes and times."""
+    key = (VERSION, dataset.name, dataset.root, dataset.tfds_name, source.num_classes, source.names[index])
+    return stamps.digest((*key, [(file, stamps.stat(file)) for file in source.files(index)]))
 
 
 def _available_memory() -> int:
-    """Bytes that can be taken without swapping, and within a container's limit."""
+    """Returns the number of bytes that can be allocated without swapping and within a container's limit."""
     available = psutil.virtual_memory().available
     limit, used, stat = (pathlib.Path(f"/sys/fs/cgroup/memory{s}") for s in (".max", ".current", ".stat"))
     if limit.exists() and (most := limit.read_text().strip()) != "max":

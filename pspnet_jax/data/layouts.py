@@ -1,4 +1,4 @@
-"""Where each dataset keeps its images and labels, as its users unpack it. Directories may be local or gs://."""
+"""The directory layout of each dataset, as users unpack it. Directories may be local or gs://."""
 
 import collections
 import logging
@@ -15,7 +15,7 @@ from pspnet_jax.data.names import check_partners
 from pspnet_jax.errors import MissingFileError, UserError
 
 logger = logging.getLogger(__name__)
-LISTED = 3  # files in a warning
+MAX_LISTED = 3  # files in a warning
 IMAGES = (".jpg", ".jpeg", ".png")
 ALIASES = {"ade20k": {"train": "training", "val": "validation"}}
 
@@ -24,10 +24,10 @@ class Pair(NamedTuple):
     """An image and its label.
 
     Attributes:
-      name: what messages and predictions call it.
-      image: the file.
-      label: the file; "" where the split has no public labels. One of the two may be missing, see `checks.check_pair`.
-      raw: whether the label has the benchmark's own values (see `datasets.RAW_VALUES`), not classes.
+      name: identifies the pair in messages and prediction files.
+      image: the image file.
+      label: the label file; "" if the split has no public labels. Either file may be missing, see `checks.check_pair`.
+      raw: whether the label has the benchmark's raw values (see `datasets.RAW_VALUES`) instead of class indices.
     """
 
     name: str
@@ -37,19 +37,19 @@ class Pair(NamedTuple):
 
 
 def list_pairs(name: str, root: str, split: str, extra_root: str = "") -> list[Pair]:
-    """Lists a split, or several in the form "train+train_extra", each in the order of names, which are unique.
+    """Lists a split, or several in the form "train+train_extra", each sorted by name. Names are unique.
 
-    The names are those of the image files, without ending; splits of a folder that are taken together come before them.
+    A pair's name is that of its image file without the extension; with several splits of a folder, prefixed by the split.
 
     Args:
-      name: of the dataset, as in config.dataset.
-      root: its directory.
-      split: for "folder" a subfolder of images/ and labels/; ade20k: training (train), validation (val); voc2012: train,
+      name: config.dataset.name.
+      root: the dataset's directory.
+      split: for "folder", a subfolder of images/ and labels/; ade20k: training (train), validation (val); voc2012: train,
         train_aug, trainval, val, test; cityscapes: train, val, test, train_extra.
       extra_root: SBD's directory, for voc2012.
 
     Raises:
-      UserError: a directory or list is missing: which, and what was expected; or an image is in two of several splits.
+      UserError: a directory or list file is missing, or an image is in more than one of the splits.
     """
     expected = datasets.EXPECTED_FILES[name]
     if not root:
@@ -57,41 +57,39 @@ def list_pairs(name: str, root: str, split: str, extra_root: str = "") -> list[P
     parts = _parts(name, split)
     try:
         if not tf.io.gfile.isdir(root):
-            raise MissingFileError(f"{root}: no such directory; --config.dataset.root or dataset.mixture names it")
+            raise MissingFileError(f"{root}: no such directory; correct --config.dataset.root or dataset.mixture")
         found = {part: LAYOUTS[name](root, part, extra_root) for part in parts}
     except MissingFileError as error:
         raise MissingFileError(f"dataset.name={name!r}: {error}; expected {expected}") from error
-    except tf.errors.OpError as error:  # of permissions or the network
-        raise UserError(
-            f"{root}: cannot be read ({error.message}); --config.dataset.root or dataset.mixture names it"
-        ) from error
+    except tf.errors.OpError as error:  # permissions or the network
+        raise UserError(f"{root}: cannot be read ({error.message}); check --config.dataset.root or dataset.mixture") from error
     pairs = [pair for part in parts for pair in found[part]]
-    if name == "folder" and len(parts) > 1:  # where the same names may occur in each
+    if name == "folder" and len(parts) > 1:  # different splits may have the same file names
         pairs = [pair._replace(name=f"{part}/{pair.name}") for part in parts for pair in found[part]]
     if not pairs:
         raise UserError(f"split {split!r} of {root} has no images")
     name, number = collections.Counter(pair.name for pair in pairs).most_common(1)[0]
     if number > 1:
-        raise UserError(f"split {split!r} has {name} {number} times; leave all but one out")
+        raise UserError(f"split {split!r} contains {name} {number} times; list each split and image only once")
     return pairs
 
 
 def official_count(name: str, split: str) -> int | None:
-    """Returns how many images a split of a benchmark has, or None where nobody says."""
+    """Returns the official number of images of a benchmark's split, or None if it is unknown."""
     counts = [datasets.COUNTS.get(name, {}).get(part, 0) for part in _parts(name, split)]
     return sum(counts) if all(counts) else None
 
 
 def _parts(name: str, split: str) -> list[str]:
-    """The splits in "a+b", by the dataset's own names: "training" for ADE20K's "train"."""
+    """Returns the splits in "a+b" with aliases resolved, such as "train" to ADE20K's "training"."""
     parts = split.split("+")
     if not all(parts):
-        raise UserError(f"split {split!r}: expected a name, or several in the form 'train+val'")
+        raise UserError(f"split {split!r}: expected a name, or several names in the form 'train+val'")
     return [ALIASES.get(name, {}).get(part, part) for part in parts]
 
 
 def _folder(root: str, split: str, extra_root: str) -> list[Pair]:
-    """ROOT/images/SPLIT/NAME.{jpg,jpeg,png} with ROOT/labels/SPLIT/NAME.png; NAME may hold subfolders."""
+    """ROOT/images/SPLIT/NAME.{jpg,jpeg,png} with ROOT/labels/SPLIT/NAME.png; NAME may contain subfolders."""
     return _paired(f"{root}/images/{split}", f"{root}/labels/{split}", raw=False)
 
 
@@ -102,7 +100,7 @@ def _ade20k(root: str, split: str, extra_root: str) -> list[Pair]:
 
 
 def _paired(image_directory: str, label_directory: str, raw: bool) -> list[Pair]:
-    """Pairs the files of the same names in two directories; without labels if there is no directory of them."""
+    """Pairs the files of the same name in two directories; pairs have no labels if there is no label directory."""
     images = _files(image_directory, IMAGES)
     if not tf.io.gfile.isdir(label_directory):
         return [Pair(name, images[name], "", raw) for name in sorted(images)]
@@ -127,10 +125,11 @@ def _voc2012(root: str, split: str, extra_root: str) -> list[Pair]:
 
 
 def _voc2012_augmented(root: str, extra_root: str) -> list[Pair]:
-    """VOC's train, and SBD's train and val without VOC's val: 10,582 images in all.
+    """VOC's train, and SBD's train and val without VOC's val: 10,582 images in total.
 
-    The labels of SBD (Hariharan et al. 2011) are read from a folder SegmentationClassAug of PNGs that others have made of them
-    (some of VOC train, too, some not), or from its own .mat files, except where VOC train has better ones.
+    The labels of SBD (Hariharan et al. 2011) are read from its .mat files, or from a folder SegmentationClassAug with PNG
+    versions of them, as third parties distribute it (with or without VOC's train). Images of VOC's train keep VOC's better
+    labels, unless that folder has its own.
     """
     train, val = (set(_names(f"{root}/ImageSets/Segmentation/{split}.txt")) for split in ("train", "val"))
     ready = f"{root}/SegmentationClassAug"
@@ -138,17 +137,17 @@ def _voc2012_augmented(root: str, extra_root: str) -> list[Pair]:
         labels = {name: f"{root}/SegmentationClass/{name}.png" for name in train} | _files(ready, (".png",))
         return [Pair(name, f"{root}/JPEGImages/{name}.jpg", labels[name]) for name in sorted(labels.keys() - val)]
     if extra_root:
-        places = [extra_root, f"{extra_root}/dataset", f"{extra_root}/benchmark_RELEASE/dataset"]
+        candidates = [extra_root, f"{extra_root}/dataset", f"{extra_root}/benchmark_RELEASE/dataset"]
     else:
-        above = os.path.dirname(root)
-        places = [f"{place}/benchmark_RELEASE/dataset" for place in (os.path.dirname(above), above, root)]
-    sbd = _first_with("cls", *places)
+        parent = os.path.dirname(root)
+        candidates = [f"{place}/benchmark_RELEASE/dataset" for place in (os.path.dirname(parent), parent, root)]
+    sbd = _first_with("cls", *candidates)
     added = {name for split in ("train", "val") for name in _names(f"{sbd}/{split}.txt")} - val - train
-    here = {file.removesuffix(".jpg") for file in tf.io.gfile.listdir(f"{root}/JPEGImages")}
+    in_voc = {file.removesuffix(".jpg") for file in tf.io.gfile.listdir(f"{root}/JPEGImages")}
     return [
         Pair(
             name,
-            f"{root}/JPEGImages/{name}.jpg" if name in here else f"{sbd}/img/{name}.jpg",
+            f"{root}/JPEGImages/{name}.jpg" if name in in_voc else f"{sbd}/img/{name}.jpg",
             f"{root}/SegmentationClass/{name}.png" if name in train else f"{sbd}/cls/{name}.mat",
         )
         for name in sorted(train | added)
@@ -158,12 +157,12 @@ def _voc2012_augmented(root: str, extra_root: str) -> list[Pair]:
 def _cityscapes(root: str, split: str, extra_root: str) -> list[Pair]:
     """leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png with gtFine (train_extra: gtCoarse) .../NAME_*_labelIds.png.
 
-    Where there are no labelIds, files *_labelTrainIds.png hold the classes themselves.
+    Without labelIds, the class indices are read from files *_labelTrainIds.png.
     """
     ground_truth = "gtCoarse" if split == "train_extra" else "gtFine"
     found = _files(f"{root}/leftImg8bit/{split}", (".png",))
     images = {os.path.basename(name).removesuffix("_leftImg8bit"): path for name, path in found.items()}
-    if split == "test":  # the labels that come with it are empty
+    if split == "test":  # its published label files are blank
         return [Pair(f"{name}_leftImg8bit", path, "") for name, path in sorted(images.items())]
     files = _files(f"{root}/{ground_truth}/{split}", (".png",))
     for kind in ("labelIds", "labelTrainIds"):
@@ -183,7 +182,7 @@ def _cityscapes(root: str, split: str, extra_root: str) -> list[Pair]:
 
 
 def _first_with(folder: str, *places: str) -> str:
-    """The first of some directories that has a folder."""
+    """Returns the first of these directories that contains the folder."""
     for place in places:
         if tf.io.gfile.isdir(f"{place}/{folder}"):
             return place
@@ -191,53 +190,53 @@ def _first_with(folder: str, *places: str) -> str:
 
 
 def _names(file: str) -> list[str]:
-    """The first word of each line."""
+    """Returns the first word of each line."""
     if not tf.io.gfile.exists(file):
-        raise MissingFileError(f"{file}: no such file; it lists the names of the images of a split")
+        raise MissingFileError(f"{file}: no such file; it should list the image names of a split")
     try:
         with tf.io.gfile.GFile(file) as lines:
-            text = lines.read().removeprefix("\ufeff")  # which some editors put at the start
+            text = lines.read().removeprefix("\ufeff")  # some editors write a byte order mark
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: is no UTF-8 text ({error.reason}); save it as UTF-8") from error
+        raise UserError(f"{file}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
     return [line.split()[0] for line in text.splitlines() if line.strip()]
 
 
-def _files(directory: str, endings: Sequence[str]) -> dict[str, str]:
-    """Returns {path relative to the directory, without ending: whole path} of the files with these endings."""
+def _files(directory: str, extensions: Sequence[str]) -> dict[str, str]:
+    """Returns {relative path without extension: full path} of the files with these extensions."""
     if not tf.io.gfile.isdir(directory):
         parent = os.path.dirname(directory)
-        there = ", ".join(sorted(tf.io.gfile.listdir(parent))[:8]) if tf.io.gfile.isdir(parent) else ""
-        raise MissingFileError(f"{directory}: no such directory" + (f"; {parent} has {there}" if there else ""))
+        siblings = ", ".join(sorted(tf.io.gfile.listdir(parent))[:8]) if tf.io.gfile.isdir(parent) else ""
+        raise MissingFileError(f"{directory}: no such directory" + (f"; {parent} contains {siblings}" if siblings else ""))
     found: dict[str, str] = {}
     others, known = [], Image.registered_extensions()
     for path in _walk(directory):
-        name, ending = os.path.splitext(path[len(directory) + 1 :])
-        name, ending = unicodedata.normalize("NFC", name), ending.lower()  # macOS writes "e" and its accent as two characters
-        if ending not in endings:
-            others += [path] if ending in known else []
+        name, extension = os.path.splitext(path[len(directory) + 1 :])
+        name, extension = unicodedata.normalize("NFC", name), extension.lower()  # macOS decomposes accented characters
+        if extension not in extensions:
+            others += [path] if extension in known else []
             continue
         if name in found:
-            raise UserError(f"{path} and {found[name]}: two files of one name, whose label is ambiguous; remove one")
+            raise UserError(f"{path} and {found[name]}: two files of the same name, so their label is ambiguous; remove one")
         found[name] = path
     if others:
         logger.warning(
-            f"{directory}: {len(others):,} images are left out, as they are no {', '.join(endings)} files: "
-            f"{', '.join(others[:LISTED])}{', ...' if len(others) > LISTED else ''}"
+            f"{directory}: {len(others):,} images are ignored because they are not {', '.join(extensions)} files: "
+            f"{', '.join(others[:MAX_LISTED])}{', ...' if len(others) > MAX_LISTED else ''}"
         )
     if not found:
-        raise MissingFileError(f"{directory}: holds no {', '.join(endings)} files")
+        raise MissingFileError(f"{directory}: contains no {', '.join(extensions)} files")
     return found
 
 
 def _walk(directory: str, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yields the files below a directory, without hidden ones; `above` are the real paths of the directories that it is in.
+    """Yields the files below a directory, except hidden ones; `above` are the real paths of its parent directories.
 
-    A bucket lists folders with a "/", and is not asked about each entry with a "." whether it is one, which would take minutes.
+    Buckets list folders with a trailing "/", so other entries with a "." are assumed to be files; queries would take minutes.
     """
     remote = "://" in directory
     if not remote:
         if (real := os.path.realpath(directory)) in above:
-            raise UserError(f"{directory}: a link to a directory that it is in; remove it")
+            raise UserError(f"{directory}: links to one of its parent directories; remove the link")
         above = (*above, real)
     for entry in _entries(directory):
         path = f"{directory}/{entry.rstrip('/')}"
@@ -254,7 +253,7 @@ def _entries(directory: str) -> list[str]:
         return tf.io.gfile.listdir(directory)
     except UnicodeDecodeError as error:
         name = error.object.decode(errors="backslashreplace")
-        raise UserError(f"{directory}: holds {name}, whose name is not UTF-8; rename it") from error
+        raise UserError(f"{directory}: contains {name}, whose name is not UTF-8; rename it") from error
 
 
 LAYOUTS: dict[str, Callable[[str, str, str], list[Pair]]] = {

@@ -1,4 +1,4 @@
-"""Names of images and labels that were meant to match."""
+"""Detects image and label names that differ only by a prefix, a suffix or case."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -7,28 +7,28 @@ from pspnet_jax.errors import UserError
 
 
 def check_partners(images: Mapping[str, str], labels: Mapping[str, str], directory: str) -> None:
-    """Refuses two directories most of whose names do not match, but would without a word such as "_mask" or with other case.
+    """Raises an error if most names in two directories differ, but would match without case or affixes such as "_mask".
 
     Args:
-      images: files by name.
-      labels: likewise.
-      directory: of the labels, for the message.
+      images: image files by name.
+      labels: label files by name.
+      directory: the directory of the labels, for the message.
 
     Raises:
-      UserError: says how many, and gives the first two names as an example.
+      UserError: gives the number of images without a label, and a pair of names as an example.
     """
-    alone, spare = images.keys() - labels.keys(), labels.keys() - images.keys()
-    if 2 * len(alone) < len(images) or not (near := _near(sorted(alone), spare)):
+    unmatched_images, unmatched_labels = images.keys() - labels.keys(), labels.keys() - images.keys()
+    if 2 * len(unmatched_images) < len(images) or not (near := _near_match(sorted(unmatched_images), unmatched_labels)):
         return
     image, label = near
     raise UserError(
-        f"{len(alone):,} of {len(images):,} images have no label of their name in {directory}; {images[image]} nearly matches "
-        f"{labels[label]}: rename them so that both have one name but for the ending"
+        f"{len(unmatched_images):,} of {len(images):,} images have no label of the same name in {directory}; "
+        f"{images[image]} nearly matches {labels[label]}: rename the files so that only their extensions differ"
     )
 
 
-def _near(names: list[str], others: Collection[str]) -> tuple[str, str] | None:
-    """Returns the first name that nearly is one of the others, and that."""
+def _near_match(names: list[str], others: Collection[str]) -> tuple[str, str] | None:
+    """Returns the first name that nearly matches one of the others, and its match."""
     for simplify in (str.lower, _core):
         by_core = {simplify(other): other for other in sorted(others, reverse=True)}
         for name in names:
@@ -38,6 +38,6 @@ def _near(names: list[str], others: Collection[str]) -> tuple[str, str] | None:
 
 
 def _core(name: str) -> str:
-    """The name in lower case without its folders and without words at its start and end: "0001" of "a/IMG_0001-mask"."""
+    """Returns a name in lower case without its folders, prefix and suffix: "0001" for "a/IMG_0001-mask"."""
     base = name.rsplit("/", 1)[-1].lower()
     return re.sub(r"^[a-z]+[_\-. ]+(?=.)|(?<=.)[_\-. ]+[a-z]+$", "", base)

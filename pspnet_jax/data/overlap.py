@@ -1,4 +1,4 @@
-"""Images that are scored although they were trained on, and files that would be written among the images."""
+"""Detects training images in the evaluation split, and output paths among the data files."""
 
 import hashlib
 import logging
@@ -14,50 +14,46 @@ from pspnet_jax.data.reader import Source
 from pspnet_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
-PART = 2**16  # bytes at the start and the end of an image that tell it from others of its size
+PART = 2**16  # bytes at the start and at the end of a file that identify it among files of its size
 Key = tuple[object, ...]
 
 
 def warn_shared(training: Sequence[Source], evaluation: Source) -> int:
-    """Says in a warning how many images of the evaluated split are training images as well, and which is the first.
+    """Warns if images of the evaluation split are training images too.
 
-    Files are the same image if they are one file, or if their bytes are alike: their number, the first and the last 64 KiB.
-    Examples without files of their own are the same if their name is, and what they come from.
+    Two files are the same image if their paths are equal, or their size and their first and last 64 KiB. Examples without
+    image files are the same if their names and sources are equal.
 
     Returns:
-      the number.
+      the number of shared images.
     """
-    theirs = {key: name for source in training for name, key in _keys(source, [evaluation])}
-    shared = [(name, theirs[key]) for name, key in _keys(evaluation, training) if key in theirs]
+    training_names = {key: name for source in training for name, key in _keys(source, [evaluation])}
+    shared = [(name, training_names[key]) for name, key in _keys(evaluation, training) if key in training_names]
     if shared:
         name, other = shared[0]
-        same = "" if name == other else f" (there {other})"
+        alias = "" if name == other else f" (called {other} in training)"
         logger.warning(
-            f"{len(shared):,} of the {len(evaluation):,} images that are scored are in the training data as well, the first of "
-            f"them {name}{same}: the score says nothing about new images"
+            f"{len(shared):,} of {len(evaluation):,} evaluation images are also training images, the first is {name}{alias}: "
+            "the score does not measure generalization"
         )
     return len(shared)
 
 
 def refuse_inside(path: epath.Path, training: Sequence[Source]) -> None:
-    """Refuses to write among the files that are read.
-
-    Raises:
-      UserError: names the directory.
-    """
+    """Raises a UserError if an output path is inside a directory of the data."""
     for directory in {os.path.dirname(file) for source in training for i in range(len(source)) for file in source.files(i)}:
         if f"{path}/".startswith(f"{directory}/"):
-            raise UserError(f"{path}: lies among the images and labels in {directory}; choose a directory elsewhere")
+            raise UserError(f"{path}: is inside {directory}, which holds images or labels; choose another directory")
 
 
 def _keys(source: Source, others: Sequence[Source]) -> Iterator[tuple[str, Key]]:
-    """Yields the name of each example, and what it has in common with the same one elsewhere; not all that cannot match."""
+    """Yields each example's name and a key that equal examples share; examples that cannot match may be omitted."""
     if source.image_sizes is None:
         yield from ((name, (source.files(index) or source, name)) for index, name in enumerate(source.names))
         return
-    there = [other for other in others if other.image_sizes]
-    sizes = {size for other in there for size in other.image_sizes or ()}
-    files = {other.files(index)[0] for other in there for index in range(len(other))}
+    others = [other for other in others if other.image_sizes]
+    sizes = {size for other in others for size in other.image_sizes or ()}
+    files = {other.files(index)[0] for other in others for index in range(len(other))}
     candidates = [(index, size) for index, size in enumerate(source.image_sizes) if size in sizes]
 
     def key(candidate: tuple[int, int]) -> str:
@@ -75,5 +71,5 @@ def _digest(file: str, size: int) -> str:
             start = stream.read(PART)
             stream.seek(max(0, size - PART))
             return hashlib.sha256(start + stream.read()).hexdigest() + str(size)
-    except tf.errors.OpError:  # whoever reads it says so
+    except tf.errors.OpError:  # reported when the image is read
         return file

@@ -1,4 +1,4 @@
-"""Whether label files agree, file by file, with the list of classes, and split by split, about what a value means."""
+"""Checks that palette labels agree with each other and with the list of classes about the color of each class."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -11,71 +11,72 @@ from pspnet_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 Color = tuple[int, ...]  # (R, G, B)
-Known = dict[int, tuple[Color, str]]  # the color of a value, and the file where it was seen first
+ValueColors = dict[int, tuple[Color, str]]  # {label value: (its color, the file where it was first seen)}
 
 
 class Palettes:
-    """Compares the colors of the values that occur in labels, and the values of binary masks.
+    """Compares the colors of label values across files, and the values of binary masks.
 
-    Gray ramps, in which value v is (v, v, v), say nothing, nor does a color that several values have.
+    Gray ramps, in which value v is (v, v, v), and colors that several values share are not compared.
 
     Attributes:
       seen: the first color of each value.
-      contradiction: a sentence about the first value that means two things: its color is another value's elsewhere; or "".
-      remarks: sentences about what differs but may be right, the first case of each kind.
+      contradiction: a sentence about the first value whose color belongs to another value elsewhere; or "".
+      remarks: sentences about differences that may be harmless, at most one of each kind.
     """
 
     def __init__(self, colors: Mapping[int, Color] = {}, num_classes: int = 0):
-        """Begins with the colors that the folder's list of classes has, if any, and the number of classes, if it is known."""
+        """Starts with the colors from the folder's list of classes, if any, and the number of classes, if known."""
         self.contradiction = self._difference = self._grays = ""
-        self._listed: Known = {value: (color, "the list of classes") for value, color in colors.items()}
-        self._num_classes, self._masks = num_classes, dict[int, str]()  # the first file with 1 but not 255, and the converse
-        self.seen: Known = {}
+        self._listed: ValueColors = {value: (color, "the list of classes") for value, color in colors.items()}
+        self._num_classes = num_classes
+        self._masks: dict[int, str] = {}  # {1: the first file with 1 but not 255, 255: the first with 255 but not 1}
+        self.seen: ValueColors = {}
 
     @property
     def remarks(self) -> list[str]:
         mixed = ""
         if {1, IGNORE} <= self._masks.keys():
             mixed = (
-                f"{self._masks[1]} marks class 1 by 1, but {self._masks[IGNORE]} holds only 0 and {IGNORE}, which is ignored: "
-                f"if these are masks of one kind, make {IGNORE} into 1"
+                f"{self._masks[1]} marks class 1 with value 1, but {self._masks[IGNORE]} contains only 0 and {IGNORE}, and "
+                f"{IGNORE} is ignored; if both are masks of class 1, change {IGNORE} to 1"
             )
         return [remark for remark in (self._difference, self._grays, mixed) if remark]
 
     def add(self, file: str, values: np.ndarray, palette: Mapping[int, Color]) -> None:
-        """Compares a label file: the pixels of each class and of 255, and the palette with only the values that occur in it."""
+        """Compares a label file, given its number of pixels of each class and of 255 and the colors of values that occur."""
         if self._num_classes == 2 and bool(values[1]) != bool(values[IGNORE]):
             self._masks.setdefault(1 if values[1] else IGNORE, file)
         colors = [color for value, color in palette.items() if value != IGNORE]
-        used: Known = {v: (color, file) for v, color in palette.items() if v != IGNORE and colors.count(color) == 1}
+        used: ValueColors = {v: (color, file) for v, color in palette.items() if v != IGNORE and colors.count(color) == 1}
         if all(color == (value,) * 3 for value, (color, _) in used.items()):
             return
-        # Some of the list's colors may be another value's by chance, as both are often made of 0, 64 and 128; not all of them.
+        # A single color may match another class in the list by chance, as many palettes use 0, 64 and 128. Not all can.
         self._compare(used, self._listed, set(colors) <= {color for color, _ in self._listed.values()})
         self._compare(used, self.seen, True)
-        self._look_at_grays(used)
+        self._compare_grays(used)
         self.seen = used | self.seen
 
-    def add_split(self, seen: Known) -> None:
-        """Compares another split's, or another dataset's, `seen`, whose colors may be another value's by chance, too."""
+    def add_split(self, seen: ValueColors) -> None:
+        """Compares the `seen` of another split or dataset, where a single color may match another value by chance, too."""
         self._compare(seen, self.seen, {color for color, _ in seen.values()} <= {color for color, _ in self.seen.values()})
         self.seen = seen | self.seen
 
-    def _compare(self, used: Known, known: Known, certain: bool) -> None:
+    def _compare(self, used: ValueColors, known: ValueColors, certain: bool) -> None:
         value_of = {color: value for value, (color, _) in known.items()}
         for value, (color, file) in used.items():
-            there, where = known.get(value, (color, ""))
-            if color == there:
+            known_color, known_file = known.get(value, (color, ""))
+            if color == known_color:
                 continue
-            said = f"label value {value} is RGB {color} in the palette of {file}, but RGB {there} in {where}"
+            sentence = f"label value {value} is RGB {color} in the palette of {file}, but RGB {known_color} in {known_file}"
             if certain and color in value_of:
-                said += f", where RGB {color} is value {value_of[color]}: the same value means different classes"
-                self.contradiction = self.contradiction or said
+                sentence += f", where RGB {color} is value {value_of[color]}: the same value means different classes"
+                self.contradiction = self.contradiction or sentence
             else:
-                self._difference = self._difference or said
+                self._difference = self._difference or sentence
 
-    def _look_at_grays(self, used: Known) -> None:
-        """Programs that make palettes of gray pictures number the grays as they come."""
+    def _compare_grays(self, used: ValueColors) -> None:
+        """Detects a gray image converted to a palette, whose grays were the class indices and whose values are arbitrary."""
         grays = {value: color[0] for value, (color, _) in sorted(used.items()) if len(set(color)) == 1}
         if len(grays) < max(2, len(used)) or all(self._listed.get(value, ("",))[0] == used[value][0] for value in used):
             return
@@ -83,23 +84,21 @@ class Palettes:
         if shifted or list(grays.values()) != sorted(grays.values()):
             pairs = ", ".join(f"{value} is gray {gray}" for value, gray in list(grays.items())[:4])
             self._grays = self._grays or (
-                f"label value {pairs} in the palette of {next(iter(used.values()))[1]}: its values count, not its grays; if a "
-                "program made the palette from a gray picture, save the grays as an 8-bit gray PNG"
+                f"label value {pairs} in the palette of {next(iter(used.values()))[1]}; the values are used, not the grays. If "
+                "a program converted a gray image to this palette, save the grays as an 8-bit gray PNG"
             )
 
 
-def trained(dataset: ConfigDict) -> Known:
-    """The colors of a run's training data, from its config."""
+def training_colors(dataset: ConfigDict) -> ValueColors:
+    """Returns the colors of a run's training data, as saved in its config."""
     return {value: (tuple(color), "the training data") for value, *color in dataset.palette}
 
 
-def require_agreement(splits: Sequence[Known | None]) -> Known:
-    """Compares the colors seen in several splits, of one dataset or of a mixture, and returns all of them.
-
-    What differs is said in a warning.
+def require_agreement(splits: Sequence[ValueColors | None]) -> ValueColors:
+    """Merges the label colors of several splits of one dataset or of a mixture, and warns about differences.
 
     Raises:
-      UserError: they contradict each other.
+      UserError: the colors contradict each other.
     """
     together = Palettes()
     for seen in filter(None, splits):

@@ -1,4 +1,4 @@
-"""From sources to tf.data datasets: positions -> examples -> augmented examples -> batches of one host."""
+"""From sources to tf.data datasets: positions -> examples -> augmented examples -> the batches of one host."""
 
 import atexit
 import contextlib
@@ -27,10 +27,10 @@ from pspnet_jax.errors import UserError
 logger = logging.getLogger(__name__)
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-THREADS = CORES + 1  # for readers in Python
+THREADS = CORES + 1  # for sources that run Python
 INDEX, NAME = tf.TensorSpec((), tf.int64), tf.TensorSpec((), tf.string)
 IMAGE, LABEL = tf.TensorSpec((None, None, 3), tf.uint8), tf.TensorSpec((None, None), tf.uint8)
-AHEAD = 2  # batches, or examples in evaluation, that lie ready beside those being made
+PREFETCH = 2  # batches, or examples in evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +38,11 @@ class TrainingData:
     """The opened training data.
 
     Attributes:
-      order: which example of which dataset each position shows.
+      order: the dataset and index of the example at each position.
       sources: the datasets.
-      reads: a function for each dataset: index -> image uint8[H,W,3], label uint8[H,W]; `source.read`, or a cache of it.
-      examples_per_epoch: number of examples after which the first dataset has been shown once.
-      fingerprint: digest of the names and sizes of all files, the same on all hosts; "" where there are none.
+      reads: a function for each dataset: index -> image uint8[H,W,3], label uint8[H,W]; `source.read`, possibly cached.
+      examples_per_epoch: number of examples in which the first dataset is shown once.
+      fingerprint: digest of the names and sizes of all files, the same on all hosts; "" without files.
     """
 
     order: Order
@@ -53,18 +53,19 @@ class TrainingData:
 
 
 def open_training(config: ConfigDict, source: Source | None = None) -> TrainingData:
-    """Opens the training data of a recipe, which checks it.
+    """Opens and checks the training data of a recipe.
 
     Args:
       config: the whole config.
-      source: a reader of your own instead of config.dataset's training split; dataset.mixture comes beside it.
+      source: a custom source that replaces config.dataset's training split; dataset.mixture still applies.
 
     Raises:
-      UserError: see open_source, Order and cache.py; balance is on, and no label has a class in it; or only one class occurs.
+      UserError: see open_source, Order and cache.py; or no class occurs in a dataset although dataset.balance is set; or
+        only one class occurs in all labels.
     """
     num_classes = datasets.describe(config.dataset).num_classes
     if source is not None and source.num_classes != num_classes:
-        raise UserError(f"this source has {source.num_classes} classes, dataset.class_names {num_classes}; both mean the same")
+        raise UserError(f"this source has {source.num_classes} classes, but dataset.class_names has {num_classes}")
     sources: list[Source] = []
     reads, presence, budget = [], [], CacheBudget(config.dataset)
     for dataset, split in training_parts(config.dataset):
@@ -76,23 +77,23 @@ def open_training(config: ConfigDict, source: Source | None = None) -> TrainingD
             presence.append(survey.class_counts(part, dataset, read) > 0)
             if not presence[-1].any():
                 raise UserError(
-                    f"dataset.balance={dataset.balance}: no label of {dataset.root} has a class in it; expected 0 there"
+                    f"dataset.balance={dataset.balance}: no label of {dataset.root} contains a class; set dataset.balance=0"
                 )
         sources.append(part)
         reads.append(read)
     weights = (1.0, *(weight for *_, weight in config.dataset.mixture))
     order = Order(config.seed, list(map(len, sources)), weights, config.dataset.balance, presence)
     _check_totals([part.totals or survey.sample_totals(part, read) for part, read in zip(sources, reads, strict=True)], config)
-    prints = [part.fingerprint for part in sources]
-    fingerprint = stamps.digest(prints) if any(prints) else ""
+    fingerprints = [part.fingerprint for part in sources]
+    fingerprint = stamps.digest(fingerprints) if any(fingerprints) else ""
     return TrainingData(order, sources, reads, round(len(sources[0]) * sum(weights)), fingerprint)
 
 
 def _check_totals(parts: Sequence[Totals], config: ConfigDict) -> None:
-    """Refuses training data from whose labels together nothing can be learned; what only some of them show is a warning."""
+    """Raises an error if nothing can be learned from the labels, or warns if only a sample of them was counted."""
     totals = functools.reduce(operator.add, parts)
     if problem := totals.problem(datasets.describe(config.dataset).class_names):
-        if totals.labels >= totals.of:
+        if totals.counted >= totals.total:
             raise UserError(problem)
         logger.warning(problem)
 
@@ -102,18 +103,18 @@ def train_dataset(
 ) -> tf.data.Dataset:
     """Returns the augmented training batches of steps start_step, ..., total_steps - 1.
 
-    Example i of step s has position p = s * batch_size + i in the endless sequence of `Order`. Which image it shows
-    follows from (seed, p), and so does its augmentation; a run that resumes, or has other hosts, makes the same batches.
+    Example i of step s has position p = s * batch_size + i in the endless sequence of `Order`. Its image and its augmentation
+    depend only on (seed, p), so the batches stay the same after resuming and with another number of hosts.
 
     Args:
       config: the whole config.
-      start_step: the first step wanted; costs the same whichever it is.
-      host: which host this is; it makes the batch's examples host * b, ..., (host + 1) * b - 1, with b = batch_size / hosts.
+      start_step: the first step; a late step takes no longer to reach.
+      host: index of this host, which makes the examples host * b, ..., (host + 1) * b - 1, where b = batch_size / hosts.
       hosts: number of hosts that share each batch.
-      data: by `open_training`, which is called without it.
+      data: from `open_training`, which is called if this is None.
 
     Returns:
-      a dataset of {"image": uint8[b,h,w,3], "label": uint8[b,h,w]}, (h, w) being the crop; see `as_numpy`.
+      a dataset of {"image": uint8[b,h,w,3], "label": uint8[b,h,w]}, where (h, w) is the crop; see `as_numpy`.
 
     Raises:
       UserError: batch_size is not a multiple of hosts; or see `open_training`.
@@ -123,11 +124,11 @@ def train_dataset(
     opened, share, crop = data or open_training(config), config.batch_size // hosts, config.augment.crop
 
     def position(number: int) -> int:
-        """The position of the example that is this host's `number`-th since step 0."""
+        """Returns the position of this host's `number`-th example since step 0."""
         step, i = divmod(int(number), share)
         return step * config.batch_size + host * share + i
 
-    def choose(number: int) -> tuple[int, int]:
+    def example_at(number: int) -> tuple[int, int]:
         return opened.order[position(number)]
 
     def crop_of(number: int, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -136,36 +137,36 @@ def train_dataset(
 
     def read_again(batch: int) -> None:
         for number in range((start_step + batch) * share, (start_step + batch + 1) * share):
-            dataset, index = choose(number)
+            dataset, index = example_at(number)
             crop_of(number, *opened.reads[dataset](index))
 
     loads = [_load(source, read) for source, read in zip(opened.sources, opened.reads, strict=True)]
     image_spec, label_spec = tf.TensorSpec((*crop, 3), tf.uint8), tf.TensorSpec(crop, tf.uint8)
 
     def element(number: tf.Tensor) -> dict[str, tf.Tensor]:
-        dataset, index = _python(choose, [number], [INDEX, INDEX])
+        dataset, index = _call_python(example_at, [number], [INDEX, INDEX])
         branches = [functools.partial(load, index) for load in loads]
         image, label = tf.switch_case(tf.cast(dataset, tf.int32), branches) if len(loads) > 1 else branches[0]()
-        image, label = _python(crop_of, [number, image, label], [image_spec, label_spec])
+        image, label = _call_python(crop_of, [number, image, label], [image_spec, label_spec])
         return {"image": image, "label": label}
 
     numbers = tf.data.Dataset.range(start_step * share, config.total_steps * share)
-    mapped = _mapped(numbers, element, all(map(_in_graph, opened.sources, opened.reads)))
-    dataset = mapped.batch(share, drop_remainder=True).prefetch(AHEAD)
-    return _keeping(dataset, choose, crop_of, loads, read_again=read_again)
+    mapped = _map(numbers, element, all(map(_in_graph, opened.sources, opened.reads)))
+    dataset = mapped.batch(share, drop_remainder=True).prefetch(PREFETCH)
+    return _keep_alive(dataset, example_at, crop_of, loads, read_again=read_again)
 
 
 def eval_dataset(
     config: ConfigDict, split: str = "", *, host: int = 0, hosts: int = 1, source: Source | None = None
 ) -> tf.data.Dataset:
-    """Returns every example of a split once, as it is: host h of H has examples h, h + H, and so on, which may be none.
+    """Returns every example of a split once, without augmentation; host h of H gets the examples h, h + H, h + 2H, ...
 
     Args:
       config: the whole config.
-      split: see `open_source`; not needed with a source.
-      host: which host this is.
+      split: see `open_source`; unused if a source is given.
+      host: index of this host.
       hosts: number of hosts that share the split.
-      source: the opened split, which knows its length; a reader of your own, too.
+      source: an opened split or a custom source.
 
     Returns:
       a dataset of {"image": uint8[H,W,3], "label": uint8[H,W], "name": string}; see `as_numpy`.
@@ -181,23 +182,23 @@ def eval_dataset(
 
     def element(index: tf.Tensor) -> dict[str, tf.Tensor]:
         image, label = load(index)
-        (name,) = _python(name_of, [index], [NAME])
+        (name,) = _call_python(name_of, [index], [NAME])
         return {"image": image, "label": label, "name": name}
 
-    dataset = _mapped(tf.data.Dataset.range(host, len(opened), hosts), element, opened.in_graph).prefetch(AHEAD)
-    return _keeping(dataset, load, name_of, read_again=lambda count: opened.read(host + count * hosts))
+    dataset = _map(tf.data.Dataset.range(host, len(opened), hosts), element, opened.in_graph).prefetch(PREFETCH)
+    return _keep_alive(dataset, load, name_of, read_again=lambda count: opened.read(host + count * hosts))
 
 
 def as_numpy(dataset: tf.data.Dataset) -> Generator[dict[str, Any], None, None]:
-    """Yields the elements of a dataset of dicts as numpy arrays, which are read-only, and strings.
+    """Yields the elements of a dataset of dicts, as read-only NumPy arrays and strings.
 
-    Closing or dropping the iterator ends the work that is under way for it.
+    Closing or deleting the iterator stops its background work.
 
     Raises:
-      UserError: about a wrong example, in its place; whatever else was raised in Python comes out as it was.
+      UserError: an example is wrong; raised when it is reached. Other exceptions from Python code are raised unchanged.
     """
     iterator = _as_numpy(dataset)
-    _open.add(iterator)
+    _open_iterators.add(iterator)
     return iterator
 
 
@@ -208,56 +209,56 @@ def _as_numpy(dataset: tf.data.Dataset) -> Generator[dict[str, Any], None, None]
             yield {key: value.decode() if isinstance(value, bytes) else value for key, value in element.items()}
             count += 1
     except tf.errors.OpError as error:
-        if read_again := getattr(dataset, "read_again", None):  # not there if the caller has made another dataset of ours
-            read_again(count)  # raises what is wrong with it, which TensorFlow has made text of
+        if read_again := getattr(dataset, "read_again", None):  # missing if the caller has transformed our dataset
+            read_again(count)  # raises the original exception, of which TensorFlow keeps only the text
             raise UserError(
-                f"an example could not be read ({last_line(error)}), and a moment later it could; start the same command again"
+                f"an example could not be read ({last_line(error)}), but a second attempt succeeded; run the same command again"
             ) from error
         raise
 
 
 def _in_graph(source: Source, read: Read) -> bool:
-    """Whether TensorFlow alone can load what `read` returns: the source has a graph, and no cache lies before it."""
+    """Returns whether TensorFlow alone can load the examples: the source runs in the graph and `read` is not cached."""
     return source.in_graph and read == source.read
 
 
 def _load(source: Source, read: Read) -> Callable[[tf.Tensor], Sequence[tf.Tensor]]:
-    """Returns graph code: an index -> the image and label that `read` returns."""
+    """Returns a TensorFlow function from an index to the image and label that `read` returns."""
     if _in_graph(source, read):
         return source.checked_tensors
 
     def call(index: int) -> Example:
         return read(int(index))
 
-    return lambda index: _python(call, [index], [IMAGE, LABEL])
+    return lambda index: _call_python(call, [index], [IMAGE, LABEL])
 
 
-def _python(function: Callable[..., Any], inputs: list[tf.Tensor], specs: list[tf.TensorSpec]) -> list[tf.Tensor]:
-    """Calls a Python function of arrays in a graph, which does not keep it alive: see `_keeping`."""
-    alive = weakref.ref(function)
+def _call_python(function: Callable[..., Any], inputs: list[tf.Tensor], specs: list[tf.TensorSpec]) -> list[tf.Tensor]:
+    """Calls a Python function of arrays in a graph. The graph keeps only a weak reference to it, see `_keep_alive`."""
+    reference = weakref.ref(function)
 
     def call(*arrays: Any) -> Any:
-        python = alive()
-        assert python is not None, "the dataset is gone"
+        python = reference()
+        assert python is not None, "the dataset has been deleted"
         return python(*arrays)
 
     values = tf.numpy_function(call, inputs, [spec.dtype for spec in specs], stateful=False)
     return [tf.ensure_shape(value, spec.shape) for value, spec in zip(values, specs, strict=True)]
 
 
-def _keeping(dataset: tf.data.Dataset, *python: object, read_again: Callable[[int], object]) -> tf.data.Dataset:
-    """Makes Python objects live as long as the dataset: TensorFlow would keep them, caches included, until the process ends.
+def _keep_alive(dataset: tf.data.Dataset, *python: object, read_again: Callable[[int], object]) -> tf.data.Dataset:
+    """Ties Python objects to the dataset's lifetime; TensorFlow would keep them, caches included, until the process ends.
 
-    `read_again` reads the n-th element in Python, to raise what is wrong with it.
+    `read_again` reads the n-th element in Python, to raise the original exception.
     """
     dataset.python, dataset.read_again = python, read_again
     return dataset
 
 
-def _mapped(numbers: tf.data.Dataset, element: Callable[[tf.Tensor], Any], in_graph: bool) -> tf.data.Dataset:
-    """Maps numbers to elements, many at once and in order.
+def _map(numbers: tf.data.Dataset, element: Callable[[tf.Tensor], Any], in_graph: bool) -> tf.data.Dataset:
+    """Maps numbers to elements, in parallel and in order.
 
-    Readers in Python call TensorFlow and wait for it; in TensorFlow's shared threads that could deadlock: they get their own.
+    Python sources call TensorFlow and wait for it. In TensorFlow's shared threads that could deadlock, so they get their own.
     """
     options = tf.data.Options()
     options.deterministic = True
@@ -268,12 +269,12 @@ def _mapped(numbers: tf.data.Dataset, element: Callable[[tf.Tensor], Any], in_gr
     return numbers.map(graph_code, num_parallel_calls=tf.data.AUTOTUNE).with_options(options)
 
 
-_open: weakref.WeakSet[Generator] = weakref.WeakSet()
+_open_iterators: weakref.WeakSet[Generator] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
-    """TensorFlow's threads call Python, which they cannot any more once the interpreter is gone."""
-    for iterator in list(_open):
-        with contextlib.suppress(ValueError):  # it is in use, by another thread
+    """Stops TensorFlow's threads, which call Python, before the interpreter shuts down."""
+    for iterator in list(_open_iterators):
+        with contextlib.suppress(ValueError):  # another thread is using it
             iterator.close()

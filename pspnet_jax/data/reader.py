@@ -1,6 +1,6 @@
-"""What reads examples by index: the class to derive a reader of your own from, as `sources.Source`.
+"""`Source`, the base class of everything that reads examples by index. Derive your own from it as `sources.Source`.
 
-It has names and loads an example; nothing has to be registered::
+A subclass has names and loads an example; nothing needs to be registered::
 
     class Archive(sources.Source):
         num_classes = 3
@@ -25,7 +25,7 @@ import tensorflow as tf
 
 from pspnet_jax import image_files
 from pspnet_jax.data import checks
-from pspnet_jax.data.palettes import Known
+from pspnet_jax.data.palettes import ValueColors
 from pspnet_jax.data.totals import Totals
 from pspnet_jax.errors import UserError
 
@@ -33,16 +33,16 @@ Example = tuple[np.ndarray, np.ndarray]  # image uint8[H,W,3] and label uint8[H,
 
 
 class Source:
-    """Labeled images by index, in any order and from any thread: a subclass provides the attributes and `load`.
+    """Labeled images by index, readable in any order and from any thread. A subclass defines `names`, `num_classes` and `load`.
 
     Attributes:
       names: one per example, see `layouts.Pair`.
       num_classes: K.
-      in_graph: whether `tensors` loads an example by TensorFlow alone, which is faster than Python.
-      totals: the pixels of each class in the labels, where they are known.
-      image_sizes: bytes of the file of each image, which is the first of `files`, where each has one.
-      palette: the colors of the labels' values, where palettes say them, see `palettes.Palettes.seen`.
-      fingerprint: digest of the names and sizes of the files; "" where there are none.
+      in_graph: whether `tensors` is implemented, which loads an example without Python and is faster.
+      totals: the number of pixels of each class, if known.
+      image_sizes: size in bytes of each image file, which is the first of `files`; None without image files.
+      palette: the colors of the label values if labels have palettes, see `palettes.Palettes.seen`.
+      fingerprint: digest of the names and sizes of the files; "" without files.
     """
 
     names: Sequence[str]
@@ -50,21 +50,21 @@ class Source:
     in_graph = False
     totals: Totals | None = None
     image_sizes: Sequence[int] | None = None
-    palette: Known | None = None
+    palette: ValueColors | None = None
     fingerprint = ""
 
     def __len__(self) -> int:
         return len(self.names)
 
     def load(self, index: int) -> Example:
-        """Returns image uint8[H,W,3] and label uint8[H,W], of 0..K-1 and 255; what it raises becomes a sentence in `read`."""
+        """Returns image uint8[H,W,3] and label uint8[H,W] with values 0..K-1 and 255. `read` explains any exception."""
         raise NotImplementedError
 
     def read(self, index: int) -> Example:
-        """Returns what `load` does, after a look at it, so that no wrong label reaches the network silently.
+        """Returns the image and label from `load` after checking them, so that no wrong label reaches the network.
 
         Raises:
-          UserError: names the example and says what is wrong with it.
+          UserError: names the example and what is wrong with it.
         """
         try:
             image, label = self.load(index)
@@ -78,11 +78,11 @@ class Source:
         return image, label
 
     def tensors(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Does the same as `load` as graph code, where `in_graph` is set; index is an int64 scalar."""
+        """Does the same as `load` in a TensorFlow graph, if `in_graph` is set; index is an int64 scalar."""
         raise NotImplementedError
 
     def checked_tensors(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns what `tensors` does, unless sizes differ or a label is wrong; `read` then says in a sentence what it is."""
+        """Returns the result of `tensors`, and fails if sizes differ or a label is wrong; `read` then gives the reason."""
         image, label = self.tensors(index)
         image, label = tf.ensure_shape(image, [None, None, 3]), tf.ensure_shape(label, [None, None])
         same_size = tf.reduce_all(tf.shape(image)[:2] == tf.shape(label))
@@ -90,23 +90,23 @@ class Source:
         with tf.control_dependencies([tf.debugging.Assert(same_size & in_range, ["a wrong example"])]):
             return tf.identity(image), tf.identity(label)
 
-    def check(self, index: int) -> checks.Look | None:
-        """Looks closer than `load` does, and raises a UserError that says what is wrong with an example, if it can tell."""
+    def check(self, index: int) -> checks.CheckedPair | None:
+        """Checks an example more thoroughly than `load`, and raises a UserError if it finds out what is wrong."""
         return None
 
     def where(self, index: int) -> str:
-        """What messages call an example."""
+        """Returns how messages refer to an example."""
         return self.names[index]
 
     def files(self, index: int) -> Sequence[str]:
-        """The files that change when the example does; without any, nothing about the example is kept from run to run."""
+        """Returns the files that an example is read from; without files, nothing about it is cached between runs."""
         return ()
 
 
 def last_line(error: Exception) -> str:
-    """The last line of what an error says, without the names of TensorFlow's nodes."""
-    said = error.message.split("\n\t [[")[0] if isinstance(error, tf.errors.OpError) else str(error)
-    return re.sub(r"\{\{.*?\}\} ", "", said).strip().split("\n")[-1]
+    """Returns the last line of an error's message, without the names of TensorFlow's nodes."""
+    message = error.message.split("\n\t [[")[0] if isinstance(error, tf.errors.OpError) else str(error)
+    return re.sub(r"\{\{.*?\}\} ", "", message).strip().split("\n")[-1]
 
 
 def numbered(split: str, count: int) -> list[str]:
@@ -114,11 +114,11 @@ def numbered(split: str, count: int) -> list[str]:
 
 
 def decode_image(contents: tf.Tensor, orientation: tf.Tensor | None = None, upright: bool = False) -> tf.Tensor:
-    """Decodes a JPEG or PNG to uint8[H,W,3], upright.
+    """Decodes a JPEG or PNG to uint8[H,W,3] and turns it upright.
 
-    The orientation is looked for in the contents, unless it is given (an int64 scalar), or the image is known to be upright.
+    The orientation is read from the contents unless it is given (an int64 scalar) or the image is known to be upright.
     """
-    # Reads PNGs as well. The default transform differs from other decoders' (OpenCV, Pillow) by up to 6 levels, this not.
+    # Decodes PNGs too. With the default transform, JPEGs differ from OpenCV's and Pillow's by up to 6 gray levels.
     image = tf.io.decode_jpeg(contents, channels=3, dct_method="INTEGER_ACCURATE")
     if upright:
         return image

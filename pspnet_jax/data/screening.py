@@ -1,4 +1,4 @@
-"""Which pairs of files cannot be used: looked for once for each set of files, and decided alike by all processes of a job."""
+"""Finds unusable pairs of files, with the same result in all processes of a job, and caches it until a file changes."""
 
 import concurrent.futures
 import functools
@@ -18,42 +18,42 @@ from orbax.checkpoint import multihost
 from pspnet_jax import datasets
 from pspnet_jax.data import checks, stamps
 from pspnet_jax.data.layouts import Pair
-from pspnet_jax.data.palettes import Known, Palettes
+from pspnet_jax.data.palettes import Palettes, ValueColors
 from pspnet_jax.data.totals import Totals
 from pspnet_jax.errors import UserError
 from pspnet_jax.progress import progress
 
 logger = logging.getLogger(__name__)
-CHECK_ALL = 5000  # up to this many pairs, every pixel of every label is looked at before training starts
-CHECK_SOME = 1000  # of a larger folder, this many, drawn at random; the others are looked at when they are loaded
-VERSION = 4  # of what is checked: the findings of another version do not count
-ATTEMPTS = 3  # at a check in which a read fails by chance
-TOLD = 5  # sentences about skipped pairs
-WAIT = 24 * 3600 * 1000  # ms for the slowest process; that one has died is noticed far earlier
-_exchanges = itertools.count()  # for names of barriers, which are alike in all processes
+CHECK_ALL = 5000  # up to this many pairs, all pixels of all labels are checked before training starts
+CHECK_SOME = 1000  # size of the random sample checked in a larger folder; the rest is checked as it is loaded
+VERSION = 4  # of the checks; cached findings of another version are not used
+ATTEMPTS = 3  # if reads fail temporarily
+MAX_WARNINGS = 5  # about skipped pairs
+TIMEOUT_MS = 24 * 3600 * 1000  # for the slowest process; a process that has died is noticed much earlier
+_exchanges = itertools.count()  # makes barrier names that are unique and the same in all processes
 
 
 class Problem(NamedTuple):
-    """What is wrong with a pair."""
+    """A pair that cannot be used."""
 
-    pair: int  # its index
+    pair: int  # index
     wrong_values: bool  # see `checks.WrongValues`
     sentence: str
 
 
 class Findings(NamedTuple):
-    """What a process knows about a split.
+    """One process's findings about a split. Dictionary keys are strings because of JSON.
 
     Attributes:
       names: digest of the pairs' names.
       fingerprint: digest of the names and the files' sizes.
-      pairs: how many there are.
-      problems: what is wrong with some.
-      orientations: of the images that are not upright, by the number of the pair, as text, which JSON wants.
-      looked_at: the number of labels whose pixels were counted.
-      values: their pixels of each class and of 255.
-      contradiction, remarks, seen: see `Palettes`; seen's values as text.
-      error: why the split cannot be listed.
+      pairs: number of pairs.
+      problems: the pairs that cannot be used.
+      orientations: {pair index: EXIF orientation} of the images that are not upright.
+      looked_at: number of labels whose pixels were counted.
+      values: int[256], the number of their pixels of each class and of 255.
+      contradiction, remarks, seen: see `Palettes`.
+      error: why the split cannot be listed, or "".
     """
 
     names: str = ""
@@ -70,92 +70,91 @@ class Findings(NamedTuple):
 
 
 class Screened(NamedTuple):
-    """The pairs to use, the size in bytes and the orientation of each image, the labels' totals and colors (see
+    """The usable pairs of a split, the size in bytes and the orientation of each image, the labels' totals and colors (see
     `Palettes.seen`), and the files' fingerprint."""
 
     pairs: list[Pair]
     sizes: list[int]
     orientations: list[int]
     totals: Totals
-    palette: Known
+    palette: ValueColors
     fingerprint: str
 
 
-def screen(list_pairs: Callable[[], list[Pair]], dataset: ConfigDict, names: Sequence[str], what: str) -> Screened:
-    """Lists pairs of files, checks them, and returns those to use, which are the same in all processes of the job.
+def screen(list_pairs: Callable[[], list[Pair]], dataset: ConfigDict, names: Sequence[str], split: str) -> Screened:
+    """Lists and checks pairs of files, and returns the usable ones, which are the same in all processes of the job.
 
-    What is wrong with a pair on one host counts on all of them. Of several processes, each has to make this call.
+    If a pair is wrong on one host, no host uses it. Every process of a job must call this function.
 
     Args:
       list_pairs: lists the split.
-      dataset: config.dataset; its on_error says whether wrong pairs are left out, and cache_dir keeps what is found.
+      dataset: config.dataset; its on_error decides whether wrong pairs are skipped, and cache_dir keeps the findings.
       names: of the K classes.
-      what: the split, for messages.
+      split: name of the split, for messages.
 
     Raises:
-      UserError: the split cannot be listed, or the hosts have different images; about the first wrong pair, and how many more
-        there are; with on_error="skip", when most are wrong, or a label's values are, which is no damage; palettes contradict
-        each other; or nothing can be learned from the labels.
+      UserError: the split cannot be listed; hosts have different images; a pair is wrong (with on_error="skip": most are, or
+        a label has wrong values); palettes contradict each other; or nothing can be learned from the labels.
     """
     start = time.monotonic()
     sizes: list[int] = []
     try:
         pairs = list_pairs()
-        mine, sizes = _find(pairs, dataset, names, what)
+        mine, sizes = _check_files(pairs, dataset, names, split)
     except UserError as error:
         if jax.process_count() == 1:
             raise
         mine = Findings(error=str(error))
     all_findings = _exchange(mine)
-    problems, first = _agreed(all_findings, what), all_findings[0]
-    _tell(problems, len(pairs), dataset.on_error == "skip")
-    totals = Totals(what, first.looked_at, len(pairs) - len(problems), np.array(first.values))
+    problems, first = _merge_problems(all_findings, split), all_findings[0]
+    _report(problems, len(pairs), dataset.on_error == "skip")
+    totals = Totals(split, first.looked_at, len(pairs) - len(problems), np.array(first.values))
     if sentence := first.contradiction or totals.problem(names, train=False):
         raise UserError(sentence)
-    logger.info(f"{what}: {totals.of} pairs of files checked in {time.monotonic() - start:.1f} s")
+    logger.info(f"{split}: checked {totals.total} pairs of files in {time.monotonic() - start:.1f} s")
     warn(totals, names, [pairs[int(index)].image for index in first.orientations], first.remarks)
     if any(found.fingerprint != first.fingerprint for found in all_findings):
-        logger.warning(f"{what}: the hosts have files of the same names, but of other sizes; every host needs the same files")
+        logger.warning(f"{split}: files of the same name differ in size between hosts; every host needs the same files")
     wrong = {problem.pair for problem in problems}
     used = [index for index in range(len(pairs)) if index not in wrong]
     orientations = [mine.orientations.get(str(index), 1) for index in used]
-    palette: Known = {int(value): (tuple(color), file) for value, (color, file) in first.seen.items()}
+    palette: ValueColors = {int(value): (tuple(color), file) for value, (color, file) in first.seen.items()}
     return Screened([pairs[i] for i in used], [sizes[i] for i in used], orientations, totals, palette, first.fingerprint)
 
 
-def _tell(problems: list[Problem], pairs: int, skip: bool) -> None:
-    """Raises the first problem, wrong values before others, unless the pairs may be skipped; then lists some."""
+def _report(problems: list[Problem], pairs: int, skip: bool) -> None:
+    """Logs the first problems if the pairs may be skipped, or else raises the first one, wrong values before others."""
     problems.sort(key=lambda problem: not problem.wrong_values)
     if problems and not (skip and len(problems) <= pairs // 2 and not problems[0].wrong_values):
-        more = f" ({len(problems) - 1} more pairs are wrong, too)" if problems[1:] else ""
+        more = f" (and {len(problems) - 1} more wrong pairs)" if problems[1:] else ""
         raise UserError(problems[0].sentence + more)
-    for problem in problems[:TOLD]:
+    for problem in problems[:MAX_WARNINGS]:
         logger.warning("skipped: %s", problem.sentence)
-    if len(problems) > TOLD:
-        logger.warning("skipped %s pairs in all", len(problems))
+    if len(problems) > MAX_WARNINGS:
+        logger.warning("skipped %s pairs in total", len(problems))
 
 
 def warn(totals: Totals, names: Sequence[str], turned: Sequence[str], remarks: Sequence[str]) -> None:
-    """Says what is odd about a split, but may be right: classes without a pixel, images to be turned, differing files."""
+    """Warns about suspicious properties of a split: classes that never occur, rotated images, and `Palettes.remarks`."""
     totals.warn(names)
     if turned:
         logger.warning(
-            f"{totals.what}: {len(turned)} images are turned upright, as their EXIF orientation asks for, the first of them "
-            f"{turned[0]}; their labels have to be upright, too"
+            f"{totals.split}: {len(turned)} images are turned upright by their EXIF orientation, the first is {turned[0]}; "
+            "their labels must be upright already"
         )
     for remark in remarks:
         logger.warning(remark)
 
 
-def _find(pairs: list[Pair], dataset: ConfigDict, names: Sequence[str], what: str) -> tuple[Findings, list[int]]:
-    """Returns what is found in this host's copy of the files, and the size of each image in bytes."""
+def _check_files(pairs: list[Pair], dataset: ConfigDict, names: Sequence[str], split: str) -> tuple[Findings, list[int]]:
+    """Returns the findings about this host's copy of the files, and the size of each image file in bytes."""
     files = [file for pair in pairs for file in (pair.image, pair.label)]
     stats = stamps.stats(files)
     sizes = [known[0] if known else 0 for known in stats]
     all_names, colors = [pair.name for pair in pairs], datasets.file_colors(dataset)
     mine = Findings(stamps.digest(all_names), stamps.digest((all_names, sizes)), len(pairs))
 
-    def look_at(index: int, chosen: Container[int]) -> checks.Look | Problem:
+    def check(index: int, chosen: Container[int]) -> checks.CheckedPair | Problem:
         _, image, label, raw = pairs[index]
         try:
             return checks.check_pair(image, label, len(names), index in chosen, dataset.name if raw else None)
@@ -163,28 +162,30 @@ def _find(pairs: list[Pair], dataset: ConfigDict, names: Sequence[str], what: st
             return Problem(index, isinstance(error, checks.WrongValues), str(error))
 
     def find(count: int) -> Findings:
-        everywhere = range(len(pairs))  # a sample is drawn, as evenly spread files may all be of one kind
-        chosen = everywhere if count == len(pairs) else set(np.random.default_rng(0).choice(len(pairs), count, replace=False))
-        look = functools.partial(look_at, chosen=chosen)
+        every = range(len(pairs))  # a sample is random, as evenly spaced files may all come from one of several sources
+        chosen = every if count == len(pairs) else set(np.random.default_rng(0).choice(len(pairs), count, replace=False))
+        check_chosen = functools.partial(check, chosen=chosen)
         for attempt in range(ATTEMPTS):
-            depends = (VERSION, count, dataset.name, len(names), colors, pairs, attempt)
-            compute = functools.partial(_look, pairs, look, Palettes(colors, len(names)), what)
-            found = mine._replace(**json.loads(stamps.once(dataset.cache_dir, "checked", files, depends, compute, stats)))
-            if all(isinstance(look(index), Problem) for index, *_ in found.problems):
-                break  # else a read has failed by chance, and what it would have told is missing from what was found
+            key = (VERSION, count, dataset.name, len(names), colors, pairs, attempt)
+            compute = functools.partial(_check_pairs, pairs, check_chosen, Palettes(colors, len(names)), split)
+            found = mine._replace(**json.loads(stamps.compute_once(dataset.cache_dir, "checked", files, key, compute, stats)))
+            if all(isinstance(check_chosen(index), Problem) for index, *_ in found.problems):
+                break  # otherwise a read failed temporarily, and the findings lack that pair's pixels and orientation
         return found
 
     found = find(len(pairs) if dataset.on_error == "skip" or len(pairs) <= CHECK_ALL else CHECK_SOME)
-    if found.looked_at < len(pairs) and Totals(what, found.looked_at, len(pairs), np.array(found.values)).problem(names):
-        found = find(len(pairs))  # what would be too much to say after a look at some
+    if found.looked_at < len(pairs) and Totals(split, found.looked_at, len(pairs), np.array(found.values)).problem(names):
+        found = find(len(pairs))  # a sample is not enough to reject the whole split
     return found, sizes[::2]
 
 
-def _look(pairs: list[Pair], look: Callable[[int], checks.Look | Problem], palettes: Palettes, what: str) -> bytes:
-    """Looks at all pairs; returns fields of `Findings` as JSON."""
+def _check_pairs(
+    pairs: list[Pair], check: Callable[[int], checks.CheckedPair | Problem], palettes: Palettes, split: str
+) -> bytes:
+    """Checks all pairs, and returns fields of `Findings` as JSON."""
     problems, orientations, values, looked_at = [], {}, np.zeros(256, np.int64), 0
-    with concurrent.futures.ThreadPoolExecutor(32) as pool, progress(f"checking {what}", len(pairs)) as advance:
-        for index, found in enumerate(pool.map(look, range(len(pairs)))):
+    with concurrent.futures.ThreadPoolExecutor(32) as pool, progress(f"checking {split}", len(pairs)) as advance:
+        for index, found in enumerate(pool.map(check, range(len(pairs)))):
             advance(1)
             if isinstance(found, Problem):
                 problems.append(found)
@@ -208,11 +209,11 @@ def _look(pairs: list[Pair], look: Callable[[int], checks.Look | Problem], palet
 
 
 def _exchange(mine: Findings) -> list[Findings]:
-    """Returns the findings of all processes of the job, in their order."""
+    """Returns the findings of all processes of the job, in process order."""
     if jax.process_count() == 1:
         return [mine]
-    # JAX's first collective fails where a process comes half a minute late, and to check files can take longer.
-    multihost.get_barrier_sync_fn()(key=f"files of {next(_exchanges)}", timeout_ms=WAIT)
+    # JAX's first collective fails if a process is half a minute late, and checking files can take longer.
+    multihost.get_barrier_sync_fn()(key=f"files of {next(_exchanges)}", timeout_ms=TIMEOUT_MS)
     message = np.frombuffer(json.dumps(mine).encode(), np.uint8)
     sizes = np.asarray(multihost_utils.process_allgather(np.array(len(message))))
     padded = np.pad(message, (0, sizes.max() - len(message)))
@@ -221,19 +222,19 @@ def _exchange(mine: Findings) -> list[Findings]:
     return [Findings(*each) for each in decoded]
 
 
-def _agreed(findings: list[Findings], what: str) -> list[Problem]:
-    """Returns the problems that any process has found, in the order of the pairs.
+def _merge_problems(findings: list[Findings], split: str) -> list[Problem]:
+    """Returns the problems that any process found, in the order of the pairs.
 
     Raises:
-      UserError: a process cannot open the split, or has pairs of other names.
+      UserError: a process cannot list the split, or has pairs of other names.
     """
     for process, found in enumerate(findings):
         if found.error:
             raise UserError(f"process {process}: {found.error}" if process != jax.process_index() else found.error)
         if found.names != findings[0].names:
             raise UserError(
-                f"{what}: process {process} has other images than process 0 ({found.pairs:,}, there {findings[0].pairs:,}); "
-                "every host needs the same files"
+                f"{split}: process {process} has other images ({found.pairs:,}) than process 0 ({findings[0].pairs:,}); every "
+                "host needs the same files"
             )
     union = {problem[0]: Problem(*problem) for found in reversed(findings) for problem in found.problems}
     return [union[index] for index in sorted(union)]

@@ -1,4 +1,4 @@
-"""Examples by index: from files, the built-in scenes, a TFDS dataset, or a reader of your own (see reader.py)."""
+"""Sources of examples: files, the built-in scenes, and TFDS datasets. For a source of your own, see reader.py."""
 
 import functools
 import logging
@@ -20,26 +20,26 @@ logger = logging.getLogger(__name__)
 
 
 def open_source(dataset: ConfigDict, split: str, check: bool = True) -> Source:
-    """Opens one split of a recipe's dataset. Files are checked, once for each set of files: see screening.py.
+    """Opens one split of a recipe's dataset.
 
     Args:
       dataset: config.dataset.
-      split: see `layouts.list_pairs`; or a split of the scenes or the TFDS dataset.
-      check: whether to; otherwise all files are taken, for those who look at each themselves.
+      split: see `layouts.list_pairs`; or a split of the scenes or of the TFDS dataset.
+      check: whether to check the files, see screening.py; otherwise all are included.
 
     Raises:
-      UserError: the split is not there, its classes are others, or something in it is wrong: which file, and what to do.
+      UserError: the split does not exist, has other classes than the recipe, or a file is wrong.
     """
     if dataset.name in layouts.LAYOUTS:
         return _open_files(dataset, split, check)
     datasets.check_classes(dataset)
-    if dataset.name in OTHERS:
-        return OTHERS[dataset.name](dataset, split, datasets.describe(dataset).num_classes)
-    raise UserError(f"dataset.name={dataset.name!r}: expected one of {', '.join((*layouts.LAYOUTS, *OTHERS))}")
+    if dataset.name in NON_FILE_SOURCES:
+        return NON_FILE_SOURCES[dataset.name](dataset, split, datasets.describe(dataset).num_classes)
+    raise UserError(f"dataset.name={dataset.name!r}: expected one of {', '.join((*layouts.LAYOUTS, *NON_FILE_SOURCES))}")
 
 
 def training_parts(dataset: ConfigDict) -> Iterator[tuple[ConfigDict, str]]:
-    """Yields a config.dataset and a split for each part of the training data: dataset's own, and those of dataset.mixture."""
+    """Yields (config.dataset, split) for each part of the training data: the dataset itself and those of dataset.mixture."""
     yield dataset, dataset.train_split
     class_names = datasets.describe(dataset).class_names
     for name, root, split, _ in dataset.mixture:
@@ -49,10 +49,10 @@ def training_parts(dataset: ConfigDict) -> Iterator[tuple[ConfigDict, str]]:
 
 
 class Files(Source):
-    """Pairs of files: images JPEG or PNG; labels 8-bit gray or palette PNGs, or SBD's .mat files.
+    """Pairs of files: JPEG or PNG images with labels as 8-bit gray or palette PNGs, or as SBD's .mat files.
 
     Attributes:
-      pairs: all with labels.
+      pairs: the files; every pair has a label.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class Files(Source):
         num_classes: int,
         screened: screening.Screened | None = None,
     ):
-        """Takes the pairs as they are.
+        """Stores the pairs without checking them.
 
         Args:
-          benchmark: a key of `datasets.RAW_VALUES` where there are raw labels.
+          benchmark: a key of `datasets.RAW_VALUES` if any label has raw values.
           pairs: the files.
           num_classes: K.
-          screened: what is known about these pairs, if they were checked.
+          screened: the result of checking these pairs, if they were checked.
         """
         self.pairs, self.num_classes, self._benchmark = pairs, num_classes, benchmark
         if screened:
@@ -98,7 +98,7 @@ class Files(Source):
         contents = tf.io.read_file(self._labels[index])
         gray_png = (tf.strings.substr(contents, 1, 3) == "PNG") & (tf.strings.substr(contents, 24, 2) == b"\x08\x00")
         label = tf.cond(
-            gray_png,  # the bit depth and the color type in its header
+            gray_png,  # 8 bits and color type 0 in its header
             lambda: tf.io.decode_png(contents, channels=1)[..., 0],
             lambda: tf.numpy_function(checks.decode_label, [contents], tf.uint8, stateful=False),
         )
@@ -110,7 +110,7 @@ class Files(Source):
         orientation = None if self._orientations is None else self._orientations[index]
         return decode_image(tf.io.read_file(self._images[index]), orientation, self._upright), label
 
-    def check(self, index: int) -> checks.Look:
+    def check(self, index: int) -> checks.CheckedPair:
         _, image, label, raw = self.pairs[index]
         return checks.check_pair(image, label, self.num_classes, True, self._benchmark if raw else None)
 
@@ -130,10 +130,10 @@ def _open_files(dataset: ConfigDict, split: str, check: bool) -> Files:
         pairs = layouts.list_pairs(name, root, split, extra_root)
         if unlabeled := [pair.image for pair in pairs if not pair.label]:
             raise UserError(
-                f"{unlabeled[0]}: split {split!r} has no labels to train with or to be scored by"
-                f"{f', as there is no {root}/labels/{split}' if name == 'folder' else ''}; "
-                f"--mode predict with --config.eval.split={split} segments its images, and --format writes what a benchmark's "
-                "server scores"
+                f"{unlabeled[0]}: split {split!r} has no labels for training or evaluation"
+                f"{f', because {root}/labels/{split} does not exist' if name == 'folder' else ''}; "
+                f"--mode predict with --config.eval.split={split} segments its images, and --format writes the files that a "
+                "benchmark's server expects"
             )
         return pairs
 
@@ -144,12 +144,12 @@ def _open_files(dataset: ConfigDict, split: str, check: bool) -> Files:
     screened = screening.screen(list_pairs, dataset, names, f"{root}, {split}")
     count = layouts.official_count(name, split)
     if count not in (None, len(screened.pairs)):
-        logger.warning(f"{name} {split} has {count:,} images officially, here {len(screened.pairs):,}")
+        logger.warning(f"{name} {split} officially has {count:,} images, but {len(screened.pairs):,} were found")
     return Files(name, screened.pairs, len(names), screened)
 
 
 class Scenes(Source):
-    """The built-in scenes of scenes.py, which are drawn when they are read."""
+    """The built-in scenes of scenes.py, drawn as they are read."""
 
     def __init__(self, dataset: ConfigDict, split: str, num_classes: int):
         if split not in scenes.SPLITS:
@@ -164,4 +164,4 @@ class Scenes(Source):
         return (scenes.__file__,)
 
 
-OTHERS = {"scenes": Scenes, "tfds": Tfds}  # beside the files of layouts.LAYOUTS
+NON_FILE_SOURCES = {"scenes": Scenes, "tfds": Tfds}

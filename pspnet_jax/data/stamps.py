@@ -1,4 +1,4 @@
-"""Results that hold for as long as some files stay as they are: computed once, not at each start, and kept beside the cache."""
+"""An on-disk cache of results that depend on files. A result is computed again when one of its files has changed."""
 
 import contextlib
 import fcntl
@@ -18,17 +18,17 @@ from pspnet_jax import files as files_
 from pspnet_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
-SETTLED = 2.0  # seconds: a file younger than this may change again without a change of its time, as file systems round it
-THREADS = 32  # in a bucket, to ask for a file's time takes long
+MIN_AGE = 2.0  # seconds; a younger file may change without a new time stamp, because file systems round it
+THREADS = 32  # for reading file times, which is slow in a bucket
 
 
 def directory(cache_dir: str) -> pathlib.Path:
-    """Returns config.dataset.cache_dir, or its default in the system's temporary directory, and makes it.
+    """Creates and returns config.dataset.cache_dir, by default a directory in the system's temporary directory.
 
-    Where the default is another user's, it is one with this user's number.
+    If the default belongs to another user, this user's id is appended to its name.
 
     Raises:
-      UserError: it cannot be written to.
+      UserError: the directory cannot be written to.
     """
     if "://" in cache_dir:
         raise UserError(f"dataset.cache_dir={cache_dir!r}: expected a local directory")
@@ -40,31 +40,31 @@ def directory(cache_dir: str) -> pathlib.Path:
         with tempfile.TemporaryFile(dir=path):
             return path
     except OSError as error:
-        where = cache_dir or "the directory for temporary files, TMPDIR"
+        where = cache_dir or "the directory for temporary files (TMPDIR)"
         raise UserError(
             f"dataset.cache_dir={cache_dir!r}: cannot write to {where} ({error.strerror}); expected a local directory"
         ) from error
 
 
 def stat(file: str) -> tuple[int, ...]:
-    """Returns what changes whenever a file does: size and times (ns), of a local file also its inode; () if it is missing."""
+    """Returns values that change whenever a file does: its size, times (ns) and, if local, inode; () if it is missing."""
     try:
         if "://" in file:
             status = tf.io.gfile.stat(file)
             return status.length, status.mtime_nsec
         local = os.stat(file)
-        return local.st_size, local.st_mtime_ns, local.st_ctime_ns, local.st_ino  # nobody can set st_ctime back
+        return local.st_size, local.st_mtime_ns, local.st_ctime_ns, local.st_ino  # users cannot set st_ctime
     except (OSError, tf.errors.NotFoundError):
         return ()
 
 
 def stats(files: Sequence[str]) -> list[tuple[int, ...]]:
-    """Returns `stat` of many files, asked for at once."""
+    """Returns `stat` of many files, read in parallel."""
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(stat, files))
 
 
-def once(
+def compute_once(
     cache_dir: str,
     name: str,
     files: Sequence[str],
@@ -72,38 +72,38 @@ def once(
     compute: Callable[[], bytes],
     known: Sequence[tuple[int, ...]] | None = None,
 ) -> bytes:
-    """Returns what `compute` returns, without calling it where that is known for the same files as they are now.
+    """Returns the result of `compute`, from the cache if the files are unchanged.
 
-    One process of those that share the directory computes it, while the others wait. Where nothing can be kept (the directory
-    cannot be written to, or a file has changed just now), each computes it for itself.
+    One of the processes that share the directory computes the result while the others wait. If nothing can be cached (the
+    directory cannot be written to, or a file has just changed), each process computes it.
 
     Args:
-      cache_dir: config.dataset.cache_dir, which keeps it.
-      name: of what is computed.
-      files: those that the result depends on; a result that depends on none is not kept.
-      also: what else it depends on, something with a repr.
-      compute: the work.
+      cache_dir: config.dataset.cache_dir, which keeps the result.
+      name: of the result.
+      files: the files that the result depends on; without files, it is not cached.
+      also: a value that the result depends on too, identified by its repr.
+      compute: computes the result.
       known: `stats(files)`, if the caller has it.
     """
     now = time.time_ns()
     known = stats(files) if known is None else known
     newest = max((ns for times in known for ns in times[1:3]), default=0)
-    if not files or now - newest < SETTLED * 1e9:
+    if not files or now - newest < MIN_AGE * 1e9:
         return compute()
     try:
         path = directory(cache_dir) / f"{name}_{digest((also, list(zip(files, known, strict=True))))}"
     except UserError as error:
-        logger.warning(f"{error}; {name} will be looked for again at the next start")
+        logger.warning(f"{error}; the next start has to compute {name!r} again")
         return compute()
     with _locked(path.with_suffix(".lock")):
         try:
             return zlib.decompress(path.read_bytes())
-        except (OSError, zlib.error):  # not there, or damaged
+        except (OSError, zlib.error):  # missing or damaged
             result = compute()
         try:
             with files_.atomic(path) as temporary:
                 temporary.write_bytes(zlib.compress(result, 1))
-        except OSError as error:  # the disk is full, above all
+        except OSError as error:  # usually because the disk is full
             logger.warning(f"{path}: cannot be written ({error})")
     return result
 
@@ -114,8 +114,8 @@ def digest(value: object) -> str:
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path) -> Iterator[None]:
-    """Waits until no other process holds the lock; it ends with its process, however that ends."""
+    """Holds a lock, which the system releases even if the process is killed."""
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # a file system without locks: then each process works for itself
+        with contextlib.suppress(OSError):  # without file locks, each process computes the result
             fcntl.flock(stack.enter_context(path.open("w")), fcntl.LOCK_EX)
         yield

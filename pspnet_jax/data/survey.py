@@ -1,4 +1,4 @@
-"""What is in a split: which examples are wrong, which sizes there are, and how frequent the classes are."""
+"""Statistics of a split: wrong examples, image sizes and class frequencies."""
 
 import collections
 import concurrent.futures
@@ -17,7 +17,7 @@ from rich.table import Column, Table
 from pspnet_jax import datasets
 from pspnet_jax.data import checks, layouts, screening, stamps
 from pspnet_jax.data.cache import Read
-from pspnet_jax.data.palettes import Known, Palettes
+from pspnet_jax.data.palettes import Palettes, ValueColors
 from pspnet_jax.data.sources import Source, open_source, training_parts
 from pspnet_jax.data.totals import Totals
 from pspnet_jax.errors import UserError
@@ -25,23 +25,23 @@ from pspnet_jax.progress import progress
 
 logger = logging.getLogger(__name__)
 THREADS = 8
-SAMPLES = 16  # examples of a source without files whose labels are looked at before training
-VERSION = 1  # of counting: tables that another version has kept are not used
+SAMPLES = 16  # examples of a custom source whose labels are checked before training
+VERSION = 1  # of counting; cached tables of another version are not used
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What was found in a split.
+    """Statistics of a split.
 
     Attributes:
       split: its name.
-      usable: indices of the examples with which nothing is wrong.
-      sizes: how many of them have each (height, width).
-      pixels: int64[K], of each class.
-      ignored: number of pixels that do not count.
-      present: int64[K], number of images that have the class.
-      palette: the colors of the labels' values, see `Palettes.seen`.
-      problems: one sentence for each example that cannot be used, and those about all of them together.
+      usable: indices of the usable examples.
+      sizes: number of usable examples of each (height, width).
+      pixels: int64[K], number of pixels of each class.
+      ignored: number of ignored pixels.
+      present: int64[K], number of images that contain each class.
+      palette: the colors of the label values, see `Palettes.seen`.
+      problems: one sentence for each example that cannot be used, and for each problem of the whole split.
     """
 
     split: str
@@ -50,7 +50,7 @@ class Survey:
     pixels: np.ndarray
     ignored: int
     present: np.ndarray
-    palette: Known
+    palette: ValueColors
     problems: list[str]
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class Survey:
         return f"{self.split}: {len(self.usable):,} images of {sizes}; {share:.2%} of the pixels are ignored"
 
     def table(self, info: datasets.DatasetInfo) -> Table:
-        """A line for each class, for rich to print."""
+        """Returns a rich table with a row for each class."""
         table = Table(Column("class"), *(Column(name, justify="right") for name in ("share of pixels", "images")))
         for name, pixels, images in zip(info.class_names, self.pixels, self.present, strict=True):
             table.add_row(escape(name), f"{pixels / max(1, self.pixels.sum()):.3%}", f"{images:,}")
@@ -70,10 +70,10 @@ class Survey:
 
 
 def survey(dataset: ConfigDict, split: str, num_classes: int) -> Survey:
-    """Checks and loads every example of a split once, as training does, and counts its labels.
+    """Checks and loads every example of a split once, as training does, and counts its label values.
 
     Args:
-      dataset: config.dataset; whatever its on_error says, wrong files are listed.
+      dataset: config.dataset; its on_error is ignored, as wrong files are always listed.
       split: see `open_source`.
       num_classes: K.
 
@@ -83,7 +83,7 @@ def survey(dataset: ConfigDict, split: str, num_classes: int) -> Survey:
     source, names = open_source(dataset, split, check=False), datasets.describe(dataset).class_names
     palettes, turned = Palettes(datasets.file_colors(dataset), num_classes), []
 
-    def look(index: int) -> tuple[tuple[int, ...], np.ndarray, checks.Look | None] | str:
+    def inspect(index: int) -> tuple[tuple[int, ...], np.ndarray, checks.CheckedPair | None] | str:
         try:
             seen = source.check(index)
             _, label = source.read(index)
@@ -94,7 +94,7 @@ def survey(dataset: ConfigDict, split: str, num_classes: int) -> Survey:
     sizes: collections.Counter[tuple[int, ...]] = collections.Counter()
     usable, problems, total, present = [], [], np.zeros(256, np.int64), np.zeros(256, np.int64)
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool, progress(f"checking {split}", len(source)) as advance:
-        for index, found in enumerate(pool.map(look, range(len(source)))):
+        for index, found in enumerate(pool.map(inspect, range(len(source)))):
             if isinstance(found, str):
                 problems.append(found)
             else:
@@ -108,7 +108,7 @@ def survey(dataset: ConfigDict, split: str, num_classes: int) -> Survey:
             advance(1)
     name = dataset.tfds_name.removeprefix("pspnet_") if dataset.name == "tfds" else dataset.name
     if (count := layouts.official_count(name, split)) not in (None, len(source)):
-        problems.append(f"{name} {split} has {count:,} images officially, here {len(source):,}")
+        problems.append(f"{name} {split} officially has {count:,} images, but {len(source):,} were found")
     totals = Totals(split, len(usable), len(source), total)
     train = split == dataset.train_split and not dataset.mixture
     problems += [problem for problem in (palettes.contradiction, totals.problem(names, train)) if problem]
@@ -117,7 +117,7 @@ def survey(dataset: ConfigDict, split: str, num_classes: int) -> Survey:
 
 
 def samples(dataset: ConfigDict, found: Survey, count: int) -> list[dict[str, Any]]:
-    """Returns up to so many usable examples of a split, evenly spread: image uint8[H,W,3], label uint8[H,W] and name."""
+    """Returns up to `count` usable examples, evenly spaced over the split: image uint8[H,W,3], label uint8[H,W] and name."""
     source = open_source(dataset, found.split, check=False)
     chosen = np.unique(np.linspace(0, len(found.usable) - 1, count).round().astype(int)) if found.usable else ()
     indices = [found.usable[i] for i in chosen]
@@ -125,7 +125,7 @@ def samples(dataset: ConfigDict, found: Survey, count: int) -> list[dict[str, An
 
 
 def sample_totals(source: Source, read: Read) -> Totals:
-    """Counts the labels of a few examples, evenly spread; those that cannot be read are left to whoever reads them next."""
+    """Counts the label values of a few evenly spaced examples. Unreadable ones are skipped; training will report them."""
     labels, values = 0, np.zeros(256, np.int64)
     for index in np.unique(np.linspace(0, len(source) - 1, SAMPLES).round().astype(int)):
         with contextlib.suppress(Exception):
@@ -135,11 +135,12 @@ def sample_totals(source: Source, read: Read) -> Totals:
 
 
 class ClassPixels(NamedTuple):
-    """How frequent the classes are in the training data; an inverse frequency is labeled / pixels, or pixels.sum() / pixels.
+    """Class frequencies of the training data; pixels.sum() / pixels and labeled / pixels are inverse frequencies.
 
     Attributes:
-      pixels: int64[K], of each class.
-      labeled: int64[K], labeled pixels of the images that have it; pixels / labeled is median-frequency balancing's frequency.
+      pixels: int64[K], number of pixels of each class.
+      labeled: int64[K], number of labeled pixels in the images that contain the class, so that pixels / labeled is the
+        frequency of median-frequency balancing.
     """
 
     pixels: np.ndarray
@@ -147,11 +148,11 @@ class ClassPixels(NamedTuple):
 
 
 def class_pixels(config: ConfigDict, sources: Sequence[Source]) -> ClassPixels:
-    """Counts the classes of the training data, dataset.mixture included, each image once; the labels are read once: see stamps.
+    """Counts the classes of the training data including dataset.mixture, each image once. Counts are cached, see stamps.py.
 
     Args:
-      config: of which this uses dataset.
-      sources: of its `training_parts`.
+      config: the whole config.
+      sources: its opened `training_parts`.
 
     Raises:
       UserError: a label is wrong.
@@ -169,13 +170,13 @@ def class_counts(source: Source, dataset: ConfigDict, read: Read) -> np.ndarray:
 
     Args:
       source: the examples.
-      dataset: config.dataset; its cache_dir keeps the counts for as long as names and files stay as they are.
-      read: `source.read`, or the same with a cache.
+      dataset: config.dataset; its cache_dir keeps the counts until a name or a file changes.
+      read: `source.read`, possibly cached.
     """
     shape = len(source), source.num_classes
 
     def count() -> bytes:
-        logger.info(f"counting the classes in {len(source)} labels of {dataset.name}, once")
+        logger.info(f"counting the classes in {len(source)} labels of {dataset.name}; the counts are cached")
         table = np.zeros(shape, np.int32)
         with progress("classes", len(source)) as advance, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             labels = pool.map(lambda index: np.bincount(read(index)[1].ravel(), minlength=256)[: shape[1]], range(len(source)))
@@ -186,5 +187,5 @@ def class_counts(source: Source, dataset: ConfigDict, read: Read) -> np.ndarray:
 
     files = sorted({file for index in range(len(source)) for file in source.files(index)})
     depends = (VERSION, dataset.name, dataset.root, dataset.tfds_name, shape, list(source.names))
-    kept = stamps.once(dataset.cache_dir, "classes", files, depends, count)
+    kept = stamps.compute_once(dataset.cache_dir, "classes", files, depends, count)
     return np.frombuffer(kept, np.int32).reshape(shape).astype(np.int64)

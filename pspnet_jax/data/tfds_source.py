@@ -1,4 +1,4 @@
-"""Reading TFDS datasets, and the built-in scenes as one: `tfds.builder("pspnet_scenes")`."""
+"""TFDS datasets as sources, and the built-in scenes as a TFDS dataset: `tfds.builder("pspnet_scenes")`."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -15,24 +15,24 @@ from pspnet_jax.errors import UserError
 
 
 class Tfds(Source):
-    """A TFDS dataset with the features image and label, in files that can be read in any order (array_record)."""
+    """A TFDS dataset with the features image and label, stored as array_record, which can be read in any order."""
 
     def __init__(self, dataset: ConfigDict, split: str, num_classes: int):
         builder = _prepared_builder(dataset.tfds_name, os.path.expanduser(dataset.root).rstrip("/"))
         where, features = f"dataset.tfds_name={dataset.tfds_name!r} at {builder.data_path}", builder.info.features
         kinds = {key: (len(feature.shape), feature.shape[2:], feature.np_dtype) for key, feature in features.items()}
         if (kinds.get("image"), kinds.get("label")) != ((3, (3,), np.uint8), (3, (1,), np.uint8)):
-            raise UserError(f"{where}: has features {', '.join(features)}, expected image uint8[H,W,3] and label uint8[H,W,1]")
+            raise UserError(f"{where}: has features {', '.join(features)}; expected image uint8[H,W,3] and label uint8[H,W,1]")
         try:
             self._records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
         except ValueError as error:
-            raise UserError(f"{where}: has no split {split!r}, expected one of {', '.join(builder.info.splits)}") from error
-        # Those of a slice or a sum of splits are called as in the whole split, by which overlap.py knows them again.
+            raise UserError(f"{where}: has no split {split!r}; expected one of {', '.join(builder.info.splits)}") from error
+        # Examples of a slice or sum of splits have the same names as in the whole split, so that overlap.py recognizes them.
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
         wholes = [numbered(part.splitname, builder.info.splits[part.splitname].num_examples) for part in parts]
         self.names = [name for part, whole in zip(parts, wholes, strict=True) for name in whole[part.from_ : part.to]]
         self.num_classes = num_classes
-        self._files = (f"{builder.data_path}/dataset_info.json",)  # is written anew whenever the records are
+        self._files = (f"{builder.data_path}/dataset_info.json",)  # written again whenever the records are
 
         def parse(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             example = features.deserialize_example(record, decoders={"image": tfds.decode.SkipDecoding()})
@@ -63,22 +63,22 @@ def _prepared_builder(name: str, root: str) -> tfds.core.DatasetBuilder:
             builder.download_and_prepare()
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
         raise UserError(
-            f"dataset.tfds_name={name!r}: TFDS knows no dataset of this name, nor is one at {root!r}; those named pspnet_... "
-            "have to be prepared first, see pspnet_jax/data/builders.py"
+            f"dataset.tfds_name={name!r}: TFDS knows no dataset of this name, and there is none at {root!r}; datasets named "
+            "pspnet_... must be prepared first, see pspnet_jax/data/builders.py"
         ) from error
     where = f"dataset.tfds_name={name!r} at {builder.data_path}"
     if not builder.is_prepared():
         raise UserError(f"{where}: not prepared; run `tfds build {name} --file_format=array_record --data_dir={root or 'DIR'}`")
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         raise UserError(
-            f"{where}: its files are {builder.info.file_format.value}, which cannot be read in any order; build it again, in "
-            "another directory, with --file_format=array_record"
+            f"{where}: is stored as {builder.info.file_format.value}, which cannot be read in random order; build it again in "
+            "another directory with --file_format=array_record"
         )
     return builder
 
 
 def dataset_info(builder: tfds.core.DatasetBuilder, description: str | None) -> tfds.core.DatasetInfo:
-    """Returns what a builder says of images and labels as classes, which stay in the order in which it gives them."""
+    """Returns a builder's info: images, labels as class indices, and no shuffling."""
     image = tfds.features.Image(shape=(None, None, 3))
     label = tfds.features.Image(shape=(None, None, 1), encoding_format="png")
     return tfds.core.DatasetInfo(
@@ -91,7 +91,7 @@ def dataset_info(builder: tfds.core.DatasetBuilder, description: str | None) -> 
 
 
 class PspnetScenes(tfds.core.GeneratorBasedBuilder):
-    """The scenes as a TFDS dataset: `tfds.builder("pspnet_scenes")` finds it once this module is imported."""
+    """The built-in scenes as a TFDS dataset, available as `tfds.builder("pspnet_scenes")` after importing this module."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}

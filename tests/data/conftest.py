@@ -1,4 +1,4 @@
-"""What is found out about files is kept at once, and in a directory of the test's own."""
+"""Results about files are cached immediately, in a temporary directory of the test."""
 
 import tempfile
 
@@ -8,6 +8,6 @@ from pspnet_jax.data import stamps
 
 
 @pytest.fixture(autouse=True)
-def _keep_at_once(monkeypatch, tmp_path_factory):
-    monkeypatch.setattr(stamps, "SETTLED", 0)
+def _cache_immediately(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(stamps, "MIN_AGE", 0)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("tmp")))

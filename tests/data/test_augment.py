@@ -1,4 +1,4 @@
-"""Augmentation against its definition, step by step in NumPy, and labels against the images they belong to."""
+"""Augmentation equals its definition, step by step in NumPy, and labels stay aligned with their images."""
 
 import cv2
 import numpy as np
@@ -23,7 +23,7 @@ def fused(image, label, parameters, crop):
 
 
 def bilinear(image, y, x):
-    """Values of float[H,W,3] at the points (y, x), edges replicated."""
+    """Returns the values of float[H,W,3] at the points (y, x), with replicated edges."""
     height, width, _ = image.shape
     y, x = np.clip(y, 0, height - 1), np.clip(x, 0, width - 1)
     top, left = np.floor(y).astype(int), np.floor(x).astype(int)
@@ -40,7 +40,7 @@ def nearest(label, y, x):
 
 
 def turn(height, width, degrees):
-    """The points of an image that its pixels show after a counterclockwise rotation (y points down)."""
+    """Returns the source point of each pixel after a counterclockwise rotation (y points down)."""
     y, x = np.mgrid[:height, :width] - np.array([(height - 1) / 2, (width - 1) / 2])[:, None, None]
     cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     return cos * y + sin * x + (height - 1) / 2, -sin * y + cos * x + (width - 1) / 2
@@ -51,7 +51,7 @@ def canvas(label, scale):
 
 
 def at_once(image, label, scale, degrees, flip=False):
-    """The whole flipped canvas without blur, scaled and rotated by one map; how far its points are from a tie of labels."""
+    """Returns the whole flipped canvas without blur, from one affine map, and its points' distances from a rounding tie."""
     y, x = ((p + 0.5) / scale - 0.5 for p in turn(*canvas(label, scale), degrees))
     if flip:
         y, x = y[:, ::-1], x[:, ::-1]
@@ -65,7 +65,7 @@ def at_once(image, label, scale, degrees, flip=False):
 
 
 def step_by_step(image, label, parameters, crop):
-    """The five steps at the top of augment.py, one after the other, on the whole canvas in float64, and not rounded."""
+    """Applies the five steps in augment.py's docstring one by one to the whole canvas, in float64 and without rounding."""
     scale, degrees, blur, flip, offset = parameters
     height, width = canvas(label, scale)
     y, x = np.mgrid[:height, :width]
@@ -79,10 +79,10 @@ def step_by_step(image, label, parameters, crop):
             np.where(covered, nearest(label, y, x), IGNORE),
         )
     if blur:
-        taps = np.array([1, 4, 6, 4, 1])
+        kernel = np.array([1, 4, 6, 4, 1])
         padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), "reflect")
-        parts = [taps[i] * taps[j] * padded[i : i + height, j : j + width] for i in range(5) for j in range(5)]
-        image = sum(parts) / taps.sum() ** 2
+        parts = [kernel[i] * kernel[j] * padded[i : i + height, j : j + width] for i in range(5) for j in range(5)]
+        image = sum(parts) / kernel.sum() ** 2
     if flip:
         image, label = image[:, ::-1], label[:, ::-1]
     missing = [max(c - n, 0) for c, n in zip(crop, (height, width), strict=True)]
@@ -96,9 +96,9 @@ def step_by_step(image, label, parameters, crop):
 
 
 def assert_rounded(pixels, exact, error=0.03):
-    """Asserts that uint8 are values rounded that were within `error` of the exact ones."""
+    """Asserts that uint8 pixels are rounded from values within `error` of the exact ones."""
     worst = np.abs(pixels - exact).max()
-    print(f"{worst - 0.5:.4f} gray levels off before rounding; {(pixels != exact.round()).mean():.2%} rounded otherwise")
+    print(f"error before rounding {worst - 0.5:.4f} gray levels; {(pixels != exact.round()).mean():.2%} round differently")
     assert worst <= 0.5 + error
 
 
@@ -117,7 +117,7 @@ def noise(height, width, seed=0):
         (1.0, (0.999, 0.999)),
         (1.0, (0.3, 0.6)),
         (1.371, (0.0, 0.0)),  # the crop meets the canvas' corner, where the blur is reflected
-        (1.993, (0.98, 0.999)),  # one pixel of the blur's margin is left below, none at the right
+        (1.993, (0.98, 0.999)),  # one pixel of the blur's margin remains below, none on the right
         (2.0, (0.5, 0.5)),
     ],
 )
@@ -131,13 +131,13 @@ def test_scale_blur_flip_crop_equal_the_definition(scale, offset, flip, blur):
 
 
 def blocks(height, width, side=14, classes=9):
-    """int[H,W]: squares of random classes."""
+    """Returns uint8[H,W] with squares of random classes."""
     grid = np.random.default_rng(1).integers(0, classes, (height // side + 1, width // side + 1))
     return np.kron(grid, np.ones((side, side), int))[:height, :width].astype(np.uint8)
 
 
 def uniform(classes, radius):
-    """bool: whether all pixels up to `radius` away, diagonally too, have one class; False at the border."""
+    """Returns bool[H,W]: whether all pixels within `radius`, including diagonals, have one class; False near the border."""
     windows = sliding_window_view(classes, (2 * radius + 1, 2 * radius + 1))
     same = windows.max(axis=(2, 3)) == windows.min(axis=(2, 3))
     return np.pad(same, radius, constant_values=False)
@@ -154,7 +154,7 @@ def uniform(classes, radius):
     ],
 )
 def test_rotation_equals_the_definition_on_a_smooth_image(scale, degrees, flip, offset, blur):
-    """Scaling and rotating at once interpolates once, the definition twice: they agree on what both can show."""
+    """One map interpolates once, the definition twice, so they agree only on smooth images and away from class edges."""
     y, x = np.mgrid[:120, :150]
     image = np.stack([127 + 80 * np.sin(x / 17 + k) + 40 * np.cos(y / 13 - k) for k in range(3)], -1).round().astype(np.uint8)
     label = blocks(120, 150)
@@ -182,15 +182,15 @@ def test_rotation_is_padded_exactly_where_the_source_ends():
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(("scale", "degrees"), [(1.9, 0.0), (1.9, -3.9), (0.71, 9.9)])
 def test_points_are_exact_far_from_the_origin(scale, degrees, flip):
-    """The last crop of an image as wide as those of Cityscapes, of noise: nowhere are points of float32 less exact."""
+    """The last crop of a noise image as wide as Cityscapes', where float32 coordinates are least exact."""
     image, label = noise(256, 2048)
     pixels, classes = fused(image, label, params(scale, degrees, flip=flip, offset=(0.9999, 0.9999)), (181, 713))
     exact, expected, tie = (array[-181:, -713:] for array in at_once(image, label, scale, degrees, flip))
     wrong = classes != expected
-    print(f"{wrong.sum()} labels of {wrong.size} differ, where a point is {tie[wrong].max(initial=0):.1e} pixels from a tie")
+    print(f"{wrong.sum()} of {wrong.size} labels differ, at most {tie[wrong].max(initial=0):.1e} pixels from a rounding tie")
     assert tie[wrong].max(initial=0) < 2e-4
     assert degrees or not wrong.any()
-    assert_rounded(pixels[~wrong], exact[~wrong])  # the others may be padding where the label is
+    assert_rounded(pixels[~wrong], exact[~wrong])  # where the label differs, the pixel may be padding
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (6, 1), (3, 2)])
@@ -205,7 +205,7 @@ def test_tiny_images(size, scale):
 
 
 def test_blur_by_hand():
-    """A bright pixel spreads by (1, 4, 6, 4, 1)/16 down and across; near the border, what is reflected adds to it."""
+    """A bright pixel becomes (1, 4, 6, 4, 1)/16 in both directions; near the border, the reflection is added."""
     image, label = np.zeros((9, 12, 3), np.uint8), np.zeros((9, 12), np.uint8)
     image[5, 3] = image[1, 11] = 64  # 64/256 = 1/4 of the integer weights
     pixels, _ = fused(image, label, params(blur=True), (9, 12))
@@ -213,7 +213,7 @@ def test_blur_by_hand():
     assert pixels[:2, 9:, 0].tolist() == [[2, 8, 12], [2, 7, 10]]  # (4 + 4, 6 + 1) down, (1, 4, 6) across
 
 
-def test_blur_is_what_semseg_calls():
+def test_blur_equals_semsegs_opencv_call():
     image, label = noise(60, 70)
     pixels, _ = fused(image, label, params(blur=True), (60, 70))
     np.testing.assert_array_equal(pixels, cv2.GaussianBlur(image.astype(np.float32), (5, 5), 0).round())
@@ -228,7 +228,7 @@ def test_rotation_turns_counterclockwise():
 
 
 def samples(count, config):
-    """The parameters at the positions 0 to count - 1."""
+    """Returns the parameters at the positions 0 to count - 1."""
     return [sample_augmentation(generator(7, AUGMENT, position), config.augment) for position in range(count)]
 
 
@@ -241,27 +241,27 @@ def stacked(count, config) -> AugmentationParams:
 
 
 def test_image_and_label_never_drift_apart():
-    """Everything on: wherever classes are 4 pixels from each other, blur and interpolation leave the class' color as it is."""
+    """With every augmentation on, pixels more than 4 pixels from another class keep exactly their class's color."""
     config = base_config()
     config.augment.crop = (81, 73)
     label = blocks(100, 130, side=22)
     color = np.append(np.random.default_rng(3).integers(0, 256, (IGNORE, 3)), FILL[None], axis=0).astype(np.uint8)
-    decoded = 0
+    compared = 0
     for pixels, classes in augmented(color[label], label, 400, config):
         inside = uniform(classes, 4)
         np.testing.assert_array_equal(pixels[inside], color[classes[inside]])
-        decoded += inside.sum()
-    assert decoded > 400 * 500
+        compared += inside.sum()
+    assert compared > 400 * 500
     kinds = stacked(400, config)
     assert ((kinds.degrees != 0) & kinds.flip & kinds.blur & (kinds.scale < 0.7)).sum() > 5
 
 
-def test_neutral_values_cut_the_image_out_at_uniform_places():
+def test_neutral_values_give_exact_crops_at_uniform_positions():
     config = base_config()
     config.augment.update(scale=(1.0, 1.0), rotate_degrees=0.0, rotate_probability=1.0, crop=(38, 47))
     config.augment.update(blur_probability=0.0, flip_probability=0.0)
     image, label = noise(41, 49)
-    image[..., 0], image[..., 1] = np.mgrid[:41, :49]  # a pixel says where it comes from
+    image[..., 0], image[..., 1] = np.mgrid[:41, :49]  # each pixel holds its own coordinates
     counts = np.zeros((4, 3))
     for pixels, classes in augmented(image, label, 1200, config):
         top, left = pixels[0, 0, :2]
@@ -288,7 +288,7 @@ def test_distributions():
     assert np.abs(correlation).max() < 0.064
 
 
-def test_the_random_generator_decides_everything():
+def test_augmentation_depends_only_on_the_random_generator():
     config = base_config()
     config.augment.crop = (49, 49)
     image, label = noise(64, 80)
@@ -300,8 +300,8 @@ def test_the_random_generator_decides_everything():
 
 
 @pytest.mark.parametrize(("width", "scale", "crop"), [(597, 1.7244556114595078, 301), (924, 1.2115800885519603, 683)])
-def test_the_last_pixel_never_falls_off_the_source(width, scale, crop):
-    """A canvas rounded up by half a pixel would show the source's very edge, which float32 takes for outside: black."""
+def test_the_last_pixel_is_never_outside_the_source(width, scale, crop):
+    """A canvas rounded up by half a pixel ends exactly at the source's edge, which float32 could place outside (black)."""
     image, label = np.full((40, width, 3), 200, np.uint8), np.full((40, width), 3, np.uint8)
     pixels, classes = fused(image, label, params(scale, offset=(0.999, 0.999)), (33, crop))
     assert (pixels == 200).all()

@@ -1,4 +1,4 @@
-"""The TFDS builders give the examples that the readers of the files give, from archives too."""
+"""The TFDS builders give the same examples as reading the files, from archives too."""
 
 import shutil
 import tarfile
@@ -24,8 +24,8 @@ def assert_same_examples(name, files_recipe, data, split):
     prepared = sources.open_source(recipe(name="tfds", tfds_name=f"pspnet_{name}", root=str(data)), split)
     assert len(prepared) == len(direct) > 0
     for index in range(len(direct)):
-        for ours, theirs in zip(prepared.read(index), direct.read(index), strict=True):
-            np.testing.assert_array_equal(ours, theirs)
+        for array, expected in zip(prepared.read(index), direct.read(index), strict=True):
+            np.testing.assert_array_equal(array, expected)
 
 
 def test_ade20k(tmp_path):
@@ -73,7 +73,7 @@ def test_cityscapes_without_coarse_labels(tmp_path):
         assert_same_examples("cityscapes", recipe(name="cityscapes", root=str(root)), tmp_path / "data", split)
 
 
-def test_files_that_are_not_there_end_in_one_sentence(tmp_path):
+def test_missing_files_are_reported_in_one_sentence(tmp_path):
     shutil.rmtree(fakes.write_ade20k(tmp_path / "manual", {"training": 1}) / "annotations")
     with pytest.raises(ValueError, match="split 'training' has no labels"):
         prepare(builders.PspnetAde20k, tmp_path / "manual", tmp_path / "data")

@@ -1,4 +1,4 @@
-"""Whole inference takes a split by size, each example once and with its own label."""
+"""Whole-image inference sorts a split by size, with each example once and with its own label."""
 
 import numpy as np
 from PIL import Image
@@ -20,7 +20,7 @@ def folder(root, sizes):
     return config
 
 
-def test_the_same_examples_come_with_the_smallest_first(tmp_path):
+def test_the_examples_are_the_same_with_the_smallest_first(tmp_path):
     sizes = [(40, 48), (16, 20), (40, 48), (16, 20), (16, 18)]
     config = folder(tmp_path, sizes)
     source = sources.open_source(config.dataset, "val")
@@ -38,7 +38,7 @@ def test_the_same_examples_come_with_the_smallest_first(tmp_path):
     np.testing.assert_array_equal(label, plain["4"]["label"])
 
 
-def test_examples_that_are_no_image_files_keep_their_order():
+def test_examples_without_image_files_keep_their_order():
     config = base_config()
     config.dataset.name = "scenes"
     source = sources.open_source(config.dataset, "validation")

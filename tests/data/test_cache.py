@@ -1,4 +1,4 @@
-"""Caches hand out what was read, read it once, and know when a file has changed."""
+"""Caches return the right examples, read each once, and notice changed files."""
 
 import itertools
 import logging
@@ -20,14 +20,14 @@ COUNT = 5
 
 @pytest.fixture
 def dataset(tmp_path):
-    """A config.dataset whose files and cache nobody else has."""
+    """Returns a config.dataset with files and a cache directory of the test's own."""
     dataset = base_config().dataset
     dataset.root, dataset.cache_dir = str(fakes.write_folder(tmp_path / "files", {"train": COUNT})), str(tmp_path / "cache")
     return dataset
 
 
 class Counted(sources.Files):
-    """The fakes, which count how often they are read."""
+    """Reads the fake examples and counts the reads."""
 
     def __init__(self, dataset):
         opened = sources.open_source(dataset, "train")
@@ -40,7 +40,7 @@ class Counted(sources.Files):
 
 
 def read_all(dataset, rounds, source):
-    """Reads all examples some times with a cache that begins anew; they have to be right."""
+    """Reads all examples several times through a new cache, and checks them."""
     cached = cache.cached(source, dataset, cache.CacheBudget(dataset))
     for _, index in itertools.product(range(rounds), range(COUNT)):
         image, label = cached(index)
@@ -52,14 +52,14 @@ def read_all(dataset, rounds, source):
 @pytest.mark.parametrize(("kind", "reads", "reads_again"), [("", 15, 15), ("memory", 5, 5), ("disk", 5, 0)])
 def test_each_example_is_decoded_once(dataset, kind, reads, reads_again):
     dataset.cache = kind
-    for expected in (reads, reads_again):  # by two processes, so to say
+    for expected in (reads, reads_again):  # as in two processes
         source = Counted(dataset)
         read_all(dataset, 3, source)
         assert source.reads == expected
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
-def test_training_sees_the_same_with_a_cache(dataset, kind):
+def test_batches_are_the_same_with_a_cache(dataset, kind):
     config = base_config()
     config.dataset.update(root=dataset.root, cache_dir=dataset.cache_dir)
     config.batch_size, config.total_steps, config.augment.crop = 4, 6, (40, 48)
@@ -71,7 +71,7 @@ def test_training_sees_the_same_with_a_cache(dataset, kind):
             np.testing.assert_array_equal(batch["label"], expected["label"])
 
 
-def test_a_changed_file_is_read_anew(dataset, tmp_path):
+def test_a_changed_file_is_read_again(dataset, tmp_path):
     dataset.cache = "disk"
     source = Counted(dataset)
     read_all(dataset, 1, source)
@@ -80,7 +80,7 @@ def test_a_changed_file_is_read_anew(dataset, tmp_path):
     os.utime(label, ns=(before, before + 10**9))
     cache.cached(source, dataset, cache.CacheBudget(dataset))(3)
     assert source.reads == COUNT + 1
-    os.utime(label, ns=(before, before))  # which the time of the change betrays
+    os.utime(label, ns=(before, before))  # st_ctime still shows the change
     cache.cached(source, dataset, cache.CacheBudget(dataset))(3)
     assert source.reads == COUNT + 2
     cache.cached(source, dataset, cache.CacheBudget(dataset))(3)
@@ -88,9 +88,9 @@ def test_a_changed_file_is_read_anew(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
-def test_half_of_what_is_free_is_used_and_that_said_once(dataset, kind, monkeypatch, caplog):
+def test_half_of_the_free_space_is_used_with_one_warning(dataset, kind, monkeypatch, caplog):
     size = 40 * 48 * 4
-    free = iter([4 * size, 4 * size, 3 * size, 2 * size])  # in the beginning, and before each of three examples
+    free = iter([4 * size, 4 * size, 3 * size, 2 * size])  # at the start, and before each of three examples
     monkeypatch.setattr(cache, "_available_memory", lambda: next(free))
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=next(free)))
     dataset.cache = kind
@@ -99,16 +99,21 @@ def test_half_of_what_is_free_is_used_and_that_said_once(dataset, kind, monkeypa
         read_all(dataset, 3, source)
     assert source.reads == 2 + 3 * (COUNT - 2)
     (record,) = caplog.records
-    assert "half of what was free" in record.message
+    assert "half of the space that was free is used" in record.message
 
 
-def test_damaged_files_of_the_cache_are_made_again(dataset, tmp_path):
+def test_damaged_cache_files_are_written_again(dataset, tmp_path):
     dataset.cache = "disk"
     source = Counted(dataset)
     read_all(dataset, 1, source)
     files = sorted((tmp_path / "cache").glob("*.npy"))
     assert len(files) == COUNT
-    damaged = [b"", b"\x93NUMPY", files[2].read_bytes()[:-1], files[3].read_bytes()[:-50] + bytes(50)]  # the last: zeroed
+    damaged = [
+        b"",
+        b"\x93NUMPY",
+        files[2].read_bytes()[:-1],
+        files[3].read_bytes()[:-50] + bytes(50),
+    ]  # the last has zeroed bytes
     for file, contents in zip(files, damaged, strict=False):
         file.write_bytes(contents)
     np.save(files[4], np.load(files[4]).astype(np.float32))
@@ -116,7 +121,7 @@ def test_damaged_files_of_the_cache_are_made_again(dataset, tmp_path):
     assert source.reads == 2 * COUNT
 
 
-def test_an_example_of_more_classes_is_not_taken_for_one_of_fewer(dataset):
+def test_examples_are_cached_separately_for_each_number_of_classes(dataset):
     dataset.cache = "disk"
     read_all(dataset, 1, Counted(dataset))
     (pathlib.Path(dataset.root) / "classes.txt").unlink()
@@ -148,7 +153,7 @@ def test_a_cache_dir_that_cannot_be_written_is_named(dataset, tmp_path):
         cache.CacheBudget(dataset)
 
 
-def test_a_source_without_files_cannot_be_kept_on_disk(dataset):
+def test_a_source_without_files_cannot_be_cached_on_disk(dataset):
     dataset.cache = "disk"
     source = sources.Source()
     source.names, source.num_classes = ["a"], 4

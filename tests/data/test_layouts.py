@@ -1,4 +1,4 @@
-"""Each benchmark is read from the files as its users unpack them, and wrong ones are named."""
+"""Each benchmark is read from its unpacked archives, and wrong files are named."""
 
 import logging
 
@@ -46,7 +46,7 @@ def test_voc2012(tmp_path, below):
 
 @pytest.mark.parametrize("where", ["VOCdevkit's parent", "VOC2012", "extra_root"])
 def test_voc2012_augmented_from_sbd(tmp_path, where):
-    """SBD's 1 is VOC's val, 2 has a better label in VOC's train; 5 of VOC's train is not in SBD."""
+    """SBD's 1 is in VOC's val, 2 has a better label in VOC's train, and 5 is in VOC's train but not in SBD."""
     root = fakes.write_voc2012(tmp_path / "VOCdevkit/VOC2012", {"train": ["2", "5"], "val": ["1", "7"]})
     places = {"VOCdevkit's parent": tmp_path, "VOC2012": root, "extra_root": tmp_path / "elsewhere"}
     sbd = fakes.write_sbd(places[where] / "benchmark_RELEASE/dataset", {"train": ["1", "2", "3"], "val": ["4"]})
@@ -54,14 +54,14 @@ def test_voc2012_augmented_from_sbd(tmp_path, where):
     source = open_split("voc2012", root, "train_aug", extra_root=extra_root)
     assert source.names == ["2", "3", "4", "5"]
     for index, name in enumerate(source.names):
-        ours = name in ("2", "5")
-        label = fakes.pair("voc" if ours else "sbd", int(name), num_classes=21)[1]
-        label = label if ours else np.where(label == 255, 0, label)
-        image = pixels(root / f"JPEGImages/{name}.jpg" if ours else sbd / f"img/{name}.jpg")
+        in_voc = name in ("2", "5")
+        label = fakes.pair("voc" if in_voc else "sbd", int(name), num_classes=21)[1]
+        label = label if in_voc else np.where(label == 255, 0, label)
+        image = pixels(root / f"JPEGImages/{name}.jpg" if in_voc else sbd / f"img/{name}.jpg")
         assert_loads(source, index, image, label)
 
 
-def test_voc2012_augmented_from_ready_labels(tmp_path):
+def test_voc2012_augmented_from_png_labels(tmp_path):
     root = fakes.write_voc2012(tmp_path, {"train": ["2"], "val": ["1"]})
     for name in ("1", "2", "3"):
         image, label = fakes.pair("aug", int(name), num_classes=21)
@@ -73,8 +73,8 @@ def test_voc2012_augmented_from_ready_labels(tmp_path):
     assert_loads(source, 1, pixels(root / "JPEGImages/3.jpg"), fakes.pair("aug", 3, num_classes=21)[1])
 
 
-def test_ready_labels_of_sbd_alone_are_completed_by_vocs_and_give_way_to_an_extra_root(tmp_path):
-    """SBD has labels of 2 and 3; 5 is in VOC's train only, and must not be lost."""
+def test_png_labels_are_completed_by_vocs_and_overridden_by_extra_root(tmp_path):
+    """SegmentationClassAug has labels for 2 and 3; 5 is only in VOC's train and must be included."""
     root = fakes.write_voc2012(tmp_path / "voc", {"train": ["2", "5"], "val": ["1"]})
     for name in ("2", "3"):
         image, label = fakes.pair("aug", int(name), num_classes=21)
@@ -97,32 +97,32 @@ def test_names_of_several_splits_are_unique(tmp_path):
     assert_loads(source, 2, *fakes.pair("train", 1))
     ade = fakes.write_ade20k(tmp_path / "ade", {"training": 1, "validation": 1})
     assert open_split("ade20k", ade, "train+val").names == ["ADE_train_00000001", "ADE_val_00000001"]
-    with pytest.raises(ValueError, match=r"split 'training\+train' has ADE_train_00000001 2 times"):
+    with pytest.raises(ValueError, match=r"split 'training\+train' contains ADE_train_00000001 2 times"):
         open_split("ade20k", ade, "training+train")
-    with pytest.raises(ValueError, match=r"split 'train\+': expected a name, or several"):
+    with pytest.raises(ValueError, match=r"split 'train\+': expected a name, or several names"):
         open_split("ade20k", ade, "train+")
 
 
 def test_a_bucket_is_listed_by_directory(monkeypatch):
-    """Asking for each of 20,000 files takes a bucket minutes. TensorFlow's ram:// stands for gs://."""
+    """A query for each of 20,000 files would take minutes. TensorFlow's ram:// stands in for gs://."""
     for kind in ("images", "annotations"):
         tf.io.gfile.makedirs(f"ram://ade/{kind}/training")
         for index in range(5):
             ending = "jpg" if kind == "images" else "png"
             tf.io.write_file(f"ram://ade/{kind}/training/{index}.{ending}", "")
-    asked = []
+    queried = []
     isdir = tf.io.gfile.isdir
     for module, name in ((tf.io.gfile, "isdir"), (file_io, "is_directory_v2")):
-        monkeypatch.setattr(module, name, lambda path: asked.append(path) or isdir(path))
+        monkeypatch.setattr(module, name, lambda path: queried.append(path) or isdir(path))
     assert len(layouts.list_pairs("ade20k", "ram://ade", "training")) == 5
-    assert asked
-    assert not [path for path in asked if path.endswith(("jpg", "png"))]
+    assert queried
+    assert not [path for path in queried if path.endswith(("jpg", "png"))]
 
 
-def test_class_names_of_another_number_are_refused(tmp_path):
+def test_a_wrong_number_of_class_names_is_an_error(tmp_path):
     root = fakes.write_cityscapes(tmp_path, {"train": 1})
     with pytest.raises(
-        ValueError, match=r"class 0 of dataset.name='cityscapes' at .* is 'road', but in dataset.class_names 'a'"
+        ValueError, match=r"class 0 of dataset.name='cityscapes' at .* is 'road', but 'a' in dataset.class_names"
     ):
         open_split("cityscapes", root, "train", class_names=("a", "b"))
 
@@ -156,7 +156,7 @@ def test_a_test_split_lists_its_images_and_cannot_be_scored(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", layouts.LAYOUTS)
-def test_a_root_that_is_not_there_or_holds_something_else(tmp_path, name):
+def test_a_root_that_is_missing_or_contains_something_else(tmp_path, name):
     for root, words in (
         ("", "dataset.root is empty"),
         (tmp_path / "nowhere", "nowhere: no such directory"),
@@ -170,9 +170,7 @@ def test_a_root_that_is_not_there_or_holds_something_else(tmp_path, name):
 def test_a_missing_partner_is_named(tmp_path):
     fakes.write_cityscapes(tmp_path, {"train": 3})
     (tmp_path / "gtFine/train/bochum/bochum_000001_000019_gtFine_labelIds.png").unlink()
-    with pytest.raises(
-        ValueError, match=r"bochum_000001_000019_gtFine_labelIds.png: no such file, which has to go with .*bochum"
-    ):
+    with pytest.raises(ValueError, match=r"bochum_000001_000019_gtFine_labelIds.png: no such file; it belongs to .*bochum"):
         open_split("cityscapes", tmp_path, "train")
     voc = fakes.write_voc2012(tmp_path / "voc", {"train": ["1", "2"]})
     (voc / "SegmentationClass/2.png").unlink()
@@ -188,16 +186,16 @@ def test_raw_values_that_do_not_occur_are_named(tmp_path):
         open_split("ade20k", ade, "training")
     city = fakes.write_cityscapes(tmp_path / "city", {"train": 1})
     path = city / "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png"
-    for value, cause in ((255, "mapped to classes before"), (40, "instance or color labels")):
+    for value, cause in ((255, "already mapped to classes"), (40, "instance or color labels")):
         fakes.write_image(path, np.where(label == 255, value, 0).astype(np.uint8))
-        with pytest.raises(ValueError, match=rf"labelIds.png: value {value} at .* have 0..33; likely .*{cause}"):
+        with pytest.raises(ValueError, match=rf"labelIds.png: value {value} at .* have values 0..33; likely .*{cause}"):
             open_split("cityscapes", city, "train")
 
 
-def test_other_mistakes_with_labels_are_guessed(tmp_path):
+def test_messages_suggest_the_likely_cause_of_wrong_values(tmp_path):
     for values, classes, cause in (
         ([7, 26, 33], 19, "Cityscapes' raw labelIds"),
-        ([38, 75, 113], 21, "a palette picture of VOC turned gray"),
+        ([38, 75, 113], 21, "a VOC palette image converted to gray"),
         ([150], 150, "count from 1"),
     ):
         histogram = np.zeros(256, int)
@@ -211,16 +209,18 @@ def test_a_damaged_mat_file_is_named(tmp_path):
     mat = sbd / "cls/3.mat"
     for contents in (mat.read_bytes()[:300], b"", b"hello"):
         mat.write_bytes(contents)
-        with pytest.raises(ValueError, match=r"cls/3.mat: cannot be read, damaged or cut short \((no palette|the file is)"):
+        with pytest.raises(
+            ValueError, match=r"cls/3.mat: cannot be read because it is damaged or cut short \((neither a palette|the file is)"
+        ):
             open_split("voc2012", voc, "train_aug", extra_root=str(sbd))
 
 
-def test_wrong_files_are_skipped_on_demand_and_counted(tmp_path, caplog):
+def test_wrong_files_are_skipped_with_on_error_skip(tmp_path, caplog):
     root = fakes.write_ade20k(tmp_path, {"training": 6})
     (root / "images/training/ADE_train_00000002.jpg").write_bytes(b"")
     fakes.write_image(root / "annotations/training/ADE_train_00000005.png", np.zeros((40, 47), np.uint8))
     (root / "annotations/training/ADE_train_00000003.png").unlink()
-    with pytest.raises(ValueError, match=r"ADE_train_00000002.jpg: cannot be read.* \(2 more pairs are wrong, too\)"):
+    with pytest.raises(ValueError, match=r"ADE_train_00000002.jpg: cannot be read.* \(and 2 more wrong pairs\)"):
         open_split("ade20k", root, "training")
     with caplog.at_level(logging.WARNING, "pspnet_jax"):
         source = open_split("ade20k", root, "training", on_error="skip")
@@ -233,21 +233,23 @@ def test_wrong_files_are_skipped_on_demand_and_counted(tmp_path, caplog):
         "annotations/training/ADE_train_00000003.png",
         "annotations/training/ADE_train_00000005.png",
     ]
-    assert "has 20,210 images officially, here 3" in caplog.text
+    assert "officially has 20,210 images, but 3 were found" in caplog.text
 
 
-def test_a_split_that_is_mostly_wrong_is_refused_all_the_same(tmp_path):
+def test_a_mostly_wrong_split_is_an_error_even_with_on_error_skip(tmp_path):
     root = fakes.write_ade20k(tmp_path, {"training": 3})
     for index in (0, 1):
         (root / f"images/training/ADE_train_{index + 1:08d}.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"\(1 more pairs are wrong, too\)"):
+    with pytest.raises(ValueError, match=r"\(and 1 more wrong pairs\)"):
         open_split("ade20k", root, "training", on_error="skip")
 
 
-def test_wrong_values_are_no_damage_to_be_skipped(tmp_path):
-    """One label with 255 tells that all of them were mapped to classes, also those in which nothing shows it."""
+def test_wrong_values_are_an_error_even_with_on_error_skip(tmp_path):
+    """One label with 255 shows that all labels were mapped to classes, even those without any wrong value."""
     root = fakes.write_ade20k(tmp_path, {"training": 6})
     fakes.write_image(root / "annotations/training/ADE_train_00000003.png", np.full((40, 48), 255, np.uint8))
     (root / "images/training/ADE_train_00000001.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"ADE_train_00000003.png: value 255 .* mapped to classes before.* \(1 more pairs"):
+    with pytest.raises(
+        ValueError, match=r"ADE_train_00000003.png: value 255 .* already mapped to classes.* \(and 1 more wrong pairs"
+    ):
         open_split("ade20k", root, "training", on_error="skip")

@@ -1,4 +1,4 @@
-"""Names that nearly match, links, and files that are left out are said in one sentence."""
+"""Names that nearly match, links and ignored files are reported in one sentence."""
 
 import logging
 import os
@@ -29,11 +29,11 @@ def rename(root, kind, change):
         (lambda n: f"Frame{n}", lambda n: f"frame{n}"),
     ],
 )
-def test_names_that_nearly_match_are_said_once(tmp_path, images, labels):
+def test_names_that_nearly_match_are_reported_once(tmp_path, images, labels):
     root = fakes.write_folder(tmp_path, {"train": 3})
     rename(root, "images", images)
     rename(root, "labels", labels)
-    with pytest.raises(UserError, match=r"3 of 3 images have no label of their name in .*labels/train; ") as error:
+    with pytest.raises(UserError, match=r"3 of 3 images have no label of the same name in .*labels/train; ") as error:
         open_folder(root)
     assert f"{root}/images/train/{images('000.png')} nearly matches {root}/labels/train/{labels('000.png')}: " in str(
         error.value
@@ -44,14 +44,16 @@ def test_names_that_nearly_match_are_said_once(tmp_path, images, labels):
 def test_one_label_of_many_that_is_missing_is_named(tmp_path):
     root = fakes.write_folder(tmp_path, {"train": 3})
     (root / "labels/train/001.png").rename(root / "labels/train/001_mask.png")
-    with pytest.raises(UserError, match=r"labels/train/001.png: no such file, which has to go with .*001.png \(1 more pairs"):
+    with pytest.raises(
+        UserError, match=r"labels/train/001.png: no such file; it belongs to .*001.png \(and 1 more wrong pairs"
+    ):
         open_folder(root)
 
 
-def test_unicode_forms_and_the_case_of_endings_do_not_matter(tmp_path):
+def test_unicode_normalization_and_the_case_of_extensions_do_not_matter(tmp_path):
     root = fakes.write_folder(tmp_path, {"train": 1})
-    for kind, form, ending in (("images", "NFD", ".PNG"), ("labels", "NFC", ".Png")):
-        (root / kind / "train/000.png").rename(root / kind / "train" / unicodedata.normalize(form, f"caf\u00e9{ending}"))
+    for kind, form, extension in (("images", "NFD", ".PNG"), ("labels", "NFC", ".Png")):
+        (root / kind / "train/000.png").rename(root / kind / "train" / unicodedata.normalize(form, f"caf\u00e9{extension}"))
     source = open_folder(root)
     assert source.names == ["caf\u00e9"]
     np.testing.assert_array_equal(source.read(0)[1], fakes.pair("train", 0)[1])
@@ -61,19 +63,19 @@ def test_a_name_that_is_not_utf_8(tmp_path):
     root = fakes.write_folder(tmp_path, {"train": 1})
     with open(os.fsencode(f"{root}/images/train/caf") + b"\xe9.png", "wb"):
         pass
-    with pytest.raises(UserError, match=r"images/train: holds .*caf\\xe9.png, whose name is not UTF-8; rename it"):
+    with pytest.raises(UserError, match=r"images/train: contains .*caf\\xe9.png, whose name is not UTF-8; rename it"):
         open_folder(root)
 
 
 def test_links(tmp_path):
     root = fakes.write_folder(tmp_path, {"train": 2})
     (root / "images/train/more").symlink_to(root / "images")
-    with pytest.raises(UserError, match=r"images/train/more: a link to a directory that it is in|more/train: a link"):
+    with pytest.raises(UserError, match=r"images/train/more: links to one of its parent directories|more/train: links"):
         open_folder(root)
     (root / "images/train/more").unlink()
     (root / "images/train/001.png").unlink()
     (root / "images/train/001.png").symlink_to(root / "gone.png")
-    with pytest.raises(UserError, match=r"images/train/001.png: a broken link, to .*gone.png"):
+    with pytest.raises(UserError, match=r"images/train/001.png: is a broken link to .*gone.png"):
         open_folder(root)
 
 
@@ -84,23 +86,25 @@ def test_a_directory_that_cannot_be_listed(tmp_path, monkeypatch):
         raise tf.errors.PermissionDeniedError(None, None, f"{path}; Permission denied")
 
     monkeypatch.setattr(tf.io.gfile, "listdir", refuse)
-    with pytest.raises(UserError, match=r": cannot be read \(.*/train; Permission denied\); --config.dataset.root or"):
+    with pytest.raises(UserError, match=r": cannot be read \(.*/train; Permission denied\); check --config.dataset.root or"):
         open_folder(root)
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    """A directory called like a label; an empty image."""
+    """A directory with the name of a label, and an empty image."""
     root = fakes.write_folder(tmp_path, {"train": 2})
     (root / "labels/train/001.png").unlink()
     (root / "labels/train/001.png").mkdir()
     with pytest.raises(UserError, match=r"labels/train/001.png: cannot be read \(Is a directory\)"):
         open_folder(root)
     (root / "images/train/000.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"images/train/000.png: cannot be read, damaged or cut short \(the file is empty\)"):
+    with pytest.raises(
+        UserError, match=r"images/train/000.png: cannot be read because it is damaged or cut short \(the file is empty\)"
+    ):
         open_folder(root)
 
 
-def test_images_of_other_kinds_are_not_left_out_in_silence(tmp_path, caplog):
+def test_a_warning_lists_images_of_unsupported_formats(tmp_path, caplog):
     root = fakes.write_folder(tmp_path, {"train": 2})
     for name in ("a.gif", "b.tif", "c.webp", "d.bmp", "notes.txt", "Thumbs.db", ".e.gif"):
         (root / "images/train" / name).write_bytes(b"")
@@ -108,10 +112,10 @@ def test_images_of_other_kinds_are_not_left_out_in_silence(tmp_path, caplog):
         layouts.list_pairs("folder", str(root), "train")
     (record,) = caplog.records
     where = f"{root}/images/train"
-    assert record.message.startswith(f"{where}: 4 images are left out, as they are no .jpg, .jpeg, .png files: {where}/")
+    assert record.message.startswith(f"{where}: 4 images are ignored because they are not .jpg, .jpeg, .png files: {where}/")
     assert record.message.endswith(", ...")
 
 
-def test_a_root_that_is_missing_is_said_before_its_class_names(tmp_path):
+def test_a_missing_root_is_reported_before_missing_class_names(tmp_path):
     with pytest.raises(UserError, match=r"dataset.root=.*/gone: no such directory"):
         sources.open_source(recipe(root=str(tmp_path / "gone")), "train")

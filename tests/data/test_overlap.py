@@ -1,4 +1,4 @@
-"""Training images that are scored are counted, whatever their names."""
+"""Evaluation images that are also training images are counted, whatever their names."""
 
 import logging
 import shutil
@@ -26,13 +26,11 @@ def copy(root, source, target):
 def test_files_in_both_splits_are_counted(tmp_path, caplog, check):
     root = fakes.write_folder(tmp_path, {"train": 4, "val": 3})
     assert shared(root, check=check) == 0
-    copy(root, "train/002", "val/001")  # the same name as another
+    copy(root, "train/002", "val/001")  # the name also exists in train
     copy(root, "train/003", "val/new")
     with caplog.at_level(logging.WARNING, "pspnet_jax"):
         assert shared(root, check=check) == 2
-    assert (
-        "2 of the 4 images that are scored are in the training data as well, the first of them 001 (there 002)" in caplog.text
-    )
+    assert "2 of 4 evaluation images are also training images, the first is 001 (called 002 in training)" in caplog.text
 
 
 def test_a_split_that_is_part_of_the_training_data(tmp_path, caplog):
@@ -40,7 +38,7 @@ def test_a_split_that_is_part_of_the_training_data(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "pspnet_jax"):
         assert shared(root, val="train") == 4
         assert shared(root, "train+val") == 3
-    assert "4 of the 4 images that are scored are in the training data as well, the first of them 000:" in caplog.text
+    assert "4 of 4 evaluation images are also training images, the first is 000:" in caplog.text
 
 
 def test_same_name_and_size_is_not_the_same_image(tmp_path):
@@ -52,6 +50,6 @@ def test_same_name_and_size_is_not_the_same_image(tmp_path):
     assert shared(root) == 0
 
 
-def test_scenes_are_told_by_their_split(tmp_path):
+def test_scenes_are_identified_by_their_split(tmp_path):
     assert shared("", "train", "validation", name="scenes") == 0
     assert shared("", "validation", "validation", name="scenes") == 200

@@ -1,4 +1,4 @@
-"""Palettes that contradict each other are wrong labels; those that only differ are a warning."""
+"""Palettes that contradict each other are an error, and palettes that only differ a warning."""
 
 import logging
 
@@ -17,7 +17,7 @@ RED, GREEN, BLUE, GRAY = (200, 0, 0), (0, 200, 0), (0, 0, 200), (9, 9, 9)
 
 
 def write(root, colors, classes="a\nb\nc\n", values=(0, 1, 2, 255), split="train"):
-    """Writes a label of the values for each palette, which is a list of colors, or None for a gray label."""
+    """Writes a label with these values for each palette, which is a list of colors, or None for a gray label."""
     for index, palette in enumerate(colors):
         fakes.write_image(root / f"images/{split}/{index}.png", np.zeros((8, 8, 3), np.uint8))
         path = root / f"labels/{split}/{index}.png"
@@ -33,7 +33,7 @@ def write(root, colors, classes="a\nb\nc\n", values=(0, 1, 2, 255), split="train
     return config
 
 
-CASES = {  # palettes, classes.txt, what is said, and whether it is refused
+CASES = {  # palettes, classes.txt, the message, and whether it is an error
     "permuted": (
         [[RED, GREEN, BLUE], [GREEN, RED, BLUE]],
         "a\nb\nc",
@@ -56,7 +56,7 @@ CASES = {  # palettes, classes.txt, what is said, and whether it is refused
     "list, other": ([[RED, GREEN, BLUE]], "a 200 0 0\nb 9 9 9\nc 0 200 0", "but RGB (9, 9, 9) in the list of classes", False),
     "unused": ([[RED, GREEN, BLUE, GRAY], [RED, GREEN, BLUE, RED]], "a 200 0 0\nb 0 200 0\nc\nd 1 1 1", "", False),
     "gray ramp": ([[RED, GREEN, BLUE], [(0, 0, 0), (1, 1, 1), (2, 2, 2)], None], "a\nb\nc", "", False),
-    "permuted, but for two of one color": (
+    "permuted, but two share a color": (
         [[RED, GREEN, BLUE, GRAY], [RED, RED, GREEN, BLUE]],
         "a\nb\nc\nd",
         "value 2 is RGB (0, 200, 0) in the palette of {}/1.png",
@@ -77,26 +77,26 @@ CASES = {  # palettes, classes.txt, what is said, and whether it is refused
 
 @pytest.mark.parametrize("name", CASES)
 def test_palettes(tmp_path, caplog, name):
-    colors, classes, said, refused = CASES[name]
+    colors, classes, message, is_error = CASES[name]
     config = write(tmp_path, colors, classes, (*range(3 + name.startswith("permuted, but")), 255))
-    said = said.format(tmp_path / "labels/train")
+    message = message.format(tmp_path / "labels/train")
     with caplog.at_level(logging.WARNING, "pspnet_jax"):
-        if refused:
+        if is_error:
             with pytest.raises(UserError) as error:
                 pipeline.open_training(config)
-            assert said in str(error.value)
+            assert message in str(error.value)
             assert "means different classes" in str(error.value)
         else:
             pipeline.open_training(config)
-            found = [message for message in caplog.messages if "in the palette of" in message]
-            assert [said in message for message in found] == [True] * bool(said)
+            warnings = [warning for warning in caplog.messages if "in the palette of" in warning]
+            assert [message in warning for warning in warnings] == [True] * bool(message)
     problems = survey.survey(config.dataset, "train", len(classes.split("\n"))).problems
-    assert [said in problem for problem in problems] == [True] * refused
+    assert [message in problem for problem in problems] == [True] * is_error
 
 
 @pytest.mark.parametrize("mode", ["train", "check"])
 def test_palettes_of_other_splits_and_of_a_mixture(tmp_path, capsys, monkeypatch, mode):
-    """The same colors in another order are refused before there is a network."""
+    """The same colors in another order are an error before the network is built."""
     monkeypatch.setattr(models, "build", lambda *_: pytest.fail("trains"))
     command = ["--config=configs/folder.py", f"--config.dataset.root={tmp_path}/a", f"--mode={mode}"]
     command += [f"--output={tmp_path}/check"] if mode == "check" else [f"--workdir={tmp_path}/run"]
@@ -107,12 +107,12 @@ def test_palettes_of_other_splits_and_of_a_mixture(tmp_path, capsys, monkeypatch
     ):
         write(other.parents[1], [[RED, GRAY, GREEN]], split=other.name)
         assert main([*command, *options]) == 1
-        assert f"label value 0 is RGB (200, 0, 0) in the palette of {other}/0.png" in (said := "".join(capsys.readouterr()))
-        assert "the same value means different classes" in said
+        assert f"label value 0 is RGB (200, 0, 0) in the palette of {other}/0.png" in (output := "".join(capsys.readouterr()))
+        assert "the same value means different classes" in output
         write(tmp_path / "a", [[GRAY, RED, GREEN]], split="val")
 
 
-def test_palettes_that_only_differ_between_splits_are_said(caplog):
+def test_palettes_that_only_differ_between_splits_are_a_warning(caplog):
     with caplog.at_level(logging.WARNING, "pspnet_jax"):
         palettes.require_agreement([{0: (RED, "a.png"), 1: (BLUE, "a.png")}, {}, {1: (RED, "b.png"), 2: (GRAY, "b.png")}])
     assert caplog.messages == [f"label value 1 is RGB {RED} in the palette of b.png, but RGB {BLUE} in a.png"]
@@ -126,7 +126,7 @@ def test_palettes_that_only_differ_between_splits_are_said(caplog):
         ([(0, 1), (0,)], False),
     ],
 )
-def test_masks_of_two_conventions_are_told(tmp_path, caplog, labels, mixed):
+def test_masks_of_two_conventions_are_a_warning(tmp_path, caplog, labels, mixed):
     for index, values in enumerate(labels):
         fakes.write_image(tmp_path / f"images/train/{index}.png", np.full((8, 8, 3), index, np.uint8))
         fakes.write_image(tmp_path / f"labels/train/{index}.png", np.resize(np.array(values, np.uint8), (8, 8)))
@@ -138,6 +138,6 @@ def test_masks_of_two_conventions_are_told(tmp_path, caplog, labels, mixed):
         with caplog.at_level(logging.WARNING, "pspnet_jax"):
             look(config)
         where = f"{tmp_path}/labels/train"
-        said = f"{where}/1.png marks class 1 by 1, but {where}/2.png holds only 0 and 255, which is ignored"
-        assert [message for message in caplog.messages if message.startswith(said)] == caplog.messages
+        expected = f"{where}/1.png marks class 1 with value 1, but {where}/2.png contains only 0 and 255, and 255 is ignored"
+        assert [message for message in caplog.messages if message.startswith(expected)] == caplog.messages
         assert bool(caplog.messages) == mixed

@@ -18,7 +18,7 @@ from pspnet_jax.data.order import AUGMENT, generator
 from pspnet_jax.errors import UserError
 from tests import fakes
 
-COUNT = 7  # images, in batches of 4: batches straddle the epochs
+COUNT = 7  # images; batches of 4 span two epochs
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def root(tmp_path_factory):
 
 
 def recipe(root, augmented=True, batch_size=4, total_steps=14):
-    """A recipe with all of the augmentation, or with none: then the crop is the image."""
+    """Returns a recipe with all augmentations, or with none, where the crop is the whole image."""
     config = base_config()
     config.dataset.root = str(root)
     config.batch_size, config.total_steps = batch_size, total_steps
@@ -53,13 +53,13 @@ def assert_same(batches, expected):
 
 
 def epochs(config):
-    """Returns the index of every training example in order, one row an epoch, found by its label."""
+    """Returns the index of every training example in order, one row per epoch, found by its label."""
     index_of = {fakes.pair("train", index)[1].tobytes(): index for index in range(COUNT)}
     found = [index_of[label.tobytes()] for batch in batches_of(config) for label in batch["label"]]
     return np.array(found[: len(found) // COUNT * COUNT]).reshape(-1, COUNT)
 
 
-def test_without_augmentation_a_batch_holds_the_pairs_as_they_are(root):
+def test_without_augmentation_a_batch_contains_the_unchanged_pairs(root):
     config = recipe(root, augmented=False)
     order = epochs(config).ravel()
     for step, batch in enumerate(itertools.islice(batches_of(config), 3)):
@@ -68,14 +68,14 @@ def test_without_augmentation_a_batch_holds_the_pairs_as_they_are(root):
             np.testing.assert_array_equal(batch["image"][i], fakes.pair("train", order[4 * step + i])[0])
 
 
-def test_an_epoch_has_every_example_once_in_an_order_of_its_own(root):
+def test_each_epoch_has_every_example_once_in_a_new_order(root):
     order = epochs(recipe(root, augmented=False))
     assert order.shape == (8, COUNT)
     np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(COUNT), (8, 1)))
     assert len({tuple(row) for row in order}) == 8  # 8 of 7! = 5040
 
 
-def test_the_order_follows_from_the_seed(root):
+def test_the_order_depends_on_the_seed(root):
     config = recipe(root, augmented=False)
     first = epochs(config)
     np.testing.assert_array_equal(epochs(config), first)
@@ -83,7 +83,7 @@ def test_the_order_follows_from_the_seed(root):
     assert (epochs(config) != first).any()
 
 
-# Of three batches, flipped and cropped, which moves pixels and does not compute any; as the pipeline before tf.data made them.
+# Of three batches, only flipped and cropped, which computes no new pixel values; from the pipeline before it used tf.data.
 CHECKSUMS = {
     "folder": "cf672947ac2db1f7",
     "memory": "cf672947ac2db1f7",
@@ -95,8 +95,8 @@ CHECKSUMS = {
 
 
 @pytest.mark.parametrize("name", CHECKSUMS)
-def test_batches_are_what_they_have_always_been(tmp_path, name):
-    """From every source that does not compress images: two mixed folders with and without caches and balance, raw labels."""
+def test_batches_have_not_changed(tmp_path, name):
+    """For sources with lossless images: two mixed folders with and without caches and balance, raw labels, and scenes."""
     config = recipe(tmp_path)
     config.dataset.cache_dir, config.augment.crop, config.seed = str(tmp_path / "cache"), (41, 47), 3
     config.augment.scale, config.augment.rotate_probability, config.augment.blur_probability = (1.0, 1.0), 0.0, 0.0
@@ -118,7 +118,7 @@ def test_batches_are_what_they_have_always_been(tmp_path, name):
         assert digest.hexdigest()[:16] == CHECKSUMS[name]
 
 
-def test_with_augmentation_a_batch_holds_what_the_parts_make(root):
+def test_with_augmentation_a_batch_contains_the_augmented_pairs(root):
     config = recipe(root, total_steps=3)
     data, read = pipeline.open_training(config), sources.open_source(config.dataset, "train").read
     for step, batch in enumerate(batches_of(config, data=data)):
@@ -141,14 +141,14 @@ def test_the_element_spec_is_static(root):
     assert pipeline.eval_dataset(config, "val", host=1, hosts=2).cardinality() == 1
 
 
-def test_an_epoch_counts_what_is_mixed_in(mixed):
+def test_an_epoch_includes_the_mixed_in_examples(mixed):
     data = pipeline.open_training(mixed)
     assert data.examples_per_epoch == 9  # 7 * 1.25
     assert [order for order in (data.order[position][0] for position in range(1000))].count(1) == 200
 
 
 class Stripes(sources.Source):
-    """A reader as a user writes it: nothing but names, number of classes and `load`."""
+    """A minimal custom source: only names, the number of classes and `load`."""
 
     num_classes = 4
 
@@ -161,7 +161,7 @@ class Stripes(sources.Source):
         return np.full((40, 48, 3), index, np.uint8), np.full((40, 48), index % 4, np.uint8)
 
 
-def test_a_reader_of_ones_own(root):
+def test_a_custom_source(root):
     config = recipe(root, augmented=False, batch_size=5, total_steps=2)
     data = pipeline.open_training(config, source=Stripes())
     for batch in batches_of(config, data=data):
@@ -173,7 +173,7 @@ def test_a_reader_of_ones_own(root):
         list(batches_of(config, data=pipeline.open_training(config, source=Stripes(wrong=3))))
 
 
-def test_a_reader_without_examples_is_refused_and_not_replaced_by_the_folder(root):
+def test_an_empty_custom_source_is_an_error_and_not_replaced_by_the_folder(root):
     empty = Stripes()
     empty.names = []
     with pytest.raises(UserError, match=r"split 'train' has no examples"):
@@ -181,10 +181,10 @@ def test_a_reader_without_examples_is_refused_and_not_replaced_by_the_folder(roo
     assert list(pipeline.as_numpy(pipeline.eval_dataset(recipe(root), "val", source=empty))) == []
 
 
-def test_a_reader_of_other_classes_is_refused(root):
+def test_a_custom_source_with_another_number_of_classes_is_an_error(root):
     config = recipe(root)
     config.dataset.class_names = ("class 0", "class 1", "class 2")
-    with pytest.raises(UserError, match=r"this source has 4 classes, dataset.class_names 3"):
+    with pytest.raises(UserError, match=r"this source has 4 classes, but dataset.class_names has 3"):
         pipeline.open_training(config, source=Stripes())
 
 
@@ -196,7 +196,7 @@ def test_a_resumed_run_makes_the_same_batches(root, start):
     assert_same(list(batches_of(config, start_step=start)), whole[start:])
 
 
-def test_resuming_late_does_not_walk_there(root):
+def test_resuming_late_does_not_iterate_over_earlier_steps(root):
     config = recipe(root, total_steps=10**12)
     late = next(batches_of(config, start_step=10**12 - 1))
     assert late["image"].shape == (4, 40, 48, 3)
@@ -204,7 +204,7 @@ def test_resuming_late_does_not_walk_there(root):
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_share_out_the_same_batches(root, hosts):
+def test_the_shares_of_the_hosts_make_up_the_same_batches(root, hosts):
     config = recipe(root)
     shares = [batches_of(config, host=host, hosts=hosts) for host in range(hosts)]
     joined = [{key: np.concatenate([s[key] for s in step]) for key in step[0]} for step in zip(*shares, strict=True)]
@@ -241,16 +241,16 @@ def test_evaluation_has_every_example_once(root, hosts):
 
 
 @pytest.fixture
-def spoiled(tmp_path, monkeypatch):
-    """Returns a recipe whose example 002 turns bad after the check at the start: its only other pair is in order."""
+def unchecked(tmp_path, monkeypatch):
+    """Returns a recipe that is checked only now, so that the files of example 002, also returned, can be damaged afterward."""
     config = recipe(fakes.write_folder(tmp_path, {"train": 3}), batch_size=2, total_steps=6)
     source = sources.open_source(config.dataset, "train")
     monkeypatch.setattr(pipeline, "open_source", lambda *_: source)
     return config, tmp_path / "images/train/002.png", tmp_path / "labels/train/002.png"
 
 
-def test_a_wrong_label_met_in_training_is_named(spoiled):
-    config, _, label = spoiled
+def test_a_wrong_label_met_in_training_is_named(unchecked):
+    config, _, label = unchecked
     fakes.write_image(label, np.full((40, 48), 17, np.uint8))
     with pytest.raises(ValueError, match=r"labels/train/002.png: label value 17 at 1920 pixels"):
         list(batches_of(config))
@@ -258,19 +258,19 @@ def test_a_wrong_label_met_in_training_is_named(spoiled):
         list(examples_of(config, "train"))
 
 
-def test_an_example_that_cannot_be_read_for_a_moment_is_a_sentence(spoiled, monkeypatch):
-    config, image, _ = spoiled
+def test_a_temporary_read_failure_is_reported_in_one_sentence(unchecked, monkeypatch):
+    config, image, _ = unchecked
     read, contents = sources.Files.read, image.read_bytes()
     monkeypatch.setattr(sources.Files, "read", lambda self, index: (image.write_bytes(contents), read(self, index))[1])
     image.unlink()
     with pytest.raises(
-        UserError, match=r"an example could not be read \(.*, and a moment later it could; start the same command"
+        UserError, match=r"an example could not be read \(.*, but a second attempt succeeded; run the same command"
     ):
         list(batches_of(config))
 
 
-def test_batches_before_the_wrong_one_arrive(spoiled):
-    config, image, _ = spoiled
+def test_elements_before_the_wrong_one_are_yielded(unchecked):
+    config, image, _ = unchecked
     good = list(examples_of(config, "train"))[:2]
     image.unlink()
     examples = examples_of(config, "train")
@@ -279,8 +279,8 @@ def test_batches_before_the_wrong_one_arrive(spoiled):
         next(examples)
 
 
-def test_an_error_that_no_check_explains_names_the_example(spoiled, monkeypatch):
-    config, image, _ = spoiled
+def test_an_error_that_no_check_explains_names_the_example(unchecked, monkeypatch):
+    config, image, _ = unchecked
     monkeypatch.setattr(sources.Files, "check", lambda self, index: None)
     image.write_bytes(b"")
     with pytest.raises(ValueError, match=r"/002.png or .*/002.png: cannot be loaded \(Input is empty\.\); replace it"):
@@ -289,7 +289,7 @@ def test_an_error_that_no_check_explains_names_the_example(spoiled, monkeypatch)
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Returns a recipe without augmentation of two folders, whose pairs are fakes "train" and "other"."""
+    """Returns a recipe of two folders without augmentation, whose pairs are the fakes "train" and "other"."""
     config = recipe(fakes.write_folder(tmp_path / "one", {"train": COUNT}), augmented=False, batch_size=20, total_steps=50)
     other = fakes.write_folder(tmp_path / "two", {"other": 3})
     config.dataset.mixture = (("folder", str(other), "other", 0.25),)
@@ -317,12 +317,14 @@ def test_mixed_datasets_need_the_same_classes(mixed, tmp_path):
     (tmp_path / "one/classes.txt").write_text("a\nb\nc\nd\n")
     for names in ("A\nc\nb\nd\n", "a\n"):
         (tmp_path / "two/classes.txt").write_text(names)
-        with pytest.raises(ValueError, match=r"class 1 of dataset.name='folder' at .*two' is .* in dataset.class_names 'b'"):
+        with pytest.raises(
+            ValueError, match=r"class 1 of dataset.name='folder' at .*two' is .* but 'b' in dataset.class_names"
+        ):
             batches_of(mixed)
 
 
-def test_rare_classes_come_more_often_when_asked_for(tmp_path):
-    """Class 3 is in one of 7 labels: shown in a seventh of the examples, or, with balance 0.8, in 0.2/7 + 0.8 (1/4 + 3/28)."""
+def test_balance_shows_rare_classes_more_often(tmp_path):
+    """Class 3 is in one of 7 labels, so in 1/7 of the examples; with balance 0.8, in 0.2/7 + 0.8 (1/4 + 3/28) of them."""
     root = fakes.write_folder(tmp_path / "files", {"train": COUNT})
     labels = [np.where(fakes.pair("train", i)[1] == 3, 2 if i else 3, fakes.pair("train", i)[1]) for i in range(COUNT)]
     for index, label in enumerate(labels):
@@ -332,7 +334,7 @@ def test_rare_classes_come_more_often_when_asked_for(tmp_path):
     batches = list(batches_of(config))
     share = np.mean([(label == 3).any() for batch in batches for label in batch["label"]])
     expected = 0.2 / 7 + 0.8 * (1 / 4 + 3 / 28)
-    print(f"{share:.3f} of 1000 examples have the rare class, expected {expected:.3f}")
+    print(f"{share:.3f} of 1000 examples contain the rare class, expected {expected:.3f}")
     assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / 1000)
     assert_same(list(batches_of(config, start_step=80)), batches[80:])
 
@@ -346,14 +348,14 @@ def test_balance_needs_a_class_somewhere(tmp_path):
 
 
 def _until(condition):
-    """Whether something comes true within 5 seconds: the system counts a thread for a moment after its end."""
+    """Returns whether a condition becomes true within 5 seconds; Linux may list a thread briefly after its end."""
     return any(condition() or time.sleep(0.05) for _ in range(100))
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux lists them")
 @pytest.mark.parametrize("end", ["close", "drop"])
 def test_an_iterator_that_is_closed_or_dropped_leaves_no_thread(root, end):
-    """TensorFlow keeps a pool of threads for all datasets, which the first use starts."""
+    """The first use also starts a thread pool that TensorFlow keeps for all datasets."""
 
     def use():
         batches, examples = batches_of(recipe(root, total_steps=10**6)), examples_of(recipe(root), "train")
@@ -370,7 +372,7 @@ def test_an_iterator_that_is_closed_or_dropped_leaves_no_thread(root, end):
     assert _until(lambda: len(os.listdir("/proc/self/task")) <= before)
 
 
-def test_what_the_iterator_held_is_freed(root):
+def test_deleting_the_iterator_frees_its_objects(root):
     data = pipeline.open_training(recipe(root))
     reader = Reader(data.reads[0])
     data, reader = dataclasses.replace(data, reads=[reader]), weakref.ref(reader)
@@ -381,7 +383,7 @@ def test_what_the_iterator_held_is_freed(root):
 
 
 class Reader:
-    """Reads by another function, and can be slow."""
+    """Wraps a read function, and blocks on slow indices until released."""
 
     def __init__(self, read, slow=frozenset()):
         self.read, self.slow, self.release = read, slow, threading.Event()
@@ -392,7 +394,7 @@ class Reader:
         return self.read(index)
 
 
-def test_a_batch_that_lies_ready_does_not_wait_for_the_next(root):
+def test_a_ready_batch_does_not_wait_for_the_next(root):
     config = recipe(root, batch_size=1)
     data = pipeline.open_training(config)
     shown = [data.order[position][1] for position in range(COUNT)]
@@ -421,7 +423,7 @@ next(batches)
 
 
 @pytest.mark.parametrize("end", ["", "del batches"])
-def test_leaving_in_the_middle_does_not_hang(end):
+def test_exiting_during_iteration_does_not_hang(end):
     done = subprocess.run([sys.executable, "-c", SLOW_SCENES + end], check=False, timeout=60, capture_output=True, text=True)
     assert (done.returncode, "Exception ignored" in done.stderr) == (0, False), done.stderr
 
@@ -454,4 +456,4 @@ def test_memory_stays_flat_over_2000_batches(tmp_path):
     )
     warm, end = map(float, done.stdout.split())
     print(f"{warm:.1f} MB after 500 batches, {end:.1f} MB after 2000")
-    assert end - warm < 8  # a kept batch of 30 kB in ten would be 4.5, each would be 45
+    assert end - warm < 8  # a leak of every 30 kB batch would be 45 MB

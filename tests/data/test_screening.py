@@ -1,4 +1,4 @@
-"""Files are checked once for as long as they stay as they are, and all processes of a job use the same pairs."""
+"""Files are checked once until they change, and all processes of a job use the same pairs."""
 
 import json
 import os
@@ -19,19 +19,19 @@ from tests.data.test_sources import recipe
 
 @pytest.fixture
 def checked(monkeypatch):
-    """Returns the names of the images that are checked from here on, as another process would."""
-    found, check_pair = [], checks.check_pair
+    """Returns a list to which the name of each checked image is added."""
+    names, check_pair = [], checks.check_pair
 
-    def listening(image, *rest):
-        found.append(pathlib.Path(image).name)
+    def recording(image, *rest):
+        names.append(pathlib.Path(image).name)
         return check_pair(image, *rest)
 
-    monkeypatch.setattr(checks, "check_pair", listening)
-    return found
+    monkeypatch.setattr(checks, "check_pair", recording)
+    return names
 
 
 def reopened(dataset):
-    """Opens the split as the next start does."""
+    """Opens the split as a new start does."""
     return sources.open_source(dataset, "train")
 
 
@@ -42,13 +42,13 @@ def test_the_next_start_does_not_check_again(tmp_path, checked):
     reopened(dataset)
     assert len(checked) == 3
     fakes.write_image(tmp_path / "labels/train/001.png", np.full((40, 48), 9, np.uint8))
-    for times in (7, 8):  # what is wrong is kept, too, and looked at again
+    for times in (7, 8):  # problems are cached too, but wrong files are checked again
         with pytest.raises(UserError, match=r"labels/train/001.png: label value 9"):
             reopened(dataset)
         assert len(checked) == times
 
 
-def test_a_read_that_fails_by_chance_is_no_damage(tmp_path, monkeypatch):
+def test_a_temporary_read_failure_is_not_taken_for_damage(tmp_path, monkeypatch):
     root, check_pair, failures = fakes.write_folder(tmp_path, {"train": 3}), checks.check_pair, iter([True])
 
     def flaky(*pair):
@@ -62,18 +62,18 @@ def test_a_read_that_fails_by_chance_is_no_damage(tmp_path, monkeypatch):
         path = root / f"images/train/{index:03d}.png"
         Image.open(path).save(path, exif=exif)
         os.utime(path, (0, 0))
-    monkeypatch.setattr(stamps, "SETTLED", -1e9)  # so that what is found is kept
+    monkeypatch.setattr(stamps, "MIN_AGE", -1e9)  # caches the findings
     monkeypatch.setattr(checks, "check_pair", flaky)
-    for _ in range(2):  # the first read fails at the first start; the next start knows what is kept
+    for _ in range(2):  # the first read fails at the first start; the second start uses the cache
         source = reopened(recipe(root=str(root)))
         assert source._orientations.numpy().tolist() == [3, 3, 3]
-        assert source.totals.labels == 3
+        assert source.totals.counted == 3
     assert not list(failures)
 
 
 @pytest.mark.parametrize("change", [{"on_error": "skip"}, {"class_names": ("a", "b", "c", "d", "e")}])
-def test_what_decides_about_a_file_decides_about_the_stamp(tmp_path, checked, monkeypatch, change):
-    """To skip files, all pixels are looked at, and what is no class among four may be one among five."""
+def test_settings_that_affect_the_checks_invalidate_the_cache(tmp_path, checked, monkeypatch, change):
+    """on_error="skip" checks all pixels, and a value that is not one of four classes may be one of five."""
     dataset = recipe(root=str(fakes.write_folder(tmp_path, {"train": 3})))
     (tmp_path / "classes.txt").unlink()
     dataset.class_names = ("a", "b", "c", "d")
@@ -85,24 +85,24 @@ def test_what_decides_about_a_file_decides_about_the_stamp(tmp_path, checked, mo
     assert len(checked) == 6
 
 
-def test_without_a_directory_to_write_to_files_are_checked_each_time(tmp_path, checked):
+def test_without_a_writable_directory_files_are_checked_each_time(tmp_path, checked):
     dataset = recipe(root=str(fakes.write_folder(tmp_path, {"train": 3})), cache_dir=str(tmp_path / "classes.txt"))
     for times in (1, 2):
         assert len(reopened(dataset)) == 3
         assert len(checked) == 3 * times
 
 
-def test_hosts_with_other_copies_of_the_files_are_warned(tmp_path, monkeypatch, caplog):
+def test_a_warning_if_files_differ_between_hosts(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(screening, "_exchange", lambda mine: [mine, mine._replace(fingerprint="other")])
     dataset = recipe(root=str(fakes.write_folder(tmp_path, {"train": 3})))
     with caplog.at_level("WARNING", "pspnet_jax"):
         first = reopened(dataset).fingerprint
-    assert "train: the hosts have files of the same names, but of other sizes" in caplog.text
+    assert "train: files of the same name differ in size between hosts" in caplog.text
     monkeypatch.setattr(screening, "_exchange", lambda mine: [mine._replace(fingerprint="other"), mine])
     assert reopened(dataset).fingerprint == "other" != first  # the first process's, on all hosts
 
 
-# One of two processes with files of its own; says what it has of them, or why not.
+# One of two processes with its own files, which prints the names of the usable pairs or the error.
 PROCESS = """
 import json, sys
 from pspnet_jax import parallel
@@ -117,14 +117,14 @@ for root, on_error in json.loads(sys.argv[1]):
     dataset = base_config().dataset
     dataset.update(root=f"{root}/{jax.process_index()}", on_error=on_error, cache_dir=f"{root}/cache", class_names=NAMES)
     try:
-        print("said", json.dumps(sources.open_source(dataset, "train").names))
+        print("result", json.dumps(sources.open_source(dataset, "train").names))
     except ValueError as error:
-        print("said", json.dumps(str(error)))
+        print("result", json.dumps(str(error)))
 """
 
 
 def test_two_processes_use_the_same_pairs(tmp_path):
-    """Six pairs each, of which the first process has damage in 001, and the second in 004; then other names, and none."""
+    """Six pairs each: first with 001 damaged for process 0 and 004 for process 1, then with other names, then missing."""
     for kind, damaged in (("damaged", ("001", "004")), ("other", ()), ("missing", ())):
         for process in range(2):
             fakes.write_folder(tmp_path / kind / str(process), {"train": 6})
@@ -139,15 +139,15 @@ def test_two_processes_use_the_same_pairs(tmp_path):
     assert first[0] == second[0] == ["000", "002", "003", "005"]
     assert first[1] == second[1]
     assert first[1].startswith(f"{tmp_path}/damaged/0/images/train/001.png: cannot be read")
-    assert first[1].endswith("(1 more pairs are wrong, too)")
-    for said in (first[2], second[2]):
-        assert "process 1 has other images than process 0 (6, there 6); every host needs the same files" in said
+    assert first[1].endswith("(and 1 more wrong pairs)")
+    for message in (first[2], second[2]):
+        assert "process 1 has other images (6) than process 0 (6); every host needs the same files" in message
     assert "missing/0: no such directory" in first[3]
     assert second[3] == f"process 0: {first[3]}"
 
 
 def run_two(cases):
-    """Returns what each of two processes says."""
+    """Returns the results that each of two processes prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -164,9 +164,9 @@ def run_two(cases):
         for i in range(2)
     ]
     try:
-        said = [process.communicate(timeout=300)[0] for process in processes]
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0]
-    return [[json.loads(line[5:]) for line in text.splitlines() if line.startswith("said ")] for text in said]
+    return [[json.loads(line[7:]) for line in text.splitlines() if line.startswith("result ")] for text in outputs]

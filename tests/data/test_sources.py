@@ -52,7 +52,7 @@ def test_folder_formats_and_subfolders(tmp_path):
     (root / "images/train/Thumbs.db").write_bytes(b"")
     source = open_folder(f"{root}/")
     assert source.names == ["000", "a/c/jpg", "b/gray", "b/jpeg"]
-    assert_loads(source, 1, np.asarray(Image.open(root / "images/train/a/c/jpg.jpg")), label)  # the same pixels as Pillow's
+    assert_loads(source, 1, np.asarray(Image.open(root / "images/train/a/c/jpg.jpg")), label)  # equals Pillow's pixels
     assert_loads(source, 2, np.repeat(image[..., :1], 3, axis=2), label)
 
 
@@ -74,8 +74,8 @@ def test_palette_labels_of_fewer_bits(tmp_path):
 
 
 def test_remote_root(monkeypatch):
-    """TensorFlow's ram:// goes the way of gs://: every access is through tf.io, except that to classes.txt, by etils."""
-    monkeypatch.setattr(sources.datasets, "_own_classes", lambda dataset: None)
+    """TensorFlow's ram:// stands in for gs://: every access is through tf.io, except for classes.txt, which etils reads."""
+    monkeypatch.setattr(sources.datasets, "_listed_classes", lambda dataset: None)
     image, label = fakes.pair("train", 0)
     for kind, array in (("images", image), ("labels", label)):
         tf.io.gfile.makedirs(f"ram://set/{kind}/train")
@@ -116,49 +116,53 @@ def _set_label(path, *values):
 
 
 @pytest.mark.parametrize(
-    ("file", "spoil", "message"),
+    ("file", "damage", "message"),
     [
-        (LABEL, lambda p: p.unlink(), r"labels/train/001.png: no such file, which has to go with .*images/train/001.png"),
-        (IMAGE, lambda p: p.unlink(), r"images/train/001.jpg: no such file, which has to go with .*labels/train/001.png"),
-        (IMAGE, lambda p: fakes.write_image(p.with_suffix(".jpg"), fakes.pair("train", 1)[0]), r"001.* two files of one name"),
+        (LABEL, lambda p: p.unlink(), r"labels/train/001.png: no such file; it belongs to .*images/train/001.png"),
+        (IMAGE, lambda p: p.unlink(), r"images/train/001.jpg: no such file; it belongs to .*labels/train/001.png"),
+        (
+            IMAGE,
+            lambda p: fakes.write_image(p.with_suffix(".jpg"), fakes.pair("train", 1)[0]),
+            r"001.* two files of the same name",
+        ),
         (IMAGE, lambda p: p.write_bytes(b""), r"images/train/001.png: cannot be read"),
-        (IMAGE, _truncate, r"images/train/001.png: cannot be read, damaged or cut short"),
-        (IMAGE, _jpeg_cut_short, r"images/train/001.jpg: cannot be read, damaged or cut short"),
+        (IMAGE, _truncate, r"images/train/001.png: cannot be read because it is damaged or cut short"),
+        (IMAGE, _jpeg_cut_short, r"images/train/001.jpg: cannot be read because it is damaged or cut short"),
         (IMAGE, lambda p: _as(p, "GIF"), r"images/train/001.png: is a GIF file despite its name"),
         (IMAGE, lambda p: _as(p, "JPEG", "CMYK"), r"images/train/001.png: is a CMYK image"),
-        (LABEL, _truncate, r"labels/train/001.png: cannot be read, damaged or cut short"),
+        (LABEL, _truncate, r"labels/train/001.png: cannot be read because it is damaged or cut short"),
         (LABEL, lambda p: _as(p, "JPEG", "L"), r"labels/train/001.png: is a JPEG file despite its name"),
         (
             LABEL,
             lambda p: _as(p, "PNG"),
-            r"001.png: is an RGB picture whose red, green and blue are equal; .* gray PNG",
+            r"001.png: is an RGB image whose red, green and blue are equal, .* gray PNG",
         ),
         (
             LABEL,
             lambda p: fakes.write_image(p, 255 - fakes.pair("train", 1)[0]),
-            r"001.png: is an RGB picture: labels drawn",
+            r"001.png: is an RGB image, but a label has one channel",
         ),
-        (LABEL, lambda p: shutil.copy(p.parents[2] / IMAGE, p), r"labels/train/001.png: is the same file as its image"),
-        (LABEL, lambda p: _turn(p, 3), r"labels/train/001.png: has an EXIF orientation of 3, but labels are read as they are"),
-        (LABEL, lambda p: _as(p, "PNG", "RGBA"), r"labels/train/001.png: is an RGBA picture"),
-        (LABEL, lambda p: _as(p, "PNG", "I;16"), r"labels/train/001.png: has pixels of kind 'I;16B'; expected an 8-bit"),
-        (LABEL, lambda p: _as(p, "PNG", "1"), r"labels/train/001.png: has pixels of kind '1'; expected an 8-bit"),
+        (LABEL, lambda p: shutil.copy(p.parents[2] / IMAGE, p), r"labels/train/001.png: is a copy of its image"),
+        (LABEL, lambda p: _turn(p, 3), r"labels/train/001.png: has EXIF orientation 3, but labels are read without turning"),
+        (LABEL, lambda p: _as(p, "PNG", "RGBA"), r"labels/train/001.png: is an RGBA image"),
+        (LABEL, lambda p: _as(p, "PNG", "I;16"), r"labels/train/001.png: has pixel format 'I;16B'; convert it to an 8-bit"),
+        (LABEL, lambda p: _as(p, "PNG", "1"), r"labels/train/001.png: has pixel format '1'; convert it to an 8-bit"),
         (LABEL, lambda p: fakes.write_image(p, np.zeros((40, 47), np.uint8)), r"001.png: is 47x40, but its image .* is 48x40"),
         (LABEL, lambda p: _set_label(p, 4), r"labels/train/001.png: label value 4 at 1 pixels.*0..3 .*count from 1"),
         (LABEL, lambda p: _set_label(p, 33, 26, 26), r"labels/train/001.png: label value 26 at 2 pixels.*raw ids"),
     ],
 )
-def test_wrong_files_are_named(tmp_path, file, spoil, message):
+def test_wrong_files_are_named(tmp_path, file, damage, message):
     root = fakes.write_folder(tmp_path, {"train": 3})
-    spoil(root / file)
+    damage(root / file)
     with pytest.raises(UserError, match=message) as error:
         open_folder(root)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["16 bits", "4 bits", "RGB"])
-def test_a_label_that_has_changed_since_the_check_is_not_taken_for_another(tmp_path, kind):
-    """As by a converter still at work: of 16 bits, TensorFlow would read the upper 8, and of 4 multiples of 17."""
+def test_a_label_whose_format_changes_after_the_check_is_an_error(tmp_path, kind):
+    """TensorFlow would silently read the upper 8 of 16 bits, and multiples of 17 for 4 bits."""
     path = fakes.write_folder(tmp_path, {"train": 1}) / "labels/train/000.png"
     source = open_folder(tmp_path)
     label = fakes.pair("train", 0)[1] % 4
@@ -170,23 +174,23 @@ def test_a_label_that_has_changed_since_the_check_is_not_taken_for_another(tmp_p
         path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(coded))
     else:
         fakes.write_image(path, label.astype(np.uint16) if kind == "16 bits" else np.repeat(label[..., None], 3, axis=2))
-    said = {"16 bits": "has pixels of kind 'I;16B'", "4 bits": "has pixels of kind 'L;4'", "RGB": "is an RGB picture"}[kind]
-    with pytest.raises(UserError, match=rf"labels/train/000.png: {said}"):
+    message = {"16 bits": "has pixel format 'I;16B'", "4 bits": "has pixel format 'L;4'", "RGB": "is an RGB image"}[kind]
+    with pytest.raises(UserError, match=rf"labels/train/000.png: {message}"):
         source.read(0)
 
 
 @pytest.mark.parametrize("palette", [False, True])
 @pytest.mark.parametrize("kind", ["images", "labels"])
-def test_pixels_that_end_early_are_seen_before_training(tmp_path, kind, palette):
+def test_missing_pixels_are_found_before_training(tmp_path, kind, palette):
     root = fakes.write_folder(tmp_path, {"train": 3})
     path = root / kind / "train/001.png"
     if palette:
         picture = Image.open(path).quantize(4)
         picture.save(path)
     whole = path.read_bytes()
-    for spoil in (fakes.cut_pixels, lambda path: path.write_bytes(whole[:-12])):  # the last chunk, IEND
-        spoil(path)
-        with pytest.raises(UserError, match=rf"{kind}/train/001.png: cannot be read, damaged or cut short"):
+    for damage in (fakes.cut_pixels, lambda path: path.write_bytes(whole[:-12])):  # the last chunk, IEND
+        damage(path)
+        with pytest.raises(UserError, match=rf"{kind}/train/001.png: cannot be read because it is damaged or cut short"):
             open_folder(root)
         dataset = recipe(root=str(root), on_error="skip")
         assert sources.open_source(dataset, "train").names == ["000", "002"]
@@ -199,11 +203,11 @@ def test_wrong_values_in_a_palette_label(tmp_path):
         open_folder(root)
 
 
-def test_the_first_of_many_wrong_pairs(tmp_path):
+def test_the_first_of_many_wrong_pairs_is_named(tmp_path):
     root = fakes.write_folder(tmp_path, {"train": 9})
     for index in (7, 2, 5):
         fakes.write_image(root / f"labels/train/{index:03d}.png", np.full((40, 48), 9, np.uint8))
-    with pytest.raises(UserError, match=r"labels/train/002.png: .* \(2 more pairs are wrong, too\)"):
+    with pytest.raises(UserError, match=r"labels/train/002.png: .* \(and 2 more wrong pairs\)"):
         open_folder(root)
 
 
@@ -220,8 +224,8 @@ def test_a_large_folder_is_sampled_but_every_header_is_read(tmp_path, monkeypatc
         open_folder(root)
 
 
-def test_a_sample_is_drawn_from_a_large_folder_not_every_so_many(tmp_path, monkeypatch):
-    """Wrong labels that come in turn with others, as where several sources were merged, do not slip through together."""
+def test_a_large_folder_is_sampled_at_random(tmp_path, monkeypatch):
+    """Evenly spaced samples could miss all wrong labels if they alternate with right ones, as in merged datasets."""
     monkeypatch.setattr(screening, "CHECK_ALL", 5)
     monkeypatch.setattr(screening, "CHECK_SOME", 4)
     for right in range(3):
@@ -240,7 +244,7 @@ def test_missing_directories(tmp_path):
     with pytest.raises(UserError, match=r"images/val: no such directory"):
         open_folder(root, "val")
     (root / "images/val").mkdir()
-    with pytest.raises(UserError, match=r"images/val: holds no .jpg, .jpeg, .png files"):
+    with pytest.raises(UserError, match=r"images/val: contains no .jpg, .jpeg, .png files"):
         open_folder(root, "val")
 
 
@@ -267,7 +271,7 @@ def test_scenes_unknown_split():
 
 
 class FakePairs(tfds.core.GeneratorBasedBuilder):
-    """`fakes.pair`s, with another feature beside the image for each config."""
+    """The fake pairs as a TFDS dataset, with a config for each name or type of the label feature."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = tuple(tfds.core.BuilderConfig(name=name) for name in ("label", "mask", "class"))
@@ -291,7 +295,7 @@ class FakePairs(tfds.core.GeneratorBasedBuilder):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Returns a data_dir with fake_pairs/label in array_record files."""
+    """Returns a data_dir with fake_pairs/label as array_record files."""
     root = tmp_path_factory.mktemp("tfds")
     tfds.builder("fake_pairs/label", data_dir=root, file_format="array_record").download_and_prepare()
     return str(root)
@@ -335,22 +339,22 @@ def test_tfds_label_out_of_range_is_named(prepared):
         source.read(1)
 
 
-def test_tfds_refusals(prepared, tmp_path):
+def test_tfds_errors(prepared, tmp_path):
     def message(*arguments, split="train"):
         with pytest.raises(UserError) as error:
             sources.open_source(tfds_recipe(*arguments), split)
         return str(error.value)
 
     assert "TFDS knows no dataset of this name" in message(prepared, "no_such_set")
-    assert "no split 'val', expected one of train" in message(prepared, split="val")
+    assert "no split 'val'; expected one of train" in message(prepared, split="val")
     assert "not prepared; run `tfds build fake_pairs/mask --file_format=array_record --data_dir=" in message(
         prepared, "fake_pairs/mask"
     )
     tfds.builder("fake_pairs/label", data_dir=tmp_path).download_and_prepare()
-    assert "its files are tfrecord, which cannot be read in any order" in message(str(tmp_path))
+    assert "is stored as tfrecord, which cannot be read in random order" in message(str(tmp_path))
     for kind, features in (("mask", "image, mask"), ("class", "image, label")):
         tfds.builder(f"fake_pairs/{kind}", data_dir=tmp_path, file_format="array_record").download_and_prepare()
-        assert f"has features {features}, expected image uint8" in message(str(tmp_path), f"fake_pairs/{kind}")
+        assert f"has features {features}; expected image uint8" in message(str(tmp_path), f"fake_pairs/{kind}")
 
 
 def test_a_damaged_tfds_record_is_named(tmp_path):
@@ -370,7 +374,7 @@ def test_a_damaged_tfds_record_is_named(tmp_path):
 
 
 def turned_folder(root, tag, label_turned, size=(40, 48)):
-    """Writes a folder whose second image is stored so that orientation `tag` turns it upright; returns it upright."""
+    """Writes a folder whose second image has orientation `tag`, and returns that image upright."""
     fakes.write_folder(root, {"train": 3}, size)
     image, label = fakes.pair("train", 1, size)
     exif = Image.Exif()
@@ -393,13 +397,13 @@ def test_training_turns_an_image_as_prediction_does(tmp_path, tag, caplog):
     assert_loads(source, 1, upright, label)
     assert_loads(source, 2, *fakes.pair("train", 2))
     np.testing.assert_array_equal(image_files.read(tmp_path / "images/train/001.png"), upright)
-    assert_loads(open_folder(tmp_path), 1, upright, label)  # as the stamp has it
+    assert_loads(open_folder(tmp_path), 1, upright, label)  # with the cached orientation
     assert_loads(sources.open_source(recipe(root=str(tmp_path)), "train", check=False), 1, upright, label)
 
 
 def test_a_label_that_was_not_turned_with_its_image(tmp_path):
     turned_folder(tmp_path, 6, label_turned=False)
-    with pytest.raises(UserError, match=r"001.png: is 48x40, but its image .*001.png is 40x48 once .* orientation 6 .*; turn"):
+    with pytest.raises(UserError, match=r"001.png: is 48x40, but its image .*001.png is 40x48 after .* orientation 6; turn"):
         open_folder(tmp_path)
 
 

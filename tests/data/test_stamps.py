@@ -1,4 +1,4 @@
-"""Results are computed once for the same files, by one of those that ask, and never used for others."""
+"""Results are computed by one caller, and cached until a file changes."""
 
 import concurrent.futures
 import logging
@@ -14,7 +14,7 @@ from pspnet_jax.errors import UserError
 
 
 class Work:
-    """Counts how often it is done."""
+    """Counts how often it is called."""
 
     def __init__(self):
         self.times = 0
@@ -33,26 +33,26 @@ def file(tmp_path):
 
 
 def ask(tmp_path, file, work, also="", cache_dir="cache"):
-    assert stamps.once(str(tmp_path / cache_dir), "work", [str(file)], also, work) == b"result"
+    assert stamps.compute_once(str(tmp_path / cache_dir), "work", [str(file)], also, work) == b"result"
     return work.times
 
 
-def test_one_of_many_does_the_work(tmp_path, file):
+def test_concurrent_callers_compute_once(tmp_path, file):
     work = Work()
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: ask(tmp_path, file, work), range(8)))
     assert work.times == 1
 
 
-def test_what_the_result_depends_on(tmp_path, file):
+def test_the_result_depends_on_the_arguments_and_the_paths(tmp_path, file):
     work = Work()
     assert [ask(tmp_path, file, work, also) for also in (("a", 1), ("a", 2), ("a", 1))] == [1, 2, 2]
     os.rename(file, tmp_path / "other")
     assert ask(tmp_path, tmp_path / "other", work, ("a", 1)) == 3
-    assert ask(tmp_path, file, work, ("a", 1)) == 4  # it is missing now
+    assert ask(tmp_path, file, work, ("a", 1)) == 4  # the file is missing now
 
 
-def test_a_changed_file_is_noticed_whatever_its_size_and_time_say(tmp_path, file):
+def test_a_changed_file_of_the_same_size_and_mtime_is_noticed(tmp_path, file):
     work, before = Work(), file.stat()
     assert ask(tmp_path, file, work) == 1
     file.write_bytes(b"CONTENTS")
@@ -65,8 +65,8 @@ def test_a_changed_file_is_noticed_whatever_its_size_and_time_say(tmp_path, file
     assert ask(tmp_path, file, work) == 3
 
 
-def test_a_file_that_has_just_been_written_may_change_again(tmp_path, file, monkeypatch):
-    monkeypatch.setattr(stamps, "SETTLED", 60)
+def test_results_of_a_file_that_was_just_written_are_not_cached(tmp_path, file, monkeypatch):
+    monkeypatch.setattr(stamps, "MIN_AGE", 60)
     work = Work()
     assert [ask(tmp_path, file, work) for _ in range(2)] == [1, 2]
     monkeypatch.setattr(stamps.time, "time_ns", lambda: file.stat().st_ctime_ns + 61 * 10**9)
@@ -74,15 +74,15 @@ def test_a_file_that_has_just_been_written_may_change_again(tmp_path, file, monk
 
 
 @pytest.mark.parametrize("contents", [b"", b"x", None])
-def test_a_damaged_stamp_does_not_count(tmp_path, file, contents):
+def test_a_damaged_result_is_computed_again(tmp_path, file, contents):
     work = Work()
     ask(tmp_path, file, work)
-    (stamp,) = (tmp_path / "cache").glob("work_*[!k]")
-    stamp.write_bytes(stamp.read_bytes()[:-1] if contents is None else contents)
+    (cached,) = (tmp_path / "cache").glob("work_*[!k]")
+    cached.write_bytes(cached.read_bytes()[:-1] if contents is None else contents)
     assert [ask(tmp_path, file, work) for _ in range(2)] == [2, 2]
 
 
-def test_without_a_directory_the_work_is_done_each_time(tmp_path, file, caplog):
+def test_without_a_writable_directory_results_are_computed_each_time(tmp_path, file, caplog):
     (tmp_path / "taken").write_text("")
     work = Work()
     with caplog.at_level(logging.WARNING, "pspnet_jax"):
@@ -90,7 +90,7 @@ def test_without_a_directory_the_work_is_done_each_time(tmp_path, file, caplog):
     assert "cannot write to" in caplog.text
 
 
-def test_a_full_disk_and_a_file_system_without_locks_are_survived(tmp_path, file, monkeypatch):
+def test_a_full_disk_and_a_file_system_without_locks_are_no_errors(tmp_path, file, monkeypatch):
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
@@ -100,31 +100,31 @@ def test_a_full_disk_and_a_file_system_without_locks_are_survived(tmp_path, file
     assert [ask(tmp_path, file, work, "full") for work in [Work()] for _ in range(2)] == [1, 2]
 
 
-def test_what_depends_on_no_file_is_not_kept(tmp_path):
+def test_a_result_that_depends_on_no_file_is_not_cached(tmp_path):
     work = Work()
     for _ in range(2):
-        stamps.once(str(tmp_path), "work", [], "", work)
+        stamps.compute_once(str(tmp_path), "work", [], "", work)
     assert work.times == 2
 
 
 def test_a_lock_ends_with_its_process(tmp_path, file):
-    """However it ends: the first is killed in the middle of the work."""
+    """Even if the process is killed while it computes."""
     code = f"""
 import os
 from pspnet_jax.data import stamps
-stamps.SETTLED = 0
-stamps.once({str(tmp_path / "cache")!r}, "work", [{str(file)!r}], "", lambda: os.kill(os.getpid(), 9))
+stamps.MIN_AGE = 0
+stamps.compute_once({str(tmp_path / "cache")!r}, "work", [{str(file)!r}], "", lambda: os.kill(os.getpid(), 9))
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     assert ask(tmp_path, file, Work()) == 1
 
 
-def test_another_users_default_directory_is_left_alone(tmp_path, monkeypatch):
+def test_another_users_default_directory_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr(stamps.tempfile, "tempdir", str(tmp_path))
     assert stamps.directory("") == tmp_path / "pspnet_jax"
     monkeypatch.setattr(stamps.os, "getuid", lambda: 4711)
     assert stamps.directory("") == tmp_path / "pspnet_jax_4711"
-    assert stamps.directory(str(tmp_path / "pspnet_jax")) == tmp_path / "pspnet_jax"  # who names it, means it
+    assert stamps.directory(str(tmp_path / "pspnet_jax")) == tmp_path / "pspnet_jax"  # an explicit path is used as it is
 
 
 def test_without_any_temporary_directory(tmp_path, monkeypatch):
@@ -132,7 +132,7 @@ def test_without_any_temporary_directory(tmp_path, monkeypatch):
         raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
 
     monkeypatch.setattr(stamps.tempfile, "gettempdir", nowhere)
-    with pytest.raises(UserError, match=r"dataset.cache_dir='': cannot write to the directory for temporary files, TMPDIR"):
+    with pytest.raises(UserError, match=r"dataset.cache_dir='': cannot write to the directory for temporary files \(TMPDIR\)"):
         stamps.directory("")
 
 

@@ -1,4 +1,4 @@
-"""A survey counts what is there, and lists what is wrong."""
+"""A survey counts sizes and classes, and lists problems."""
 
 import io
 import os
@@ -31,7 +31,7 @@ def test_counts_of_pixels_images_and_sizes(tmp_path):
     assert found.table(INFO).row_count == 2
 
 
-def test_names_with_brackets_stand_in_the_table(tmp_path):
+def test_names_with_brackets_are_printed_in_the_table(tmp_path):
     info = DatasetInfo("two", ("sky [far]", "sea [/b]"), ((1, 2, 3), (4, 5, 6)))
     found = survey.survey(recipe(root=str(fakes.write_folder(tmp_path, {"train": 1}, num_classes=2))), "train", 2)
     console = Console(file=io.StringIO(), record=True)
@@ -47,11 +47,11 @@ def test_problems_of_files_and_counts_are_listed(tmp_path):
     assert found.usable == [0, 2]
     assert len(found.problems) == 2
     assert "ADE_train_00000002.jpg: cannot be read" in found.problems[0]
-    assert found.problems[1] == "ade20k training has 20,210 images officially, here 3"
+    assert found.problems[1] == "ade20k training officially has 20,210 images, but 3 were found"
 
 
 @pytest.mark.parametrize(("count", "expected"), [(3, [0, 2, 5]), (9, [0, 1, 2, 3, 4, 5])])
-def test_samples_are_spread_evenly(tmp_path, count, expected):
+def test_samples_are_evenly_spaced(tmp_path, count, expected):
     root = fakes.write_folder(tmp_path, {"train": 6})
     dataset = recipe(root=str(root))
     found = survey.samples(dataset, survey.survey(dataset, "train", 4), count)
@@ -63,7 +63,7 @@ def test_samples_are_spread_evenly(tmp_path, count, expected):
 
 
 def test_every_wrong_file_is_listed_even_if_most_are(tmp_path):
-    """Among them one that only its decoder knows to be damaged: a PNG whose checksums are right and whose pixels are not."""
+    """This includes a PNG with valid checksums and damaged pixels, which only a decoder finds."""
     root = fakes.write_folder(tmp_path, {"train": 5})
     for index in (0, 1):
         fakes.write_image(root / f"labels/train/{index:03d}.png", np.full((40, 48), 7, np.uint8))
@@ -77,14 +77,19 @@ def test_every_wrong_file_is_listed_even_if_most_are(tmp_path):
     dataset = recipe(root=str(root))
     found = survey.survey(dataset, "train", 4)
     assert found.usable == [4]
-    words = ("000.png: label value 7", "001.png: label value 7", "002.png: cannot be read", "003.png: cannot be read, damaged")
+    words = (
+        "000.png: label value 7",
+        "001.png: label value 7",
+        "002.png: cannot be read",
+        "003.png: cannot be read because it is damaged",
+    )
     for sentence, expected in zip(found.problems, words, strict=True):
         assert re.search(expected, sentence)
     assert [example["name"] for example in survey.samples(dataset, found, 3)] == ["004"]
 
 
 class Fakes(sources.Files):
-    """The fakes; of label i only the classes up to i are left, and the reads are counted."""
+    """Reads the fake examples, keeps only the classes up to i in label i, and counts the reads."""
 
     def __init__(self, dataset):
         opened = sources.open_source(dataset, "train")
@@ -118,7 +123,7 @@ def test_classes_are_counted_once_for_the_same_files(dataset, tmp_path):
 
 
 def test_frequencies_of_classes(dataset, tmp_path):
-    """2 x 3 pixels: 0 0 1 / 1 1 255 and 0 2 2 / 2 2 2; and in the mixture 1 1 1 / 1 1 1."""
+    """Labels of 2 x 3 pixels: 0 0 1 / 1 1 255 and 0 2 2 / 2 2 2; and 1 1 1 / 1 1 1 in the mixture."""
     config, root = base_config(), tmp_path / "tiny"
     for index, rows in enumerate(([[0, 0, 1], [1, 1, 255]], [[0, 2, 2], [2, 2, 2]])):
         fakes.write_image(root / f"images/train/{index}.png", np.zeros((2, 3, 3), np.uint8))

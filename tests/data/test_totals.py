@@ -1,4 +1,4 @@
-"""Labels from which nothing can be learned are refused, with the cause where the values tell it; missing classes are named."""
+"""Labels from which nothing can be learned are an error that names the likely cause; missing classes are a warning."""
 
 import logging
 import re
@@ -15,7 +15,7 @@ NAMES = ("ground", "cell", "wall", "tree")
 
 
 def write(root, labels, split="train", names=NAMES, size=(8, 9)):
-    """Writes one image for each tuple of values, which its label holds in turn."""
+    """Writes one image for each tuple of values, which repeat over the pixels of its label."""
     for index, values in enumerate(labels):
         fakes.write_image(root / f"images/{split}/{index}.png", np.full((*size, 3), index, np.uint8))
         fakes.write_image(root / f"labels/{split}/{index}.png", np.resize(np.array(values, np.uint8), size))
@@ -29,21 +29,21 @@ NOTHING = {
     "masks": (
         [(0, 255), (0,)],
         ("ground", "cell"),
-        r"train, 2 labels looked at: they hold only 0 and 255, .* 255 into 1 if it is 'cell'",
+        r"train, 2 labels checked: the only values are 0 and 255, .* 255 to 1 if it means 'cell'",
     ),
-    "ignored": ([(255,), (255,)], NAMES, r"train, 2 labels looked at: every pixel is 255, which is ignored"),
+    "ignored": ([(255,), (255,)], NAMES, r"train, 2 labels checked: every pixel is 255, which is ignored"),
     "alone": (
         [(1,), (1, 255)],
         NAMES,
-        r"train, 2 labels looked at: 'cell' \(1\) is the only class of 4 that occurs; 25% of the pixels are",
+        r"train, 2 labels checked: 'cell' \(1\) is the only one of 4 classes that occurs, .* 25% of the pixels are",
     ),
-    "alone, of two": ([(0,), (0,)], NAMES[:2], r"'ground' \(0\) is the only class of 2 that occurs; 0% of the pixels"),
+    "alone, of two": ([(0,), (0,)], NAMES[:2], r"'ground' \(0\) is the only one of 2 classes that occurs, .* 0% of the pixels"),
 }
 
 
 @pytest.mark.parametrize("name", NOTHING)
 def test_nothing_to_learn(tmp_path, name):
-    """Training and the survey of --mode check say the same."""
+    """Training and the survey of --mode check report the same."""
     labels, names, sentence = NOTHING[name]
     config = write(tmp_path, labels, names=names)
     with pytest.raises(UserError, match=sentence):
@@ -52,48 +52,48 @@ def test_nothing_to_learn(tmp_path, name):
     assert re.search(sentence, problem)
 
 
-def test_one_class_alone_can_be_scored_by_but_masks_and_void_cannot(tmp_path):
+def test_a_single_class_can_be_evaluated_but_masks_of_255_and_void_cannot(tmp_path):
     config = write(tmp_path, [(1,), (1, 255)], "val")
     assert len(sources.open_source(config.dataset, "val")) == 2
     for number, labels in enumerate(([(0, 255)], [(255,)])):
         config = write(tmp_path / str(number), labels, "val", NAMES[:2])
-        with pytest.raises(UserError, match=r"val, 1 labels looked at: "):
+        with pytest.raises(UserError, match=r"val, 1 labels checked: "):
             sources.open_source(config.dataset, "val")
 
 
-def test_the_parts_of_a_mixture_are_judged_together(tmp_path):
+def test_the_parts_of_a_mixture_are_counted_together(tmp_path):
     write(tmp_path / "other", [(0,), (0,)])
     config = write(tmp_path, [(1,)])
     config.dataset.mixture = (("folder", str(tmp_path / "other"), "train", 1.0),)
     pipeline.open_training(config)
     config.dataset.mixture = (("folder", str(tmp_path), "train", 1.0),)
-    with pytest.raises(UserError, match=r"train and .*train, 2 labels looked at: 'cell' \(1\) is the only class"):
+    with pytest.raises(UserError, match=r"train and .*train, 2 labels checked: 'cell' \(1\) is the only one of"):
         pipeline.open_training(config)
 
 
 @pytest.mark.parametrize(
-    ("labels", "said"),
+    ("labels", "warning"),
     [
         (
             [(0, 1), (3, 255)],
-            "train, 2 labels looked at: no pixel of 'wall' (2); 25.0% of the pixels are 255, which is ignored",
+            "train, 2 labels checked: no pixel has class 'wall' (2); 25.0% of the pixels are 255, which is ignored",
         ),
-        ([(0, 1)], "train, 1 labels looked at: no pixel of 'wall' (2), 'tree' (3)"),
+        ([(0, 1)], "train, 1 labels checked: no pixel has class 'wall' (2), 'tree' (3)"),
         (
             [(1, 3), (3,)],
-            "train, 2 labels looked at: no pixel of 'ground' (0), 'wall' (2); if the labels count from 1, subtract 1",
+            "train, 2 labels checked: no pixel has class 'ground' (0), 'wall' (2); if the labels count from 1, subtract 1",
         ),
-        ([(1, 2), (3,)], "train, 2 labels looked at: no pixel of 'ground' (0); if the labels count from 1, subtract 1"),
+        ([(1, 2), (3,)], "train, 2 labels checked: no pixel has class 'ground' (0); if the labels count from 1, subtract 1"),
         ([(0, 1, 2, 3)], ""),
     ],
 )
-def test_a_class_without_a_pixel_is_named(tmp_path, caplog, labels, said):
+def test_a_class_without_a_pixel_is_named(tmp_path, caplog, labels, warning):
     config = write(tmp_path, labels)
     for look in (pipeline.open_training, lambda config: survey.survey(config.dataset, "train", 4)):
         caplog.clear()
         with caplog.at_level(logging.WARNING, "pspnet_jax"):
             look(config)
-        assert [record.message.removeprefix(f"{tmp_path}, ") for record in caplog.records] == [said] * bool(said)
+        assert [record.message.removeprefix(f"{tmp_path}, ") for record in caplog.records] == [warning] * bool(warning)
 
 
 def test_raw_values_are_counted_as_classes(tmp_path):
@@ -103,23 +103,23 @@ def test_raw_values_are_counted_as_classes(tmp_path):
     labels = [fakes.pair("train", index, num_classes=19)[1] for index in range(2)]
     totals = sources.open_source(dataset, "train").totals
     np.testing.assert_array_equal(totals.values, np.bincount(np.ravel(labels), minlength=256))
-    assert (totals.labels, totals.of) == (2, 2)
+    assert (totals.counted, totals.total) == (2, 2)
 
 
-def test_a_large_folder_is_sampled_unless_the_sample_is_hopeless(tmp_path, monkeypatch, caplog):
-    """Two of six are looked at; where both hold one class, all are, before anything is refused."""
+def test_a_large_folder_is_counted_completely_if_the_sample_has_one_class(tmp_path, monkeypatch, caplog):
+    """Two of six labels are sampled; if both contain only one class, all are counted before an error is raised."""
     monkeypatch.setattr(screening, "CHECK_ALL", 5)
     monkeypatch.setattr(screening, "CHECK_SOME", 2)
     config = write(tmp_path / "a", [(0, 1)] * 6)
     with caplog.at_level(logging.WARNING, "pspnet_jax"):
         pipeline.open_training(config)
-    assert "train, 2 of 6 labels looked at: no pixel of 'wall' (2), 'tree' (3)" in caplog.text
+    assert "train, 2 of 6 labels checked: no pixel has class 'wall' (2), 'tree' (3)" in caplog.text
     pipeline.open_training(write(tmp_path / "b", [(0,), (0,), (0, 2), (0,), (0,), (0,)]))
-    with pytest.raises(UserError, match=r"train, 6 labels looked at: 'ground' \(0\) is the only class"):
+    with pytest.raises(UserError, match=r"train, 6 labels checked: 'ground' \(0\) is the only one of"):
         pipeline.open_training(write(tmp_path / "c", [(0,)] * 6))
 
 
-class Own(sources.Source):
+class Constant(sources.Source):
     num_classes = 4
 
     def __init__(self, count, value):
@@ -129,16 +129,16 @@ class Own(sources.Source):
         return np.zeros((4, 4, 3), np.uint8), np.full((4, 4), self.value, np.uint8)
 
 
-def test_a_reader_of_ones_own_is_sampled(tmp_path, caplog):
+def test_a_custom_source_is_sampled(tmp_path, caplog):
     config = write(tmp_path, [(0, 1)])
-    with pytest.raises(UserError, match=r"00 to 11, 12 labels looked at: every pixel is 255"):
-        pipeline.open_training(config, source=Own(12, 255))
+    with pytest.raises(UserError, match=r"00 to 11, 12 labels checked: every pixel is 255"):
+        pipeline.open_training(config, source=Constant(12, 255))
     with caplog.at_level(logging.WARNING, "pspnet_jax"):
-        pipeline.open_training(config, source=Own(50, 2))
-    assert "00 to 49, 16 of 50 labels looked at: 'wall' (2) is the only class of 4 that occurs" in caplog.text
+        pipeline.open_training(config, source=Constant(50, 2))
+    assert "00 to 49, 16 of 50 labels checked: 'wall' (2) is the only one of 4 classes that occurs" in caplog.text
 
 
-def test_the_fingerprint_tells_names_and_sizes(tmp_path):
+def test_the_fingerprint_changes_with_names_and_sizes(tmp_path):
     config = write(tmp_path, [(0, 1), (2, 3)])
     first = pipeline.open_training(config).fingerprint
     assert first == pipeline.open_training(config).fingerprint != ""
@@ -155,4 +155,4 @@ def test_the_fingerprint_tells_names_and_sizes(tmp_path):
     for kind in ("images", "labels"):
         (tmp_path / kind / "train/1.png").rename(tmp_path / kind / "train/2.png")
     assert changed() != first
-    assert pipeline.open_training(config, source=Own(50, 2)).fingerprint == ""
+    assert pipeline.open_training(config, source=Constant(50, 2)).fingerprint == ""
