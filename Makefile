@@ -1,14 +1,19 @@
-# make quickstart | make test | make lint: each makes .venv first, with the newest of python3.13, python3.12 and python3.11 that
+# make quickstart | test | test-fast | lint: each makes .venv first, with the newest of python3.13, python3.12 and python3.11 that
 # runs here. PYTHON=... chooses the interpreter, 3.11 to 3.13; if it is another version than that of .venv, .venv is made anew.
 BIN := .venv/bin
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test test-fast lint
 
 quickstart: .venv/runtime
 	$(BIN)/python -m pspnet_jax.main --config configs/quickstart.py
 
+WORKERS := -n logical --maxprocesses 4 --dist loadfile
+
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
+
+test-fast: .venv/dev
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ from pspnet_jax.data import checks, stamps
 from pspnet_jax.data.layouts import Pair
 from pspnet_jax.data.palettes import Palettes, ValueColors
 from pspnet_jax.data.totals import Totals
+from pspnet_jax.datasets import IGNORE
 from pspnet_jax.errors import UserError
 from pspnet_jax.progress import progress
 
@@ -183,7 +184,7 @@ def _check_pairs(
     pairs: list[Pair], check: Callable[[int], checks.CheckedPair | Problem], palettes: Palettes, split: str
 ) -> bytes:
     """Checks all pairs, and returns fields of `Findings` as JSON."""
-    problems, orientations, values, looked_at = [], {}, np.zeros(256, np.int64), 0
+    problems, orientations, values, looked_at, empty = [], {}, np.zeros(256, np.int64), 0, list[str]()
     with concurrent.futures.ThreadPoolExecutor(32) as pool, progress(f"checking {split}", len(pairs)) as advance:
         for index, found in enumerate(pool.map(check, range(len(pairs)))):
             advance(1)
@@ -195,6 +196,10 @@ def _check_pairs(
             if found.values is not None:
                 looked_at, values = looked_at + 1, values + found.values
                 palettes.add(pairs[index].label, found.values, found.palette)
+                empty += [] if found.values[:IGNORE].any() else [pairs[index].label]
+    remarks = palettes.remarks
+    if empty:
+        remarks.append(f"{len(empty)} of {looked_at} labels have no labeled pixel (all are {IGNORE}), the first is {empty[0]}")
     return json.dumps(
         {
             "problems": problems,
@@ -202,7 +207,7 @@ def _check_pairs(
             "looked_at": looked_at,
             "values": values.tolist(),
             "contradiction": palettes.contradiction,
-            "remarks": palettes.remarks,
+            "remarks": remarks,
             "seen": palettes.seen,
         }
     ).encode()
