@@ -47,7 +47,7 @@ def test_pictures_are_drawn_neither_over_the_users_nor_among_the_data(tmp_path, 
     before = (tmp_path / "mine/train_images.png").read_bytes()
     status, said = check(f"--output={tmp_path}/mine")
     assert (status, (tmp_path / "mine/train_images.png").read_bytes()) == (1, before)
-    assert "mine/train_images.png: is there already, and this program did not draw it; choose another --output" in said
+    assert "mine/train_images.png: already exists and was not written by this program; choose another --output" in said
     status, said = check(f"--output={tmp_path}/data/labels/train/check")
     assert status == 1
     assert "labels/train/check: lies among the images and labels in " in said
