@@ -15,7 +15,7 @@ MAX_LISTED = 5  # files named in a warning
 
 
 def find_images(source: epath.PathLike, flat: bool = False, output: epath.PathLike = "") -> dict[str, epath.Path]:
-    """Returns one image, or all images in a folder and its subfolders in sorted order, by the names of their results.
+    """Returns one image, or all images in a folder and its subfolders in sorted order, keyed by the names of their results.
 
     Logs a warning about the files it skips: those that are hidden or have no image extension.
 

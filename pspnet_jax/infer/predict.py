@@ -55,7 +55,7 @@ def predict(
     Args:
       predictor: predicts the classes of `info`.
       variables: weights, see `Predictor.place`.
-      images: files by the names of their results, see `inputs.find_images`.
+      images: files keyed by the names of their results, see `inputs.find_images`.
       output: a folder, created if missing.
       info: the classes.
       form: "cityscapes", "ade20k" or "voc" for a submission to that benchmark's server.
