@@ -290,7 +290,7 @@ def _by_size(predictor: Predictor, source: Any) -> Any:
     from pspnet_jax.data.by_size import BySize
 
     ordered = BySize(source)
-    predictor.announce(ordered.sizes)
+    predictor.log_compilations(ordered.sizes)
     return ordered
 
 

@@ -1,7 +1,7 @@
-"""Losses of segmentation over the labeled pixels, and what a loss has to return to be trained by `fit`.
+"""Segmentation losses over labeled pixels, and the interface of a loss for `fit`.
 
-A loss is a function (outputs, batch, step) -> (terms, metrics) of what the model returns in training, the batch, and the step
-int32[]. Each term is a mean, given as a sum and a weight that add up over the parts of a batch; the loss is the sum of
+A loss is a function (outputs, batch, step) -> (terms, metrics) of the model's outputs in training, the batch and the step
+int32[]. Each term is a mean, given as a sum and a weight that can be added up over the parts of a batch. The loss is the sum of
 `scale * sum / weight` over the terms, with sums and weights of the whole batch. Metrics are clu.metrics.Metric objects.
 """
 
@@ -23,14 +23,14 @@ Batch = dict[str, jax.Array]
 
 
 class Term(NamedTuple):
-    """A weighted mean in two parts, f32[] each; a mean of weight 0 counts as 0."""
+    """A weighted mean, stored as a sum f32[] and a weight f32[]; if the weight is 0, so is the mean."""
 
     sum: jax.Array
     weight: jax.Array
     scale: jax.Array | float = 1.0
 
     def mean(self, weight: jax.Array) -> jax.Array:
-        """The sum divided by the weight of the whole batch, without the scale."""
+        """Returns the sum divided by the whole batch's `weight`, without the scale."""
         return self.sum / jnp.where(weight > 0, weight, 1)
 
 
@@ -38,12 +38,12 @@ Loss = Callable[[Any, Batch, jax.Array], tuple[dict[str, Term], dict[str, Metric
 
 
 def build(loss: ConfigDict, total_steps: int) -> Loss:
-    """The loss of `config.loss`, for models that return (logits, auxiliary logits or None) and batches with a "label".
+    """Builds the loss of `config.loss`, for models that return (logits, auxiliary logits or None) and batches with a "label".
 
-    Its terms are named by their kinds, such as "cross_entropy" and "auxiliary_cross_entropy"; its metric is "mean_iou".
+    Its terms are named after their kinds, such as "cross_entropy" and "auxiliary_cross_entropy"; its metric is "mean_iou".
 
     Raises:
-      UserError: loss.terms has an unknown kind.
+      UserError: lists every field with an invalid value.
     """
     if wrong := problems(loss):
         raise UserError("\n".join(wrong))
@@ -63,7 +63,7 @@ def build(loss: ConfigDict, total_steps: int) -> Loss:
 
 
 def problems(loss: ConfigDict) -> list[str]:
-    """What is impossible in `config.loss` by itself, one sentence per field; empty when all is well."""
+    """Returns one sentence per field of `config.loss` whose value is invalid in itself."""
     found = []
     if unknown := [kind for kind in loss.terms.split("+") if kind not in LOSSES]:
         choices = f"one of {', '.join(LOSSES)}, or several in the form 'cross_entropy+dice'"
@@ -73,7 +73,7 @@ def problems(loss: ConfigDict) -> list[str]:
     return found
 
 
-SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {  # of the auxiliary loss's weight
+SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {  # for the weight of the auxiliary loss
     "constant": lambda weight, total_steps: optax.constant_schedule(weight),
     "linear": lambda weight, total_steps: optax.linear_schedule(weight, 0.0, total_steps),
 }
@@ -83,13 +83,13 @@ def pixel_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float =
     """Cross-entropy of each pixel, 0 where the label is 255: f32[N, H, W, K], uint8[N, H, W] -> f32[N, H, W].
 
     Args:
-      logits: of all classes.
+      logits: scores of the K classes.
       labels: 0..K-1, or 255.
-      smoothing: the share of each target that is spread over all K classes (Szegedy et al. 2016, section 7).
+      smoothing: share of each target that is distributed over all K classes (Szegedy et al. 2016, section 7).
     """
     labeled = labels != IGNORE
     targets = jnp.where(labeled, labels, 0).astype(jnp.int32)
-    targets = jnp.where(targets < 0, logits.shape[-1], targets)  # no class, and so NaN, instead of one counted from the last
+    targets = jnp.where(targets < 0, logits.shape[-1], targets)  # invalid, so NaN, instead of an index from the end
     pixels = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     if smoothing:
         uniform = jax.nn.logsumexp(logits, -1) - jnp.mean(logits, -1)  # cross-entropy with 1/K for each class
@@ -98,7 +98,7 @@ def pixel_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float =
 
 
 def pixel_weights(labels: jax.Array, class_weights: tuple[float, ...]) -> jax.Array:
-    """The weight of each pixel, f32[N, H, W]: its class's (1 without class weights), 0 where the label is 255."""
+    """Weight of each pixel, f32[N, H, W]: that of its class (1 without class weights), or 0 where the label is 255."""
     if not class_weights:
         return (labels != IGNORE).astype(jnp.float32)
     table = jnp.zeros(256).at[: len(class_weights)].set(jnp.asarray(class_weights))
@@ -113,10 +113,10 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, loss: ConfigDict) -> tup
 
 
 def ohem(logits: jax.Array, labels: jax.Array, loss: ConfigDict) -> tuple[jax.Array, jax.Array]:
-    """Online hard example mining (Shrivastava et al. 2016): cross-entropy over the hard pixels of each image alone.
+    """Online hard example mining (Shrivastava et al. 2016): cross-entropy over only the hard pixels of each image.
 
-    These are the pixels whose class has a probability under `loss.ohem_threshold`, or, where they are fewer, the
-    `loss.ohem_min_kept` pixels of the image that are worst.
+    A pixel is hard if its class has a probability below `loss.ohem_threshold`, or if it is among the image's
+    `loss.ohem_min_kept` pixels with the largest loss.
     """
     weights = pixel_weights(labels, loss.class_weights)
     hardness = jax.lax.stop_gradient(pixel_cross_entropy(logits, labels).reshape(len(labels), -1))
@@ -127,17 +127,18 @@ def ohem(logits: jax.Array, labels: jax.Array, loss: ConfigDict) -> tuple[jax.Ar
 
 
 def focal(logits: jax.Array, labels: jax.Array, loss: ConfigDict) -> tuple[jax.Array, jax.Array]:
-    """Focal loss (Lin et al. 2017): cross-entropy times (1 - p)^`loss.focal_gamma`, p the probability of the pixel's class."""
+    """Focal loss (Lin et al. 2017): cross-entropy times (1 - p)^`loss.focal_gamma`; p is the probability of the true class."""
     weights = pixel_weights(labels, loss.class_weights)
     pixels = pixel_cross_entropy(logits, labels)
-    wrong = jnp.maximum(-jnp.expm1(-pixels), 1e-7)  # 1 - p; above 0, where a power may have no gradient
+    wrong = jnp.maximum(-jnp.expm1(-pixels), 1e-7)  # 1 - p, kept above 0, where a power may have no gradient
     return jnp.sum(weights * wrong**loss.focal_gamma * pixels), jnp.sum(weights)
 
 
 def dice(logits: jax.Array, labels: jax.Array, loss: ConfigDict) -> tuple[jax.Array, jax.Array]:
     """Soft Dice loss (Milletari et al. 2016): 1 - the mean over an image's classes of 2 |P Y| / (|P| + |Y|).
 
-    P are the probabilities and Y the truth of the labeled pixels. Sum over the images, and the number of images with a label.
+    P are the probabilities and Y the one-hot labels of the labeled pixels. Returns the sum over the images and the number of
+    images with labeled pixels.
     """
     labeled = labels != IGNORE
     probabilities = jax.nn.softmax(logits) * labeled[..., None]
@@ -158,12 +159,12 @@ LOSSES: dict[str, Callable[[jax.Array, jax.Array, ConfigDict], tuple[jax.Array, 
 
 
 def class_weights(how: str, pixels: np.ndarray, image_pixels: np.ndarray) -> tuple[float, ...]:
-    """Weights of the K classes by how frequent they are in the training data; 0 for a class without a pixel.
+    """Weights of the K classes from their frequencies in the training data; 0 for a class without pixels.
 
     Args:
       how: a key of WEIGHTINGS.
-      pixels: int64[K], of each class.
-      image_pixels: int64[K], all labeled pixels of the images that have the class.
+      pixels: int64[K], number of pixels of each class.
+      image_pixels: int64[K], number of labeled pixels in the images that contain the class.
     """
     frequencies, middle = WEIGHTINGS[how](pixels, image_pixels)
     return tuple(float(middle(frequencies[pixels > 0]) / f) if f > 0 else 0.0 for f in frequencies)

@@ -1,4 +1,4 @@
-"""Metrics of segmentation, all from one confusion matrix: counts that add up, divided once at the end."""
+"""Segmentation metrics, all computed from one confusion matrix, whose counts can be summed over batches."""
 
 import dataclasses
 
@@ -11,14 +11,14 @@ from clu.metrics import Metric
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """Fractions from 0 to 1; NaN where there is nothing to divide by.
+    """Fractions from 0 to 1; NaN where the denominator is 0.
 
     Attributes:
       mean_iou: mean of `iou` over the classes present in truth or prediction.
       mean_accuracy: mean of `accuracy` over the classes present in the truth.
-      pixel_accuracy: share of the counted pixels that are right.
+      pixel_accuracy: share of the labeled pixels that are correct.
       iou: float64[K], intersection / union of each class.
-      accuracy: float64[K], share of the pixels of each class that are right.
+      accuracy: float64[K], share of the pixels of each class that are correct.
     """
 
     mean_iou: float
@@ -31,12 +31,12 @@ class Metrics:
 def confusion_matrix(labels: jax.Array, predictions: jax.Array, num_classes: int) -> jax.Array:
     """Counts pixels by truth (row) and prediction (column).
 
-    Pixels whose label is num_classes or more, such as 255, do not count. Over a sharded batch each device counts its own
-    pixels and only the matrices are added up. Exact up to 2^31 - 1 pixels: add several batches up on the host, in int64.
+    Pixels whose label is num_classes or more, such as 255, are ignored. In a sharded batch, each device counts its own
+    pixels, and only the matrices are summed. Exact up to 2^31 - 1 pixels: sum several batches on the host, in int64.
 
     Args:
       labels: unsigned or non-negative integers [...].
-      predictions: integers 0..K-1, as many.
+      predictions: integers 0..K-1, of the same shape.
       num_classes: K.
 
     Returns:
@@ -49,27 +49,27 @@ def confusion_matrix(labels: jax.Array, predictions: jax.Array, num_classes: int
 
 
 def summarize(matrix: np.ndarray | jax.Array) -> Metrics:
-    """Divides a confusion matrix [K, K] (rows truth, columns prediction) into metrics."""
+    """Computes the metrics of a confusion matrix [K, K] (rows truth, columns prediction)."""
     counts = np.asarray(matrix, np.float64)
-    right, truth, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
-    iou = _ratio(right, truth + predicted - right)
-    accuracy = _ratio(right, truth)
-    return Metrics(_mean(iou), _mean(accuracy), float(_ratio(right.sum(), counts.sum())), iou, accuracy)
+    correct, truth, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
+    iou = _ratio(correct, truth + predicted - correct)
+    accuracy = _ratio(correct, truth)
+    return Metrics(_mean(iou), _mean(accuracy), float(_ratio(correct.sum(), counts.sum())), iou, accuracy)
 
 
 @flax.struct.dataclass
 class MeanIoU(Metric):
-    """Mean IoU of the training batches since the last log line, for `fit`; 0 where no pixel was labeled.
+    """Mean IoU of the training batches since the last log line, for `fit`; 0 if no pixel was labeled.
 
     Attributes:
-      matrix: f32[K, K], a confusion matrix; sums beyond 2^24 pixels a cell are rounded.
+      matrix: f32[K, K], a confusion matrix; counts above 2^24 per cell are rounded.
     """
 
     matrix: jax.Array
 
     @classmethod
     def from_logits(cls, logits: jax.Array, labels: jax.Array) -> "MeanIoU":
-        """Counts f32[N, H, W, K] and uint8[N, H, W]."""
+        """Counts the predictions of logits f32[N, H, W, K] against labels uint8[N, H, W]."""
         counts = confusion_matrix(labels, jnp.argmax(logits, -1), logits.shape[-1])
         return cls(counts.astype(jnp.float32))
 

@@ -1,7 +1,7 @@
-"""Optimizers with the poly schedule, faster heads and selective decay (Zhao et al. 2017, section 5.1), from optax's pieces.
+"""Optax optimizers with the poly schedule, a higher learning rate for the heads and selective weight decay.
 
-What differs from parameter to parameter are rules: (pattern, value) pairs over paths such as "backbone/stem_conv1/bn/scale", of
-which the first whose pattern matches the whole path counts.
+The settings follow Zhao et al. 2017, section 5.1. Values that differ between parameters are given by rules: (pattern, value)
+pairs over paths such as "backbone/stem_conv1/bn/scale". The first pattern that matches the whole path decides.
 """
 
 import re
@@ -20,11 +20,11 @@ Rules = Sequence[tuple[str, float]]
 
 
 class Optimizer(NamedTuple):
-    """What `fit` trains with.
+    """An optimizer for `fit`.
 
     Attributes:
-      transformation: of gradients into updates.
-      schedules: values by step, to be logged under these names.
+      transformation: turns gradients into updates.
+      schedules: functions of the step, whose values are logged under these names.
     """
 
     transformation: optax.GradientTransformation
@@ -32,7 +32,7 @@ class Optimizer(NamedTuple):
 
 
 def build(optimizer: ConfigDict, total_steps: int) -> Optimizer:
-    """The optimizer of `config.optimizer`: the gradient is clipped, then `optimizer.name` makes an update of it.
+    """Builds the optimizer of `config.optimizer`, which clips the gradient, then applies `optimizer.name`.
 
     Raises:
       UserError: optimizer.name is unknown.
@@ -45,7 +45,7 @@ def build(optimizer: ConfigDict, total_steps: int) -> Optimizer:
 
 
 def learning_rate(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
-    """The backbone's rate at step s = 0, 1, ...: base * (1 - s / total_steps)^power * min(1, (s + 1) / warmup_steps)."""
+    """The backbone's learning rate at step s >= 0: base * (1 - s / total_steps)^power * min(1, (s + 1) / warmup_steps)."""
     poly = optax.polynomial_schedule(optimizer.learning_rate, 0.0, optimizer.power, total_steps)
     if not optimizer.warmup_steps:
         return poly
@@ -53,17 +53,17 @@ def learning_rate(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
 
 
 def rate_rules(optimizer: ConfigDict) -> Rules:
-    """Multipliers of the learning rate: `head_multiplier` for everything but the backbone."""
+    """Multipliers of the learning rate: `head_multiplier` for all parameters outside the backbone."""
     return (("backbone/.*", 1.0), (".*", optimizer.head_multiplier))
 
 
 def decay_rules(optimizer: ConfigDict) -> Rules:
-    """Whether the weight decays, 1 or 0: not BatchNorm's scale and bias, unless `decay_norm` says so."""
+    """1 for parameters with weight decay, 0 for those without: BatchNorm's scale and bias, unless `decay_norm` is set."""
     return ((r".*bn/(scale|bias)", float(optimizer.decay_norm)), (".*", 1.0))
 
 
 def by_path(rules: Rules, params: Any) -> Any:
-    """Returns the value of each parameter by the rules, in a tree like `params`.
+    """Returns a tree like `params` with the value that the rules give each parameter.
 
     Raises:
       UserError: a parameter matches no rule.
@@ -80,7 +80,7 @@ def by_path(rules: Rules, params: Any) -> Any:
 
 
 def scale_by_rules(rules: Rules) -> optax.GradientTransformation:
-    """Multiplies each parameter's update by its value."""
+    """Multiplies each parameter's update by the value of its rule."""
 
     def scale(updates: optax.Updates, params: optax.Params | None = None) -> optax.Updates:
         return jax.tree.map(lambda factor, update: factor * update, by_path(rules, updates), updates)
@@ -89,16 +89,16 @@ def scale_by_rules(rules: Rules) -> optax.GradientTransformation:
 
 
 def add_decay(optimizer: ConfigDict) -> optax.GradientTransformation:
-    """Adds weight_decay * parameter to the updates of the parameters whose rule is not 0."""
-    return optax.add_decayed_weights(optimizer.weight_decay, _decayed(optimizer))
+    """Adds weight_decay * parameter to the updates of the parameters whose decay rule is not 0."""
+    return optax.add_decayed_weights(optimizer.weight_decay, _decay_mask(optimizer))
 
 
-def _decayed(optimizer: ConfigDict) -> Callable[[optax.Params], Any]:
+def _decay_mask(optimizer: ConfigDict) -> Callable[[optax.Params], Any]:
     return lambda params: jax.tree.map(bool, by_path(decay_rules(optimizer), params))
 
 
 def _sgd(optimizer: ConfigDict, schedule: optax.Schedule) -> list[optax.GradientTransformation]:
-    """As torch and Caffe define it: v = momentum * v + gradient + decay, and the parameter moves by -rate * v."""
+    """SGD as in torch and Caffe: v = momentum * v + gradient + decay; the update is -rate * v."""
     return [
         add_decay(optimizer),
         optax.trace(optimizer.momentum),
@@ -108,7 +108,7 @@ def _sgd(optimizer: ConfigDict, schedule: optax.Schedule) -> list[optax.Gradient
 
 
 def _adamw(optimizer: ConfigDict, schedule: optax.Schedule) -> list[optax.GradientTransformation]:
-    """Adam with the decay outside its moments (Loshchilov and Hutter 2019); `momentum` is its beta 1."""
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019); `momentum` is beta 1."""
     return [
         optax.scale_by_adam(optimizer.momentum, optimizer.beta2),
         add_decay(optimizer),
@@ -118,10 +118,10 @@ def _adamw(optimizer: ConfigDict, schedule: optax.Schedule) -> list[optax.Gradie
 
 
 def _lars(optimizer: ConfigDict, schedule: optax.Schedule) -> list[optax.GradientTransformation]:
-    """Layer-wise rates for large batches (You et al. 2017), by `trust_coefficient`; not for parameters without decay."""
+    """Layer-wise learning rates for large batches (You et al. 2017), except for parameters without decay."""
     return [
         add_decay(optimizer),
-        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=optimizer.trust_coefficient), _decayed(optimizer)),
+        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=optimizer.trust_coefficient), _decay_mask(optimizer)),
         scale_by_rules(rate_rules(optimizer)),
         optax.scale_by_learning_rate(schedule),
         optax.trace(optimizer.momentum),

@@ -1,4 +1,4 @@
-"""A score and how it was made: what makes two numbers comparable is printed, saved and named with them."""
+"""Evaluation reports: scores that are printed and saved together with the settings that make them comparable."""
 
 import dataclasses
 import hashlib
@@ -18,12 +18,12 @@ from pspnet_jax.datasets import DatasetInfo
 from pspnet_jax.errors import UserError
 from pspnet_jax.metrics import Metrics
 
-LONGEST = 200  # bytes of a file's name before its digest; most file systems take 255 in all
+MAX_NAME_BYTES = 200  # of a file name, without its digest; most file systems allow 255 in total
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A score and what makes it comparable."""
+    """Scores and the settings that make them comparable."""
 
     metrics: Metrics  # of the whole split
     pixels: np.ndarray  # int64[K], labeled pixels of each class
@@ -31,13 +31,13 @@ class Report:
     info: DatasetInfo  # the classes
     protocol: dict[str, Any]  # split, protocol, inference, crop, stride, base_size, short_size, scales, flip
     device: str  # number and kind of the devices
-    images_per_second: float  # over all, compilation included
+    images_per_second: float  # of the whole evaluation, including compilation
 
     def __str__(self) -> str:
         """`mIoU 41.68%  mean accuracy 50.90%  pixel accuracy 80.04%`, and the protocol on a second line.
 
-        Where classes are missing, "mIoU 41.68% over 4 of 9 classes": those in the truth or the prediction; of the mean
-        accuracy, those in the truth.
+        If classes are missing, the means say so, as in "mIoU 41.68% over 4 of 9 classes". Mean IoU is over the classes in the
+        truth or the prediction; mean accuracy is over those in the truth.
         """
         metrics, protocol = self.metrics, self.protocol
         size = f"long side {protocol['base_size']}" if protocol["base_size"] else "own size"
@@ -52,7 +52,7 @@ class Report:
         )
 
     def table(self) -> Table:
-        """A line for each class, for rich to print."""
+        """Returns a rich table with one row per class."""
         columns = (Column(name, justify="right") for name in ("IoU", "accuracy", "share of pixels"))
         means = f"mIoU{_over(self.metrics.iou)}" if _over(self.metrics.iou) else None
         table = Table(Column("class"), *columns, caption=means)
@@ -62,7 +62,7 @@ class Report:
         return table
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; None where there was nothing to divide by."""
+        """Returns plain values; undefined fractions of a class are None."""
         metrics = self.metrics
         columns = (self.info.class_names, metrics.iou, metrics.accuracy, self.pixels)
         return {
@@ -83,17 +83,17 @@ class Report:
         }
 
     def save(self, folder: epath.PathLike, origin: Mapping[str, Any]) -> epath.Path:
-        """Writes `to_json` and its origin to a file, which other settings or another origin never share; returns its path.
+        """Writes `to_json` and the origin to a file of their own, and returns its path.
 
-        As "voc2012_val_step30000_base_size512_crop473-473_flipTrue_windows_semseg_scales1.0_short_size0_stride0-0_DIGEST.json",
-        shortened where it has to be; the digest is of all that the score depends on.
+        The name is like "voc2012_val_step30000_base_size512_crop473-473_flipTrue_windows_semseg_scales1.0_..._DIGEST.json",
+        shortened if necessary. The digest covers everything on which the score depends.
 
         Args:
-          folder: made if need be.
+          folder: created if missing.
           origin: what was scored, as plain values: step, checkpoint, root and so on.
 
         Raises:
-          UserError: it cannot be written.
+          UserError: the file cannot be written.
         """
 
         def word(name: str, value: Any) -> str:
@@ -103,29 +103,29 @@ class Report:
             return re.sub(r"[^\w.]+", "-", value).strip("-")
 
         decisive = {"dataset": self.info.name, "split": "", **origin, **self.protocol, "classes": self.info.class_names}
-        decisive |= {"images": self.images, "pixels": [int(pixels) for pixels in self.pixels]}  # of labels that may be altered
+        decisive |= {"images": self.images, "pixels": [int(pixels) for pixels in self.pixels]}  # labels may have changed
         digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:10]
         named = {name: decisive[name] for name in ("dataset", "split", "step", *self.protocol) if name in decisive}
         words = "_".join(word(name, value) for name, value in named.items())
-        shortened = words.encode()[:LONGEST].decode(errors="ignore")
+        shortened = words.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
         path = epath.Path(folder) / f"{shortened}_{digest}.json"
         try:
             with files.atomic(path) as temporary:
                 temporary.write_text(json.dumps({**self.to_json(), **origin}, indent=2) + "\n")
         except OSError as error:
             raise UserError(
-                f"{path}: the report cannot be written ({error}); the score itself is complete, see above"
+                f"{path}: the report cannot be written ({error}); the score itself is complete and shown above"
             ) from error
         return path
 
 
 def _present(fractions: np.ndarray) -> int:
-    """The number of classes over which a mean is taken."""
+    """Returns the number of classes over which a mean is taken."""
     return int(np.count_nonzero(~np.isnan(fractions)))
 
 
 def _over(fractions: np.ndarray) -> str:
-    """Says so, unless it is all classes."""
+    """Returns the number of classes in words, unless it is all classes."""
     present = _present(fractions)
     return f" over {present} of {len(fractions)} classes" if present < len(fractions) else ""
 

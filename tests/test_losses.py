@@ -10,9 +10,8 @@ from pspnet_jax.errors import UserError
 from pspnet_jax.losses import SCHEDULES, Term
 
 # softmax of (ln 1, ln 2, ln 5) is (1/8, 2/8, 5/8)
-LOGITS = jnp.log(jnp.array([1.0, 2.0, 5.0])) + jnp.array(
-    [[[[0.0], [100.0], [-3.0]]]]
-)  # f32[1, 1, 3, 3]: a shift changes nothing
+# f32[1, 1, 3, 3]: adding a constant to a pixel's logits changes nothing
+LOGITS = jnp.log(jnp.array([1.0, 2.0, 5.0])) + jnp.array([[[[0.0], [100.0], [-3.0]]]])
 
 
 def options(**changes) -> ConfigDict:
@@ -32,7 +31,7 @@ def test_cross_entropy_by_hand():
     assert losses.cross_entropy(LOGITS, labels, options())[1] == 2
 
 
-def test_gradient_is_softmax_minus_one_hot_and_nothing_where_ignored():
+def test_gradient_is_softmax_minus_one_hot_and_zero_where_ignored():
     labels = jnp.array([[[0, 2, 255]]], jnp.uint8)
     gradient = jax.grad(cross_entropy)(LOGITS, labels)[0, 0]
     np.testing.assert_allclose(gradient[0], [1 / 8 - 1, 2 / 8, 5 / 8], rtol=1e-5)
@@ -57,13 +56,13 @@ def test_batch_without_a_labeled_pixel_gives_zero_not_nan(logits):
 @pytest.mark.parametrize("kind", ["cross_entropy", "ohem", "focal"])
 @pytest.mark.parametrize("class_weights", [(), (1.0, 2.0, 3.0)])
 @pytest.mark.parametrize("wrong", [3, -1])
-def test_a_label_that_is_no_class_makes_the_loss_nan_so_that_it_cannot_go_unseen(kind, class_weights, wrong):
+def test_an_invalid_label_makes_the_loss_nan_so_that_it_is_noticed(kind, class_weights, wrong):
     labels = jnp.array([[[0, 2, wrong]]], jnp.uint8 if wrong > 0 else jnp.int32)
     assert np.isnan(losses.LOSSES[kind](LOGITS, labels, options(class_weights=class_weights))[0])
 
 
 def test_class_weights_and_label_smoothing_by_hand():
-    """torch.nn.CrossEntropyLoss(weight, label_smoothing) without weights, and with them: sum(w l) / sum(w)."""
+    """As torch.nn.CrossEntropyLoss, with weights (sum(w l) / sum(w)) or with label_smoothing."""
     labels = jnp.array([[[0, 2, 255]]], jnp.uint8)
     total, weight = losses.cross_entropy(LOGITS, labels, options(class_weights=(0.5, 7.0, 3.0)))
     np.testing.assert_allclose([total, weight], [0.5 * np.log(8) + 3 * np.log(8 / 5), 3.5], rtol=1e-5)
@@ -76,8 +75,8 @@ def test_class_weights_and_label_smoothing_by_hand():
     ("threshold", "min_kept", "kept"),
     [(0.2, 1, [0]), (0.3, 1, [0, 1]), (0.01, 2, [0, 1]), (0.01, 1, [0]), (0.01, 9, [0, 1, 2])],
 )
-def test_ohem_keeps_the_pixels_under_the_threshold_and_at_least_so_many_of_the_worst(threshold, min_kept, kept):
-    """The probabilities of the pixels' classes are 1/8, 2/8 and 5/8; the fourth is ignored."""
+def test_ohem_keeps_the_pixels_below_the_threshold_and_at_least_min_kept(threshold, min_kept, kept):
+    """The true classes have probabilities 1/8, 2/8 and 5/8; the fourth pixel is ignored."""
     logits = jnp.concatenate([LOGITS, LOGITS[:, :, :1]], axis=2)
     labels = jnp.array([[[0, 1, 2, 255]]], jnp.uint8)
     total, weight = losses.ohem(logits, labels, options(ohem_threshold=threshold, ohem_min_kept=min_kept))
@@ -95,7 +94,7 @@ def test_focal_by_hand():
 
 
 def test_dice_by_hand():
-    """Two images: the first has classes 0 and 2, the second none. P is (1/8, 2/8, 5/8) in each pixel."""
+    """Two images: the first has classes 0 and 2, the second has no labels. P is (1/8, 2/8, 5/8) at each pixel."""
     logits, labels = jnp.concatenate([LOGITS, LOGITS]), jnp.array([[[0, 2, 255]], [[255, 255, 255]]], jnp.uint8)
     total, weight = losses.dice(logits, labels, options())
     scores = [2 * (1 / 8) / (2 / 8 + 1), 2 * (5 / 8) / (10 / 8 + 1)]

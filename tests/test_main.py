@@ -468,7 +468,7 @@ def test_predictions_are_not_written_over_the_images(run, capsys, tmp_path):
     (tmp_path / "color/a.png").write_bytes(image.read_bytes())
     for given in (tmp_path / "color", tmp_path / "color/a.png"):
         said = error(capsys, "--mode=predict", f"--workdir={run[0]}", f"--input={given}", f"--output={tmp_path}")
-        assert "color/a.png: is there already, and no prediction of this input wrote it" in said
+        assert "color/a.png: already exists and was not predicted from this input" in said
     assert (tmp_path / "color/a.png").read_bytes() == image.read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""One confusion matrix, counted exactly and divided once."""
+"""Confusion matrices are counted exactly, and metrics are computed from them once."""
 
 import jax
 import numpy as np
@@ -10,8 +10,8 @@ from pspnet_jax.metrics import confusion_matrix, summarize
 COUNT = jax.jit(confusion_matrix, static_argnums=2)
 
 
-def test_matrix_of_a_hand_worked_picture():
-    truth = np.array([[0, 0, 1], [1, 2, 255], [2, 2, 3]], np.uint8)  # 255 and 3 (K = 3) do not count
+def test_matrix_of_a_hand_worked_image():
+    truth = np.array([[0, 0, 1], [1, 2, 255], [2, 2, 3]], np.uint8)  # 255 and 3 (K = 3) are ignored
     prediction = np.array([[0, 1, 1], [1, 2, 0], [0, 2, 2]], np.uint8)
     np.testing.assert_array_equal(COUNT(truth, prediction, 3), [[1, 1, 0], [0, 2, 0], [1, 0, 2]])
 
@@ -25,7 +25,7 @@ def test_metrics_of_that_matrix():
     assert metrics.pixel_accuracy == pytest.approx(5 / 7)
 
 
-def test_a_class_absent_from_truth_and_prediction_does_not_count_in_the_means():
+def test_a_class_absent_from_truth_and_prediction_is_left_out_of_the_means():
     metrics = summarize(np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]]))
     assert metrics.mean_iou == pytest.approx((3 / 4 + 4 / 5) / 2)
     assert metrics.mean_accuracy == pytest.approx((3 / 4 + 1) / 2)
@@ -33,14 +33,14 @@ def test_a_class_absent_from_truth_and_prediction_does_not_count_in_the_means():
     assert np.isnan(metrics.accuracy[2])
 
 
-def test_a_class_only_predicted_lowers_mean_iou_but_has_no_accuracy():
+def test_a_class_that_is_only_predicted_lowers_mean_iou_but_has_no_accuracy():
     metrics = summarize(np.array([[3, 1], [0, 0]]))
     np.testing.assert_array_equal(metrics.iou, [3 / 4, 0])
     assert metrics.mean_iou == 3 / 8
     assert metrics.mean_accuracy == 3 / 4
 
 
-def test_nothing_labeled_gives_nan():
+def test_metrics_without_labeled_pixels_are_nan():
     metrics = summarize(np.zeros((2, 2), int))
     assert np.isnan([metrics.mean_iou, metrics.mean_accuracy, metrics.pixel_accuracy]).all()
 
@@ -52,7 +52,7 @@ def test_counts_beyond_float32_stay_exact():
     assert COUNT(ones, ones, 2)[0, 0] == 2**24 + 1
 
 
-def test_a_sharded_batch_is_counted_where_it_is():
+def test_a_sharded_batch_is_counted_without_gathering_it():
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 20, (8, 33, 17)).astype(np.uint8)
     truth[truth == 19] = 255

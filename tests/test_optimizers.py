@@ -14,7 +14,7 @@ from tests.train import tiny_config
 
 RECIPES = {path.stem: path for path in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")}
 
-# base * (1 - x)^0.9, x = s / total, for s = 0..9: base * (1 - 0.9 x - 0.045 x^2 - 0.0165 x^3), rounded to 11 places
+# base * (1 - x)^0.9 for x = s / total and s = 0..9, as base * (1 - 0.9 x - 0.045 x^2 - 0.0165 x^3), rounded to 11 places
 BY_HAND = {
     "ade20k": """0.01000000000 0.00999994000 0.00999988000 0.00999982000 0.00999976000
         0.00999970000 0.00999964000 0.00999958000 0.00999952000 0.00999946000""",  # 150,000 steps
@@ -35,7 +35,7 @@ def first_rates(recipe):
     return config, [float(rate(step)) for step in range(10)]
 
 
-# One step moves the rate of the longest schedule by 6e-8, float32 near 0.01 is exact to 5e-10
+# One step of the longest schedule changes the rate by 6e-8; float32 near 0.01 is exact to 5e-10
 @pytest.mark.parametrize("recipe", BY_HAND)
 def test_first_ten_rates_worked_out_by_hand(recipe):
     _, rates = first_rates(recipe)
@@ -43,7 +43,7 @@ def test_first_ten_rates_worked_out_by_hand(recipe):
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
-def test_first_ten_rates_of_each_recipe_with_forty_digits(recipe):
+def test_first_ten_rates_of_each_recipe_computed_with_forty_digits(recipe):
     config, rates = first_rates(recipe)
     base, total, power = (Decimal(str(x)) for x in (config.optimizer.learning_rate, config.total_steps, config.optimizer.power))
     with localcontext(prec=40):
@@ -51,11 +51,11 @@ def test_first_ten_rates_of_each_recipe_with_forty_digits(recipe):
     np.testing.assert_allclose(rates, expected, rtol=2e-7)
 
 
-def test_poly_ends_at_zero_and_warm_up_multiplies_it():
+def test_poly_ends_at_zero_and_is_multiplied_by_the_warm_up():
     config = tiny_config().optimizer
     config.update(learning_rate=0.01, power=1.0, warmup_steps=4)
     rate = optimizers.learning_rate(config, 10)
-    # 0.01 x (1, 0.9, 0.8, 0.7, 0.6, 0.5) x (1/4, 2/4, 3/4, 1, 1, 1), and 0 at the last
+    # 0.01 x (1, 0.9, 0.8, 0.7, 0.6, 0.5) x (1/4, 2/4, 3/4, 1, 1, 1); 0 at the end
     expected = [0.0025, 0.0045, 0.006, 0.007, 0.006, 0.005]
     np.testing.assert_allclose([rate(step) for step in range(6)], expected, rtol=1e-6)
     assert rate(10) == 0
@@ -69,7 +69,7 @@ PARAMS = {
 
 
 def torch_sgd(params, gradients, config, total_steps):
-    """torch.optim.SGD after clip_grad_norm_, with two parameter groups and the poly schedule, in float64 (flat dicts)."""
+    """torch.optim.SGD after clip_grad_norm_, with two parameter groups and the poly schedule, in float64 over flat dicts."""
     params, buffers = dict(params), {name: 0.0 for name in params}
     for step, gradient in enumerate(gradients):
         norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
@@ -109,8 +109,8 @@ def test_sgd_equals_torchs_rule(decay_norm, clip_norm):
 
 
 @pytest.mark.parametrize("decay_norm", [False, True])
-def test_groups_of_the_whole_network(decay_norm):
-    """Where the gradient is 0 and all parameters are 1, a step is -rate * multiplier * decay."""
+def test_parameter_groups_of_the_whole_network(decay_norm):
+    """If the gradient is 0 and all parameters are 1, an update is -rate * multiplier * decay."""
     config = tiny_config()
     config.optimizer.update(learning_rate=0.5, weight_decay=0.25, decay_norm=decay_norm, clip_norm=0.0, warmup_steps=0)
     images = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
@@ -129,7 +129,7 @@ def test_groups_of_the_whole_network(decay_norm):
     assert {path: float(u[0]) for path, u in traverse_util.flatten_dict(updates).items()} == expected
 
 
-def test_state_has_one_form_whatever_the_options_so_that_a_run_can_go_on_with_others():
+def test_optimizer_state_has_one_structure_for_all_options_so_that_a_run_can_resume_with_other_ones():
     params = jax.tree.map(jnp.asarray, PARAMS, is_leaf=lambda x: isinstance(x, list))
     config = tiny_config().optimizer
     structures = set()
@@ -148,7 +148,7 @@ def test_state_has_one_form_whatever_the_options_so_that_a_run_can_go_on_with_ot
 
 
 def updates_of(config, gradients, steps=1):
-    """The updates of the last of some steps with the same gradients."""
+    """Returns the updates of the last of `steps` steps with the same gradients."""
     transformation = optimizers.build(config, total_steps=1000).transformation
     params = jax.tree.map(jnp.asarray, PARAMS, is_leaf=lambda x: isinstance(x, list))
     state = transformation.init(params)
@@ -158,7 +158,7 @@ def updates_of(config, gradients, steps=1):
 
 
 def test_adamw_by_hand():
-    """In its first step Adam moves by rate * gradient / |gradient|; the decay comes after it, and not to BatchNorm."""
+    """Adam's first update is rate * gradient / |gradient|; the decay is added to it, except for BatchNorm."""
     config = tiny_config().optimizer
     config.update(name="adamw", learning_rate=0.01, weight_decay=0.5, clip_norm=0.0, warmup_steps=0, head_multiplier=10.0)
     gradients = jax.tree.map(lambda x: jnp.array([0.2, -3.0]), PARAMS, is_leaf=lambda x: isinstance(x, list))
@@ -172,7 +172,7 @@ def test_adamw_by_hand():
 
 
 def test_lars_by_hand():
-    """A step is rate * trust * |p| / |g + decay p| * (g + decay p); BatchNorm's parameters take plain steps."""
+    """An update is rate * trust * |p| / |g + decay p| * (g + decay p), or rate * g for BatchNorm's parameters."""
     config = tiny_config().optimizer
     config.update(name="lars", learning_rate=0.01, weight_decay=0.5, clip_norm=0.0, warmup_steps=0, head_multiplier=10.0)
     gradient = np.array([0.2, -3.0])
@@ -188,7 +188,7 @@ def test_lars_by_hand():
     np.testing.assert_allclose(ratio, 1 + 0.9, rtol=2e-3)
 
 
-def test_rules_take_the_first_pattern_that_matches_the_whole_path_and_must_cover_all():
+def test_the_first_rule_that_matches_the_whole_path_decides_and_every_parameter_needs_one():
     params = jax.tree.map(jnp.asarray, PARAMS, is_leaf=lambda x: isinstance(x, list))
     values = optimizers.by_path(
         (("backbone/.*/kernel", 1.0), (".*bn/.*", 2.0), ("classifier", 9.0), ("classifier/.*", 3.0)), params
@@ -207,7 +207,7 @@ def test_rules_take_the_first_pattern_that_matches_the_whole_path_and_must_cover
         optimizers.by_path((("backbone/.*", 1.0), (".*bn/.*", 2.0)), params)
 
 
-def test_an_unknown_optimizer_is_named():
+def test_an_unknown_optimizer_is_refused_with_the_choices():
     config = tiny_config().optimizer
     config.name = "adam"
     with pytest.raises(UserError, match=r"optimizer.name='adam': expected one of sgd, adamw, lars"):

@@ -1,4 +1,4 @@
-"""A report says over how many classes its means are, and has a file that no other setting shares."""
+"""A report states the number of classes in its means, and has a file of its own for each setting."""
 
 import dataclasses
 import errno
@@ -37,8 +37,8 @@ def printed(table):
     return capture.get()
 
 
-def test_the_means_say_over_how_many_classes_they_are_where_some_are_missing():
-    """c is neither in the truth nor predicted; b is predicted alone."""
+def test_the_number_of_classes_in_a_mean_is_stated_if_some_are_missing():
+    """c is neither in the truth nor predicted; b is only predicted."""
     partial = make(matrix=[[3, 1, 0], [0, 0, 0], [0, 0, 0]])
     assert str(partial).startswith("mIoU 37.50% over 2 of 3 classes  mean accuracy 75.00% over 1 of 3 classes  pixel accuracy")
     assert "mIoU over 2 of 3 classes" in printed(partial.table())
@@ -47,7 +47,7 @@ def test_the_means_say_over_how_many_classes_they_are_where_some_are_missing():
     assert "over" not in printed(make().table())
 
 
-def test_names_that_look_like_markup_are_in_the_table():
+def test_names_that_look_like_markup_are_printed_as_they_are():
     names = ("[void]", "road [main]", "[/red]\\")
     table = printed(make(names=names).table())
     assert all(name in table for name in names)
@@ -84,46 +84,46 @@ OTHERS = [
     (make(scales=[1.0] * 100), {}),
     (make(scales=[1.0] * 101), {}),
     (make(flip=False), {}),
-    (make(matrix=[[1, 0, 0], [0, 2, 0], [0, 0, 1]]), {}),  # labels that were altered in place
-    (dataclasses.replace(make(), images=2), {}),  # some were skipped
+    (make(matrix=[[1, 0, 0], [0, 2, 0], [0, 0, 1]]), {}),  # labels that were changed in place
+    (dataclasses.replace(make(), images=2), {}),  # another number of images
 ]
 
 
 def test_scores_made_in_different_ways_go_to_different_files(tmp_path):
-    """Each setting changes the name, which is no longer than a file's may be."""
+    """Each setting changes the file name, whose length stays within the limit."""
     paths = [report.save(tmp_path, origin) for report, origin in [(make(), {}), *OTHERS]]
     assert len(set(paths)) == 1 + len(OTHERS)
     assert all(len(os.fsencode(path.name)) <= 255 for path in paths)
     expected = "data_val_semseg_windows_base_size512_short_size0_flipTrue_crop473-473_stride0-0_scales1.0_"
     assert paths[0].name.startswith(expected)
-    assert make().save(tmp_path, {}) == paths[0]  # the same again replaces its own
+    assert make().save(tmp_path, {}) == paths[0]  # the same settings replace the file
 
 
-def test_what_was_scored_stands_in_the_file(tmp_path):
+def test_the_file_contains_the_origin(tmp_path):
     origin = {"step": 7, "checkpoint": "/runs/one", "root": "/data"}
     saved = json.loads(make().save(tmp_path / "evaluation", origin).read_text())
     assert {field: saved[field] for field in origin} == origin
     assert saved["dataset"] == "data"
 
 
-def test_names_in_any_script_and_not_in_utf_8(tmp_path):
+def test_names_in_other_scripts_and_not_in_utf_8(tmp_path):
     path = make(name="\u9053\u8def" * 60).save(tmp_path, {"root": os.fsdecode(b"/caf\xe9")})
     assert len(os.fsencode(path.name)) <= 255
     assert json.loads(path.read_text())["root"] == os.fsdecode(b"/caf\xe9")
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_a_report_that_cannot_be_written_says_so_and_that_the_score_stands_above(tmp_path, monkeypatch, code):
+def test_a_report_that_cannot_be_written_is_an_error_that_points_to_the_printed_score(tmp_path, monkeypatch, code):
     def refuse(path, *_, **__):
         raise OSError(code, os.strerror(code), str(path))
 
     monkeypatch.setattr(type(files.absolute(tmp_path)), "write_text", refuse)
-    with pytest.raises(UserError, match=rf"{os.strerror(code)}.*the score itself is complete, see above"):
+    with pytest.raises(UserError, match=rf"{os.strerror(code)}.*the score itself is complete and shown above"):
         make().save(tmp_path, {})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_in_the_place_of_the_folder(tmp_path):
+def test_a_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "evaluation").write_text("")
     with pytest.raises(UserError, match="the report cannot be written"):
         make().save(tmp_path / "evaluation", {})

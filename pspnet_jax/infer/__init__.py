@@ -1,1 +1,1 @@
-"""Whole images through the network: prediction, scoring and pictures."""
+"""Inference on whole images: prediction, evaluation and pictures."""

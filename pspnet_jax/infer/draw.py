@@ -1,4 +1,4 @@
-"""Pictures of labels: palette PNGs, labels over images, image and truth and prediction side by side, class frequencies."""
+"""Pictures of labels: palette images, overlays, side-by-side comparisons, contact sheets and class frequencies."""
 
 import contextlib
 import math
@@ -15,33 +15,34 @@ from pspnet_jax import files
 from pspnet_jax.datasets import IGNORE, Color, DatasetInfo
 from pspnet_jax.errors import UserError
 
-PANEL = 240  # least width of a panel: smaller images are enlarged by a whole factor
-SHEET_PANEL = 400  # sides of an image in a contact sheet, at most
-LINE, MARGIN = 18, 6  # pixels
+# In pixels.
+MIN_PANEL_WIDTH = 240  # of a side-by-side comparison: smaller images are enlarged by an integer factor
+THUMBNAIL = 400  # long side of an image in a contact sheet
+LINE, MARGIN = 18, 6
 
 
 def palette_image(label: np.ndarray, colors: Sequence[Color]) -> Image.Image:
-    """Returns uint8[H, W] as a palette image (mode P) that keeps the values; 255 and what has no color is black."""
+    """Returns uint8[H, W] as a palette image (mode P) that keeps the values; 255 and values without a color are black."""
     image = Image.fromarray(label)
-    image.putpalette(_table(colors).tobytes())
+    image.putpalette(_color_table(colors).tobytes())
     return image
 
 
 def colorize(label: np.ndarray, colors: Sequence[Color]) -> np.ndarray:
-    """Returns uint8[H, W, 3], in the classes' colors; 255 and what has no color is black."""
-    return _table(colors)[label]
+    """Returns the label in class colors, uint8[H, W, 3]; 255 and values without a color are black."""
+    return _color_table(colors)[label]
 
 
 def overlay(image: np.ndarray, label: np.ndarray, colors: Sequence[Color], alpha: float = 0.5) -> np.ndarray:
-    """Returns uint8[H, W, 3]: (1 - alpha) of the image and alpha of the labels' colors; only the image where they are 255."""
+    """Returns (1 - alpha) * image + alpha * class colors, uint8[H, W, 3]; pixels labeled 255 show the image alone."""
     mixed = np.rint((1 - alpha) * image + alpha * colorize(label, colors)).astype(np.uint8)
     return np.where((label == IGNORE)[..., None], image, mixed)
 
 
 def side_by_side(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, info: DatasetInfo) -> Image.Image:
-    """Returns an image and two label maps of its size, 255 black, with captions, over a legend of the classes in the two."""
+    """Returns captioned panels of an image, its truth and its prediction (255 is black), above a legend of their classes."""
     height, width = truth.shape
-    zoom = max(1, math.ceil(PANEL / width))
+    zoom = max(1, math.ceil(MIN_PANEL_WIDTH / width))
     size = zoom * width, zoom * height
     arrays = {"image": image, "truth": colorize(truth, info.colors), "prediction": colorize(prediction, info.colors)}
     panels = [(name, Image.fromarray(x).resize(size, Image.Resampling.NEAREST)) for name, x in arrays.items()]
@@ -49,29 +50,29 @@ def side_by_side(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, i
 
 
 def contact_sheet(examples: Sequence[Mapping[str, Any]], info: DatasetInfo, columns: int = 3) -> Image.Image:
-    """Returns images with their labels half over them, in rows under their names, over a legend of the classes in them.
+    """Returns a grid of images overlaid with their labels, each under its name, above a legend of the classes in them.
 
     Args:
-      examples: image uint8[H, W, 3], label uint8[H, W] and name each.
-      info: names and colors.
-      columns: how many side by side, each SHEET_PANEL pixels wide and at most as high.
+      examples: each with image uint8[H, W, 3], label uint8[H, W] and name.
+      info: class names and colors.
+      columns: number of images per row.
     """
     panels = []
     for example in examples:
         panel = Image.fromarray(overlay(example["image"], example["label"], info.colors))
-        scale = SHEET_PANEL / max(panel.size)
+        scale = THUMBNAIL / max(panel.size)
         size = max(1, round(panel.width * scale)), max(1, round(panel.height * scale))
         panels.append((example["name"], panel.resize(size, Image.Resampling.LANCZOS)))
     values = np.unique(np.concatenate([np.unique(example["label"]) for example in examples]))
-    return _sheet(panels, SHEET_PANEL, columns, values, info)
+    return _sheet(panels, THUMBNAIL, columns, values, info)
 
 
 def class_frequencies(pixels: np.ndarray, info: DatasetInfo) -> Image.Image:
-    """Draws a bar for each class in its color, by its share of the labeled pixels (logarithmic), most frequent first.
+    """Returns a bar chart of each class's share of the labeled pixels, in class colors, logarithmic, most frequent first.
 
     Args:
-      pixels: int[K], of each class.
-      info: names and colors.
+      pixels: int[K], number of pixels of each class.
+      info: class names and colors.
     """
     order = np.argsort(-pixels, kind="stable")
     shares = pixels[order] / max(1, pixels.sum())
@@ -89,23 +90,23 @@ def class_frequencies(pixels: np.ndarray, info: DatasetInfo) -> Image.Image:
 
 
 def save(picture: Image.Image, path: epath.PathLike, kind: str = "PNG", **options: Any) -> None:
-    """Writes a picture in one piece, or not at all."""
+    """Writes a picture atomically."""
     with files.atomic(path) as temporary, temporary.open("wb") as file:
         picture.save(file, kind, **options)
 
 
 def save_over_own(picture: Image.Image, path: epath.PathLike) -> None:
-    """Writes a PNG, but not over a file that this has not written.
+    """Writes a PNG, replacing only a file that this function wrote.
 
     Raises:
-      UserError: there is one.
+      UserError: the path holds another file.
     """
     path, mark = epath.Path(path), ("Software", "pspnet_jax")
     own = not path.exists()
-    with contextlib.suppress(OSError), path.open("rb") as file:  # it is not there, or no picture
+    with contextlib.suppress(OSError), path.open("rb") as file:  # missing, or not an image
         own = own or Image.open(file).info.get(mark[0]) == mark[1]
     if not own:
-        raise UserError(f"{path}: is there already, and this program did not draw it; choose another --output")
+        raise UserError(f"{path}: already exists and was not written by this program; choose another --output")
     marked = PngImagePlugin.PngInfo()
     marked.add_text(*mark)
     save(picture, path, pnginfo=marked)
@@ -114,7 +115,7 @@ def save_over_own(picture: Image.Image, path: epath.PathLike) -> None:
 def _sheet(
     panels: Sequence[tuple[str, Image.Image]], width: int, columns: int, values: np.ndarray, info: DatasetInfo
 ) -> Image.Image:
-    """Returns panels of at most `width` in rows under their captions, over the names and colors of the classes in `values`."""
+    """Arranges captioned panels, at most `width` pixels wide, in rows above a legend of the classes in `values`."""
     heights = [LINE + max(panel.height for _, panel in panels[i : i + columns]) for i in range(0, len(panels), columns)]
     picture = Image.new("RGB", (columns * (width + MARGIN) - MARGIN, sum(heights)), "white")
     for i, (caption, panel) in enumerate(panels):
@@ -123,13 +124,13 @@ def _sheet(
         picture.paste(panel, (left, top + LINE))
     classes = [int(k) for k in values if k < info.num_classes]
     entry = LINE + 2 * MARGIN + max((round(_font().getlength(info.class_names[k])) for k in classes), default=0)
-    a_row = max(1, picture.width // entry)
-    below = picture.height + MARGIN
-    extended = Image.new("RGB", (picture.width, below + LINE * math.ceil(len(classes) / a_row)), "white")
+    per_row = max(1, picture.width // entry)
+    legend_top = picture.height + MARGIN
+    extended = Image.new("RGB", (picture.width, legend_top + LINE * math.ceil(len(classes) / per_row)), "white")
     extended.paste(picture)
     pen = ImageDraw.Draw(extended)
     for i, k in enumerate(classes):
-        left, top = i % a_row * entry, below + i // a_row * LINE
+        left, top = i % per_row * entry, legend_top + i // per_row * LINE
         pen.rectangle((left, top + 2, left + LINE - 4, top + LINE - 3), info.colors[k], "black")
         pen.text((left + LINE, top + 1), info.class_names[k], "black", _font())
     return extended
@@ -139,8 +140,8 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=12)
 
 
-def _table(colors: Sequence[Color]) -> np.ndarray:
-    """Colors of all 256 values: uint8[256, 3]."""
+def _color_table(colors: Sequence[Color]) -> np.ndarray:
+    """Returns the colors of all 256 values, uint8[256, 3]."""
     table = np.zeros((256, 3), np.uint8)
     table[: len(colors)] = colors
     return table

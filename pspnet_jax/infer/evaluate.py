@@ -1,4 +1,4 @@
-"""Scores a network on a split: every image once, one confusion matrix, a report that says how it was made."""
+"""Scores a network on a split: one confusion matrix over all images, and a report that includes the settings."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,51 +30,51 @@ def evaluate(
     split: str,
     pictures: int = 0,
 ) -> tuple[Report, dict[str, Image.Image]]:
-    """Scores a split; with several processes each gives its share of the examples, and all get the whole report.
+    """Scores a split. With several processes, each passes its share of the examples and gets the report on the whole split.
 
     Args:
-      predictor: for the classes of `info`, on devices of this process.
+      predictor: predicts the classes of `info` on devices of this process.
       variables: weights, see `Predictor.place`.
-      examples: this process's: image uint8[H, W, 3], label uint8[H, W] with 255 for pixels that do not count, name.
+      examples: this process's share, each with image uint8[H, W, 3], label uint8[H, W] (255 is ignored) and name.
       info: the classes.
-      num_examples: of all processes.
-      split: named in the report.
-      pictures: number of examples to return as pictures, by name: image, truth and prediction side by side.
+      num_examples: total over all processes.
+      split: its name, for the report.
+      pictures: number of examples for which to return image, truth and prediction side by side, keyed by name.
 
     Raises:
-      UserError: there are no examples, or more or fewer than `num_examples`; one lacks a field, or its label has another size
-        or type, or values that are no class; the network's scores are not finite; or no pixel of the split has a label.
+      UserError: the number of examples is 0 or not `num_examples`; an example lacks a field; a label has the wrong size, type
+        or values; the network's scores are not finite; or no pixel of the split is labeled.
     """
     if num_examples < 1:
-        raise UserError(f"split {split!r}: has no images to score")
+        raise UserError(f"split {split!r} has no images to score")
     began = time.perf_counter()
     variables = predictor.place(variables)
     share = ceil_div(num_examples - jax.process_index(), jax.process_count())
     chosen = {round(i) for i in np.linspace(0, share - 1, pictures)}
     panels: dict[str, Image.Image] = {}
     total = np.zeros((info.num_classes, info.num_classes), np.int64)
-    images, counted = 0, list[tuple[Sequence[Example], tuple[jax.Array, jax.Array]]]()
+    images, pending = 0, list[tuple[Sequence[Example], tuple[jax.Array, jax.Array]]]()
     with parallel.together("evaluating"), progress(f"evaluating {split}", share) as advance:
         for group, labels in predictor.stream(variables, _checked(examples, info.num_classes)):
-            counted.append((group, _count(_truth(group, labels.shape), labels, info.num_classes)))
+            pending.append((group, _count(_stack_labels(group, labels.shape), labels, info.num_classes)))
             for i, example in enumerate(group):
                 if images + i in chosen:
                     height, width = example["label"].shape
                     prediction = np.asarray(labels)[i, :height, :width]
                     panels[example["name"]] = side_by_side(example["image"], example["label"], prediction, info)
             images += len(group)
-            if len(counted) > 1:  # one group late, so that the devices always have the next to work on
-                total += _finished(*counted.pop(0), predictor)
+            if len(pending) > 1:  # fetched one group late, so that the devices always have work queued
+                total += _fetch_counts(*pending.pop(0), predictor)
             advance(len(group))
-        for last in counted:
-            total += _finished(*last, predictor)
-    total, images = _over_processes(total, images)
+        for last in pending:
+            total += _fetch_counts(*last, predictor)
+    total, images = _sum_over_processes(total, images)
     if images != num_examples:
-        raise UserError(f"split {split!r}: {images} images came, but it has {num_examples}; each must be scored once")
+        raise UserError(f"split {split!r}: got {images} images, but expected {num_examples}; each must be scored exactly once")
     if not total.any():
         raise UserError(
             f"split {split!r}: all pixels of its {images} images are labeled {IGNORE} (ignored), so it cannot be scored; "
-            "use a split with labels, or --mode predict to see what the network makes of its images"
+            "use a split with labels, or --mode predict to see the network's predictions"
         )
     rate = images / (time.perf_counter() - began)
     protocol = {"split": split, **predictor.description}
@@ -82,23 +82,23 @@ def evaluate(
 
 
 def _checked(examples: Iterable[Example], num_classes: int) -> Iterator[Example]:
-    """Yields the examples, each after a look at it."""
+    """Yields the examples after checking their fields and labels."""
     for example in examples:
         if missing := [field for field in ("image", "label", "name") if field not in example]:
             raise UserError(f"an example has {', '.join(example)}, but no {' and no '.join(missing)}")
         name, label, shape = example["name"], example["label"], example["image"].shape[:2]
         if label.shape != shape:
-            raise UserError(f"{name}: its label is {label.shape}, but its image {shape}")
+            raise UserError(f"{name}: the label's size is {label.shape}, but the image's is {shape}")
         if label.dtype != np.uint8 or ((label >= num_classes) & (label != IGNORE)).any():
             found = (
                 f"values up to {label[label != IGNORE].max(initial=0)}" if label.dtype == np.uint8 else f"type {label.dtype}"
             )
-            raise UserError(f"{name}: its label has {found}; expected uint8 from 0 to {num_classes - 1}, or {IGNORE}")
+            raise UserError(f"{name}: the label has {found}; expected uint8 values from 0 to {num_classes - 1}, or {IGNORE}")
         yield example
 
 
-def _truth(group: Sequence[Example], shape: tuple[int, ...]) -> np.ndarray:
-    """Labels side by side in an array as large as the predictions; what is no pixel of theirs is ignored."""
+def _stack_labels(group: Sequence[Example], shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the labels in one array of the predictions' shape, padded with 255."""
     truth = np.full(shape, IGNORE, np.uint8)
     for place, example in zip(truth, group, strict=False):
         height, width = example["label"].shape
@@ -108,29 +108,29 @@ def _truth(group: Sequence[Example], shape: tuple[int, ...]) -> np.ndarray:
 
 @jax.jit(static_argnums=2)
 def _count(truth: jax.Array, labels: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the confusion matrix, and whether each image has pixels that count but no predicted class."""
+    """Returns the confusion matrix and, for each image, whether any labeled pixel has no predicted class."""
     without = (labels == IGNORE) & (truth != IGNORE)
     return confusion_matrix(truth, jax.numpy.where(without, 0, labels), num_classes), without.any((1, 2))
 
 
-def _finished(group: Sequence[Example], counts: tuple[jax.Array, jax.Array], predictor: Predictor) -> np.ndarray:
-    """Waits for the matrix of a group."""
-    with memory.explained([example["image"] for example in group], predictor.settings):
+def _fetch_counts(group: Sequence[Example], counts: tuple[jax.Array, jax.Array], predictor: Predictor) -> np.ndarray:
+    """Waits for a group's confusion matrix and returns it."""
+    with memory.explain_out_of_memory([example["image"] for example in group], predictor.settings):
         matrix, without = map(np.asarray, counts)
     for example, any_without in zip(group, without, strict=False):
         if any_without:
             raise UserError(
-                f"{example['name']}: the network's scores are not finite (NaN), so it cannot be scored; "
-                "its weights may be damaged, or their training may have diverged"
+                f"{example['name']}: the network's scores are not finite (NaN), so the image cannot be evaluated; "
+                "the weights may be damaged, or training may have diverged"
             )
     return matrix
 
 
-def _over_processes(total: np.ndarray, images: int) -> tuple[np.ndarray, int]:
-    """Adds up what the processes counted."""
+def _sum_over_processes(total: np.ndarray, images: int) -> tuple[np.ndarray, int]:
+    """Returns the counts summed over all processes."""
     if jax.process_count() == 1:
         return total, images
     counts = np.append(total, images)
-    halves = multihost_utils.process_allgather(counts.view(np.uint32))  # JAX would cut int64 to its lower half
+    halves = multihost_utils.process_allgather(counts.view(np.uint32))  # JAX would truncate int64 to 32 bits
     counts = np.ascontiguousarray(halves).view(np.int64).reshape(-1, counts.size).sum(0)
     return counts[:-1].reshape(total.shape), int(counts[-1])

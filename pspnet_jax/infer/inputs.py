@@ -1,4 +1,4 @@
-"""Finds the images that --mode predict is given: a file, or a folder with all its subfolders."""
+"""Finds the input images of --mode predict: one file, or all images in a folder and its subfolders."""
 
 import logging
 import os
@@ -11,23 +11,23 @@ from pspnet_jax.errors import MissingFileError, UserError
 
 logger = logging.getLogger(__name__)
 SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp")
-LISTED = 5  # names in a message about many
+MAX_LISTED = 5  # files named in a warning
 
 
 def find_images(source: epath.PathLike, flat: bool = False, output: epath.PathLike = "") -> dict[str, epath.Path]:
-    """Returns an image, or those in a folder and its subfolders, by the name of their results, in order.
+    """Returns one image, or all images in a folder and its subfolders in sorted order, keyed by the names of their results.
 
-    Files that are left out, by their ending or because they are hidden, are named in the log.
+    Logs a warning about the files it skips: those that are hidden or have no image extension.
 
     Args:
       source: the file or folder.
-      flat: names are file names without ending; otherwise they are paths below the folder, "a/b" of a/b.png.
-      output: where the results are to go; empty: not yet known.
+      flat: names are file names without extension; otherwise, paths relative to the folder, such as "a/b" for a/b.png.
+      output: the folder for the results; empty if not yet known.
 
     Raises:
-      MissingFileError: there is no such file or folder, or no image in it.
-      UserError: a folder cannot be read; the results would lie in the folder, and be taken for images by the next run; or two
-        images have the same name but for their endings, so that their results would overwrite each other.
+      MissingFileError: the file or folder does not exist, or the folder has no images.
+      UserError: a folder cannot be read; the output lies inside the input, where the next run would find its own results; or
+        two images have the same result name, so that one result would overwrite the other.
     """
     source = files.absolute(source)
     if not files.is_there(source):
@@ -35,15 +35,18 @@ def find_images(source: epath.PathLike, flat: bool = False, output: epath.PathLi
     if not source.is_dir():
         return {source.stem: source}
     if output and f"{_real(files.absolute(output))}/".startswith(f"{_real(source)}/"):
-        raise UserError(f"--output {output}: lies in --input {source}, whose images it would join; choose a folder elsewhere")
+        raise UserError(
+            f"--output {output}: lies inside --input {source}, so its results would become input images; choose another folder"
+        )
     images: list[epath.Path] = []
     others: list[epath.Path] = []
     for path in sorted(_files_below(source, set())):
         hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
         (others if hidden or path.suffix.lower() not in SUFFIXES else images).append(path)
     if others:
-        named = ", ".join(str(path.relative_to(source)) for path in others[:LISTED]) + ", ..." * (len(others) > LISTED)
-        logger.warning(f"--input {source}: {len(others)} file(s) left out, no images by their names or hidden: {named}")
+        named = ", ".join(str(path.relative_to(source)) for path in others[:MAX_LISTED])
+        named += ", ..." if len(others) > MAX_LISTED else ""
+        logger.warning(f"--input {source}: skipped {len(others)} file(s), hidden or without an image extension: {named}")
     if not images:
         raise MissingFileError(f"--input {source}: no images in this folder; expected files ending in {', '.join(SUFFIXES)}")
     by_name: dict[str, epath.Path] = {}
@@ -56,17 +59,17 @@ def find_images(source: epath.PathLike, flat: bool = False, output: epath.PathLi
     return by_name
 
 
-def _files_below(folder: epath.Path, above: set[str]) -> Iterator[epath.Path]:
-    if _real(folder) in above:
-        return  # a link to a folder that it lies in
+def _files_below(folder: epath.Path, ancestors: set[str]) -> Iterator[epath.Path]:
+    if _real(folder) in ancestors:
+        return  # a link to one of its own ancestors
     try:
-        paths = [(path, path.is_dir()) for path in folder.iterdir()]  # epath's rglob leaves links to folders out
+        paths = [(path, path.is_dir()) for path in folder.iterdir()]  # epath's rglob does not follow links to folders
     except OSError as error:
         raise UserError(f"--input: the folder {folder} cannot be read ({error}); make it readable, or move it away") from error
     for path, is_folder in paths:
-        yield from _files_below(path, above | {_real(folder)}) if is_folder else [path]
+        yield from _files_below(path, ancestors | {_real(folder)}) if is_folder else [path]
 
 
 def _real(path: epath.Path) -> str:
-    """A local path without links; a remote one as it is."""
+    """Resolves the links of a local path; returns a remote path unchanged."""
     return os.fspath(path) if "://" in os.fspath(path) else os.path.realpath(path)

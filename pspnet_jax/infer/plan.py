@@ -1,8 +1,8 @@
 """The inference plan of a batch of images: windows, batches, resampling weights.
 
-A canvas is a scaled image and its padding, from which windows are cut, and on which the network's scores are accumulated.
-Sizes and places travel as numbers, and only upper bounds of them (`bucket`) are shapes that have to be compiled; but for the
-network, which whole inference compiles for each size: there a window lies at the top left of a frame of a bucket's size.
+A canvas is a scaled image with its padding: windows are cut from it, and the network's scores are added up on it. Sizes and
+places are passed as data, and only their upper bounds (see `bucket`) become compiled shapes. The network is an exception in
+whole-image inference, which compiles it for each size; each window then lies at the top left of a frame of rounded-up size.
 """
 
 import collections
@@ -15,25 +15,25 @@ import numpy as np
 from pspnet_jax.infer.protocols import Protocol
 from pspnet_jax.infer.resample import ResamplingWeights
 
-STRIP = 32  # rows of an image that are finished at a time, K numbers a pixel
+STRIP = 32  # rows of an image that are processed at a time, with K scores per pixel
 
 ToImage = tuple[ResamplingWeights, ResamplingWeights]  # [M, H, T] and [M, W, T], see canvas_to_image
 
 
 class Axis(NamedTuple):
-    """Rows, or columns, of one image in one view."""
+    """The rows or the columns of one view of an image; sizes in pixels."""
 
-    source: int  # pixels of the image
-    scaled: int
-    flipped: bool  # the canvas, with its windows, is that of the flipped image
-    canvas: int  # the scaled image, or the window where that is larger
-    before: int  # pixels of padding before the scaled image
+    source: int  # size of the image
+    scaled: int  # size of the scaled image
+    flipped: bool  # whether the canvas holds the flipped image
+    canvas: int  # the larger of scaled and window
+    before: int  # padding before the scaled image
     window: int
-    starts: list[int]  # of the windows on the canvas
+    starts: list[int]  # first pixel of each window on the canvas
 
 
 class View(NamedTuple):
-    """One image at one scale, and flipped or not."""
+    """One image at one scale, flipped or not."""
 
     rows: Axis
     columns: Axis
@@ -47,37 +47,37 @@ class View(NamedTuple):
         return len(self.rows.starts) * len(self.columns.starts)
 
 
-Window = tuple[int, tuple[int, int, int], np.ndarray]  # view, place, pixels [h, w, 3] in gray levels
+Window = tuple[int, tuple[int, int, int], np.ndarray]  # index of the view, place, pixels [h, w, 3] in gray levels
 
 
 class Batch(NamedTuple):
-    """Windows of one size for the network; each of D devices has N / D of its own images, ordered by view, then zeros."""
+    """Windows of one size. Each of D devices has N / D windows of its own images, ordered by view and padded with zeros."""
 
     window: tuple[int, int]  # h, w
     pixels: np.ndarray  # f32[N, y, x, 3], in gray levels: the windows in frames
-    places: np.ndarray  # int32[N, 3]: image on its device, first row and column on the canvas
-    parts: list[tuple[int, np.ndarray]]  # a view and, int32[D, 2], from and up to which window a device has it
+    places: np.ndarray  # int32[N, 3]: index of the image on its device, first row and first column on the canvas
+    parts: list[tuple[int, np.ndarray]]  # index of a view, and the range of its windows on each device, int32[D, 2]
 
 
 class Canvas(NamedTuple):
-    """One view of all images."""
+    """The canvases of all images in one view."""
 
-    size: tuple[int, int]  # holds those of all images
+    size: tuple[int, int]  # large enough for every image
     num_windows: int
     to_image: ToImage
 
 
 class Plan(NamedTuple):
-    """All there is to do for some images; their number M, height H and width W are rounded up to bounds."""
+    """The inference plan of a batch of images."""
 
-    shape: tuple[int, int, int]  # M, H, W
+    shape: tuple[int, int, int]  # number M, height H and width W of the images, rounded up
     canvases: list[Canvas]  # by view
-    batches: Iterator[Batch]  # made one by one, as they are asked for
-    held: int  # views held until the end: all, where that takes less memory than adding them up one by one, else the last
+    batches: Iterator[Batch]  # made lazily
+    held: int  # number of views kept until the end: all, if that takes less memory than adding them up one by one, else 1
 
 
 def plan_images(images: Sequence[np.ndarray], protocol: Protocol, devices: int) -> Plan:
-    """Plans images uint8[H, W, 3] that are shared out among devices."""
+    """Plans the inference of images uint8[H, W, 3], which are divided among the devices."""
     per_device = power_of_two(ceil_div(len(images), devices))
     shape = (devices * per_device, *bucket(*(max(image.shape[i] for image in images) for i in (0, 1))))
     views = [views_of(image.shape[0], image.shape[1], protocol) for image in images]
@@ -88,7 +88,7 @@ def plan_images(images: Sequence[np.ndarray], protocol: Protocol, devices: int) 
 
 
 def views_of(height: int, width: int, protocol: Protocol) -> list[View]:
-    """Returns the views of an image, and where their windows lie."""
+    """Returns the views of an image, with the positions of their windows."""
     settings = protocol.settings
     flips = (False, True) if settings.flip and protocol.flips_views else (False,)
     views = []
@@ -107,9 +107,9 @@ def _axis(source: int, scaled: int, flipped: bool, crop: int, stride: int, proto
 
 
 def window_starts(size: int, window: int, stride: int = 0) -> list[int]:
-    """Returns each window's first pixel, for `size` >= window pixels: `stride` apart, the last flush with the end.
+    """Returns the first pixel of each window, `stride` apart, the last window flush with the end; requires size >= window.
 
-    Stride 0 is two thirds of the window, rounded up, as the authors have it.
+    Stride 0 means two thirds of the window, rounded up, as in the authors' code.
     """
     stride = stride or ceil_div(2 * window, 3)
     return [min(start, size - window) for start in range(0, size - window + stride, stride)]
@@ -117,7 +117,7 @@ def window_starts(size: int, window: int, stride: int = 0) -> list[int]:
 
 def _canvas(views: Sequence[View], shape: tuple[int, int, int], protocol: Protocol) -> Canvas:
     axes = list(zip(*views, strict=True))  # all rows, all columns
-    largest = _rounded_up(*(max(axis.canvas for axis in of_images) for of_images in axes))
+    largest = _round_up(*(max(axis.canvas for axis in of_images) for of_images in axes))
     size = tuple(map(max, largest, *(_frame(view.window, protocol) for view in views)))
     rows, columns = (
         _stack([canvas_to_image(axis, protocol) for axis in of_images], shape[0], size)
@@ -127,17 +127,17 @@ def _canvas(views: Sequence[View], shape: tuple[int, int, int], protocol: Protoc
 
 
 def canvas_to_image(axis: Axis, protocol: Protocol) -> ResamplingWeights:
-    """Returns the weights that take sums over windows, on the canvas, to means over windows, on the image."""
+    """Returns the weights that resample sums over windows on the canvas to means over windows on the image."""
     indices, weight = protocol.weights_to_image(axis.source, axis.scaled)
     indices = axis.before + (axis.scaled - 1 - indices if axis.flipped else indices)
-    times_seen = np.zeros(axis.canvas, np.float32)
+    num_covering = np.zeros(axis.canvas, np.float32)
     for start in axis.starts:
-        times_seen[start : start + axis.window] += 1
-    return ResamplingWeights(indices, weight / times_seen[indices])
+        num_covering[start : start + axis.window] += 1
+    return ResamplingWeights(indices, weight / num_covering[indices])
 
 
 def _stack(weights: Sequence[ResamplingWeights], count: int, size: int) -> ResamplingWeights:
-    """Stacks [n, T] of any n and T, with weights of 0 after them, to [count, size, T]; T becomes a power of two."""
+    """Stacks weights [n, T] of different n and T into [count, size, T], padded with 0; T is rounded up to a power of two."""
     shape = (count, size, power_of_two(max(one.indices.shape[1] for one in weights)))
     stacked = ResamplingWeights(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
     for i, one in enumerate(weights):
@@ -149,21 +149,21 @@ def _stack(weights: Sequence[ResamplingWeights], count: int, size: int) -> Resam
 def _batches(
     images: Sequence[np.ndarray], views: list[list[View]], protocol: Protocol, devices: int, per_device: int
 ) -> Iterator[Batch]:
-    """Shares all windows out among the devices, and into batches of one size."""
+    """Divides all windows among the devices, in batches of one window size."""
     shares = [slice(i * per_device, (i + 1) * per_device) for i in range(devices)]
     for size in dict.fromkeys(view.window for of_images in zip(*views, strict=True) for view in of_images):
-        longest = max(count_windows(itertools.chain(*views[share]))[size] for share in shares)
-        n = min(ceil_div(protocol.settings.batch_size, devices), power_of_two(longest))
+        most = max(count_windows(itertools.chain(*views[share]))[size] for share in shares)  # windows on any device
+        n = min(ceil_div(protocol.settings.batch_size, devices), power_of_two(most))
         frame = _frame(size, protocol)
         queues = [_windows(images[share], views[share], size, protocol) for share in shares]
-        for _ in range(ceil_div(longest, n)):
+        for _ in range(ceil_div(most, n)):
             yield _batch([list(itertools.islice(queue, n)) for queue in queues], n, size, frame)
 
 
 def _windows(
     images: Sequence[np.ndarray], views: list[list[View]], size: tuple[int, int], protocol: Protocol
 ) -> Iterator[Window]:
-    """Cuts the windows of one size, ordered by view; of the canvases, only one exists at a time."""
+    """Yields the windows of one size, ordered by view; only one canvas exists at a time."""
     for number, of_images in enumerate(zip(*views, strict=True)):
         for i, (image, view) in enumerate(zip(images, of_images, strict=True)):
             if view.window == size:
@@ -173,7 +173,7 @@ def _windows(
 
 
 def image_to_canvas(image: np.ndarray, view: View, protocol: Protocol) -> np.ndarray:
-    """Returns a view's canvas [h, w, 3] in gray levels, float32 or, as it may be where nothing is padded, uint8."""
+    """Returns a view's canvas [h, w, 3] in gray levels: float32 or, if nothing is padded, possibly uint8."""
     rows, columns = view
     scaled = protocol.scale(image, rows.scaled, columns.scaled)
     if columns.flipped:
@@ -195,7 +195,7 @@ def count_windows(views: Iterable[View]) -> collections.Counter[tuple[int, int]]
 
 
 def _batch(by_device: list[list[Window]], n: int, size: tuple[int, int], frame: tuple[int, int]) -> Batch:
-    """Stacks at most n windows a device."""
+    """Stacks up to n windows per device."""
     pixels = np.zeros((len(by_device) * n, *frame, 3), np.float32)
     places = np.zeros((len(by_device) * n, 3), np.int32)
     for device, windows in enumerate(by_device):
@@ -210,12 +210,12 @@ def _batch(by_device: list[list[Window]], n: int, size: tuple[int, int], frame: 
 
 
 def _frame(window: tuple[int, int], protocol: Protocol) -> tuple[int, int]:
-    """Returns what holds a window: itself, or the least round size where each image has a window of its own."""
-    return _rounded_up(*window) if protocol.settings.inference == "whole" else window
+    """Returns the size of the frame for a window: the window's own or, in whole-image inference, that size rounded up."""
+    return _round_up(*window) if protocol.settings.inference == "whole" else window
 
 
-def _rounded_up(height: int, width: int) -> tuple[int, int]:
-    """Rounds a canvas up; Caffe's sizes are one more than round ones."""
+def _round_up(height: int, width: int) -> tuple[int, int]:
+    """Rounds a canvas up to 1 more than a bucket, because Caffe's scaled sizes are 1 more than round numbers."""
     height, width = bucket(max(1, height - 1), max(1, width - 1))
     return height + 1, width + 1
 
@@ -223,7 +223,8 @@ def _rounded_up(height: int, width: int) -> tuple[int, int]:
 def bucket(height: int, width: int) -> tuple[int, int]:
     """Rounds a size up, so that many sizes share few compiled shapes.
 
-    The long side becomes one of four lengths an octave; then each side that length, 3/4 or 1/2 of it, and a multiple of STRIP.
+    The long side is rounded up to one of four lengths per power of two. Each side is then rounded up to 1/2, 3/4 or all of
+    that length, and to a multiple of STRIP.
     """
     longer = max(height, width)
     step = max(STRIP, power_of_two(longer) // 8)

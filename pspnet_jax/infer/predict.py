@@ -1,4 +1,4 @@
-"""Predicts images that need no labels: files are read ahead, and results written, while the devices compute."""
+"""Predicts image files; reads ahead and writes results while the devices compute."""
 
 import collections
 import errno
@@ -31,10 +31,10 @@ from pspnet_jax.progress import progress
 
 logger = logging.getLogger(__name__)
 THREADS = 2 + (os.cpu_count() or 1)
-AHEAD = 2 * THREADS  # images that are read before they are needed, and results that may wait to be written
-ORIGIN = ".origin.json"  # in the output: what its results were made with
-SIGNATURE = "pspnet_jax"  # names the text in a result by which it is known again
-OF_ONE_FILE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)  # the next image would meet any other error, too
+AHEAD = 2 * THREADS  # maximum number of images read ahead, and of results waiting to be written
+ORIGIN = ".origin.json"  # file in the output that records how its results were made
+SIGNATURE = "pspnet_jax"  # PNG text key of a result's signature
+SINGLE_FILE_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)  # any other error would occur for the next image, too
 
 
 def predict(
@@ -49,31 +49,31 @@ def predict(
 ) -> None:
     """Predicts images, each at its own size.
 
-    Writes output/index/NAME.png (gray, the values are class indices), output/color/NAME.png (the same in a palette of the
-    classes' colors) and output/overlay/NAME.jpg (half color, half image); or, given a form, only what that server takes.
+    Writes output/index/NAME.png (gray, the values are class indices), output/color/NAME.png (the same values with a palette of
+    class colors) and output/overlay/NAME.jpg (half color, half image); or, if `form` is given, only the submission.
 
     Args:
-      predictor: for the classes of `info`.
+      predictor: predicts the classes of `info`.
       variables: weights, see `Predictor.place`.
-      images: files by the names that results get, see `inputs.find_images`.
-      output: a folder, made if need be.
+      images: files keyed by the names of their results, see `inputs.find_images`.
+      output: a folder, created if missing.
       info: the classes.
-      form: "cityscapes", "ade20k" or "voc" for a submission to the benchmark's server.
-      skip_existing: leaves out images whose results are all there, to go on with a long job.
-      origin: what the weights and the images are, such as the run, its step and the "input"; kept in output/.origin.json
-        with the settings.
+      form: "cityscapes", "ade20k" or "voc" for a submission to that benchmark's server.
+      skip_existing: skips images that already have all their results, to continue an interrupted job.
+      origin: identifies the weights and the images, such as the run, its step and the "input"; saved with the settings in
+        output/.origin.json.
 
     Raises:
-      UserError: the form is of other classes; the output cannot be written to, or is to be continued with another origin; or,
-        when all others have their results, some images could not be predicted: which, and why.
+      UserError: the submission has other classes; the output cannot be written to, has files that would be overwritten, or
+        would be continued with another origin; or some images could not be predicted, reported after all others are done.
     """
     server, output = submission.choose(form, info) if form else None, files.absolute(output)
-    results = {name: _results(output, name, server) for name in images}
+    results = {name: _result_paths(output, name, server) for name in images}
     origin = {**(origin or {}), **predictor.description, "format": form, "weights": _digest(variables)}
     if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is a file; expected a folder, which is made if need be")
+        raise UserError(f"--output {output}: is a file; expected a folder, which is created if missing")
     with locked(output):
-        _keep_others(results, images, output, origin)
+        _refuse_overwriting(results, images, output, origin)
         _write_origin(output, origin, skip_existing)
         signatures = {name: _signature(origin, path) for name, path in images.items()}
         done = {name for name in images if skip_existing and _is_done(results[name], signatures[name])}
@@ -82,10 +82,10 @@ def predict(
         with ThreadPoolExecutor(THREADS) as pool, progress("predicting", len(todo)) as advance:
             job = _Job(pool, advance)
             for group in predictor.groups(job.read(todo, predictor.check)):
-                for example, labels, i in _labeled(group, predictor, variables, job.fail):
+                for example, labels, i in _predict_group(group, predictor, variables, job.fail):
                     name, image = example["name"], example["image"]
-                    find = functools.partial(_labels, labels, i, image, predictor.settings)
-                    job.write(name, _write, results[name], signatures[name], image, find, info, server)
+                    fetch_label = functools.partial(_fetch_label, labels, i, image, predictor.settings)
+                    job.write(name, _write, results[name], signatures[name], image, fetch_label, info, server)
                 if job.stopped_by:
                     break
             job.wait()
@@ -96,34 +96,34 @@ def predict(
             "\n".join((*job.failed, f"{output}: {job.stopped_by}; {kept}, and --skip_existing continues from there"))
         )
     rate = job.done / (time.perf_counter() - began)
-    logger.info(f"{kept}, {existing} from before; {rate:.3g} images/s on {predictor.device}, reading and writing included")
+    logger.info(f"{kept}, {existing} from earlier runs; {rate:.3g} images/s on {predictor.device}, including I/O")
     if job.failed:
         raise UserError("\n".join((*job.failed, f"{len(job.failed)} of {len(images)} images could not be predicted")))
 
 
-def _labeled(
+def _predict_group(
     group: Sequence[Example], predictor: Predictor, variables: Any, fail: Callable[[str], None]
 ) -> list[tuple[Example, jax.Array, int]]:
-    """Returns examples with labels uint8[M, S, T] on the devices and their place in these; `fail` gets what is wrong."""
+    """Returns each example with labels uint8[M, S, T] on the devices and its index in them; passes errors to `fail`."""
     images = [example["image"] for example in group]
     try:
-        with memory.explained(images, predictor.settings):
+        with memory.explain_out_of_memory(images, predictor.settings):
             labels = predictor.labels(variables, images)
     except UserError as error:
-        if len(group) > 1:  # one of them may be to blame
-            return [found for example in group for found in _labeled([example], predictor, variables, fail)]
+        if len(group) > 1:  # a single image may be the cause
+            return [result for example in group for result in _predict_group([example], predictor, variables, fail)]
         fail(f"{group[0]['name']}: {error}")
         return []
     return [(example, labels, i) for i, example in enumerate(group)]
 
 
 class _Job:
-    """Keeps account of images that are read, predicted and written at the same time, of which bounded numbers wait.
+    """Reads images and writes results in threads, with bounded queues, and counts what is done and what failed.
 
     Attributes:
       done: number of images whose results are written.
-      failed: a line for each image that has none, with the reason.
-      stopped_by: the error because of which nothing more can be written, if there was one.
+      failed: one line for each image that failed, with the reason.
+      stopped_by: the error that prevents all further writing, or "".
     """
 
     def __init__(self, pool: ThreadPoolExecutor, advance: Callable[[int], None]):
@@ -132,12 +132,12 @@ class _Job:
         self.done, self.failed, self.stopped_by = 0, list[str](), ""
 
     def read(self, paths: Mapping[str, epath.PathLike], check: Callable[[np.ndarray], None]) -> Iterator[Example]:
-        """Yields the images that can be read and pass the check, in order."""
+        """Yields the images that can be read and pass the check, in order; records the others as failed."""
 
         def read_one(path: epath.PathLike) -> np.ndarray:
             try:
                 check(image := image_files.read(path))
-            except Exception as error:  # whatever a decoder raises
+            except Exception as error:  # decoders raise many types
                 reason = str(error) or type(error).__name__
                 raise UserError(reason if reason.startswith(str(path)) else f"{path}: {reason}") from error
             return image
@@ -156,17 +156,17 @@ class _Job:
                 self.fail(str(error))
 
     def write(self, name: str, write: Callable[..., None], *args: Any) -> None:
-        """Has the results of an image written, and waits until few are left to write."""
+        """Queues an image's results for writing, and waits if too many are queued."""
         self._writing.append((name, self._pool.submit(write, *args)))
         self.wait(AHEAD)
 
-    def wait(self, left: int = 0) -> None:
-        while len(self._writing) > left:
+    def wait(self, max_queued: int = 0) -> None:
+        while len(self._writing) > max_queued:
             name, future = self._writing.popleft()
             try:
                 future.result()
             except (UserError, OSError) as error:
-                if isinstance(error, UserError) or error.errno in OF_ONE_FILE:
+                if isinstance(error, UserError) or error.errno in SINGLE_FILE_ERRORS:
                     self.fail(f"{name}: {error}")
                 else:
                     self.stopped_by = str(error)
@@ -179,15 +179,14 @@ class _Job:
         self._advance(1)
 
 
-def _results(output: epath.Path, name: str, server: submission.Submission | None) -> list[epath.Path]:
-    """The files that an image becomes."""
+def _result_paths(output: epath.Path, name: str, server: submission.Submission | None) -> list[epath.Path]:
     if server:
         return [output / server.folder / f"{name}.png"]
     return [output / "index" / f"{name}.png", output / "color" / f"{name}.png", output / "overlay" / f"{name}.jpg"]
 
 
 def _digest(variables: Any) -> str:
-    """What tells weights from others that have the same step in the same run."""
+    """Returns a checksum of the weights, because a run that was repeated has other weights at the same step."""
     checksum = 0
     for leaf in jax.tree.leaves(variables):
         array = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
@@ -196,18 +195,18 @@ def _digest(variables: Any) -> str:
 
 
 def _signature(origin: Mapping[str, Any], image: epath.PathLike) -> str:
-    """What the results of an image carry, to be known again: what they were made with, and the image's size and time."""
+    """Returns a hash of the origin and of the image file's size and time, which identifies the image's results."""
     made_with = {key: value for key, value in origin.items() if key != "input"}
     try:
         stat = epath.Path(image).stat()
-        of = stat.length, stat.mtime
-    except OSError:  # who reads it says so
-        of = 0, 0
-    return hashlib.sha256(json.dumps([made_with, of]).encode()).hexdigest()[:32]
+        size_and_time = stat.length, stat.mtime
+    except OSError:  # reported when the image is read
+        size_and_time = 0, 0
+    return hashlib.sha256(json.dumps([made_with, size_and_time]).encode()).hexdigest()[:32]
 
 
 def _is_done(results: Sequence[epath.Path], signature: str) -> bool:
-    """Whether all results of an image are there, the first of which, written last, carries this signature."""
+    """Returns whether all results of an image exist, and the first, which is written last, has this signature."""
     try:
         for path in results[1:]:
             with path.open("rb") as file, Image.open(file):
@@ -215,16 +214,16 @@ def _is_done(results: Sequence[epath.Path], signature: str) -> bool:
         with results[0].open("rb") as file, Image.open(file) as image:
             image.load()
             return image.info.get(SIGNATURE) == signature
-    except Exception:  # it is not there, or whatever Pillow raises over a damaged file
+    except Exception:  # missing, or damaged, for which Pillow raises many types
         return False
 
 
-def _labels(labels: jax.Array, i: int, image: np.ndarray, settings: ConfigDict) -> np.ndarray:
-    """Waits for the devices, and returns the i-th image's labels uint8[H, W]."""
-    with memory.explained([image], settings):
+def _fetch_label(labels: jax.Array, i: int, image: np.ndarray, settings: ConfigDict) -> np.ndarray:
+    """Waits for the devices, and returns the i-th image's label uint8[H, W]."""
+    with memory.explain_out_of_memory([image], settings):
         label = np.asarray(labels)[i, : image.shape[0], : image.shape[1]]
     if (label == IGNORE).any():
-        raise UserError("the network's scores are not finite (NaN), so no class is the most probable")
+        raise UserError("the network's scores are not finite (NaN), so there is no most probable class")
     return label
 
 
@@ -232,11 +231,11 @@ def _write(
     results: Sequence[epath.Path],
     signature: str,
     image: np.ndarray,
-    find: Callable[[], np.ndarray],
+    fetch_label: Callable[[], np.ndarray],
     info: DatasetInfo,
     server: submission.Submission | None,
 ) -> None:
-    label, signed = find(), PngImagePlugin.PngInfo()
+    label, signed = fetch_label(), PngImagePlugin.PngInfo()
     signed.add_text(SIGNATURE, signature)
     if folders := [str(path) for path in results if path.is_dir()]:
         raise UserError(f"{', '.join(folders)}: is a folder where a result should be; move it away")
@@ -245,25 +244,25 @@ def _write(
     index, color, mixed = results
     save(palette_image(label, info.colors), color)
     save(Image.fromarray(overlay(image, label, info.colors)), mixed, "JPEG", quality=95, subsampling=0)  # crisp edges
-    save(Image.fromarray(label), index, pnginfo=signed)  # last: with it, the others are there
+    save(Image.fromarray(label), index, pnginfo=signed)  # written last: if it exists, so do the others
 
 
-def _keep_others(
+def _refuse_overwriting(
     results: Mapping[str, Sequence[epath.Path]],
     images: Mapping[str, epath.PathLike],
     output: epath.Path,
     origin: Mapping[str, Any],
 ) -> None:
-    """Refuses results that would be written over an image to predict, over those of other images, or over others' files."""
+    """Refuses to overwrite an input image, results of another input, or files that no prediction wrote."""
     inputs, before = {os.path.realpath(path) for path in images.values()}, _read_origin(output)
     foreign = output.is_dir() and (before is None or before.get("input") != origin.get("input"))
     for path in itertools.chain.from_iterable(results.values()):
         if os.path.realpath(path) in inputs or (foreign and path.is_file()):
-            raise UserError(f"{path}: is there already, and no prediction of this input wrote it; choose another --output")
+            raise UserError(f"{path}: already exists and was not predicted from this input; choose another --output")
 
 
 def _read_origin(output: epath.Path) -> Mapping[str, Any] | None:
-    """What the results in a folder were made with; None where no prediction has written there."""
+    """Returns how the results in a folder were made; None if no prediction wrote there."""
     try:
         return dict(json.loads((output / ORIGIN).read_text()))
     except (OSError, ValueError, TypeError):
@@ -274,22 +273,22 @@ def _write_origin(output: epath.Path, origin: Mapping[str, Any], continued: bool
     """Writes .origin.json before anything is computed.
 
     Raises:
-      UserError: the folder cannot be written to, or a job of another origin is to be continued.
+      UserError: the folder cannot be written to, or the job to continue has another origin.
     """
     path = output / ORIGIN
     if continued and path.exists() and _read_origin(output) != json.loads(json.dumps(origin)):
         raise UserError(
-            f"--output {output}: its results are of another checkpoint or other settings ({path}); leave --skip_existing "
-            "out to make them anew, or choose another --output"
+            f"--output {output}: its results come from another checkpoint or other settings ({path}); omit --skip_existing "
+            "to replace them, or choose another --output"
         )
     with files.writing(output, "nothing was predicted"), files.atomic(path) as temporary:
         temporary.write_text(json.dumps(origin, indent=2) + "\n")
 
 
 def _by_size(paths: Mapping[str, epath.PathLike], predictor: Predictor) -> Mapping[str, epath.PathLike]:
-    """Orders files so that whole inference compiles the network once for each size; says for how many."""
+    """Orders files for whole-image inference, which compiles the network once for each size, and logs the number of sizes."""
     if predictor.settings.inference != "whole":
         return paths
     sizes = dict(zip(paths, image_files.sizes(list(paths.values())), strict=True))
-    predictor.announce(sizes.values())
+    predictor.log_compilations(sizes.values())
     return {name: paths[name] for name in sorted(paths, key=sizes.__getitem__)}

@@ -1,4 +1,4 @@
-"""Where published evaluations differ: the sizes, the resampling, the padding, the flip, and what is averaged."""
+"""Published evaluation protocols, which differ in sizes, resampling, padding, flipping and averaging."""
 
 import math
 
@@ -12,22 +12,22 @@ from pspnet_jax.infer.resample import ResamplingWeights, bilinear, bilinear_anti
 
 
 class Protocol:
-    """One way to score a network.
+    """One way to evaluate a network.
 
-    A view is the image at one scale. With `flips_views`, the flipped image at that scale is another view, whose windows start
-    at its own left; otherwise each window goes through the network a second time, flipped.
+    A view is the image at one scale. With `flips_views`, the flipped image is another view, whose windows are laid out from its
+    own left edge. Otherwise, each window goes through the network a second time, flipped.
     """
 
     flips_views = False
 
     def __init__(self, config: ConfigDict):
-        """Keeps what it needs of config.eval, config.normalize and config.model.align_corners."""
+        """Uses config.eval, config.normalize and config.model.align_corners."""
         self.settings = config.eval
         self.mean = np.array(config.normalize.mean)
         self.align_corners = config.model.align_corners
 
     def scaled_size(self, height: int, width: int, scale: float) -> tuple[int, int]:
-        """Returns height and width of an image's view at a scale."""
+        """Returns the height and width of an image's view at a scale."""
         raise NotImplementedError
 
     def scale(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -35,31 +35,31 @@ class Protocol:
         raise NotImplementedError
 
     def window(self, crop: int, scaled: int) -> tuple[int, int]:
-        """Returns the window's side, up to which the image is padded, and how much of the padding goes on top (left)."""
+        """Returns the window's side, to which smaller images are padded, and the padding on the top (left)."""
         return crop, 0
 
     def padding(self, exceeds: bool) -> np.ndarray:
-        """Returns the padding's color [3]; `exceeds` tells whether the scaled image exceeds the window on some axis."""
+        """Returns the padding color [3]; `exceeds` is whether the scaled image exceeds the window on some axis."""
         return self.mean
 
     def combine_flip(self, logits: jax.Array, flipped: jax.Array | None = None) -> jax.Array:
-        """Returns what is averaged over windows, from a window's logits f32[..., W, K] and, if any, its flipped image's."""
+        """Returns the scores to average over windows, from the logits f32[..., W, K] of a window and of the flipped window."""
         return logits
 
     def weights_to_image(self, size: int, scaled: int) -> ResamplingWeights:
-        """Returns the weights by which averages over windows, at `scaled` pixels, are resampled to the image's `size`."""
+        """Returns the weights that resample averages over windows from `scaled` pixels to the image's `size`."""
         return bilinear(size, scaled)
 
     def finalize_scores(self, scores: jax.Array) -> jax.Array:
-        """Returns what is averaged over views, from a view's scores f32[..., K] at the image's size."""
+        """Returns the scores to average over views, from a view's scores f32[..., K] at the image's size."""
         return scores
 
 
 class Semseg(Protocol):
-    """hszhao/semseg, tool/test.py, by the authors in PyTorch."""
+    """The authors' evaluation in PyTorch: hszhao/semseg, tool/test.py."""
 
     def scaled_size(self, height: int, width: int, scale: float) -> tuple[int, int]:
-        """The long side is base_size * scale; halves are rounded to even, as Python does."""
+        """Makes the long side base_size * scale; rounds halves to even, as Python does."""
         long = max(height, width)
         scaled = max(1, round(scale * (self.settings.base_size or long)))
         height, width = (max(1, round(scaled / long * side)) for side in (height, width))
@@ -72,16 +72,16 @@ class Semseg(Protocol):
         return crop, max(0, crop - scaled) // 2
 
     def combine_flip(self, logits: jax.Array, flipped: jax.Array | None = None) -> jax.Array:
-        """Mean of the softmaxes."""
+        """Averages the softmaxes."""
         scores = jax.nn.softmax(logits)
         return scores if flipped is None else (scores + jax.nn.softmax(flipped)[..., ::-1, :]) / 2
 
 
 class Caffe(Protocol):
-    """hszhao/PSPNet, evaluation/*.m, by the authors in MATLAB and Caffe."""
+    """The authors' evaluation in MATLAB and Caffe: hszhao/PSPNet, evaluation/*.m."""
 
     def scaled_size(self, height: int, width: int, scale: float) -> tuple[int, int]:
-        """The long side is base_size * scale + 1, which imresize rounds up; the short side is computed in single precision."""
+        """Makes the long side base_size * scale + 1, which imresize rounds up; the short side is computed in float32."""
         long = max(height, width)
         scaled = (self.settings.base_size or long) * scale + 1
         short = np.float32(scaled) / np.float32(long) * np.float32(min(height, width))
@@ -89,8 +89,8 @@ class Caffe(Protocol):
         return sides if height > width else sides[::-1]
 
     def scale(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
-        """As imresize does 8-bit images: first the axis that shrinks most (grows least); rounded, half up, after each."""
-        tie = 2.0**-15  # gray levels; above float32's error in a sum of weighted ones, so that an exact half is rounded up
+        """Resizes 8-bit images as imresize does: first the axis that shrinks most; rounds half up after each axis."""
+        tie = 2.0**-15  # gray levels; more than the float32 error of a weighted sum, so that an exact half is rounded up
         sizes = (height, width)
         for axis in sorted((0, 1), key=lambda axis: sizes[axis] / image.shape[axis]):
             weights = bilinear_antialiased(sizes[axis], image.shape[axis])
@@ -98,17 +98,17 @@ class Caffe(Protocol):
         return image
 
     def padding(self, exceeds: bool) -> np.ndarray:
-        return np.floor(self.mean + 0.5) if exceeds else self.mean  # a larger image is padded before it is float
+        return np.floor(self.mean + 0.5) if exceeds else self.mean  # larger images are padded while still 8-bit
 
     def combine_flip(self, logits: jax.Array, flipped: jax.Array | None = None) -> jax.Array:
-        """Softmax of the sum."""
+        """Returns the softmax of the summed logits."""
         return jax.nn.softmax(logits if flipped is None else logits + flipped[..., ::-1, :])
 
     def weights_to_image(self, size: int, scaled: int) -> ResamplingWeights:
         return bilinear_antialiased(size, scaled)
 
     def finalize_scores(self, scores: jax.Array) -> jax.Array:
-        """Makes each pixel's K sum up to 1; what is 0 (no pixel of an image) stays 0."""
+        """Normalizes each pixel's K scores to sum to 1; pixels outside the image stay 0."""
         return scores / jnp.maximum(scores.sum(-1, keepdims=True), np.finfo(np.float32).tiny)
 
 
@@ -118,10 +118,10 @@ class MMSeg(Protocol):
     flips_views = True
 
     def scaled_size(self, height: int, width: int, scale: float) -> tuple[int, int]:
-        """As large as fits within base_size and short_size, times the scale; without a base_size, the image times the scale.
+        """Fits the image within base_size and short_size, times the scale; without base_size, scales its own sides.
 
-        Bounds that are given are cut to whole pixels, as in versions before 1.0; since then, test-time augmentation knows only
-        multiples of the image's own sides, which are rounded.
+        Given bounds are truncated to whole pixels, as in versions before 1.0. Later versions can only scale the image's own
+        sides in test-time augmentation; these are rounded.
         """
         base_size, short_size = self.settings.base_size, self.settings.short_size
         long, short = max(height, width), min(height, width)

@@ -1,6 +1,6 @@
-"""Bilinear resampling as numbers: which pixels each new pixel is a weighted sum of, along one axis.
+"""Bilinear resampling along one axis, as indices and weights of the source pixels that make up each new pixel.
 
-As data rather than code, so that images of many sizes share one compiled program.
+These are data rather than code, so that images of many sizes share one compiled program.
 """
 
 import functools
@@ -21,17 +21,17 @@ class ResamplingWeights(NamedTuple):
 
 
 def bilinear(size: int, source: int) -> ResamplingWeights:
-    """Resamples `source` pixels to `size`: half-pixel centers, no antialiasing, edges repeated (cv2's INTER_LINEAR)."""
-    return _between(_centers(size, source), source)
+    """Weights from `source` to `size` pixels: half-pixel centers, no antialiasing, edges replicated (cv2's INTER_LINEAR)."""
+    return _interpolate(_centers(size, source), source)
 
 
 def bilinear_corners(size: int, source: int) -> ResamplingWeights:
-    """Resamples with the centers of the outermost pixels on each other (align_corners=True)."""
-    return _between(np.arange(size) * ((source - 1) / max(size - 1, 1)), source)
+    """Weights that align the centers of the outermost pixels (align_corners=True)."""
+    return _interpolate(np.arange(size) * ((source - 1) / max(size - 1, 1)), source)
 
 
 def bilinear_antialiased(size: int, source: int) -> ResamplingWeights:
-    """MATLAB's imresize(..., 'bilinear'): a triangle, as wide as a new pixel where that is larger; edges are reflected."""
+    """Weights of MATLAB's imresize(..., 'bilinear'): a triangle filter, wider for downsampling; edges are reflected."""
     slope = min(size / source, 1)
     centers = _centers(size, source)[:, None]
     indices = np.floor(centers - 1 / slope) + 1 + np.arange(np.ceil(2 / slope))
@@ -42,8 +42,8 @@ def bilinear_antialiased(size: int, source: int) -> ResamplingWeights:
 
 
 def resample(image: Any, weights: ResamplingWeights, axis: int) -> Any:
-    """Resamples [h, w, C], of NumPy or of JAX, along axis 0 or 1; returns its kind in float32."""
-    # gathers: products with dense matrices took 7 to 20 times longer on a CPU
+    """Resamples a NumPy or JAX array [h, w, C] along axis 0 or 1; returns the same kind of array in float32."""
+    # Gathers, because products with dense matrices took 7 to 20 times longer on a CPU.
     shape = (-1, 1, 1) if axis == 0 else (-1, 1)
     terms = (
         image.take(weights.indices[:, t], axis, mode="clip").astype(np.float32) * weights.weight[:, t].reshape(shape)
@@ -56,7 +56,7 @@ def _centers(size: int, source: int) -> np.ndarray:
     return (np.arange(size) + 0.5) * (source / size) - 0.5
 
 
-def _between(position: np.ndarray, source: int) -> ResamplingWeights:
+def _interpolate(position: np.ndarray, source: int) -> ResamplingWeights:
     low = np.floor(position)
     indices = np.clip(np.stack([low, low + 1], -1), 0, source - 1)
     weight = np.stack([low + 1 - position, position - low], -1)

@@ -1,7 +1,7 @@
-"""What the benchmarks' evaluation servers take: one PNG an image, with names and values of their own.
+"""Submission formats of the benchmarks' evaluation servers: one PNG per image.
 
-Cityscapes wants its label ids, in files named like the images; ADE20K indices that count from 1; VOC palette PNGs in the folder
-of its sixth competition (any training data), which go to the server as an archive of results/.
+Cityscapes expects its label ids, in files named like the images. ADE20K expects class indices that start at 1. VOC expects
+palette PNGs in the folder of competition 6 (any training data), uploaded as an archive of results/.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Submission:
-    """One server's form."""
+    """One server's format."""
 
-    dataset: str  # whose classes are predicted, and whose values are written (see `datasets.RAW_VALUES`)
-    folder: str = ""  # where the files go under the output
-    palette: bool = False  # whether they have VOC's colors
+    dataset: str  # defines the classes and the values to write (see `datasets.RAW_VALUES`)
+    folder: str = ""  # of the files, relative to the output
+    palette: bool = False  # whether the files are palette images in VOC's colors
 
     def encode(self, label: np.ndarray) -> Image.Image:
-        """Returns the classes uint8[H, W], each from 0 to K-1, as the picture to send."""
+        """Converts class indices uint8[H, W], 0 to K-1, to the image to submit."""
         raw = np.array(datasets.RAW_VALUES[self.dataset], np.uint8)[label]
         return palette_image(raw, datasets.voc_palette(256)) if self.palette else Image.fromarray(raw)
 
@@ -39,10 +39,10 @@ SUBMISSIONS = {
 
 
 def choose(form: str, info: datasets.DatasetInfo) -> Submission:
-    """Returns the server's form, if the network predicts its classes; other names for them are a warning.
+    """Returns the server's format; warns if the network's classes have other names.
 
     Raises:
-      UserError: there is no such form, the number of classes is another, or their order.
+      UserError: the format is unknown, or the network's classes differ in number or order.
     """
     if form not in SUBMISSIONS:
         raise UserError(f"--format {form}: expected one of {', '.join(SUBMISSIONS)}")
@@ -54,10 +54,10 @@ def choose(form: str, info: datasets.DatasetInfo) -> Submission:
         )
     differing = datasets.differing_classes(expected, info.class_names)
     known = {name.lower() for name in expected}
-    for index, there, here in sorted(differing, key=lambda each: each[2].lower() not in known):
-        said = f"--format {form}: class {index} is {there!r} to its server, but {here!r} to this network"
-        if here.lower() in known:
-            raise UserError(f"{said}, whose classes have another order: what it predicts cannot be scored there")
-        logger.warning(f"{said}; classes are sent by their number, whatever their names")
+    for index, server_name, own_name in sorted(differing, key=lambda each: each[2].lower() not in known):
+        message = f"--format {form}: class {index} is {server_name!r} on its server, but {own_name!r} in this network"
+        if own_name.lower() in known:
+            raise UserError(f"{message}, whose classes have another order; the server cannot score its predictions")
+        logger.warning(f"{message}; classes are submitted by index, whatever their names")
         break
     return SUBMISSIONS[form]

@@ -1,4 +1,4 @@
-"""The two heads, from the backbone's features to scores at their size."""
+"""The segmentation head and the auxiliary head: backbone features to class scores of the same resolution."""
 
 from collections.abc import Sequence
 
@@ -25,16 +25,16 @@ class Classifier(nn.Module):
 
 
 class PyramidHead(nn.Module):
-    """Reads the backbone's features beside the pyramid's: [N, h, w, C], levels [N, b, b, C'] -> scores f32[N, h, w, K].
+    """Classifies backbone features and pyramid levels: [N, h, w, C], levels [N, b, b, C'] -> scores f32[N, h, w, K].
 
-    A convolution over all of them to C/4 channels, batch normalization, ReLU and the classifier.
+    A convolution over their concatenation to C/4 channels, batch normalization, ReLU and the classifier.
 
     Attributes:
       num_classes: K.
-      kernel_size: of the convolution; an odd number.
+      kernel_size: size of the convolution, an odd number.
       factored: compute the same function without building the concatenation.
-      align_corners: how the levels are upsampled; the same as PSPNet's.
-      dropout: rate, whole channels, before the classifier.
+      align_corners: how the levels are upsampled; use the same value as in `PSPNet`.
+      dropout: rate at which the classifier drops whole channels.
       frozen_norm: as in `ConvNorm`.
     """
 
@@ -53,7 +53,7 @@ class PyramidHead(nn.Module):
 
 
 class AuxiliaryHead(nn.Module):
-    """Reads the third stage's features, to help training: [N, h, w, C/2] -> scores f32[N, h, w, K].
+    """Classifies the third stage's features, for an auxiliary training loss: [N, h, w, C/2] -> scores f32[N, h, w, K].
 
     A 3x3 convolution to C/8 channels, batch normalization, ReLU and the classifier; attributes as in `PyramidHead`.
     """

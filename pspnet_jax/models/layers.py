@@ -1,4 +1,4 @@
-"""The layers that all parts of the network share. All tensors are [N, H, W, C]; all sizes are static."""
+"""Layers shared by all parts of the network. All tensors are [N, H, W, C]; all sizes are static."""
 
 import functools
 import math
@@ -16,31 +16,31 @@ T = TypeVar("T")
 
 
 def choose(choices: Mapping[Any, T], field: str, value: object) -> T:
-    """choices[value], or a UserError with all of them."""
+    """Returns choices[value], or raises a UserError that lists the choices."""
     if value not in choices:
         raise UserError(not_a_choice(choices, field, value))
     return choices[value]
 
 
 def not_a_choice(choices: Iterable[object], field: str, value: object) -> str:
-    """The sentence that refuses a field's value."""
+    """Returns the error message for a value that is not one of the choices."""
     return f"{field}={value!r}: expected one of {', '.join(map(repr, choices))}"
 
 
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
-# Statistics in float32. Under jit with a batch sharded over a mesh, they are computed over the global batch. Running variances
-# are the biased ones (torch stores n/(n-1) times as much). A variance is the mean of squares minus the square of the mean, in
-# one pass over the values: it loses digits where a mean is far larger than its standard deviation.
+# Statistics are float32. Under jit with a batch sharded over a mesh, they are computed over the global batch. Running variances
+# are biased (torch stores n/(n-1) times as much). Variances are computed in one pass, as the mean of squares minus the squared
+# mean, which loses precision if the mean is far larger than the standard deviation.
 BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
 
 
 def convolve(
     x: jax.Array, kernel: jax.Array, strides: Sequence[int] = (1, 1), padding: Any = "SAME", **options: Any
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated` in NHWC and HWIO, with 1x1 convolutions (without padding) written as a matrix product.
+    """`jax.lax.conv_general_dilated` in NHWC and HWIO; 1x1 convolutions become matrix products, without padding.
 
-    XLA runs the gradients of the product several times faster on CPUs.
+    On CPUs, XLA computes the gradients of these products several times faster.
     """
     if kernel.shape[:2] == (1, 1):
         return x[:, :: strides[0], :: strides[1]] @ kernel[0, 0]
@@ -56,11 +56,11 @@ class ConvNorm(nn.Module):
     Attributes:
       features: C'.
       kernel_size: an odd number.
-      relu: False leaves the ReLU out.
-      frozen_norm: normalize with the running statistics in training too, and leave them as they are.
+      relu: False omits the ReLU.
+      frozen_norm: in training, too, normalize with the running statistics, and do not update them.
 
     Raises:
-      UserError: in training, when each channel has a single value, whose variance is 0.
+      UserError: in training, if each channel has a single value, whose variance is 0.
     """
 
     features: int
@@ -97,8 +97,8 @@ class ConvNorm(nn.Module):
 def max_pool(x: jax.Array) -> jax.Array:
     """3x3 max-pooling with stride 2 and padding 1: [N, H, W, C] -> [N, ceil(H/2), ceil(W/2), C].
 
-    The maximum of shifted slices, along the rows, then the columns: on CPUs five times faster than XLA's windowed
-    maximum, whose gradient searches every window. Where values tie, the gradient is shared among them.
+    Computed as the maximum of shifted slices, first along rows, then along columns. On CPUs this is five times faster than
+    XLA's windowed maximum, whose gradient searches every window. Tied values share the gradient.
     """
     height, width = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
@@ -107,10 +107,10 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 def resize_matrix(size: int, new_size: int, align_corners: bool) -> np.ndarray:
-    """Bilinear interpolation along one axis as a matrix, f32[new_size, size]; each row holds at most two weights, of sum 1.
+    """Bilinear interpolation along one axis as a matrix f32[new_size, size]; a row has at most two weights, which sum to 1.
 
-    With align_corners the first and last samples coincide (Caffe's Interp, semseg); without, pixel centers lie at
-    half-integers and the borders are replicated (mmseg). Neither smooths when it shrinks.
+    With align_corners, the first and last samples coincide (Caffe's Interp, semseg). Otherwise, pixel centers lie at
+    half-integers and the borders are replicated (mmseg). Neither antialiases when downsampling.
     """
     target = np.arange(new_size, dtype=np.float64)
     if align_corners:
@@ -140,7 +140,7 @@ def resize(x: jax.Array, height: int, width: int, align_corners: bool) -> jax.Ar
 
 
 def pool_cells(size: int, bins: int) -> list[tuple[int, int]]:
-    """Adaptive pooling's cells along one axis: cell i covers floor(i * size / bins) up to ceil((i + 1) * size / bins)."""
+    """Cells of adaptive pooling along one axis: cell i covers floor(i * size / bins) up to ceil((i + 1) * size / bins)."""
     return [(i * size // bins, math.ceil((i + 1) * size / bins)) for i in range(bins)]
 
 
@@ -152,12 +152,12 @@ def _average_matrix(size: int, bins: int) -> np.ndarray:
 
 
 def adaptive_average_pool(x: jax.Array, bins: int) -> jax.Array:
-    """[N, H, W, C] -> f32[N, bins, bins, C], the mean of each cell."""
+    """Averages each cell: [N, H, W, C] -> f32[N, bins, bins, C]."""
     return apply_separable(x, _average_matrix(x.shape[1], bins), _average_matrix(x.shape[2], bins))
 
 
 def adaptive_max_pool(x: jax.Array, bins: int) -> jax.Array:
-    """[N, H, W, C] -> [N, bins, bins, C], the maximum of each cell."""
+    """Takes the maximum of each cell: [N, H, W, C] -> [N, bins, bins, C]."""
     rows, columns = pool_cells(x.shape[1], bins), pool_cells(x.shape[2], bins)
     cells = [[x[:, top:bottom, left:right].max((1, 2)) for left, right in columns] for top, bottom in rows]
     return jnp.stack([jnp.stack(row, 1) for row in cells], 1)

@@ -11,8 +11,8 @@ from pspnet_jax.models.layers import not_a_choice, resize
 from pspnet_jax.models.pyramid import POOLS, Pyramid
 from pspnet_jax.models.resnet import BLOCKS, FIRST_BLOCK_DILATION, STAGES, STEMS, STRIDE_IN, ResNet
 
-RESNET_FIELDS = ("depth", "width", "stem", "stride_in", "first_block_dilation", "output_stride")  # in config.model too
-CHOICES = {  # what the fields of config.model may be
+RESNET_FIELDS = ("depth", "width", "stem", "stride_in", "first_block_dilation", "output_stride")  # as in config.model
+CHOICES = {  # allowed values of the fields of config.model
     "depth": tuple(BLOCKS),
     "stem": tuple(STEMS),
     "stride_in": tuple(STRIDE_IN),
@@ -25,11 +25,11 @@ CHOICES = {  # what the fields of config.model may be
 }
 
 
-MOST_BINS = 100  # finer than all features: those of the largest published crop, 713 pixels, are 90 across
+MAX_BINS = 100  # more than any feature map needs: that of the largest published crop, 713 pixels, is 90 x 90
 
 
 class PSPNet(nn.Module):
-    """A segmentation network of four parts, each of which may be a module of your own.
+    """A segmentation network of four parts, each of which you can replace with a module of your own.
 
     Attributes:
       backbone: (images f32[N, H, W, 3], train) -> (third [N, h', w', C/2], fourth [N, h, w, C]), such as `ResNet`.
@@ -38,8 +38,8 @@ class PSPNet(nn.Module):
       auxiliary_head: (third, train) -> scores f32[N, h', w', K], such as `AuxiliaryHead`, or None; it runs in training only.
       align_corners: how the scores are upsampled to the images' size, bilinearly: True as Caffe and semseg, False as mmseg.
 
-    Parameters lie under the fields' names, such as "backbone/...". Those of `PyramidHead` and `AuxiliaryHead` lie directly
-    beside them: "head_conv", "head_bn", "classifier", "auxiliary_conv", "auxiliary_classifier".
+    Parameters are stored under the field names, such as "backbone/...". Those of `PyramidHead` and `AuxiliaryHead` are stored
+    at the top level: "head_conv", "head_bn", "classifier", "auxiliary_conv", "auxiliary_classifier".
     """
 
     backbone: nn.Module
@@ -49,7 +49,7 @@ class PSPNet(nn.Module):
     align_corners: bool = True
 
     def setup(self) -> None:
-        # Checkpoints have the default heads' parameters beside the backbone's, and the random numbers follow from the paths.
+        # Checkpoints store the default heads' parameters at the top level; initial values and dropout depend on the paths.
         for head in (self.head, self.auxiliary_head):
             if isinstance(head, PyramidHead | AuxiliaryHead):
                 nn.share_scope(self, head)
@@ -59,10 +59,10 @@ class PSPNet(nn.Module):
 
         Args:
           images: f32[N, H, W, 3], normalized (see `normalize`).
-          train: normalize by the batch's statistics (unless frozen; mutable "batch_stats"), drop channels (rng "dropout").
+          train: use batch statistics unless frozen (needs mutable "batch_stats") and dropout (needs rng "dropout").
 
         Returns:
-          Logits f32[N, H, W, K]; with train a pair of them and the auxiliary head's, f32[N, H, W, K], or None without one.
+          Logits f32[N, H, W, K]; in training, a pair of these and the auxiliary head's, f32[N, H, W, K] or None without one.
         """
 
         def upsample(scores: jax.Array) -> jax.Array:
@@ -77,7 +77,11 @@ class PSPNet(nn.Module):
 
 
 def build(model: ConfigDict, num_classes: int) -> PSPNet:
-    """The network of `config.model` for K = num_classes; a UserError names every field with an impossible value."""
+    """Builds the network of `config.model` for K = num_classes.
+
+    Raises:
+      UserError: lists every field with an invalid value.
+    """
     wrong = problems(model) + ([f"num_classes={num_classes}: expected 1 or more"] if num_classes < 1 else [])
     if wrong:
         raise UserError("\n".join(wrong))
@@ -101,19 +105,19 @@ def build(model: ConfigDict, num_classes: int) -> PSPNet:
 
 
 def problems(model: ConfigDict) -> list[str]:
-    """What is impossible in `config.model` by itself, one sentence per field; empty when all is well."""
+    """Returns one sentence per field of `config.model` whose value is invalid in itself."""
     found = [not_a_choice(choices, f"model.{f}", model[f]) for f, choices in CHOICES.items() if model[f] not in choices]
     if model.width < 8 or model.width % 8:
         found.append(f"model.width={model.width}: expected a multiple of 8 (64 is ResNet's)")
-    if len({b for b in model.bins if 1 <= b <= MOST_BINS}) < len(model.bins) or len(model.bins) > 16:
-        found.append(f"model.bins={model.bins}: expected at most 16 different numbers from 1 to {MOST_BINS}")
+    if len({b for b in model.bins if 1 <= b <= MAX_BINS}) < len(model.bins) or len(model.bins) > 16:
+        found.append(f"model.bins={model.bins}: expected at most 16 different numbers from 1 to {MAX_BINS}")
     if not 0 <= model.dropout < 1:
         found.append(f"model.dropout={model.dropout}: expected a value from 0 up to, not including, 1")
     return found
 
 
 def normalize(images: jax.Array, statistics: ConfigDict) -> jax.Array:
-    """(images - mean) / std per channel: uint8[..., 3] in RGB order -> f32[..., 3] in `statistics.order`.
+    """Returns (images - mean) / std per channel: uint8[..., 3] in RGB order -> f32[..., 3] in `statistics.order`.
 
     `statistics` is `config.normalize`; its mean and std are in RGB order.
     """

@@ -1,4 +1,4 @@
-"""The pyramid pooling module, and the convolution that reads it, plain and factored (Zhao et al. 2017, section 3.2)."""
+"""The pyramid pooling module and the convolution over its output, plain and factored (Zhao et al. 2017, section 3.2)."""
 
 from collections.abc import Sequence
 
@@ -19,8 +19,8 @@ class Pyramid(nn.Module):
     Each level is a 1x1 convolution with batch normalization and ReLU over the pooled features.
 
     Attributes:
-      bins, pool, reduce_channels: as in `config.model`, which says what each means.
-      frozen_norm: as in `ConvNorm`; with a 1x1 bin, training on a single image needs it.
+      bins, pool, reduce_channels: as in `config.model`, where each is explained.
+      frozen_norm: as in `ConvNorm`; needed to train on a single image with a 1x1 bin.
     """
 
     bins: Sequence[int] = (1, 2, 3, 6)
@@ -44,8 +44,8 @@ class PyramidConv(nn.Module):
     Computed in the dtype of x.
 
     Attributes:
-      factored: compute the same function as a sum of one convolution per input, without building the concatenation,
-        which is the widest tensor of the network.
+      factored: compute the same function as a sum of one convolution per input. This avoids the concatenation, the
+        network's widest tensor.
     """
 
     features: int
@@ -62,29 +62,29 @@ class PyramidConv(nn.Module):
         if not self.factored:
             upsampled = [resize(level, height, width, self.align_corners).astype(x.dtype) for level in levels]
             return convolve(jnp.concatenate([x, *upsampled], axis=-1), kernel)
-        own, *parts = jnp.split(kernel, np.cumsum([i.shape[-1] for i in inputs])[:-1], axis=2)
-        y = convolve(x, own).astype(jnp.float32)
-        for level, part in zip(levels, parts, strict=True):
-            y += convolve_upsampled(level, part, height, width, self.align_corners)
+        x_kernel, *level_kernels = jnp.split(kernel, np.cumsum([i.shape[-1] for i in inputs])[:-1], axis=2)
+        y = convolve(x, x_kernel).astype(jnp.float32)
+        for level, level_kernel in zip(levels, level_kernels, strict=True):
+            y += convolve_upsampled(level, level_kernel, height, width, self.align_corners)
         return y.astype(x.dtype)
 
 
 def convolve_upsampled(level: jax.Array, kernel: jax.Array, height: int, width: int, align_corners: bool) -> jax.Array:
     """convolve(resize(level, height, width), kernel) without the resized tensor: [N, b, b, I], [k, k, I, O] -> f32[N, h, w, O].
 
-    Both steps are linear, so the b x b grid is contracted with each tap of the kernel first, then expanded by the rows
-    of the resize matrices, shifted by the tap and zero outside.
+    Both steps are linear. So the b x b grid is first multiplied by the kernel's matrix at each of its k x k positions; each
+    product is then upsampled by the resize matrices, shifted by that position and zero outside.
     """
     size = kernel.shape[0]
-    taps = jnp.einsum("nijc,uvco->nuvijo", level, kernel, preferred_element_type=jnp.float32)
-    rows = _shifted(resize_matrix(level.shape[1], height, align_corners), size)
-    columns = _shifted(resize_matrix(level.shape[2], width, align_corners), size)
+    products = jnp.einsum("nijc,uvco->nuvijo", level, kernel, preferred_element_type=jnp.float32)
+    rows = _stack_shifted(resize_matrix(level.shape[1], height, align_corners), size)
+    columns = _stack_shifted(resize_matrix(level.shape[2], width, align_corners), size)
     exact = jax.lax.Precision.HIGHEST
-    taps = jnp.einsum("vxj,nuvijo->nuixo", columns, taps, precision=exact)
-    return jnp.einsum("uyi,nuixo->nyxo", rows, taps, precision=exact)
+    products = jnp.einsum("vxj,nuvijo->nuixo", columns, products, precision=exact)
+    return jnp.einsum("uyi,nuixo->nyxo", rows, products, precision=exact)
 
 
-def _shifted(matrix: np.ndarray, taps: int) -> np.ndarray:
-    """[size, b] -> [taps, size, b]: row y of slice t is the matrix's row y + t - taps // 2, or zero outside."""
-    padded = np.pad(matrix, ((taps // 2, taps // 2), (0, 0)))
-    return np.stack([padded[t : t + len(matrix)] for t in range(taps)])
+def _stack_shifted(matrix: np.ndarray, shifts: int) -> np.ndarray:
+    """[size, b] -> [shifts, size, b]: row y of slice t is the matrix's row y + t - shifts // 2, or zero outside."""
+    padded = np.pad(matrix, ((shifts // 2, shifts // 2), (0, 0)))
+    return np.stack([padded[t : t + len(matrix)] for t in range(shifts)])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pspnet_jax.errors import UserError
 from pspnet_jax.models.layers import ConvNorm, choose, max_pool
 
-BLOCKS = {  # of each stage, by depth
+BLOCKS = {  # number of blocks in each stage, by depth
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
     50: (3, 4, 6, 3),
@@ -20,7 +20,7 @@ BLOCKS = {  # of each stage, by depth
     269: (3, 30, 48, 8),
 }
 BASIC_DEPTHS = (18, 34)
-# (kernel size, channels over the width) of each convolution; the first has stride 2.
+# (kernel size, channels / width) of each convolution; the first has stride 2.
 STEMS = {
     "deep": ((3, 1), (3, 1), (3, 2)),
     "deep32": ((3, 0.5), (3, 0.5), (3, 1)),
@@ -32,14 +32,14 @@ STAGES = {
     16: ((1, 1), (2, 1), (2, 1), (1, 2)),
     32: ((1, 1), (2, 1), (2, 1), (2, 1)),
 }
-# Where a bottleneck takes its stride: stride -> those of its first 1x1 and its 3x3 convolution.
+# Which convolution of a bottleneck has its stride: stride -> (stride of the first 1x1, stride of the 3x3).
 STRIDE_IN = {"conv3x3": lambda stride: (1, stride), "conv1x1": lambda stride: (stride, 1)}
-# What the dilation of a stage is divided by in its first block.
+# Divisor of a stage's dilation in its first block.
 FIRST_BLOCK_DILATION = {"full": 1, "half": 2}
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; only the first is dilated, as in mmseg, the one published PSPNet with basic blocks."""
+    """Two 3x3 convolutions; only the first is dilated, as in mmseg, the only published PSPNet with basic blocks."""
 
     channels: int
     stride: int
@@ -54,7 +54,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, dilated 3x3, 1x1 to four times the channels."""
+    """Convolutions 1x1, dilated 3x3, and 1x1 to four times the channels."""
 
     channels: int
     stride: int
@@ -72,7 +72,7 @@ class Bottleneck(nn.Module):
 
 
 def _add_shortcut(block: BasicBlock | Bottleneck, x: jax.Array, y: jax.Array, train: bool) -> jax.Array:
-    """The identity, or a 1x1 projection where the stride or the number of channels changes."""
+    """Adds x, or its 1x1 projection if the stride or the number of channels changes, and applies ReLU."""
     if block.stride != 1 or x.shape[-1] != y.shape[-1]:
         x = block.conv_norm(y.shape[-1], 1, block.stride, relu=False, name="projection")(x, train)
     return nn.relu(x + y)
@@ -85,12 +85,12 @@ class ResNet(nn.Module):
     32, layer3 has stride 16.
 
     Attributes:
-      depth, width, stem, stride_in, first_block_dilation, output_stride: as in `config.model`, which says what each means.
+      depth, width, stem, stride_in, first_block_dilation, output_stride: as in `config.model`, where each is explained.
       frozen_norm: as in `ConvNorm`.
-      dtype: of the activations and so of the features; parameters and statistics stay float32.
+      dtype: of the activations and features; parameters and statistics stay float32.
 
     Raises:
-      UserError: in the first call, a field has no such choice; or the images are no f32[N, H, W, 3].
+      UserError: when called, if a field's value is not among its choices or the images are not f32[N, H, W, 3].
     """
 
     depth: int = 50

@@ -47,7 +47,7 @@ def test_pictures_are_not_written_over_the_users_files_or_among_the_data(tmp_pat
     before = (tmp_path / "mine/train_images.png").read_bytes()
     status, output = check(f"--output={tmp_path}/mine")
     assert (status, (tmp_path / "mine/train_images.png").read_bytes()) == (1, before)
-    assert "mine/train_images.png: is there already, and this program did not draw it; choose another --output" in output
+    assert "mine/train_images.png: already exists and was not written by this program; choose another --output" in output
     status, output = check(f"--output={tmp_path}/data/labels/train/check")
     assert status == 1
     assert "labels/train/check: is inside " in output

@@ -1,6 +1,6 @@
-"""What a user adds without touching the package: each file is one change, whole, and `test_sizes` says how long it may be.
+"""Extensions that users can write without changing the package: one complete file each, whose length `test_sizes` limits.
 
-Here is what stands for the user's data and settings.
+This module has the data and settings that they share.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ CLASSES = ("dark", "gray", "light")
 
 
 def small_config(steps: int) -> ConfigDict:
-    """33x33 crops, 8 images a step, a line of metrics each step."""
+    """33x33 crops, 8 images per step, metrics logged at each step."""
     config = base_config()
     config.model.update(depth=18, width=8, bins=(1, 2))
     config.dataset.class_names = CLASSES
@@ -28,7 +28,7 @@ def small_config(steps: int) -> ConfigDict:
 
 
 class TwoStages(nn.Module):
-    """The least backbone."""
+    """A minimal backbone."""
 
     @nn.compact
     def __call__(self, images, train):
@@ -37,12 +37,12 @@ class TwoStages(nn.Module):
 
 
 def small_model() -> models.PSPNet:
-    """A network that compiles in a moment."""
+    """A network that compiles fast."""
     return models.PSPNet(TwoStages(), models.PyramidHead(num_classes=3), models.Pyramid(bins=(1, 2)))
 
 
 def noise(start: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of noise whose brightness tells the one class of an image; a tenth of the pixels is ignored."""
+    """Yields batches of noise with one class per image, given by its brightness; a tenth of the pixels is ignored."""
     while True:
         random = np.random.default_rng(start)
         labels = np.broadcast_to(random.integers(0, 3, (8, 1, 1), dtype=np.uint8), (8, 33, 33))

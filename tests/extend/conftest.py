@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture
 def logged(tmp_path):
-    """Reads one metric of all train lines of the run in tmp_path."""
+    """Reads one metric from all training lines of the run in tmp_path."""
 
     def read(name):
         lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())

@@ -1,4 +1,4 @@
-"""Another task: image classification with our ResNet on a folder of classes, to pretrain a backbone for `init_from`."""
+"""Another task: image classification with our ResNet on one folder per class, to pretrain a backbone for `init_from`."""
 
 import pathlib
 
@@ -26,7 +26,7 @@ class ImageClassifier(nn.Module):
 
 
 class ClassFolder:
-    """ROOT/CLASS/NAME.png, each image scaled to one size; every step draws its images anew."""
+    """Images ROOT/CLASS/NAME.png, resized to one size and sampled at random in every step."""
 
     def __init__(self, root: pathlib.Path, size: tuple[int, int], batch_size: int):
         self.classes = sorted(path.name for path in root.iterdir())
@@ -44,9 +44,9 @@ class ClassFolder:
 
 def cross_entropy(logits, batch, step):
     values = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    right = (logits.argmax(-1) == batch["label"]).sum()
+    correct = (logits.argmax(-1) == batch["label"]).sum()
     count = np.float32(len(values))
-    return {"cross_entropy": Term(values.sum(), count)}, {"accuracy": Average(right, count)}
+    return {"cross_entropy": Term(values.sum(), count)}, {"accuracy": Average(correct, count)}
 
 
 def write_images(root):
@@ -71,7 +71,7 @@ def test_a_backbone_is_pretrained_and_then_segments(tmp_path, logged):
 
     config = small_config(steps=1)
     config.init_from = str(tmp_path)
-    config.optimizer.learning_rate = 1e-30  # nothing moves
+    config.optimizer.learning_rate = 1e-30  # weights stay as they are
     parts = {"model": models.build(config.model, 3), "loss": losses.build(config.loss, 1)}
     optimizer = optimizers.build(config.optimizer, 1)
     state = fit(config, **parts, optimizer=optimizer, batches=noise, evaluate=None, workdir=tmp_path / "segmentation")

@@ -1,4 +1,4 @@
-"""Another loss: the harder half of the labeled pixels of each image, by the head's own probabilities, in two parts a step."""
+"""Another loss: cross-entropy over the harder half of each image's pixels, with two parts per step."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Another dataset reader: images and labels in one .npz, with our augmentation, batches and resuming."""
+"""Another dataset reader: images and labels in one .npz file, with our augmentation, batching and resuming."""
 
 import numpy as np
 

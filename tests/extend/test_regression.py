@@ -1,4 +1,4 @@
-"""Another task: depth from the built-in scenes, with the pyramid, a loss and a metric of its own, trained and evaluated."""
+"""Another task: depth estimation on the built-in scenes, with the pyramid and its own loss, metric and evaluation."""
 
 import json
 
@@ -16,7 +16,7 @@ from pspnet_jax.train.loop import fit
 
 
 def example(split, index):
-    """An image and its depth f32[H, W]: 1 in the sky, and falling to 0 at the lower border of the picture."""
+    """Returns an image and its depth f32[H, W]: 1 in the sky; elsewhere, from 1 at the top to 0 at the bottom."""
     image, label = scene(split, index)
     below = 1 - np.arange(len(label), dtype=np.float32)[:, None] / len(label)
     return image, np.where(label == SKY, np.float32(1), below)

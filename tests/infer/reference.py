@@ -1,4 +1,4 @@
-"""The published evaluations transcribed in NumPy, in loops and float64; shares nothing with the package."""
+"""The published evaluations transcribed to NumPy, with loops and float64; shares no code with the package."""
 
 import itertools
 import math
@@ -6,13 +6,12 @@ import math
 import numpy as np
 
 CLASSES = 3
-MIX = np.random.default_rng(0).normal(
-    size=(3, 3, CLASSES)
-)  # of a pixel's own channels, its left neighbor's, and the one above's
+# Weights of the channels of a pixel, of its left neighbor and of the pixel below it.
+MIX = np.random.default_rng(0).normal(size=(3, 3, CLASSES))
 
 
 def network(x, numpy=np):
-    """Logits [..., h, w, K] of [..., h, w, 3] that depend on content, on the place in the window, and on left and right."""
+    """Returns logits [..., h, w, K] of [..., h, w, 3] that depend on pixels, position in the window, and orientation."""
     left = numpy.concatenate([numpy.zeros_like(x[..., :1, :]), x[..., :-1, :]], -2)
     below = numpy.concatenate([x[..., 1:, :, :], numpy.zeros_like(x[..., :1, :, :])], -3)
     place = np.linspace(-1, 1, x.shape[-3])[:, None] + np.linspace(0, 3, x.shape[-2])
@@ -29,18 +28,18 @@ def normalized(image, config):
 
 
 def starts(size, crop, stride):
-    """Of windows, the last of which ends with the image."""
+    """Returns the first pixel of each window; the last window ends with the image."""
     grid = math.ceil((size - crop) / stride) + 1
     return [min(i * stride + crop, size) - crop for i in range(grid)]
 
 
-def slide(answer, image, crop, strides):
-    """Means over windows of what `answer` says of each, [h, w, K]; the image has at least one window."""
+def slide(scores_of, image, crop, strides):
+    """Averages scores_of(window), [h, w, K], over all windows; the image is at least as large as one window."""
     total, times = np.zeros((*image.shape[:2], CLASSES)), np.zeros((*image.shape[:2], 1))
     vertical, horizontal = (starts(*axis) for axis in zip(image.shape[:2], crop, strides, strict=True))
     for y, x in itertools.product(vertical, horizontal):
         window = np.s_[y : y + crop[0], x : x + crop[1]]
-        total[window] += answer(image[window])
+        total[window] += scores_of(image[window])
         times[window] += 1
     return total / times
 
@@ -65,7 +64,10 @@ def interpolate(image, height, width, align_corners=False):
 
 
 def cv2_8bit(image, height, width):
-    """cv2's INTER_LINEAR for uint8: weights in 1/2048 of float32 positions, columns first, then rows with bits cut off."""
+    """cv2's INTER_LINEAR for uint8: integer weights in units of 1/2048, from float32 positions.
+
+    Columns come first and add 11 bits; rows add 11 more. Of these, 4, 16 and 2 bits are dropped in turn.
+    """
     out = np.zeros((height, width, image.shape[2]))
     for i, j in itertools.product(range(height), range(width)):
         y, x = (np.float32((k + 0.5) * (s / n) - 0.5) for k, s, n in zip((i, j), image.shape, out.shape[:2], strict=False))
@@ -83,7 +85,7 @@ def cv2_8bit(image, height, width):
 
 
 def imresize(image, height, width):
-    """MATLAB's imresize(image, [height width], 'bilinear'): pixels are counted from 1, uint8 stays uint8."""
+    """MATLAB's imresize(image, [height width], 'bilinear'): pixels are numbered from 1, and uint8 stays uint8."""
     gray = image.dtype == np.uint8
     scales = height / image.shape[0], width / image.shape[1]
     for axis in sorted((0, 1), key=lambda axis: scales[axis]):
@@ -93,8 +95,8 @@ def imresize(image, height, width):
             center = (k + 1) / scale + 0.5 * (1 - 1 / scale)
             for pixel in range(math.floor(center - 1 / scale) - 2, math.ceil(center + 1 / scale) + 3):
                 distance = (center - pixel) * min(scale, 1)
-                mirrored = (pixel - 1) % (2 * source)
-                matrix[k, mirrored if mirrored < source else 2 * source - 1 - mirrored] += max(0, 1 - abs(distance))
+                reflected = (pixel - 1) % (2 * source)
+                matrix[k, reflected if reflected < source else 2 * source - 1 - reflected] += max(0, 1 - abs(distance))
         image = np.moveaxis(np.tensordot(matrix / matrix.sum(1, keepdims=True), image.astype(float), (1, axis)), 0, axis)
         image = np.floor(image + 0.5 + 1e-9) if gray else image
     return image
@@ -119,14 +121,14 @@ def semseg(net, image, config):
         padded = np.tile(mean, (new_h + missing[0], new_w + missing[1], 1))
         padded[top : top + new_h, left : left + new_w] = interpolate(image.astype(float), new_h, new_w)
 
-        def answer(window):
+        def scores_of(window):
             window = normalized(window, config)
             if not config.eval.flip:
                 return softmax(net(window))
             return (softmax(net(window)) + softmax(net(window[:, ::-1]))[:, ::-1]) / 2
 
         strides = [s or int(np.ceil(c * (2 / 3))) for s, c in zip(config.eval.stride, crop, strict=True)]
-        found = slide(answer, padded, crop, strides)
+        found = slide(scores_of, padded, crop, strides)
         result += interpolate(found[top : top + new_h, left : left + new_w], height, width)
     return result / len(config.eval.scales)
 
@@ -147,18 +149,18 @@ def caffe(net, image, config):
         padded = np.tile(padding, (max(rows, crop[0]), max(columns, crop[1]), 1))
         padded[:rows, :columns] = imresize(image, rows, columns)
 
-        def answer(window):
+        def scores_of(window):
             window = normalized(window, config)
             return softmax(net(window) + (net(window[:, ::-1])[:, ::-1] if config.eval.flip else 0))
 
         strides = [s or math.ceil(c * (2 / 3)) for s, c in zip(config.eval.stride, crop, strict=True)]
-        found = imresize(slide(answer, padded, crop, strides)[:rows, :columns], height, width)
+        found = imresize(slide(scores_of, padded, crop, strides)[:rows, :columns], height, width)
         result += found / found.sum(2, keepdims=True)
     return result / len(config.eval.scales)
 
 
 def mmseg(net, image, config):
-    """Slide and whole, under test-time augmentation."""
+    """Its "slide" and "whole" modes, with test-time augmentation."""
     (height, width), settings = image.shape[:2], config.eval
     views = []
     for scale in settings.scales:
@@ -170,11 +172,11 @@ def mmseg(net, image, config):
             bounds[1] = int(settings.short_size * scale)
         factor = min(bounds[0] / long, bounds[1] / short)
         scaled = cv2_8bit(image, int(height * factor + 0.5), int(width * factor + 0.5))
-        for mirror in (False, True) if settings.flip else (False,):
-            view = normalized(scaled[:, ::-1] if mirror else scaled, config)
+        for flip in (False, True) if settings.flip else (False,):
+            view = normalized(scaled[:, ::-1] if flip else scaled, config)
             crop = [min(c, n) for c, n in zip(settings.crop, view.shape, strict=False)]
             strides = [s or math.ceil(c * 2 / 3) for s, c in zip(settings.stride, settings.crop, strict=True)]
             logits = net(view) if settings.inference == "whole" else slide(net, view, crop, strides)
-            logits = logits[:, ::-1] if mirror else logits
+            logits = logits[:, ::-1] if flip else logits
             views.append(softmax(interpolate(logits, height, width, config.model.align_corners)))
     return np.mean(views, 0)

@@ -30,11 +30,11 @@ def test_overlay_mixes_by_alpha_and_leaves_ignored_pixels_alone():
     np.testing.assert_array_equal(mixed, [[road, car], [[100, 100, 100], road]])
 
 
-def test_side_by_side_has_the_three_panels_enlarged_and_a_legend_of_present_classes_only():
+def test_side_by_side_has_three_enlarged_panels_and_a_legend_of_the_present_classes():
     image = np.full((2, 2, 3), 100, np.uint8)
     without_car = np.zeros((2, 2), np.uint8)
     picture = np.asarray(side_by_side(image, LABEL, without_car, INFO))
-    middles = [60, 180]  # of the enlarged pixels: 240 pixels for 2
+    middles = [60, 180]  # of the two enlarged pixels, 120 pixels each
     for panel, expected in enumerate((image, colorize(LABEL, INFO.colors), colorize(without_car, INFO.colors))):
         found = picture[18:][np.ix_(middles, [panel * 246 + x for x in middles])]
         np.testing.assert_array_equal(found, expected)
@@ -45,7 +45,7 @@ def test_side_by_side_has_the_three_panels_enlarged_and_a_legend_of_present_clas
     assert not (legend == INFO.colors[1]).all(-1).any()
 
 
-def test_a_contact_sheet_has_each_image_under_its_name_and_the_classes_that_occur():
+def test_a_contact_sheet_has_each_image_under_its_name_and_a_legend_of_the_present_classes():
     wide = {"image": np.full((10, 20, 3), 100, np.uint8), "label": np.zeros((10, 20), np.uint8), "name": "wide"}
     tall = {"image": np.full((20, 10, 3), 100, np.uint8), "label": np.full((20, 10), 255, np.uint8), "name": "tall"}
     picture = np.asarray(contact_sheet([wide, tall, wide], INFO, columns=2))
@@ -58,7 +58,7 @@ def test_a_contact_sheet_has_each_image_under_its_name_and_the_classes_that_occu
     assert not (legend == INFO.colors[1]).all(-1).any()
 
 
-def test_class_frequencies_are_bars_in_the_classes_colors_the_most_frequent_on_top():
+def test_class_frequencies_are_bars_in_class_colors_with_the_most_frequent_on_top():
     picture = np.asarray(class_frequencies(np.array([1, 3]), INFO))
     road, car = (np.argwhere((picture == color).all(-1)) for color in INFO.colors)
     assert car[:, 0].max() < road[:, 0].min()

@@ -1,4 +1,4 @@
-"""Every image counts once, and a report says how it was made."""
+"""Every image counts once, and the report includes the settings."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from pspnet_jax.infer.evaluate import evaluate
 from pspnet_jax.infer.predictor import Predictor
 
 INFO = DatasetInfo("colors", ("red", "green", "blue", "never"), ((255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)))
-STRONGEST = np.eye(3, 4, dtype=np.float32) * 10 + np.array([0, 0, 0, -99], np.float32)  # the class of the strongest channel
+STRONGEST = np.eye(3, 4, dtype=np.float32) * 10 + np.array([0, 0, 0, -99], np.float32)  # predicts the strongest channel
 
 
 def predictor(devices=1, network=lambda w, x: x @ w, **fields):
@@ -30,7 +30,7 @@ def predictor(devices=1, network=lambda w, x: x @ w, **fields):
 
 
 def examples(*sizes):
-    """Images of pure colors with labels that agree but for the first row, which is one class on, and the last, ignored."""
+    """Yields images of pure colors with matching labels, except in the first row (the next class) and the last (ignored)."""
     for i, (height, width) in enumerate(sizes):
         label = np.random.default_rng(i).integers(0, 3, (height, width)).astype(np.uint8)
         image = np.eye(3, dtype=np.uint8)[label] * 255
@@ -62,15 +62,15 @@ def test_every_pixel_of_every_image_counts_once(devices, inference):
     assert np.isnan(report.metrics.iou[3])
 
 
-def test_an_example_too_many_or_too_few_is_an_error():
-    with pytest.raises(UserError, match="split 'val': 2 images came, but it has 3"):
+def test_the_wrong_number_of_examples_is_an_error():
+    with pytest.raises(UserError, match="split 'val': got 2 images, but expected 3"):
         evaluate(predictor(), STRONGEST, examples(*SIZES[:2]), INFO, 3, "val")
 
 
 def test_a_label_of_another_size_is_refused():
     (example,) = examples((40, 40))
     example["label"] = example["label"][:-1]
-    with pytest.raises(UserError, match=r"0: its label is \(39, 40\), but its image \(40, 40\)"):
+    with pytest.raises(UserError, match=r"0: the label's size is \(39, 40\), but the image's is \(40, 40\)"):
         evaluate(predictor(), STRONGEST, [example], INFO, 1, "val")
 
 
@@ -80,8 +80,8 @@ def test_a_split_without_labels_is_refused():
         evaluate(predictor(), STRONGEST, unlabeled, INFO, 2, "test")
 
 
-def test_the_report_in_words_and_in_json(tmp_path):
-    """Two rows of 40 pixels of one class, one of them predicted as another: IoU 1/2, 0 and nothing."""
+def test_the_report_as_text_and_as_json(tmp_path):
+    """Two rows of 40 pixels of one class, one predicted as another class: IoU 1/2 and 0; the rest is undefined."""
     image = np.zeros((2, 40, 3), np.uint8)
     image[0, :, 0] = image[1, :, 1] = 255
     example = {"image": image, "label": np.zeros((2, 40), np.uint8), "name": "street/one"}
@@ -108,20 +108,20 @@ def test_the_report_in_words_and_in_json(tmp_path):
     assert list(pictures) == ["street/one"]
 
 
-def test_the_report_names_stride_and_short_side_where_they_are_given():
+def test_the_report_names_stride_and_short_side_if_they_are_set():
     given = {"protocol": "mmseg", "base_size": 80, "short_size": 40, "stride": (20, 22), "scales": (1.0,)}
     report, _ = evaluate(predictor(**given), STRONGEST, examples(*SIZES[:1]), INFO, 1, "val")
     _, line = str(report).splitlines()
     assert "windows 33x33 stride 20x22, long side 80, short side at most 40, scales 1.0, flip off, protocol mmseg; " in line
 
 
-def test_pictures_are_spread_over_the_split():
+def test_pictures_are_evenly_spaced_over_the_split():
     _, pictures = evaluate(predictor(), STRONGEST, examples(*SIZES), INFO, 5, "val", pictures=3)
     assert list(pictures) == ["0", "2", "4"]
 
 
 def test_a_split_without_images_is_refused():
-    with pytest.raises(UserError, match="split 'val': has no images to score"):
+    with pytest.raises(UserError, match="split 'val' has no images to score"):
         evaluate(predictor(), STRONGEST, [], INFO, 0, "val", pictures=4)
 
 
@@ -130,8 +130,8 @@ def test_a_split_without_images_is_refused():
     [
         ({"label": None}, "an example has image, name, but no label"),
         ({"image": None, "name": None}, "an example has label, but no image and no name"),
-        ({"label": np.full((40, 40), 4, np.uint8)}, "0: its label has values up to 4; expected uint8 from 0 to 3, or 255"),
-        ({"label": np.zeros((40, 40), np.int64)}, "0: its label has type int64; expected uint8 from 0 to 3, or 255"),
+        ({"label": np.full((40, 40), 4, np.uint8)}, "0: the label has values up to 4; expected uint8 values from 0 to 3, or"),
+        ({"label": np.zeros((40, 40), np.int64)}, "0: the label has type int64; expected uint8 values from 0 to 3, or 255"),
         (
             {"image": np.zeros((40, 40, 3), np.float32)},
             r"0: an image is float32\[40, 40, 3\]: expected uint8\[",
@@ -155,9 +155,9 @@ def test_an_image_without_pixels_is_refused():
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("protocol", ["semseg", "caffe", "mmseg"])
 def test_scores_that_are_not_finite_are_refused_with_the_image_named(value, protocol):
-    """argmax would call it class 0, which here is often right."""
+    """argmax of NaN would be class 0, which here is often correct."""
     network = predictor(network=lambda w, x: x @ w * value, protocol=protocol)
-    with pytest.raises(UserError, match=r"0: the network's scores are not finite \(NaN\), so it cannot be scored"):
+    with pytest.raises(UserError, match=r"0: the network's scores are not finite \(NaN\), so the image cannot be evaluated"):
         evaluate(network, STRONGEST, examples((40, 40)), INFO, 1, "val")
 
 
@@ -175,12 +175,12 @@ def test_one_pixel_that_is_not_finite_is_enough():
 
 @pytest.mark.parametrize("outputs", [1, 3, 5])
 def test_a_network_with_another_number_of_outputs_is_refused(outputs):
-    message = rf"the network makes \[1, 33, 33, {outputs}\] of images \[1, 33, 33, 3\]: expected \[1, 33, 33, 4\]"
+    message = rf"the network returns \[1, 33, 33, {outputs}\] for images \[1, 33, 33, 3\]: expected \[1, 33, 33, 4\]"
     with pytest.raises(UserError, match=message):
         evaluate(predictor(base_size=33), np.ones((3, outputs), np.float32), examples((33, 33)), INFO, 1, "val")
 
 
-def test_memory_that_runs_out_is_said_with_what_to_lower(monkeypatch):
+def test_an_out_of_memory_error_names_the_settings_to_lower(monkeypatch):
     def scarce(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.\nmore")
 
@@ -201,13 +201,13 @@ from tests.infer.test_evaluate import INFO, SIZES, STRONGEST, examples, predicto
 weights = jax.device_put(STRONGEST, jax.NamedSharding(jax.make_mesh((2,), ("all",)), jax.P()))
 share = list(examples(*SIZES))[jax.process_index()::2]
 report, _ = evaluate.evaluate(predictor(), weights, share, INFO, len(SIZES), "val")
-large, _ = evaluate._over_processes(np.full((2, 2), 2**40 + 1), 0)
+large, _ = evaluate._sum_over_processes(np.full((2, 2), 2**40 + 1), 0)
 print(report.images, *report.pixels, *large.ravel())
 """
 
 
 def test_two_processes_report_the_whole_split():
-    """One gets three images, the other two; counts beyond 32 bits survive the journey."""
+    """One process has three images, the other two; counts beyond 32 bits are summed exactly."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])

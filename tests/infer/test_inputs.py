@@ -1,4 +1,4 @@
-"""Which files are predicted, under which names, and what is said about the others."""
+"""Which files are predicted, under which names, and how the others are reported."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ def write(path):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
 
 
-def test_images_of_every_kind_and_of_subfolders_are_found_and_the_rest_is_named(tmp_path, caplog):
+def test_images_of_every_type_and_in_subfolders_are_found_and_other_files_are_named(tmp_path, caplog):
     for name in ("a.PNG", "b.gif", "c.tif", "sub/a.jpg", "sub/deeper/x.y.bmp", ".hidden.png", ".cache/z.png"):
         write(tmp_path / name)
     for name in ("notes.txt", "sub/Thumbs.db"):
@@ -25,7 +25,7 @@ def test_images_of_every_kind_and_of_subfolders_are_found_and_the_rest_is_named(
     found = find_images(tmp_path)
     assert list(found) == ["a", "b", "c", "sub/a", "sub/deeper/x.y"]
     assert found["sub/a"] == epath.Path(tmp_path / "sub" / "a.jpg")
-    assert "4 file(s) left out" in caplog.text
+    assert "skipped 4 file(s)" in caplog.text
     for name in (".cache/z.png", ".hidden.png", "notes.txt", "sub/Thumbs.db"):
         assert name in caplog.text
 
@@ -36,11 +36,11 @@ def test_only_the_first_of_many_other_files_are_named(tmp_path, caplog):
         (tmp_path / f"{i}.txt").write_text("")
     find_images(tmp_path)
     assert caplog.messages == [
-        f"--input {tmp_path}: 9 file(s) left out, no images by their names or hidden: 0.txt, 1.txt, 2.txt, 3.txt, 4.txt, ..."
+        f"--input {tmp_path}: skipped 9 file(s), hidden or without an image extension: 0.txt, 1.txt, 2.txt, 3.txt, 4.txt, ..."
     ]
 
 
-def test_one_file_of_any_ending(tmp_path):
+def test_one_file_with_any_extension(tmp_path):
     write(tmp_path / "one.png")
     os.rename(tmp_path / "one.png", tmp_path / "one.photo")
     assert find_images(tmp_path / "one.photo") == {"one": epath.Path(tmp_path / "one.photo")}
@@ -91,14 +91,14 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     os.symlink(tmp_path / "elsewhere", tmp_path / "in" / "linked")
     os.symlink(tmp_path / "in", tmp_path / "in" / "circle")
     os.symlink(tmp_path / "gone.png", tmp_path / "in" / "broken.png")
-    assert list(find_images(tmp_path / "in")) == ["a", "broken", "linked/b"]  # that it is broken is said when it is read
+    assert list(find_images(tmp_path / "in")) == ["a", "broken", "linked/b"]  # reading reports that it is broken
 
 
 @pytest.mark.parametrize("output", ["in", "in/results", "in/../in/results", "link/results"])
 def test_an_output_within_the_input_is_refused(tmp_path, output):
     write(tmp_path / "in" / "a.png")
     os.symlink(tmp_path / "in", tmp_path / "link")
-    with pytest.raises(UserError, match=r"--output .*: lies in --input .*/in, whose images it would join"):
+    with pytest.raises(UserError, match=r"--output .*: lies inside --input .*/in, so its results would become input images"):
         find_images(tmp_path / "in", output=tmp_path / output)
     assert list(find_images(tmp_path / "in", output=tmp_path / "in2")) == ["a"]
 

@@ -1,4 +1,4 @@
-"""What cannot fit into memory is refused before anything compiles."""
+"""Images that cannot fit into memory are refused before anything compiles."""
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ def protocol(**fields):
 
 
 def test_the_estimate_by_hand():
-    """An image of 100x80 twice as large: a canvas of 200x160 and 3 windows of 50x40 in float32, with 4 classes."""
+    """An image of 100x80 at scale 2: a canvas of 200x160 and 3 windows of 50x40 in float32, with 4 classes."""
     host, device = memory.estimate(100, 80, protocol(scales=(2.0,)), 4, devices=1)
     assert host == 4 * 3 * (200 * 160 + 3 * 50 * 40)
     assert device == 4 * (2 * 3 * 50 * 40 * (3 + 4) + 4 * 200 * 160)
@@ -32,7 +32,7 @@ def test_the_estimate_by_hand():
         ({"scales": (300.0,), "base_size": 512}, r"eval\.scales=\(300\.0,\)"),
         ({"crop": (20000, 20000), "base_size": 20000}, r"eval\.crop=\(20000, 20000\)"),
         ({"batch_size": 10**6}, "eval.batch_size=1000000"),
-        ({"inference": "whole", "base_size": 100_000}, "eval.base_size=100000, or take eval.inference=windows"),
+        ({"inference": "whole", "base_size": 100_000}, "eval.base_size=100000, or use eval.inference=windows"),
         ({"scales": (1e12,)}, "eval.scales"),
     ],
 )
@@ -42,7 +42,7 @@ def test_settings_that_need_more_than_the_machine_has(monkeypatch, name, fields,
     traced, config = [], base_config()
     config.eval.update(protocol(protocol=name, **fields).settings.to_dict())
     predictor = Predictor(lambda w, x: traced.append(x) or x @ w, config, 19, jax.devices()[:1])
-    message = rf"an image of 480x360 needs [\d,.]+ GiB .*, but this machine has 8\.0 GiB; lower one of .*{named}"
+    message = rf"an image of 480x360 needs at least [\d,.]+ GiB .*, but this machine has 8\.0 GiB; lower one of .*{named}"
     with pytest.raises(UserError, match=message):
         predictor.labels(np.eye(3, 19), [np.zeros((360, 480, 3), np.uint8)])
     assert traced == []
@@ -50,27 +50,28 @@ def test_settings_that_need_more_than_the_machine_has(monkeypatch, name, fields,
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 @pytest.mark.parametrize("scale", [float("inf"), float("nan")])
-def test_scales_that_are_no_numbers(name, scale):
-    with pytest.raises(UserError, match=r"eval\.scales=\((inf|nan),\): an image of 20x10 has no such scale"):
+def test_scales_that_are_not_finite(name, scale):
+    with pytest.raises(UserError, match=r"eval\.scales=\((inf|nan),\): an image of 20x10 cannot be scaled by (inf|nan)"):
         memory.estimate(10, 20, protocol(protocol=name, scales=(scale,)), 4, 1)
 
 
-def test_a_device_with_memory_of_its_own(monkeypatch):
+def test_a_device_with_its_own_memory(monkeypatch):
     monkeypatch.setattr(memory, "_device_limit", lambda device: 1000)
     with pytest.raises(UserError, match=r"but a device has 0\.0 GiB"):
         memory.check(100, 80, protocol(), 4, jax.devices()[:1])
 
 
 def test_usual_settings_fit():
-    """Of the paper's: Cityscapes at six scales."""
+    """The paper's settings for Cityscapes at six scales."""
     six = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
     host, device = memory.estimate(1024, 2048, protocol(crop=(713, 713), base_size=2048, scales=six, batch_size=4), 19, 1)
     assert host + device < 2 * GIB
 
 
-def test_other_errors_come_out_as_they_are():
+def test_other_errors_pass_through():
     settings = protocol().settings
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory.explained([], settings):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory.explain_out_of_memory([], settings):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
-    with pytest.raises(UserError, match="memory ran out"), memory.explained([np.zeros((2, 3, 3))], settings):
+    images = [np.zeros((2, 3, 3))]
+    with pytest.raises(UserError, match="memory ran out"), memory.explain_out_of_memory(images, settings):
         raise MemoryError("Unable to allocate 3 GiB")

@@ -1,4 +1,4 @@
-"""Where windows lie, what a batch holds, and how many shapes are compiled."""
+"""Positions of windows, contents of batches, and number of compiled shapes."""
 
 import itertools
 
@@ -13,7 +13,7 @@ SIX = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
 def make(**fields):
-    """A protocol with its settings."""
+    """Returns a protocol with these settings."""
     config = base_config()
     config.eval.update({"crop": (473, 473), "base_size": 512, "scales": SIX, "batch_size": 8, "flip": True} | fields)
     config.normalize.mean = (1.5, 2.5, 3.25)
@@ -33,7 +33,7 @@ def blank(height, width):
         (474, 473, [0, 1]),
         (512, 473, [0, 39]),
         (896, 473, [0, 316, 423]),  # stride 316
-        (789, 473, [0, 316]),  # the second is flush without moving
+        (789, 473, [0, 316]),  # the second ends exactly at the end
         (790, 473, [0, 316, 317]),
         (480, 241, [0, 161, 239]),
     ],
@@ -43,14 +43,14 @@ def test_window_starts_by_hand(size, crop, starts):
 
 
 def test_window_starts_with_a_stride():
-    """Cityscapes in mmsegmentation: 769 with stride 513 in 1024 x 2048."""
+    """Cityscapes in mmsegmentation: windows of 769 at stride 513 in 1024 x 2048."""
     assert window_starts(1024, 769, 513) == [0, 255]
     assert window_starts(2048, 769, 513) == [0, 513, 1026, 1279]
 
 
 @pytest.mark.parametrize(("protocol", "base", "before"), [("semseg", 8, 1), ("caffe", 7, 0)])
-def test_padding_is_centered_or_after_in_the_mean_color(protocol, base, before):
-    """8 pixels in a window of 11; of the three missing, the odd one comes after."""
+def test_padding_is_on_both_sides_or_after_the_image_in_the_mean_color(protocol, base, before):
+    """8 pixels in a window of 11: of the three missing, one comes before and two after, or all come after."""
     protocol = make(protocol=protocol, crop=(11, 11), base_size=base, scales=(1.0,))
     (view,) = views_of(8, 8, protocol)
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -60,7 +60,7 @@ def test_padding_is_centered_or_after_in_the_mean_color(protocol, base, before):
     np.testing.assert_array_equal(canvas, expected)
 
 
-def test_caffe_pads_an_image_that_exceeds_the_window_in_whole_gray_levels():
+def test_caffe_pads_an_image_larger_than_the_window_with_whole_gray_levels():
     protocol = make(protocol="caffe", crop=(11, 11), base_size=19, scales=(1.0,))
     (view,) = views_of(8, 20, protocol)
     canvas = image_to_canvas(blank(8, 20), view, protocol)
@@ -68,14 +68,14 @@ def test_caffe_pads_an_image_that_exceeds_the_window_in_whole_gray_levels():
     np.testing.assert_array_equal(canvas[8:], np.tile([2, 3, 3], (3, 20, 1)))
 
 
-def test_windows_of_a_small_image_are_as_large_as_it_is_for_mmseg_alone():
+def test_only_mmseg_shrinks_the_window_to_a_small_image():
     for protocol, window in (("semseg", (11, 11)), ("caffe", (11, 11)), ("mmseg", (8, 11))):
         (view, *_) = views_of(8, 16, make(protocol=protocol, crop=(11, 11), base_size=16, scales=(1.0,)))
         assert view.window == window
 
 
 def test_a_flipped_view_by_hand():
-    """6 pixels, one to one, windows of 4 at 0 and 2: pixel 0 lies at 5 on the flipped canvas; two are seen twice."""
+    """6 pixels at scale 1, windows of 4 at 0 and 2: pixel 0 is at 5 on the flipped canvas; two pixels are in both windows."""
     protocol = make(protocol="mmseg", crop=(4, 4), stride=(2, 2), base_size=0, scales=(1.0,))
     plain, flipped = views_of(6, 6, protocol)
     assert (plain.columns.flipped, flipped.columns.flipped, flipped.rows.flipped) == (False, True, False)
@@ -88,7 +88,7 @@ def test_a_flipped_view_by_hand():
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_each_window_is_in_one_batch(protocol):
-    """Four images on two devices, of 4 views or 8."""
+    """Four images with 4 or 8 views each, on two devices."""
     protocol = make(protocol=protocol, crop=(40, 40), base_size=64, scales=(0.5, 1.0, 2.0, 0.25), batch_size=6)
     sizes = [(48, 64), (64, 40), (50, 50), (20, 64)]
     images = [np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8) for i, size in enumerate(sizes)]
@@ -115,30 +115,30 @@ def test_each_window_is_in_one_batch(protocol):
     assert sum(canvas.num_windows for canvas in plan.canvases) == len(expected)
 
 
-def test_the_way_that_takes_less_memory():
-    """K numbers a pixel: the canvases of six scales of 512, or the image and two canvases. Flipped views are held, too."""
+def test_views_are_kept_or_added_up_whichever_takes_less_memory():
+    """K numbers per pixel of six canvases, or of the image and one canvas."""
     assert plan_images([blank(3000, 4000)], make(), 1).held == 6
-    assert plan_images([blank(384, 512)], make(), 1).held == 1  # canvases 8.7 times as large as the image
-    assert plan_images([blank(384, 512)], make(scales=(1.0,)), 1).held == 1  # which is all
+    assert plan_images([blank(384, 512)], make(), 1).held == 1  # the canvases are 8.7 times as large as the image
+    assert plan_images([blank(384, 512)], make(scales=(1.0,)), 1).held == 1  # the only view
     assert plan_images([blank(1500, 2000)], make(protocol="mmseg", base_size=2048, short_size=512), 1).held == 1
 
 
-def test_a_data_set_of_many_sizes_has_few_compiled_shapes():
-    """As ADE20K has them: sides of 200 to 1024 pixels, scaled to a long side of 512, 896 and so on."""
+def test_a_dataset_of_many_sizes_has_few_compiled_shapes():
+    """As in ADE20K: sides of 200 to 1024 pixels, scaled to long sides of 256, 512 and 896."""
     protocol, images, canvases, windows = make(scales=(0.5, 1.0, 1.75)), set(), set(), set()
     for height, width in itertools.product(range(200, 1025, 75), repeat=2):
         plan = plan_images([blank(height, width)], protocol, devices=1)
         images.add(plan.shape)
         canvases |= {canvas.size for canvas in plan.canvases}
         windows.add(next(plan.batches).pixels.shape)
-    print(f"{len(images)} shapes of images, {len(canvases)} of canvases, for 144 sizes")
+    print(f"144 image sizes have {len(images)} image shapes and {len(canvases)} canvas shapes")
     assert windows == {(8, 473, 473, 3)}
     assert len(images) <= 9 * 5
     assert len(canvases) <= 3 * 5
 
 
 def test_buckets_bound_sizes_closely():
-    """The long side by 32 pixels or a quarter, the other by 32 more or a half of the long one."""
+    """The long side grows by up to 31 pixels or a quarter; the other, by a quarter of it plus 31, or to half of it plus 31."""
     assert bucket(1500, 2000) == (1536, 2048)
     assert bucket(1024, 2048) == (1024, 2048)
     assert bucket(181, 241) == (192, 256)

@@ -1,4 +1,4 @@
-"""From image files to index, color and overlay files."""
+"""Prediction from image files to index, color and overlay files."""
 
 import errno
 import logging
@@ -35,7 +35,7 @@ def results(output):
 
 
 def write(folder, **sizes):
-    """Images of the colors that the network tells apart, by name."""
+    """Writes random images, and finds them by name."""
     folder.mkdir(exist_ok=True)
     for name, size in sizes.items():
         Image.fromarray(picture(*size)).save(folder / f"{name}.png")
@@ -51,12 +51,12 @@ def run(tmp_path, paths=None, network=None, **fields):
 
 def test_a_folder_of_images_of_several_sizes(tmp_path):
     sizes = {"a.b": (40, 50), "c": (61, 35), "below/d": (9, 12)}
-    blocks = np.kron(picture(4, 4), np.ones((16, 16, 1), np.uint8))  # JPEG keeps these
+    blocks = np.kron(picture(4, 4), np.ones((16, 16, 1), np.uint8))  # which JPEG preserves
     images = {name: blocks[:height, :width] for name, (height, width) in sizes.items()}
     (tmp_path / "in" / "below").mkdir(parents=True)
     for name, image in images.items():
         Image.fromarray(image).save(tmp_path / "in" / f"{name}.{'png' if name != 'c' else 'BMP'}")
-    (tmp_path / "in" / "notes.txt").write_text("not for us")
+    (tmp_path / "in" / "notes.txt").write_text("no image")
     predict(predictor(), STRONGEST, find_images(tmp_path / "in"), tmp_path / "out", INFO)
     run = predictor()
     for name, image in images.items():
@@ -81,7 +81,7 @@ def test_one_file(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["text", "truncated", "empty", "deep"])
-def test_files_that_are_no_pictures_we_can_take(tmp_path, content):
+def test_files_that_are_not_readable_images(tmp_path, content):
     path = tmp_path / "bad.png"
     if content == "deep":
         Image.fromarray(np.zeros((8, 8), np.uint16)).save(path)
@@ -95,7 +95,7 @@ def test_files_that_are_no_pictures_we_can_take(tmp_path, content):
 def test_images_are_read_as_upright_rgb(tmp_path):
     stored = picture(2, 3)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees, clockwise
+    exif[0x0112] = 6  # to be displayed rotated by 90 degrees clockwise
     Image.fromarray(stored).save(tmp_path / "turned.png", exif=exif)
     np.testing.assert_array_equal(image_files.read(tmp_path / "turned.png"), np.rot90(stored, -1))
     Image.fromarray(stored[..., 0]).save(tmp_path / "gray.png")
@@ -104,8 +104,8 @@ def test_images_are_read_as_upright_rgb(tmp_path):
     np.testing.assert_array_equal(image_files.read(tmp_path / "alpha.png"), stored)
 
 
-def test_bad_photos_cost_only_themselves(tmp_path):
-    """One of each kind among good ones of the same group; all are listed at the end."""
+def test_bad_images_do_not_affect_the_others(tmp_path):
+    """Bad images of each kind among good ones in the same group; the bad ones are listed at the end."""
     write(tmp_path / "in", a=(20, 30), b=(20, 30), c=(20, 30), d=(20, 30), z=(20, 30))
     (tmp_path / "in" / "a.png").write_bytes(b"hello")
     (tmp_path / "in" / "c.png").write_bytes((tmp_path / "in" / "c.png").read_bytes()[:300])
@@ -119,16 +119,16 @@ def test_bad_photos_cost_only_themselves(tmp_path):
     assert [name for name in results(tmp_path / "out") if name.startswith("index")] == [f"index/{x}.png" for x in "bdz"]
 
 
-def test_an_image_too_large_for_the_machine_is_left_out_before_anything_compiles_for_it(tmp_path, monkeypatch):
+def test_an_image_too_large_for_the_machine_is_skipped(tmp_path, monkeypatch):
     write(tmp_path / "in", a=(20, 30), b=(400, 300))
     monkeypatch.setattr(memory, "host_limit", lambda: 1_000_000)
-    message = r"b\.png: an image of 300x400 needs 0\.0 GiB of memory or more .* lower one of eval\.batch_size=2"
+    message = r"b\.png: an image of 300x400 needs at least 0\.0 GiB of memory .* lower one of eval\.batch_size=2"
     with pytest.raises(UserError, match=message):
         run(tmp_path)
     assert len(results(tmp_path / "out")) == 3
 
 
-def test_a_device_that_runs_out_of_memory_costs_only_that_image(tmp_path, monkeypatch):
+def test_running_out_of_memory_fails_only_that_image(tmp_path, monkeypatch):
     write(tmp_path / "in", a=(20, 30), b=(100, 90))
     labels = Predictor.labels
 
@@ -145,14 +145,14 @@ def test_a_device_that_runs_out_of_memory_costs_only_that_image(tmp_path, monkey
     assert len(results(tmp_path / "out")) == 3
 
 
-def test_scores_that_are_not_finite_are_no_prediction(tmp_path):
+def test_scores_that_are_not_finite_write_no_prediction(tmp_path):
     write(tmp_path / "in", a=(20, 30))
     with pytest.raises(UserError, match=r"a: the network's scores are not finite"):
         predict(predictor(), STRONGEST * np.nan, find_images(tmp_path / "in"), tmp_path / "out", INFO)
     assert results(tmp_path / "out") == []
 
 
-def test_skip_existing_takes_up_what_lacks_a_result(tmp_path, monkeypatch, caplog):
+def test_skip_existing_predicts_only_images_that_lack_a_result(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     paths = write(tmp_path / "in", a=(20, 30), b=(20, 30), c=(20, 30))
     run(tmp_path)
@@ -160,12 +160,12 @@ def test_skip_existing_takes_up_what_lacks_a_result(tmp_path, monkeypatch, caplo
     monkeypatch.setattr(image_files, "read", lambda path: (read.append(path), original(path))[1])
     (out / "overlay" / "b.jpg").unlink()
     os.truncate(out / "index" / "c.png", 60)
-    os.utime(out / "index" / "a.png", (0, 0))  # as a copy may have it
+    os.utime(out / "index" / "a.png", (0, 0))  # as after copying
     run(tmp_path, skip_existing=True)
     assert sorted(read) == [paths["b"], paths["c"]]
     assert (out / "index" / "a.png").stat().st_mtime == 0
     assert len(results(out)) == 9
-    assert caplog.messages[-1].startswith(f"3 of 3 images have their results in {out}, 1 from before; ")
+    assert caplog.messages[-1].startswith(f"3 of 3 images have their results in {out}, 1 from earlier runs; ")
     assert "images/s on 1 x cpu" in caplog.messages[-1]
     read.clear()
     run(tmp_path, skip_existing=True)
@@ -177,28 +177,26 @@ def test_skip_existing_takes_up_what_lacks_a_result(tmp_path, monkeypatch, caplo
     assert len(read) == 4
 
 
-def test_results_of_other_images_are_not_written_over(tmp_path):
-    """Two folders of a camera, whose pictures have the same names."""
+def test_results_of_other_images_are_not_overwritten(tmp_path):
+    """Two folders with the same file names, as from a camera."""
     write(tmp_path / "in", a=(20, 30))
     run(tmp_path, origin={"input": "day1"})
     before = (tmp_path / "out" / "index" / "a.png").read_bytes()
     for skip_existing in (False, True):
-        with pytest.raises(
-            UserError, match=r"a.png: is there already, and no prediction of this input wrote it; choose another"
-        ):
+        with pytest.raises(UserError, match=r"a.png: already exists and was not predicted from this input; choose another"):
             run(tmp_path, origin={"input": "day2"}, skip_existing=skip_existing)
     assert (tmp_path / "out" / "index" / "a.png").read_bytes() == before
 
 
-def test_two_predictions_do_not_write_into_one_folder(tmp_path):
+def test_two_predictions_cannot_write_to_one_folder(tmp_path):
     write(tmp_path / "in", a=(20, 30))
     with lock.locked(tmp_path / "out"), pytest.raises(UserError, match="another process writes to"):
         run(tmp_path)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
-def test_a_full_disk_keeps_what_is_complete_and_says_so(tmp_path, monkeypatch, code):
-    """It is full at the third image's color: two are complete, of the third there is no half file."""
+def test_a_full_disk_keeps_and_reports_complete_results(tmp_path, monkeypatch, code):
+    """The disk is full when the third image's color is written: two images are complete, and no file is partial."""
     write(tmp_path / "in", a=(20, 30), b=(20, 30), c=(20, 30), d=(20, 30))
     replace = type(files.absolute(tmp_path)).replace
 
@@ -228,7 +226,7 @@ def test_an_output_that_is_a_file_or_cannot_be_written_to_is_refused_at_once(tmp
         predict(predictor(), STRONGEST, find_images(tmp_path / "in"), tmp_path / "out" / "below", INFO)
 
 
-def test_a_folder_where_a_result_should_be_costs_that_image_alone(tmp_path):
+def test_a_folder_in_place_of_a_result_fails_only_that_image(tmp_path):
     write(tmp_path / "in", a=(20, 30), b=(20, 30))
     (tmp_path / "out" / "color" / "a.png").mkdir(parents=True)
     with pytest.raises(
@@ -239,7 +237,7 @@ def test_a_folder_where_a_result_should_be_costs_that_image_alone(tmp_path):
     assert [name for name in results(tmp_path / "out") if "/b." in name] == ["color/b.png", "index/b.png", "overlay/b.jpg"]
 
 
-def test_names_as_long_as_they_may_be_and_not_in_utf_8(tmp_path):
+def test_names_of_maximum_length_and_not_in_utf_8(tmp_path):
     write(tmp_path / "in", **{"x" * 251: (20, 30)})
     os.rename(os.fsencode(tmp_path / "in" / ("x" * 251 + ".png")), os.fsencode(tmp_path / "in" / ("x" * 250)) + b"\xe9.png")
     run(tmp_path)
@@ -247,7 +245,7 @@ def test_names_as_long_as_they_may_be_and_not_in_utf_8(tmp_path):
 
 
 def test_reading_is_ahead_of_computing_and_bounded(tmp_path, monkeypatch):
-    """While the first group is computed, as many images as may wait are read, and no more."""
+    """While the first group is computed, AHEAD images are read, and no more."""
     paths = write(tmp_path / "in", **{f"{i:03d}": (8, 8) for i in range(3 * AHEAD)})
     lock, read, original, seen = threading.Lock(), [], image_files.read, []
 
@@ -266,11 +264,11 @@ def test_reading_is_ahead_of_computing_and_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(image_files, "read", counted)
     monkeypatch.setattr(Predictor, "labels", slow)
     run(tmp_path, paths=paths, batch_size=1)
-    assert seen[0] == AHEAD  # one of which is computed
+    assert seen[0] == AHEAD  # including the one being computed
     assert all(count <= i + AHEAD for i, count in enumerate(seen))
 
 
-def test_whole_inference_goes_by_size_and_says_for_how_many_it_compiles(tmp_path, caplog, monkeypatch):
+def test_whole_image_inference_orders_images_by_size_and_logs_the_number_of_sizes(tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     write(tmp_path / "in", a=(20, 30), b=(30, 20), c=(20, 30), d=(30, 20))
     exif = Image.Exif()
@@ -285,22 +283,22 @@ def test_whole_inference_goes_by_size_and_says_for_how_many_it_compiles(tmp_path
     monkeypatch.setattr(Predictor, "labels", listed)
     run(tmp_path, inference="whole", batch_size=4)
     assert order == [[(20, 30)] * 3, [(30, 20)] * 2]
-    assert "the network is compiled for 2 sizes of windows, from 2 sizes of images" in caplog.messages
+    assert "the network is compiled for 2 window sizes, from 2 image sizes" in caplog.messages
     assert len(results(tmp_path / "out")) == 15
 
 
-def test_results_of_another_checkpoint_are_not_taken_for_this_ones(tmp_path):
+def test_results_of_another_checkpoint_are_not_reused(tmp_path):
     (tmp_path / "in").mkdir()
     Image.fromarray(picture(40, 50)).save(tmp_path / "in/a.png")
     run(tmp_path, origin={"step": 1})
     run(tmp_path, origin={"step": 1}, skip_existing=True)
-    with pytest.raises(UserError, match="its results are of another checkpoint or other settings"):
+    with pytest.raises(UserError, match="its results come from another checkpoint or other settings"):
         run(tmp_path, origin={"step": 2}, skip_existing=True)
     first = (tmp_path / "out/index/a.png").read_bytes()
     run(tmp_path, origin={"step": 2})
     second = (tmp_path / "out/index/a.png").read_bytes()
-    (tmp_path / "out/index/a.png").write_bytes(first)  # as if the second had stopped before it
+    (tmp_path / "out/index/a.png").write_bytes(first)  # as if the second run had stopped before it
     run(tmp_path, origin={"step": 2}, skip_existing=True)
     assert (tmp_path / "out/index/a.png").read_bytes() == second != first
-    with pytest.raises(UserError, match="its results are of another checkpoint"):  # trained anew to the same step
+    with pytest.raises(UserError, match="its results come from another checkpoint"):  # retrained to the same step
         predict(predictor(), {"other": np.ones(3)}, find_images(tmp_path / "in"), tmp_path / "out", INFO, "", True, {"step": 2})

@@ -1,4 +1,4 @@
-"""Batches, devices, sizes and memory change nothing in what is predicted; what a protocol asks for is in test_protocol.py."""
+"""Predictions do not depend on batches, devices, sizes or memory; test_protocols.py tests the protocols themselves."""
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ from tests.infer.reference import CLASSES
 ONE = np.float32(1)
 
 
-def crooked(factor, x):
-    """Its answer depends on where in its window a pixel is, and on left and right."""
+def asymmetric(factor, x):
+    """A network that depends on position in the window and on orientation."""
     return factor * reference.network(x, jnp)
 
 
@@ -40,39 +40,39 @@ def probabilities(apply, variables, images, config, devices=1):
 
 
 @pytest.mark.parametrize("protocol", ["semseg", "mmseg"])
-def test_images_of_any_sizes_batches_and_devices_change_nothing(protocol):
-    """Three images, 38 windows at two scales: in one call and alone, in batches of 1, 5 and 64, on 1 and 8 devices."""
+def test_predictions_do_not_depend_on_sizes_batches_and_devices(protocol):
+    """Three images, 38 windows at two scales: together and alone, in batches of 1, 5, 64 and 8, on 1 and 8 devices."""
     images = [picture(14, 18), picture(30, 12, 1), picture(6, 41, 2)]
     config = settings(protocol=protocol, scales=(1.0, 1.5), batch_size=1)
-    one_by_one = [probabilities(crooked, ONE, [image], config)[0] for image in images]
+    one_by_one = [probabilities(asymmetric, ONE, [image], config)[0] for image in images]
     for batch_size, devices in ((5, 1), (64, 1), (8, 8)):
         config.eval.batch_size = batch_size
-        together = probabilities(crooked, ONE, images, config, devices)
+        together = probabilities(asymmetric, ONE, images, config, devices)
         for alone, ours in zip(one_by_one, together, strict=True):
             np.testing.assert_allclose(ours, alone, atol=1e-6)
 
 
-def test_whole_inference_is_the_network_on_the_scaled_image():
+def test_whole_image_inference_is_the_network_on_the_scaled_image():
     image = picture(16, 10)
     config = settings(inference="whole", base_size=0, flip=False)
-    (ours,) = probabilities(crooked, ONE, [image], config)
+    (ours,) = probabilities(asymmetric, ONE, [image], config)
     expected = reference.softmax(reference.network(reference.normalized(image, config)))
     np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_whole_inference_with_flip_is_one_window_as_large_as_the_scaled_image(protocol):
+def test_whole_image_inference_with_flip_equals_one_window_of_the_scaled_size(protocol):
     images = [picture(16, 10), picture(12, 17, 1)]
     config = settings(protocol=protocol, inference="whole", scales=(1.6,))
-    whole = probabilities(crooked, ONE, images, config, devices=2)
+    whole = probabilities(asymmetric, ONE, images, config, devices=2)
     for image, ours in zip(images, whole, strict=True):
         crop = PROTOCOLS[protocol](config).scaled_size(*image.shape[:2], 1.6)
-        (window,) = probabilities(crooked, ONE, [image], settings(protocol=protocol, crop=crop, scales=(1.6,)))
+        (window,) = probabilities(asymmetric, ONE, [image], settings(protocol=protocol, crop=crop, scales=(1.6,)))
         np.testing.assert_allclose(ours, window, atol=1e-6)
 
 
-def test_windows_of_a_translation_equivariant_network_equal_whole_inference():
-    """Pixel by pixel there is nothing a window could cut off; they differ by float32 rounding only."""
+def test_windows_of_a_pixelwise_network_equal_whole_image_inference():
+    """A pixelwise network has no context that a window could cut off; only float32 rounding differs."""
     weights = np.random.default_rng(0).normal(size=(3, CLASSES)).astype(np.float32)
     images = [picture(31, 24), picture(31, 24, 1)]
     found = [
@@ -82,25 +82,25 @@ def test_windows_of_a_translation_equivariant_network_equal_whole_inference():
     np.testing.assert_allclose(*found, atol=5e-7)
 
 
-def test_padding_is_never_counted():
-    """A network that shouts class 2 wherever its input is the mean exactly, which only the padding is here."""
+def test_padding_does_not_affect_scores():
+    """A network that predicts class 2 with a huge score where its input is exactly the mean, here only in the padding."""
 
-    def shout(_, x):
+    def network(_, x):
         return jnp.where((x == 0).all(-1, keepdims=True), jnp.array([0.0, 0, 1e4]), jnp.array([1e4, 0, 0]))
 
     image = np.full((7, 5, 3), 200, np.uint8)
-    (ours,) = probabilities(shout, {}, [image], settings(base_size=7, crop=(40, 40)))
+    (ours,) = probabilities(network, {}, [image], settings(base_size=7, crop=(40, 40)))
     np.testing.assert_array_equal(ours, np.broadcast_to([1, 0, 0], ours.shape))
 
 
 @pytest.mark.parametrize("held", [1, 6])
-def test_labels_are_the_most_probable_classes_with_all_views_at_once_and_one_by_one(monkeypatch, held):
+def test_labels_are_the_most_probable_classes_whether_views_are_kept_or_added_up(monkeypatch, held):
     monkeypatch.setattr("pspnet_jax.infer.predictor.plan_images", lambda *args: plan.plan_images(*args)._replace(held=held))
     images, config = [picture(14, 18), picture(30, 12, 1)], settings(protocol="mmseg", scales=(0.5, 1.0, 1.5))
-    predictor = Predictor(crooked, config, CLASSES, jax.devices()[:2])
+    predictor = Predictor(asymmetric, config, CLASSES, jax.devices()[:2])
     labels = predictor.labels(ONE, images)
     assert labels.dtype == np.uint8
-    for label, p in zip(cropped(labels, images), probabilities(crooked, ONE, images, config), strict=True):
+    for label, p in zip(cropped(labels, images), probabilities(asymmetric, ONE, images, config), strict=True):
         np.testing.assert_array_equal(label, p.argmax(-1))
 
 
@@ -109,7 +109,7 @@ def test_new_weights_and_most_new_sizes_compile_nothing():
 
     def counted(factor, x):
         traces.append(x.shape)
-        return crooked(factor, x)
+        return asymmetric(factor, x)
 
     predictor = Predictor(counted, settings(base_size=64, crop=(35, 35)), CLASSES, jax.devices()[:1])
     predictor.labels(ONE, [picture(48, 64)])
@@ -128,7 +128,7 @@ def test_new_weights_and_most_new_sizes_compile_nothing():
 @pytest.mark.parametrize(
     ("fields", "groups"),
     [
-        ({}, [[0, 1], [2, 3, 4, 5]]),  # 2 x 3 windows of 11 x 9 each, but for the third image, of which there are 2 x 2
+        ({}, [[0, 1], [2, 3, 4, 5]]),  # 2 x 3 windows of 11 x 9 per image, except the third, which has 2 x 2
         ({"inference": "whole"}, [[0, 1], [2], [3, 4], [5]]),  # one size at a time
         ({"protocol": "mmseg", "flip": True}, [[0], [1], [2, 3], [4], [5]]),  # the last is smaller than the window
     ],
@@ -150,17 +150,17 @@ def test_stream_keeps_the_order_and_fills_the_batch(fields, groups):
 
 
 def test_place_takes_weights_from_a_larger_mesh():
-    """As training has them: replicated over all devices, while the predictor uses some."""
+    """As in training, weights are replicated over all devices, while the predictor uses only some."""
     variables = {"a": np.arange(3.0), "b": ONE}
     everywhere = jax.device_put(variables, jax.NamedSharding(jax.make_mesh((8,), ("all",)), jax.P()))
-    predictor = Predictor(crooked, settings(), CLASSES, jax.devices()[2:4])
+    predictor = Predictor(asymmetric, settings(), CLASSES, jax.devices()[2:4])
     placed = predictor.place(everywhere)
     assert {d.id for d in placed["a"].devices()} == {2, 3}
     jax.tree.map(np.testing.assert_array_equal, placed, variables)
 
 
 def compilations(function):
-    """How many programs XLA compiles while a function runs."""
+    """Returns the number of programs that XLA compiles while a function runs."""
     compiled = []
 
     def listen(name, *_, **__):
@@ -174,9 +174,9 @@ def compilations(function):
     return sum(compiled)
 
 
-def test_whole_inference_compiles_the_network_for_each_size_and_the_rest_for_few(monkeypatch):
-    """12 sizes in one bucket: the network alone is new for each. Of those, the last 4 are kept."""
-    monkeypatch.setattr("pspnet_jax.infer.predictor.KEPT", 4)
+def test_whole_image_inference_compiles_only_the_network_for_each_size(monkeypatch):
+    """12 sizes in one bucket: only the network is compiled for each. The last 4 networks are kept."""
+    monkeypatch.setattr("pspnet_jax.infer.predictor.MAX_NETWORKS", 4)
     config = settings(inference="whole", base_size=0, batch_size=1)
     predictor = Predictor(lambda w, x: x @ w, config, CLASSES, jax.devices()[:1])
     weights = predictor.place(np.eye(3, dtype=np.float32))
@@ -188,8 +188,8 @@ def test_whole_inference_compiles_the_network_for_each_size_and_the_rest_for_few
     print(f"{first} programs for the first size")
 
 
-def test_programs_of_sizes_long_past_are_freed(monkeypatch):
-    monkeypatch.setattr("pspnet_jax.infer.predictor.KEPT", 2)
+def test_programs_of_old_sizes_are_freed(monkeypatch):
+    monkeypatch.setattr("pspnet_jax.infer.predictor.MAX_NETWORKS", 2)
     predictor = Predictor(lambda w, x: x @ w, settings(inference="whole", base_size=0), CLASSES, jax.devices()[:1])
     weights, client = predictor.place(np.eye(3, dtype=np.float32)), jax.devices()[0].client
     counts = []
@@ -203,6 +203,6 @@ def test_programs_of_sizes_long_past_are_freed(monkeypatch):
 @pytest.mark.parametrize(("inference", "size"), [("whole", (1, 1)), ("whole", (1, 40)), ("windows", (1, 1))])
 def test_images_of_few_pixels_and_tiny_scales(protocol, inference, size):
     image, config = picture(*size), settings(protocol=protocol, inference=inference, base_size=0, scales=(0.01,), flip=False)
-    (ours,) = probabilities(crooked, ONE, [image], config)
+    (ours,) = probabilities(asymmetric, ONE, [image], config)
     assert ours.shape == (*size, CLASSES)
     np.testing.assert_allclose(ours.sum(-1), 1, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Each protocol against its transcription in NumPy, with a network that tells left from right and place from place."""
+"""Each protocol against its transcription to NumPy, with a network that depends on orientation and position."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def make(protocol, **fields):
 
 
 def difference(image, config):
-    """Largest difference of our probabilities from the transcription's, which have to agree on the classes."""
+    """Returns the largest difference in probability from the transcription, after checking that the classes agree."""
     protocol = config.eval.protocol
     predictor = Predictor(lambda _, x: reference.network(x, jnp), config, reference.CLASSES, jax.devices()[:1])
     ours = np.asarray(predictor.probabilities({}, [image]))[0, : image.shape[0], : image.shape[1]]
@@ -42,7 +42,7 @@ def difference(image, config):
     ("size", "fields"),
     [
         ((10, 16), {"flip": False}),
-        ((16, 10), {}),  # tall; at 20 the short side is 12.5
+        ((16, 10), {}),  # tall; at long side 20, the short side is 12.5
         ((5, 33), {}),  # wide: shorter than the crop
         ((13, 13), {"scales": (0.375,)}),  # smaller than the crop on both sides, odd padding, 7.5
         ((14, 18), {"scales": SIX}),
@@ -52,7 +52,7 @@ def difference(image, config):
         ((9, 31), {"inference": "whole", "scales": (0.7, 1.0)}),
     ],
 )
-def test_protocol_written_out(protocol, size, fields):
+def test_protocol_equals_its_transcription(protocol, size, fields):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     found = difference(image, settings(protocol=protocol, **fields))
     print(f"{protocol} {size} {fields}: {found:.1e}")
@@ -62,13 +62,13 @@ def test_protocol_written_out(protocol, size, fields):
 @pytest.mark.parametrize(
     ("size", "fields"),
     [
-        ((14, 18), {"base_size": 0, "scales": SIX}),  # test-time augmentation: multiples of the image's own sides
+        ((14, 18), {"base_size": 0, "scales": SIX}),  # multiples of the image's own sides
         ((30, 17), {"base_size": 33, "short_size": 15, "scales": (0.5, 1.0)}),  # the second bound decides
-        ((6, 31), {"stride": (11, 9), "batch_size": 64}),  # cut to the image on one axis; windows side by side
+        ((6, 31), {"stride": (11, 9), "batch_size": 64}),  # windows shrunk to the image on one axis, several on the other
     ],
 )
 @pytest.mark.parametrize("align_corners", [True, False])
-def test_mmseg_sizes_and_corners_written_out(size, fields, align_corners):
+def test_mmseg_sizes_and_corners_equal_their_transcription(size, fields, align_corners):
     image = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
     config = settings(protocol="mmseg", **fields)
     config.model.align_corners = align_corners
@@ -107,7 +107,7 @@ def test_scaled_size_by_hand(protocol, size, fields, scale, scaled):
 
 @pytest.mark.parametrize("size", [(360, 480, 181, 241), (7, 300, 450, 3), (200, 120, 201, 121), (1, 5, 9, 1), (64, 48, 32, 24)])
 def test_images_are_scaled_as_opencv_does(size):
-    """mmseg exactly, against its integer arithmetic written out; semseg in floating point, to a thousandth of a gray level."""
+    """mmseg exactly, against cv2's integer arithmetic; semseg in floating point, to a thousandth of a gray level."""
     height, width, new_height, new_width = size
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     exact = make("mmseg").scale(image, new_height, new_width)
@@ -118,8 +118,11 @@ def test_images_are_scaled_as_opencv_does(size):
 
 
 def test_images_are_scaled_as_imresize_does():
-    """Rounded after each axis, the one that shrinks most first: of 3 x 2 pixels to one, the rows, in which 1/3 becomes 0; of
-    the same transposed, the columns; and of 2 x 2 to 1 x 1 the rows, where 1/2 becomes 1, and 1 and 0 then 1 again."""
+    """Values are rounded after each axis, starting with the axis that shrinks most.
+
+    From 3 x 2 pixels to 1 x 1, rows come first, and 1/3 becomes 0; transposed, columns come first. From 2 x 2 to 1 x 1, rows
+    come first: 1/2 becomes 1, and then the mean of 1 and 0 becomes 1 again.
+    """
     caffe = make("caffe")
     image = np.dstack([np.array([[0, 1], [1, 0], [0, 0]], np.uint8)] * 3)
     assert caffe.scale(image, 1, 1).tolist() == [[[0, 0, 0]]]
@@ -131,7 +134,7 @@ def test_images_are_scaled_as_imresize_does():
 
 
 def test_flips_are_combined_by_hand():
-    """Two pixels, two classes; log 3 makes 3/4 to 1/4. The flipped image's pixels come in reverse order."""
+    """Two pixels, two classes. The logits (log 3, 0) give (3/4, 1/4). The flipped image has its pixels in reverse order."""
     log3 = np.log(3)
     logits, flipped = np.array([[log3, 0], [0, 0]]), np.array([[0, log3], [log3, 0]])
     semseg, caffe = make("semseg").combine_flip, make("caffe").combine_flip
@@ -142,10 +145,10 @@ def test_flips_are_combined_by_hand():
 
 
 def test_large_logits_do_not_overflow():
-    """MATLAB's exp of 100 and more is infinite in single precision; ours is the limit."""
+    """exp(100) is infinite in MATLAB's single precision; ours returns the limit."""
     np.testing.assert_array_equal(make("caffe").combine_flip(np.array([[200.0, 0.0]]), np.array([[200.0, 0.0]])), [[1, 0]])
 
 
-def test_caffe_makes_the_scores_of_a_pixel_sum_to_one():
+def test_caffe_normalizes_the_scores_of_a_pixel_to_sum_to_one():
     scores = make("caffe").finalize_scores(jnp.array([[0.2, 0.6], [0.0, 0.0]]))
     np.testing.assert_allclose(scores, [[0.25, 0.75], [0, 0]], rtol=1e-6)

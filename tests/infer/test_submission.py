@@ -1,4 +1,4 @@
-"""Submissions: what the servers take, and back again."""
+"""Submissions have the values, colors and names that the servers document."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ FORMS = {form: datasets.table(server.dataset) for form, server in submission.SUB
 
 
 def sent(tmp_path, form, label):
-    """The pixels of a submission, as a server reads them from the file."""
+    """Returns the mode and pixels of a submission, as a server reads them from the file."""
     path = tmp_path / "sent.png"
     submission.choose(form, FORMS[form]).encode(label).save(path)
     with Image.open(path) as image:
@@ -25,7 +25,7 @@ def sent(tmp_path, form, label):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_class_comes_back_from_a_submission(tmp_path, form):
+def test_every_class_can_be_recovered_from_a_submission(tmp_path, form):
     label = np.arange(FORMS[form].num_classes, dtype=np.uint8).reshape(1, -1)
     mode, raw = sent(tmp_path, form, label)
     assert mode == ("P" if form == "voc" else "L")
@@ -45,7 +45,7 @@ def test_values_that_the_servers_document(tmp_path, form, classes, values):
     np.testing.assert_array_equal(sent(tmp_path, form, label)[1], [values])
 
 
-def test_voc_submissions_have_vocs_colors(tmp_path):
+def test_voc_submissions_have_the_voc_palette(tmp_path):
     sent(tmp_path, "voc", np.array([[0, 1, 15, 20]], np.uint8))
     with Image.open(tmp_path / "sent.png") as image:  # black, dark red, the person's and the monitor's colors
         np.testing.assert_array_equal(
@@ -53,7 +53,7 @@ def test_voc_submissions_have_vocs_colors(tmp_path):
         )
 
 
-def test_files_are_named_like_the_images_of_all_subfolders(tmp_path, monkeypatch):
+def test_files_are_named_like_the_images_in_all_subfolders(tmp_path, monkeypatch):
     monkeypatch.setitem(submission.SUBMISSIONS, "own", submission.Submission("own", "results/here"))
     monkeypatch.setitem(datasets.RAW_VALUES, "own", tuple(range(10, 10 + INFO.num_classes)))
     monkeypatch.setattr(datasets, "table", lambda name: INFO)
@@ -83,7 +83,7 @@ def test_a_form_for_other_classes_is_refused():
         submission.choose("ade20k", datasets.table("cityscapes"))
 
 
-def test_classes_in_another_order_are_refused_and_other_names_are_said(caplog):
+def test_classes_in_another_order_are_refused_and_other_names_are_warned_about(caplog):
     voc = datasets.table("voc2012")
 
     def choose(*names):
@@ -94,10 +94,10 @@ def test_classes_in_another_order_are_refused_and_other_names_are_said(caplog):
 
     names = voc.class_names
     assert choose(*names) == choose(*map(str.upper, names)) == choose(*(f"class {index}" for index in range(21))) == []
-    (said,) = choose(names[0], "plane", *names[2:])
-    assert said.startswith("--format voc: class 1 is 'aeroplane' to its server, but 'plane' to this network")
+    (warning,) = choose(names[0], "plane", *names[2:])
+    assert warning.startswith("--format voc: class 1 is 'aeroplane' on its server, but 'plane' in this network")
     with pytest.raises(
-        UserError, match=r"class 1 is 'aeroplane' .* 'bicycle' to this network, whose classes have another order"
+        UserError, match=r"class 1 is 'aeroplane' .* 'bicycle' in this network, whose classes have another order"
     ):
         choose("ground", names[2], names[1], *names[3:])
 

@@ -15,7 +15,7 @@ BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}
 
 
 def convolve(x: np.ndarray, kernel: np.ndarray, stride: int = 1, dilation: int = 1) -> np.ndarray:
-    """Sum over the kernel's taps of the zero-padded, shifted and subsampled input times the tap's matrix."""
+    """Sums, over the kernel's positions, the zero-padded, shifted and subsampled input times the matrix at that position."""
     size = len(kernel)
     pad = dilation * (size // 2)
     n, height, width, _ = x.shape
@@ -40,7 +40,7 @@ def max_pool_3x3_stride_2(x: np.ndarray) -> np.ndarray:
 
 
 def adaptive_pool(x: np.ndarray, bins: int, reduce: str) -> np.ndarray:
-    """Cell (i, j) covers rows floor(i H / bins) to ceil((i + 1) H / bins), columns alike; reduce is "mean" or "max"."""
+    """Cell (i, j) covers rows floor(i H / bins) to ceil((i + 1) H / bins); same for columns. `reduce` is "mean" or "max"."""
     n, height, width, channels = x.shape
     y = np.zeros((n, bins, bins, channels))
     for i in range(bins):
@@ -75,10 +75,10 @@ def resize(x: np.ndarray, height: int, width: int, align_corners: bool) -> np.nd
 
 @dataclasses.dataclass
 class Network:
-    """The network of `config.model` over our variables; dropout is left out.
+    """The network of `config.model` with our variables, without dropout.
 
     Attributes:
-      train: normalize by the batch's statistics, and leave the updated running averages in `statistics`.
+      train: normalize with batch statistics, and store the updated running averages in `statistics`.
     """
 
     model: ConfigDict
@@ -118,7 +118,7 @@ class Network:
         return np.maximum(x + y, 0)
 
     def backbone(self, x: np.ndarray) -> list[np.ndarray]:
-        """The outputs of the four stages."""
+        """Returns the outputs of the four stages."""
         for i in range(1 if self.model.stem == "conv7" else 3):
             x = self.conv_norm(f"backbone/stem_conv{i + 1}", x, 2 if i == 0 else 1)
         x = max_pool_3x3_stride_2(x)
@@ -137,7 +137,7 @@ class Network:
         return outputs
 
     def head(self, x: np.ndarray) -> np.ndarray:
-        """Pyramid, concatenation, and the head up to its classifier."""
+        """Computes the pyramid, the concatenation and the head up to its classifier."""
         height, width = x.shape[1:3]
         inputs = [x]
         for i, bins in enumerate(self.model.bins):
@@ -163,7 +163,7 @@ class Network:
 
 
 def random_variables(module: nn.Module, *args: object) -> dict:
-    """Random weights and running statistics f32, none at its neutral value; args are those of the module's call."""
+    """Returns random f32 weights and running statistics, none at a neutral value; args are those of the module's call."""
     random = np.random.default_rng(0)
 
     def random_value(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -179,6 +179,6 @@ def random_variables(module: nn.Module, *args: object) -> dict:
 
 
 def relative_error(value: jax.Array, expected: jax.Array | np.ndarray) -> float:
-    """Largest difference over the standard deviation of what is expected, in float64."""
+    """Returns the largest difference in standard deviations of the expected values, in float64."""
     exact = np.asarray(expected, np.float64)
     return float(np.abs(np.asarray(value, np.float64) - exact).max() / exact.std())

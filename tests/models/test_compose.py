@@ -1,4 +1,4 @@
-"""The default network keeps its parameters' paths and its random numbers; modules of a user's own take the place of ours."""
+"""The default network keeps its parameter paths and its random numbers; users' own modules can replace its parts."""
 
 import hashlib
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from pspnet_jax import models
 from tests.models.test_pspnet import small
 
 IMAGES = (2, 41, 57, 3)
-# Fields, then sha256 of the signs of all initial values by path (a sign is the same on every machine), and of the channels that
-# dropout keeps; from the network as it was in one piece.
+# Fields; SHA-256 of the signs of all initial values by path (signs are the same on every machine); SHA-256 of the channels that
+# dropout keeps. The hashes were taken before the network was divided into modules.
 NETWORKS = [
     ({}, "f86516b8bd2b81a3", "14ad1b1024fbd210"),
     (
@@ -31,7 +31,7 @@ def flat(tree: dict) -> dict[str, np.ndarray]:
 
 
 def compiled(function: Callable) -> Callable:
-    """Compiled without optimizations, which takes a quarter of the time."""
+    """Compiles without optimizations, in a quarter of the time."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -91,7 +91,7 @@ class DenseHead(nn.Module):
         return nn.Dense(self.num_classes)(third)
 
 
-def test_every_part_may_be_a_users_own():
+def test_users_can_replace_every_part():
     model = models.PSPNet(backbone=TwoConvolutions(), head=MeanHead(3), auxiliary_head=DenseHead(3))
     images = jax.random.normal(jax.random.key(1), (2, 32, 40, 3))
     variables = model.init(jax.random.key(0), images, train=False)
@@ -113,7 +113,7 @@ def test_every_part_may_be_a_users_own():
     np.testing.assert_array_equal(model.apply(variables, images, train=False), logits)
 
 
-def test_our_pyramid_and_heads_stand_on_another_backbone():
+def test_our_pyramid_and_heads_work_on_another_backbone():
     parts = {"pyramid": models.Pyramid(bins=(1, 2)), "auxiliary_head": models.AuxiliaryHead(3)}
     model = models.PSPNet(backbone=TwoConvolutions(), head=models.PyramidHead(3), **parts)
     images = jnp.zeros((2, 32, 40, 3))

@@ -1,4 +1,4 @@
-"""The layers against hand-worked numbers and against their definitions."""
+"""Layers against hand-worked numbers and against their definitions."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from pspnet_jax.errors import UserError
 from pspnet_jax.models import layers
 from tests.models import reference
 
-# Kernel, and stride, that pools a crop's features to b x b, by crop and b: 473 and 713 as in the authors' release.
+# Kernel size (and stride) that pools a crop's features to b x b, by crop and b; 473 and 713 are in the authors' release.
 FIXED_KERNELS = {
     320: {1: 40, 2: 20, 4: 10, 8: 5},
     473: {1: 60, 2: 30, 3: 20, 6: 10},
@@ -20,7 +20,7 @@ FIXED_KERNELS = {
 RESIZED = [
     ([2, 6], True, [2, 4, 6]),
     ([2, 6, 0], True, [2, 4, 6, 3, 0]),
-    ([2, 6, 0, 8, 4], True, [2, 4]),  # only the ends: it does not smooth
+    ([2, 6, 0, 8, 4], True, [2, 4]),  # the two ends: no antialiasing
     ([2, 6, 0], True, [2]),
     ([2, 6], False, [2, 3, 5, 6]),  # centers at -1/4, 1/4, 3/4, 5/4
     ([2, 6, 0], False, [3, 1.5]),  # centers at 1/4 and 7/4
@@ -88,7 +88,7 @@ def test_adaptive_pooling_equals_its_definition_where_bins_do_not_divide(bins):
 
 
 def conv_norm_of_ones(**fields: object) -> tuple[layers.ConvNorm, dict]:
-    """A ConvNorm whose convolution passes its single channel on, with running mean 0 and variance 1."""
+    """Returns a ConvNorm whose convolution is the identity on one channel, with running mean 0 and variance 1."""
     module = layers.ConvNorm(1, 1, relu=False, **fields)
     variables = module.init(jax.random.key(0), jnp.ones((2, 1, 1, 1)), train=False)
     return module, variables | {"params": variables["params"] | {"conv": {"kernel": jnp.ones((1, 1, 1, 1))}}}
@@ -125,10 +125,10 @@ def test_batch_norm_refuses_to_train_on_one_value_per_channel():
 @pytest.mark.parametrize(
     ("size", "stride", "dilation"), [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (3, 1, 4), (3, 2, 2), (7, 2, 1)]
 )
-def test_conv_norms_convolution_equals_its_definition_and_has_the_inputs_dtype(size, stride, dilation):
+def test_conv_norm_equals_its_definition_and_keeps_the_input_dtype(size, stride, dilation):
     x = noise(2, 9, 6, 4)
     module = layers.ConvNorm(3, size, stride, dilation, relu=False)
-    variables = module.init(jax.random.key(0), x, train=False)  # of batch normalization: mean 0, variance 1
+    variables = module.init(jax.random.key(0), x, train=False)  # running mean 0, variance 1
     y = module.apply(variables, x, train=False)
     assert y.shape == (2, -(-9 // stride), -(-6 // stride), 3)
     kernel = np.asarray(variables["params"]["conv"]["kernel"], np.float64)

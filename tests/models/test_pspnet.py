@@ -1,4 +1,4 @@
-"""The whole network: parameter counts, float64 reference, training mode, precision, refusals."""
+"""The whole network: parameter counts, float64 reference, training mode, precision, error messages."""
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,14 @@ PARAMETERS = {
     (50, "deep32", 21): (48_977_034, 46_611_829),
     (101, "deep32", 21): (67_969_162, 65_603_957),
 }
-# Largest error in standard deviations of the logits, float32 against float64: 4e-6 seen, 4e-5 with batch statistics of few
-# values. The fewest are the 1x1 level's, one an image. Where they lie closer together than their size, by a factor of r, the
-# mean of squares less the square of the mean loses r^2 x 6e-8 of the variance: with three images r reached 76 in one channel,
-# and the error 3e-5 to 2e-4, by how a JAX version happens to round; with four r is at most 20, and all versions are alike.
+# Largest error of float32 against float64, in standard deviations of the logits, by `train`. Observed: 4e-6 with running
+# statistics, 4e-5 with batch statistics of few values. The 1x1 level has the fewest: one value per image and channel. If their
+# mean is r times their standard deviation, the one-pass variance has an error of r^2 x 6e-8. With three images, r reached 76 in
+# one channel, and the error was 3e-5 to 2e-4, depending on how a JAX version rounds. With four images, r is at most 20, and all
+# JAX versions agree.
 TOLERANCE = {False: 2e-5, True: 1e-4}
 IMAGES = 4
-VARIANTS = [  # (train, size, overrides of config.model); together they hold every value of every option
+VARIANTS = [  # (train, size, overrides of config.model); together they cover every value of every option
     (True, (33, 47), {}),
     (
         True,
@@ -93,8 +94,8 @@ def test_without_the_auxiliary_head_only_its_variables_are_missing():
         assert without[part] == {name: variables[part][name] for name in without[part]}
 
 
-def test_parameter_count_of_depth_269_is_that_of_152_and_the_extra_blocks():
-    def block(width: int) -> int:  # two 1x1, one 3x3 and their norms, identity shortcut
+def test_depth_269_has_the_parameters_of_152_plus_the_extra_blocks():
+    def block(width: int) -> int:  # two 1x1, one 3x3, their norms; identity shortcut
         return 4 * width * width * 2 + 9 * width * width + 2 * (width + width + 4 * width)
 
     model = base_config().model
@@ -116,7 +117,7 @@ def test_network_equals_the_float64_reference(train, size, overrides):
         assert (output is None) == (expected is None)
         if output is not None:
             error = reference.relative_error(output, expected)
-            print(f"float32 against float64, over the standard deviation: {error:.1e}")
+            print(f"float32 against float64, in standard deviations: {error:.1e}")
             assert output.shape == (IMAGES, *size, 5)
             assert error < TOLERANCE[train]
     statistics = traverse_util.flatten_dict(updates["batch_stats"], sep="/")
@@ -139,7 +140,7 @@ def train_shapes(images: int, **overrides: object) -> jax.ShapeDtypeStruct:
     return logits
 
 
-def test_training_on_one_image_is_refused_with_the_reason_unless_it_can_work():
+def test_training_on_one_image_is_refused_only_where_batch_norm_has_one_value():
     with pytest.raises(
         ValueError, match=r"pyramid/level0/bn sees one value per channel.*frozen statistics, or without the 1x1"
     ):
@@ -149,7 +150,7 @@ def test_training_on_one_image_is_refused_with_the_reason_unless_it_can_work():
     assert train_shapes(2).shape == (2, 41, 41, 5)
 
 
-def test_frozen_training_is_inference_but_for_dropout():
+def test_frozen_training_equals_inference_except_for_dropout():
     images = noise(1, 41, 41, 3)
     network, dropping = small(norm="frozen"), small(norm="frozen", dropout=0.5)
     variables = reference.random_variables(network, images, False)
@@ -171,7 +172,7 @@ def test_frozen_training_is_inference_but_for_dropout():
 def test_dropout_drops_whole_channels_in_training_only():
     channels, rate = 400, 0.25
     classifier = models.Classifier(channels, rate)
-    variables = {"params": {"kernel": jnp.eye(channels)[None, None], "bias": jnp.zeros(channels)}}  # passes its input on
+    variables = {"params": {"kernel": jnp.eye(channels)[None, None], "bias": jnp.zeros(channels)}}  # identity
     x = jnp.ones((2, 3, 5, channels))
     y = np.asarray(classifier.apply(variables, x, train=True, rngs={"dropout": jax.random.key(0)}))
     np.testing.assert_array_equal(y, np.broadcast_to(y[:, :1, :1], y.shape))
@@ -181,7 +182,7 @@ def test_dropout_drops_whole_channels_in_training_only():
     np.testing.assert_array_equal(classifier.apply(variables, x, train=False), x)
 
 
-def test_initial_classifier_is_normal_with_deviation_one_hundredth_and_no_bias():
+def test_classifier_is_initialized_with_standard_deviation_one_hundredth_and_zero_bias():
     params = models.Classifier(100, 0.1).init(jax.random.key(0), jnp.ones((1, 1, 1, 512)), train=False)["params"]
     np.testing.assert_allclose(params["kernel"].std(), 0.01, rtol=0.02)
     np.testing.assert_array_equal(params["bias"], np.zeros(100))
@@ -196,8 +197,8 @@ def test_bfloat16_computes_the_same_network_with_float32_parameters_and_logits()
     assert logits.dtype == jnp.float32
     expected, _ = reference.Network(small_config(), variables)(images)
     error = reference.relative_error(logits, expected)
-    print(f"bfloat16 against float64, over the standard deviation: {error:.1e}")
-    assert 1e-3 < error < 0.1  # bfloat16 has 8 bits: less would mean that it was not used
+    print(f"bfloat16 against float64, in standard deviations: {error:.1e}")
+    assert 1e-3 < error < 0.1  # bfloat16 has 8 bits: a smaller error would mean that it was not used
 
 
 def test_normalize_by_hand():
@@ -210,7 +211,7 @@ def test_normalize_by_hand():
 
 
 @pytest.mark.parametrize("field", models.CHOICES)
-def test_a_value_outside_its_choices_is_refused_with_all_of_them(field):
+def test_a_value_that_is_not_a_choice_is_refused_with_all_choices(field):
     choices = models.CHOICES[field]
     value = 7 if isinstance(choices[0], int) else "other"
     with pytest.raises(UserError) as error:
@@ -240,13 +241,13 @@ def test_a_network_without_classes_is_refused():
         ((1, 0, 48, 3), "float32"),
     ],
 )
-def test_what_is_no_normalized_image_is_refused(shape, dtype):
+def test_images_that_are_not_normalized_are_refused(shape, dtype):
     network = small()
     with pytest.raises(UserError) as error:
         jax.eval_shape(lambda v, x: network.apply(v, x, train=False), shapes(network), jax.ShapeDtypeStruct(shape, dtype))
     assert str(error.value).startswith(f"images are {dtype}{list(shape)}: expected float32[N, H, W, 3]")
 
 
-def test_build_names_every_impossible_value_and_its_choices():
+def test_build_names_every_invalid_value_and_its_choices():
     with pytest.raises(UserError, match=r"(?s)model\.stem='wide': expected one of 'deep', .*model\.dropout=1.0: expected"):
         small(stem="wide", dropout=1.0)

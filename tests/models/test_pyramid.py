@@ -1,4 +1,4 @@
-"""The convolution over the pyramid: factored equals plain, in values and in every gradient."""
+"""The convolution over the pyramid: factored equals plain, in values and in all gradients."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 from pspnet_jax.models.pyramid import PyramidConv
 from tests.models import reference
 
-TOLERANCE = 5e-6  # of the standard deviation, in float32; up to 2.3e-6 seen
+TOLERANCE = 5e-6  # in standard deviations, in float32; up to 2.3e-6 observed
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ TOLERANCE = 5e-6  # of the standard deviation, in float32; up to 2.3e-6 seen
         (1, True, 2, (9, 5)),
         (1, False, 2, (11, 7)),
         (3, True, 8, (5, 9)),  # without reduction every level is as wide as x
-        (3, False, 8, (3, 5)),  # fewer features than bins: the 6 x 6 level shrinks
+        (3, False, 8, (3, 5)),  # fewer features than bins: the 6 x 6 level is downsampled
     ],
 )
 def test_factored_equals_plain(kernel_size, align_corners, level_channels, size):
@@ -37,7 +37,7 @@ def test_factored_equals_plain(kernel_size, align_corners, level_channels, size)
 
     compute = jax.jit(value_and_gradients, static_argnums=0)
     value, *gradients = jax.tree.leaves(jax.tree.map(reference.relative_error, compute(True), compute(False)))
-    print(f"factored against plain, over the standard deviation: values {value:.1e}, gradients {max(gradients):.1e}")
+    print(f"factored against plain, in standard deviations: values {value:.1e}, gradients {max(gradients):.1e}")
     assert max(value, *gradients) < TOLERANCE
 
 

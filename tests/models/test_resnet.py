@@ -1,4 +1,4 @@
-"""Dilation and stride proven by which positions one output position reads; sizes and block tables."""
+"""Dilations and strides, proven by the input positions that one output position reads; sizes; error messages."""
 
 import itertools
 import re
@@ -20,7 +20,7 @@ def backbone(**fields: object) -> resnet.ResNet:
 
 
 def positive_variables(module: nn.Module, x: jax.Array) -> dict:
-    """Weights with which every ReLU of a positive input is open, so that the gradient shows all that is read."""
+    """Returns weights that keep every ReLU active on positive inputs, so that gradients show every position read."""
 
     def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         value = {"kernel": 1 / np.prod(leaf.shape[:-1]), "mean": 0, "bias": 0}.get(path[-1].key, 1)
@@ -31,7 +31,7 @@ def positive_variables(module: nn.Module, x: jax.Array) -> dict:
 
 
 def reads(function: Callable[[jax.Array], jax.Array], x: jax.Array, row: int, column: int) -> set[tuple[int, int]]:
-    """Rows and columns of x, relative to the strided position, on which function(x)[:, row, column] depends."""
+    """Returns the positions of x, relative to the strided position, on which function(x)[:, row, column] depends."""
 
     def at_position(x: jax.Array) -> tuple[jax.Array, int]:
         y = function(x)
@@ -53,12 +53,12 @@ def square(*offsets: int) -> set[tuple[int, int]]:
         (resnet.Bottleneck(4, 1, 2, ConvNorm), square(-2, 0, 2)),
         (resnet.Bottleneck(4, 1, 4, ConvNorm), square(-4, 0, 4)),
         (resnet.Bottleneck(4, 2, 1, ConvNorm, "conv3x3"), square(-1, 0, 1)),
-        (resnet.Bottleneck(4, 2, 1, ConvNorm, "conv1x1"), square(-2, 0, 2)),  # the 3x3 walks over every second pixel
+        (resnet.Bottleneck(4, 2, 1, ConvNorm, "conv1x1"), square(-2, 0, 2)),  # the 3x3 sees every second pixel
         (resnet.BasicBlock(4, 1, 2, ConvNorm), square(-3, -2, -1, 0, 1, 2, 3)),  # {-2, 0, 2} + {-1, 0, 1}
         (resnet.BasicBlock(4, 1, 4, ConvNorm), square(-5, -4, -3, -1, 0, 1, 3, 4, 5)),
     ],
 )
-def test_a_block_reads_the_positions_of_its_stride_and_dilation(block, expected):
+def test_a_block_reads_the_positions_given_by_its_stride_and_dilation(block, expected):
     x = jnp.ones((1, 17, 19, 8))
     variables = positive_variables(block, x)
     center = 8 // block.stride
@@ -69,17 +69,17 @@ def test_a_block_reads_the_positions_of_its_stride_and_dilation(block, expected)
     ("output_stride", "first_block_dilation", "third", "fourth"),
     [
         (8, "full", range(-12, 13, 2), range(-12, 13, 4)),  # six blocks of dilation 2, three of dilation 4
-        (8, "half", range(-11, 12), range(-10, 11, 2)),  # the first of them 1 and 2
+        (8, "half", range(-11, 12), range(-10, 11, 2)),  # but the first blocks have 1 and 2
         (16, "half", None, range(-5, 6)),  # three blocks of dilations 1, 2, 2
     ],
 )
-def test_a_stage_reads_the_positions_of_its_dilations(output_stride, first_block_dilation, third, fourth):
+def test_a_stage_reads_the_positions_given_by_its_dilations(output_stride, first_block_dilation, third, fourth):
     module = backbone(output_stride=output_stride, first_block_dilation=first_block_dilation)
     images = jnp.ones((1, 25 * output_stride, 27 * output_stride, 3))
     variables = positive_variables(module, images)
 
     def stage(index: int, features: jax.Array) -> jax.Array:
-        """Output 0 or 1 of the backbone when the last block before that stage gives these features."""
+        """Returns output 0 or 1 of the backbone if the last block before that stage returns these features."""
         before = ("layer2_block3", "layer3_block5")[index]
 
         def interceptor(call, args, kwargs, context):
@@ -103,7 +103,7 @@ def test_a_stage_reads_the_positions_of_its_dilations(output_stride, first_block
         (32, {33: 2, 47: 2, 320: 10, 473: 15, 512: 16, 713: 23}),
     ],
 )
-def test_every_stride_halves_and_rounds_up(stem, output_stride, sizes):
+def test_every_stride_halves_the_size_and_rounds_up(stem, output_stride, sizes):
     module = backbone(depth=18, stem=stem, output_stride=output_stride)
     for height, width in ((33, 47), (473, 320), (512, 713)):
         images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
