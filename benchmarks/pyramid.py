@@ -1,15 +1,24 @@
 """What the pyramid is worth on the built-in scenes: the quickstart without it, with 1x1, and with 1, 2, 3, 6, at one budget.
 
-python -m benchmarks.pyramid [--seeds 0 1 2] [--workdir DIR]
+python -m benchmarks.pyramid [--seeds 0 1 2] [--workdir DIR] [--picture docs/quickstart.png]
 """
 
 import argparse
+import functools
+import itertools
 import json
 import pathlib
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import numpy as np
+
+from pspnet_jax import datasets, models, parallel
+from pspnet_jax.data import scenes
+from pspnet_jax.infer.draw import save, side_by_side
+from pspnet_jax.infer.predictor import Predictor
+from pspnet_jax.train import checkpoint
 
 VARIANTS = ("none", "1", "1236")
 SHOWN = ("boat", "car", "sheep", "boulder", "pole", "bird")
@@ -25,10 +34,33 @@ def train(variant: str, seed: int, workdir: pathlib.Path) -> dict[str, float]:
     return {"mIoU": 100 * last["mean_iou"]} | {name: classes[name] for name in SHOWN}
 
 
+def predict(workdir: pathlib.Path, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Returns the labels that a trained variant predicts for scenes."""
+    config, _, variables = checkpoint.load(workdir, "latest", parallel.make_mesh())
+    model = models.build(config.model, len(config.dataset.class_names))
+    apply = functools.partial(model.apply, train=False)
+    predictor = Predictor(apply, config, len(config.dataset.class_names))
+    placed = predictor.place(variables)
+    return [np.asarray(predictor.labels(placed, [image]))[0, : len(image), : image.shape[1]] for image in images]
+
+
+def draw(workdir: pathlib.Path, seed: int, path: pathlib.Path) -> None:
+    """Draws scenes that have a boat and a car, with their predictions without and with the pyramid."""
+    examples = (scenes.scene("validation", index) for index in range(200))
+    both = (example for example in examples if {scenes.BOAT, scenes.CAR} <= {*np.unique(example[1])})
+    images, labels = zip(*itertools.islice(both, 4), strict=True)
+    columns = {"ground truth": labels}
+    for caption, variant in {"without the pyramid": "none", "with the pyramid": "1236"}.items():
+        columns[caption] = predict(workdir / f"{variant}_{seed}", images)
+    stacked = {caption: np.vstack(column) for caption, column in columns.items()}
+    save(side_by_side(np.vstack(images), stacked, datasets.table("scenes")), path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/pyramid"))
+    parser.add_argument("--picture", type=pathlib.Path)
     arguments = parser.parse_args()
     print(f"| pyramid | mIoU, by seed {arguments.seeds} | mean | std | {' | '.join(SHOWN)} |")
     print("| --- " * (4 + len(SHOWN)) + "|")
@@ -39,6 +71,8 @@ def main() -> None:
         std = np.std([s["mIoU"] for s in scores])
         classes = " | ".join(f"{value:.1f}" for value in mean.values())
         print(f"| {variant} | {each} | {miou:.1f} | {std:.1f} | {classes} |", flush=True)
+    if arguments.picture:
+        draw(arguments.workdir, arguments.seeds[0], arguments.picture)
 
 
 if __name__ == "__main__":

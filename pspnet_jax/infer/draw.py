@@ -39,14 +39,14 @@ def overlay(image: np.ndarray, label: np.ndarray, colors: Sequence[Color], alpha
     return np.where((label == IGNORE)[..., None], image, mixed)
 
 
-def side_by_side(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, info: DatasetInfo) -> Image.Image:
-    """Returns captioned panels of an image, its truth and its prediction (255 is black), above a legend of their classes."""
-    height, width = truth.shape
+def side_by_side(image: np.ndarray, labels: Mapping[str, np.ndarray], info: DatasetInfo) -> Image.Image:
+    """Returns panels of an image and of its label maps under their captions (255 is black), above a legend of their classes."""
+    height, width = image.shape[:2]
     zoom = max(1, math.ceil(MIN_PANEL_WIDTH / width))
     size = zoom * width, zoom * height
-    arrays = {"image": image, "truth": colorize(truth, info.colors), "prediction": colorize(prediction, info.colors)}
+    arrays = {"image": image} | {name: colorize(label, info.colors) for name, label in labels.items()}
     panels = [(name, Image.fromarray(x).resize(size, Image.Resampling.NEAREST)) for name, x in arrays.items()]
-    return _sheet(panels, size[0], len(panels), np.union1d(truth, prediction), info)
+    return _sheet(panels, size[0], len(panels), np.unique(list(labels.values())), info)
 
 
 def contact_sheet(examples: Sequence[Mapping[str, Any]], info: DatasetInfo, columns: int = 3) -> Image.Image:

@@ -61,7 +61,9 @@ def evaluate(
                 if images + i in chosen:
                     height, width = example["label"].shape
                     prediction = np.asarray(labels)[i, :height, :width]
-                    panels[example["name"]] = side_by_side(example["image"], example["label"], prediction, info)
+                    panels[example["name"]] = side_by_side(
+                        example["image"], {"ground truth": example["label"], "prediction": prediction}, info
+                    )
             images += len(group)
             if len(pending) > 1:  # fetched one group late, so that the devices always have work queued
                 total += _fetch_counts(*pending.pop(0), predictor)

@@ -156,3 +156,10 @@ def test_the_fingerprint_changes_with_names_and_sizes(tmp_path):
         (tmp_path / kind / "train/1.png").rename(tmp_path / kind / "train/2.png")
     assert changed() != first
     assert pipeline.open_training(config, source=Constant(50, 2)).fingerprint == ""
+
+
+def test_labels_without_a_labeled_pixel_are_counted(tmp_path, caplog):
+    config = write(tmp_path, [(255,), (0, 1, 2), (255,)])
+    with caplog.at_level(logging.WARNING, "pspnet_jax"):
+        sources.open_source(config.dataset, "train")
+    assert f"2 of 3 labels have no labeled pixel (all are 255), the first is {tmp_path}/labels/train/0.png" in caplog.messages

@@ -33,7 +33,7 @@ def test_overlay_mixes_by_alpha_and_leaves_ignored_pixels_alone():
 def test_side_by_side_has_three_enlarged_panels_and_a_legend_of_the_present_classes():
     image = np.full((2, 2, 3), 100, np.uint8)
     without_car = np.zeros((2, 2), np.uint8)
-    picture = np.asarray(side_by_side(image, LABEL, without_car, INFO))
+    picture = np.asarray(side_by_side(image, {"truth": LABEL, "prediction": without_car}, INFO))
     middles = [60, 180]  # of the two enlarged pixels, 120 pixels each
     for panel, expected in enumerate((image, colorize(LABEL, INFO.colors), colorize(without_car, INFO.colors))):
         found = picture[18:][np.ix_(middles, [panel * 246 + x for x in middles])]
@@ -41,7 +41,7 @@ def test_side_by_side_has_three_enlarged_panels_and_a_legend_of_the_present_clas
     legend = picture[18 + 240 :].reshape(-1, 3)
     assert (legend == INFO.colors[0]).all(-1).any()
     assert (legend == INFO.colors[1]).all(-1).any()
-    legend = np.asarray(side_by_side(image, without_car, without_car, INFO))[18 + 240 :].reshape(-1, 3)
+    legend = np.asarray(side_by_side(image, {"truth": without_car, "prediction": without_car}, INFO))[18 + 240 :].reshape(-1, 3)
     assert not (legend == INFO.colors[1]).all(-1).any()
 
 
