@@ -158,7 +158,7 @@ def test_training_starts_from_a_backbone(imported, tmp_path, capsys):
     assert "set --config.model.stem=conv7" in error(capsys, *command)
     command += ["--config.model.stem=conv7", "--config.total_steps=1", "--config.optimizer.learning_rate=1e-12"]
     assert main(command) == 0
-    assert "not in" in capsys.readouterr().out
+    assert "missing in" in capsys.readouterr().out
     _, step, variables = checkpoint.load(tmp_path / "run", "latest", parallel.make_mesh())
     kernel = np.asarray(variables["params"]["backbone"]["layer3_block1"]["conv2"]["conv"]["kernel"])
     expected = network.state_dict()["layer3.1.conv2.weight"].numpy().transpose(2, 3, 1, 0)
