@@ -1,4 +1,4 @@
-"""Paths, local and gs://, writing a file so that a killed process never leaves half of it, and what storage reports."""
+"""Local and gs:// paths, atomic file writes, and storage errors."""
 
 import contextlib
 import errno
@@ -11,50 +11,51 @@ from etils import epath
 
 from pspnet_jax.errors import MissingFileError, UserError
 
-# What storage has to do with the user, as the libraries that write files quote it in errors of their own.
+# Storage errors that the user can fix; libraries quote their texts in exceptions of their own.
 _FULL_OR_CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-_AWAY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
-_REPORTS = "|".join(os.strerror(number) for number in _FULL_OR_CLOSED + _AWAY)
+_OTHER = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+_REPORTS = "|".join(os.strerror(number) for number in _FULL_OR_CLOSED + _OTHER)
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether the path is that of a bucket, such as gs://bucket/run."""
+    """Returns whether the path is in a bucket, such as gs://bucket/run."""
     return "://" in os.fspath(path)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The path without "~" and relative parts; a remote one, such as gs://bucket/run, as it is.
+    """Returns the absolute path, with "~" expanded. A gs:// path is returned unchanged.
 
     Raises:
-      UserError: it is on storage of another kind.
+      UserError: the path has another scheme, or the current directory was deleted.
     """
     text = os.fspath(path).removeprefix("file://")
     if is_remote(text):
         if not text.startswith("gs://"):
-            raise UserError(f"{text}: cannot be read or written here; expected a local path, or one in a bucket, gs://...")
+            raise UserError(f"{text}: cannot be read or written here; expected a local path or gs://...")
         return epath.Path(path)
     try:
         return epath.Path(os.path.abspath(os.path.expanduser(text)))
     except FileNotFoundError as error:
-        raise UserError("the current directory is gone; go to one that is there, with cd") from error
+        raise UserError("the current directory no longer exists; change to another one with cd") from error
 
 
-def given(path: epath.PathLike) -> epath.Path:
-    """`absolute` of a path that the user has given; a bucket that is not there is told at once.
+def user_path(path: epath.PathLike) -> epath.Path:
+    """Returns the absolute form of a path that the user typed, after checking that its bucket can be read.
 
-    TensorFlow would try again for minutes.
+    Without this check, TensorFlow would retry for minutes.
 
     Raises:
-      UserError: says what is missing: the bucket, the right to read it, or orbax's client.
+      MissingFileError: the bucket does not exist.
+      UserError: the bucket cannot be read, or orbax's client for it is not installed.
     """
     found = absolute(path)
     if not os.fspath(found).startswith("gs://"):
         return found
     bucket = "/".join(os.fspath(found).split("/")[:3])
     try:
-        import google.cloud.storage  # noqa: F401 -- orbax's
+        import google.cloud.storage  # noqa: F401 -- used by orbax
     except ImportError as error:
-        raise UserError(f"{found}: gs:// needs one package more: pip install google-cloud-storage") from error
+        raise UserError(f"{found}: gs:// needs another package: pip install google-cloud-storage") from error
     try:
         exists = epath.Path(bucket).exists()
     except Exception as error:  # TensorFlow's: no permission, no credentials, no connection
@@ -65,10 +66,10 @@ def given(path: epath.PathLike) -> epath.Path:
 
 
 def is_there(path: epath.PathLike) -> bool:
-    """Whether something is at the path. `exists` says no, too, where storage does not answer.
+    """Returns whether the path exists. Unlike `exists`, it does not return False when storage is unavailable.
 
     Raises:
-      OSError: storage does not answer.
+      OSError: storage is unavailable.
     """
     if is_remote(path):
         return epath.Path(path).exists()
@@ -81,20 +82,20 @@ def is_there(path: epath.PathLike) -> bool:
 
 @contextlib.contextmanager
 def atomic(path: epath.PathLike) -> Iterator[epath.Path]:
-    """Yields a temporary path beside `path` to write to, with the same ending; it becomes `path` when the block ends well."""
+    """Yields a temporary path with the same suffix, in the same directory, and renames it to `path` if the block succeeds."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")  # short, however long the name is
+    temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")  # short even if the name is long
     try:
         yield temporary
         temporary.replace(path)
     finally:
-        with contextlib.suppress(OSError):  # what is wrong was said by the line before
+        with contextlib.suppress(OSError):  # the original exception matters more
             temporary.unlink(missing_ok=True)
 
 
 def storage_error(error: BaseException | None) -> str | None:
-    """What the disk or the network reports in an exception, or in one that caused it: "No space left on device"; else None."""
+    """Returns the storage error in an exception or its causes, such as "No space left on device", or None."""
     while error is not None:
         if isinstance(error, OSError) and (error.strerror or type(error) is not OSError):
             return error.strerror or str(error)
@@ -105,11 +106,11 @@ def storage_error(error: BaseException | None) -> str | None:
 
 
 @contextlib.contextmanager
-def writing(path: epath.PathLike, cure: str) -> Iterator[None]:
-    """Turns what storage reports while the block writes to `path` into a sentence of the user's.
+def writing(path: epath.PathLike, advice: str) -> Iterator[None]:
+    """Turns storage errors in a block that writes to `path` into a `UserError`.
 
     Raises:
-      UserError: names the path, the reason and the cure.
+      UserError: names the path and the reason, and ends with the advice.
     """
     try:
         yield
@@ -118,4 +119,4 @@ def writing(path: epath.PathLike, cure: str) -> Iterator[None]:
     except Exception as error:
         if (reason := storage_error(error)) is None:
             raise
-        raise UserError(f"{path}: cannot be written ({reason}); {cure}") from error
+        raise UserError(f"{path}: cannot be written ({reason}); {advice}") from error

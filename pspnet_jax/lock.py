@@ -1,8 +1,8 @@
-"""The lock of a directory: one process at a time writes a run or predictions there, on whatever machine it is.
+"""A lock file that lets only one process at a time, on any machine, write to a run or prediction directory.
 
-On one machine the kernel holds the lock and drops it when its process ends, however that happens. Between machines that share a
-file system it may know nothing; there the owner sets the file's time every few seconds, and one who finds the lock of another
-machine watches whether that goes on.
+On one machine the kernel holds the lock and releases it when the process ends, even if the process is killed. On a shared file
+system, machines may not see each other's kernel locks. So the owner also updates the file's modification time every few
+seconds, and a process that finds a lock of another machine waits to see whether these updates continue.
 """
 
 import contextlib
@@ -23,53 +23,55 @@ from pspnet_jax import files, parallel
 from pspnet_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
-BEAT, PATIENCE = 10.0, 45.0  # seconds between two signs of life, and without one until the owner counts as dead
+HEARTBEAT = 10.0  # seconds between two updates of the lock file's time
+TIMEOUT = 45.0  # seconds without an update after which an owner on another machine is considered dead
 
 
 @contextlib.contextmanager
 def locked(directory: epath.Path) -> Iterator[None]:
-    """Makes the directory and holds its lock, DIRECTORY/lock, for all processes of this job; a bucket has none.
+    """Creates the directory and holds its lock, DIRECTORY/lock, for all processes of this job. Buckets are not locked.
 
     Raises:
-      UserError: another process writes there, or nobody can.
+      UserError: another process holds the lock, or the directory cannot be written.
     """
-    descriptor, refusal = None, None
+    descriptor, failure = None, None
     if jax.process_index() == 0:
         try:
             with files.writing(directory, "choose another place, or make it writable"):
                 directory.mkdir(parents=True, exist_ok=True)
-                descriptor = None if files.is_remote(directory) else _take(os.fspath(directory / "lock"))
+                descriptor = None if files.is_remote(directory) else _acquire(os.fspath(directory / "lock"))
         except UserError as error:
-            refusal = error
-    if parallel.agree(refusal is not None):
-        raise refusal or UserError(f"{directory}: the first process of this job may not write there, and says why")
+            failure = error
+    if parallel.max_over_processes(failure is not None):
+        raise failure or UserError(f"{directory}: the first process of this job cannot write there; its own message says why")
     if descriptor is None:
         yield
         return
-    over = threading.Event()
-    heart = threading.Thread(target=_beat, args=(descriptor, over), daemon=True)
-    heart.start()
+    finished = threading.Event()
+    heartbeat = threading.Thread(target=_update_time, args=(descriptor, finished), daemon=True)
+    heartbeat.start()
     try:
         yield
     finally:
-        over.set()
-        heart.join()
+        finished.set()
+        heartbeat.join()
         with contextlib.suppress(OSError):
-            os.unlink(directory / "lock")  # before the lock is dropped: see `_take`
+            os.unlink(directory / "lock")  # before the lock is released: see `_acquire`
         os.close(descriptor)
 
 
-def _take(path: str) -> int:
-    """Returns the open lock file, which names this process."""
+def _acquire(path: str) -> int:
+    """Locks the file, writes this process's host and id into it, and returns its file descriptor."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
-            known = _lock(descriptor)
-            owner = _owner(descriptor)
-            if known is False or (owner and (known is None or owner["host"] != socket.gethostname()) and _lives(path, owner)):
-                raise UserError(_refusal(path, owner))
+            locked_here = _try_flock(descriptor)
+            owner = _read_owner(descriptor)
+            elsewhere = owner and (locked_here is None or owner["host"] != socket.gethostname())
+            if locked_here is False or (elsewhere and _is_alive(path, owner)):
+                raise UserError(_in_use(path, owner))
             if not os.path.exists(path) or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                os.close(descriptor)  # its owner ended, and took the file away, after it was opened here
+                os.close(descriptor)  # its owner ended and deleted the file after it was opened here
                 continue
             began = datetime.datetime.now().isoformat(" ", "seconds")
             content = {"host": socket.gethostname(), "pid": os.getpid(), "since": began}
@@ -81,8 +83,8 @@ def _take(path: str) -> int:
         return descriptor
 
 
-def _lock(descriptor: int) -> bool | None:
-    """Whether the kernel gives the lock; None where the file system has none."""
+def _try_flock(descriptor: int) -> bool | None:
+    """Returns whether the kernel grants the lock, or None if the file system does not support locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -92,8 +94,8 @@ def _lock(descriptor: int) -> bool | None:
     return True
 
 
-def _owner(descriptor: int) -> dict[str, object]:
-    """What the file says of its owner; nothing where it is new, or the disk was full."""
+def _read_owner(descriptor: int) -> dict[str, object]:
+    """Returns the owner's host, process id and start time; empty if the file is new or damaged."""
     try:
         owner = json.loads(os.pread(descriptor, 10_000, 0))
         return {name: owner[name] for name in ("host", "pid", "since")}
@@ -101,29 +103,29 @@ def _owner(descriptor: int) -> dict[str, object]:
         return {}
 
 
-def _lives(path: str, owner: dict[str, object]) -> bool:
-    """Watches the lock of another machine's process for a sign of life."""
+def _is_alive(path: str, owner: dict[str, object]) -> bool:
+    """Returns whether a process on another machine updates its lock file within `TIMEOUT` seconds."""
     logger.warning(
-        f"{path}: process {owner['pid']} on {owner['host']} has written here since {owner['since']}; waiting up to "
-        f"{PATIENCE:.0f} s for a sign of life"
+        f"{path}: locked by process {owner['pid']} on {owner['host']} since {owner['since']}; waiting up to {TIMEOUT:.0f} s "
+        "to see whether that process is still running"
     )
-    seen, end = os.stat(path).st_mtime_ns, time.monotonic() + PATIENCE
+    seen, end = os.stat(path).st_mtime_ns, time.monotonic() + TIMEOUT
     while time.monotonic() < end:
-        time.sleep(min(1.0, PATIENCE / 10))
+        time.sleep(min(1.0, TIMEOUT / 10))
         if not os.path.exists(path):
             return False
         if os.stat(path).st_mtime_ns != seen:
             return True
-    logger.warning(f"{path}: there is none; the lock is taken over")
+    logger.warning(f"{path}: the process has not updated the lock, which is now taken over")
     return False
 
 
-def _beat(descriptor: int, over: threading.Event) -> None:
-    while not over.wait(BEAT):
+def _update_time(descriptor: int, finished: threading.Event) -> None:
+    while not finished.wait(HEARTBEAT):
         with contextlib.suppress(OSError):
             os.utime(descriptor)
 
 
-def _refusal(path: str, owner: dict[str, object]) -> str:
-    who = f"process {owner['pid']} on {owner['host']}, since {owner['since']}" if owner else "a process that it does not name"
-    return f"another process writes to {os.path.dirname(path)} ({who}); wait for its end, stop it, or choose another directory"
+def _in_use(path: str, owner: dict[str, object]) -> str:
+    who = f"process {owner['pid']} on {owner['host']}, since {owner['since']}" if owner else "the lock does not name it"
+    return f"another process writes to {os.path.dirname(path)} ({who}); wait until it ends, stop it or choose another directory"

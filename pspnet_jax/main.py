@@ -30,7 +30,7 @@ def _text(given: str) -> str:
 
 def _path(given: str) -> epath.Path:
     try:
-        return files.given(_text(given))
+        return files.user_path(_text(given))
     except errors.UserError as error:  # argparse would take it for a wrong value alone
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if not (sentence := errors.sentence(error)):
+        if not (sentence := errors.user_message(error)):
             raise
         print(f"error: {sentence}", file=sys.stderr)
         return 1

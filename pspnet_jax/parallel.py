@@ -1,7 +1,7 @@
-"""Devices: the mesh, the shardings, and the way from a host's numpy batch to global arrays.
+"""The device mesh, its shardings, the transfer of host batches to devices, and coordination between processes.
 
-Programs are written as if for one device and compiled for the mesh; its axes are "data", over which the batch is shared
-out, and "spatial", over which one image may be (of size 1).
+Programs are written as if for one device and compiled for the mesh. The batch is sharded over its "data" axis. Its "spatial"
+axis, for sharding each image, has size 1.
 """
 
 import collections
@@ -23,63 +23,63 @@ logger = logging.getLogger(__name__)
 
 
 def start_processes() -> None:
-    """Joins the processes of one job: on a TPU pod, under SLURM or Open MPI, or as three variables of the environment say.
+    """Connects the processes of one job, on a TPU pod, under SLURM or Open MPI, or as set in three environment variables.
 
     These are JAX_COORDINATOR_ADDRESS (HOST:PORT of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID; JAX itself
-    reads only the first. Where the other processes do not come, JAX ends this one after five minutes.
+    reads only the first. If the other processes do not connect within five minutes, JAX ends this one.
 
     Raises:
-      UserError: no cluster was recognized, or JAX has been used already.
+      UserError: no cluster was detected, or JAX is already initialized.
     """
     logger.info("waiting for the other processes of this job; the same command has to be started on every host")
     try:
-        number, own = (
+        count, index = (
             int(value) if (value := os.environ.get(f"JAX_{name}")) else None for name in ("NUM_PROCESSES", "PROCESS_ID")
         )
-        jax.distributed.initialize(num_processes=number, process_id=own)
+        jax.distributed.initialize(num_processes=count, process_id=index)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"--distributed: the processes of this job could not be joined ({error}); start the same command on every host "
+            f"--distributed: the processes of this job could not connect ({error}); start the same command on every host "
             "of the pod or cluster at the same time, as the scripts in launch/ do, or leave --distributed out on one machine"
         ) from error
 
 
-def agree(number: int) -> int:
-    """The largest of the numbers that the processes of this job give; all of them have to call it."""
+def max_over_processes(number: int) -> int:
+    """Returns the largest number that any process of this job passes. All processes have to call it."""
     return int(multihost_utils.process_allgather(np.int32(number)).max()) if jax.process_count() > 1 else number
 
 
 def require_same(what: str, value: object) -> None:
-    """Refuses to go on where the processes of this job have different values, such as settings.
+    """Checks that all processes of this job have the same value.
 
     Raises:
-      UserError: says what differs.
+      UserError: the values differ; names `what`.
     """
     digest = zlib.crc32(repr(value).encode()) >> 1  # 31 bits
-    if agree(digest) != -agree(-digest):
-        raise UserError(f"the processes of this job differ in {what}; start all of them alike, on the same files")
+    if max_over_processes(digest) != -max_over_processes(-digest):
+        raise UserError(f"the processes of this job differ in {what}; start all of them with the same command and files")
 
 
 @contextlib.contextmanager
-def together(what: str) -> Iterator[None]:
-    """Lets all processes of this job fail in the block where one of them does, so that none waits for it afterwards.
+def fail_together(what: str) -> Iterator[None]:
+    """Makes the block fail in all processes of this job if it fails in one, so that none waits forever for another.
 
     Raises:
-      UserError: it failed in another process.
+      UserError: the block failed in another process.
     """
     try:
         yield
     except Exception:
-        agree(1)
+        max_over_processes(1)
         raise
-    if agree(0):
-        raise UserError(f"{what} failed in another process of this job, which says why")
+    if max_over_processes(0):
+        raise UserError(f"{what} failed in another process of this job; its own message says why")
 
 
 def make_mesh(devices: Iterable[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes ("data", "spatial") over the devices given, or over all devices of the job.
+    """Returns a mesh with axes ("data", "spatial") over the given devices, or over all devices of the job.
 
-    In the order of processes, so that an example's place in the batch does not depend on how the devices are wired.
+    Devices are ordered by process, so that an example's position in the batch does not depend on the network topology.
     """
     ordered = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(ordered).reshape(-1, 1), ("data", "spatial"), axis_types=(AxisType.Auto, AxisType.Auto))
@@ -90,14 +90,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays [N, ...]: each device has N / devices of the examples."""
+    """Sharding of arrays [N, ...] along the first axis: each device holds N / (number of devices) examples."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def to_devices(batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, ahead: int = 2) -> Generator[dict[str, jax.Array]]:
-    """Turns this process's batches into global ones, in a thread that is `ahead` of their use.
+    """Yields global batches made from this process's batches, copied to the devices by a thread, `ahead` batches in advance.
 
-    So copying overlaps with computing, and a batch that is there is handed out though the next one may be late.
+    Copying overlaps with computation, and a batch that is ready is yielded even if the next one is late.
     """
     sharding, iterator = batch_sharding(mesh), iter(batches)
 

@@ -12,15 +12,15 @@ from rich import progress as bars
 from rich.console import Console
 
 logger = logging.getLogger(__name__)
-SECONDS_A_LINE = 30  # where there is no terminal to draw a bar on
+SECONDS_A_LINE = 30  # between log lines, when stderr is not a terminal
 
 
 @contextlib.contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function that takes the number of images just done; in the job's first process it shows rate and time left."""
+    """Yields a function to call with the number of images just processed. The job's first process shows rate and time left."""
     if jax.process_index():
         yield lambda images: None
-    elif sys.stderr and sys.stderr.isatty():  # None where it is closed
+    elif sys.stderr and sys.stderr.isatty():  # stderr is None if it was closed
         name = bars.TextColumn("{task.description}", markup=False)
         columns = (name, bars.BarColumn(), bars.MofNCompleteColumn(), "{task.fields[rate]}")
         left = (bars.TimeRemainingColumn(), "left")
@@ -28,10 +28,10 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
             task = bar.add_task(title, total=total, rate="")
             yield lambda images: bar.update(task, advance=images, rate=f"{bar.tasks[0].speed or 0:.3g} images/s")
     else:
-        yield _lines(title, total)
+        yield _line_logger(title, total)
 
 
-def _lines(title: str, total: int) -> Callable[[int], None]:
+def _line_logger(title: str, total: int) -> Callable[[int], None]:
     done, began = 0, time.monotonic()
     due = began + SECONDS_A_LINE
 

@@ -41,8 +41,8 @@ def _absolute(config: ConfigDict) -> ConfigDict:
     """Makes the paths of config.dataset absolute."""
     dataset = config.dataset
     for field in ("root", "extra_root", "cache_dir"):
-        dataset[field] = dataset[field] and str(files.given(dataset[field]))
-    dataset.mixture = tuple((name, root and str(files.given(root)), *rest) for name, root, *rest in dataset.mixture)
+        dataset[field] = dataset[field] and str(files.user_path(dataset[field]))
+    dataset.mixture = tuple((name, root and str(files.user_path(root)), *rest) for name, root, *rest in dataset.mixture)
     return config
 
 
@@ -54,7 +54,7 @@ def comparable(config: ConfigDict) -> list[tuple[str, Any]]:
 
 def check_init_from(config: ConfigDict, workdir: epath.Path) -> None:
     """Makes config.init_from absolute, and refuses one that is not there, unless the run has gone beyond it already."""
-    config.init_from = str(files.given(config.init_from))
+    config.init_from = str(files.user_path(config.init_from))
     if checkpoint.exists(workdir):
         return
     path, _ = weights.split_entry(epath.Path(config.init_from))

@@ -7,13 +7,13 @@ from pspnet_jax import files
 from pspnet_jax.errors import MissingFileError, UserError
 
 
-def test_the_file_appears_whole_and_in_new_folders(tmp_path):
+def test_a_file_appears_complete_and_in_a_new_directory(tmp_path):
     path = tmp_path / "a" / "b" / "report.json"
     with files.atomic(path) as temporary:
         temporary.write_text("new")
         assert not path.exists()
-        assert temporary.parent == path.parent  # a rename across file systems would copy
-        assert temporary.suffix == ".json"  # writers choose the format by it
+        assert temporary.parent == path.parent  # renaming across file systems would not be atomic
+        assert temporary.suffix == ".json"  # writers infer the format from it
     assert path.read_text() == "new"
     assert os.listdir(path.parent) == ["report.json"]
 
@@ -42,13 +42,13 @@ def test_an_exception_leaves_the_old_content_and_nothing_else(tmp_path, error):
     assert os.listdir(tmp_path) == ["x.txt"]
 
 
-def test_an_exception_before_anything_is_written_is_the_one_that_is_seen(tmp_path):
+def test_an_exception_before_anything_is_written_is_raised_unchanged(tmp_path):
     with pytest.raises(ValueError, match=r"^first$"), files.atomic(tmp_path / "x.txt"):
         raise ValueError("first")
     assert os.listdir(tmp_path) == []
 
 
-def test_remote_paths_stay_as_they_are():
+def test_remote_paths_are_not_changed():
     for path in ("gs://bucket/run", "gs://bucket/a/../b"):
         assert os.fspath(files.absolute(path)) == path
         assert files.is_remote(path)
@@ -70,7 +70,7 @@ def test_remote_paths_stay_as_they_are():
         (ValueError("shapes differ"), None),
     ],
 )
-def test_what_storage_reports_becomes_a_sentence(error, reason):
+def test_storage_errors_become_user_errors(error, reason):
     assert files.storage_error(error) == reason
     wrapped = RuntimeError("in a thread")
     wrapped.__cause__ = error
@@ -80,6 +80,6 @@ def test_what_storage_reports_becomes_a_sentence(error, reason):
     assert str(found.value) == (f"runs/x: cannot be written ({reason}); make room" if reason else str(error))
 
 
-def test_a_sentence_of_the_users_passes_as_it_is():
+def test_a_user_error_is_raised_unchanged():
     with pytest.raises(MissingFileError, match=r"^x: no such file$"), files.writing("runs/x", "make room"):
         raise MissingFileError("x: no such file")

@@ -31,7 +31,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def holder(run):
-    """Another process that holds the lock."""
+    """Another process on this machine that holds the lock."""
     run.mkdir()
     command = [sys.executable, "-c", HOLD, str(run / "lock"), socket.gethostname()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -40,7 +40,7 @@ def holder(run):
         process.kill()
 
 
-def test_the_owner_is_named_and_the_file_goes_with_it(run):
+def test_the_lock_names_its_owner_and_is_deleted_at_the_end(run):
     with lock.locked(run):
         owner = json.loads((run / "lock").read_text())
         assert (owner["host"], owner["pid"]) == (socket.gethostname(), os.getpid())
@@ -55,9 +55,9 @@ def test_the_owner_is_named_and_the_file_goes_with_it(run):
         pass
 
 
-def test_a_living_process_keeps_it_and_a_killed_one_loses_it(run, holder):
+def test_a_running_process_keeps_the_lock_and_a_killed_one_loses_it(run, holder):
     with (
-        pytest.raises(UserError, match=rf"process {holder.pid} on .*, since 2026-01-02 03:04:05\); wait for its end"),
+        pytest.raises(UserError, match=rf"process {holder.pid} on .*, since 2026-01-02 03:04:05\); wait until it ends"),
         lock.locked(run),
     ):
         pass
@@ -68,7 +68,7 @@ def test_a_living_process_keeps_it_and_a_killed_one_loses_it(run, holder):
         assert json.loads((run / "lock").read_text())["pid"] == os.getpid()
 
 
-def test_importing_respects_it(run, holder):
+def test_write_weights_respects_the_lock(run, holder):
     with pytest.raises(UserError, match="another process writes to"):
         checkpoint.write_weights(run, tiny_config(), filled_state(tiny_config(), 1))
     assert not (run / "checkpoints").exists()
@@ -82,8 +82,8 @@ def foreign(run):
     os.utime(run / "lock", (1, 1))
 
 
-def test_another_machines_lock_that_shows_life_is_respected(run, foreign, monkeypatch):
-    monkeypatch.setattr(lock, "PATIENCE", 10.0)
+def test_a_lock_of_another_machine_is_respected_if_it_is_updated(run, foreign, monkeypatch):
+    monkeypatch.setattr(lock, "TIMEOUT", 10.0)
     alive = threading.Timer(0.3, os.utime, [run / "lock"])
     alive.start()
     with pytest.raises(UserError, match=r"another process writes to .*run \(process 12 on node7, since yesterday\)"):
@@ -91,15 +91,15 @@ def test_another_machines_lock_that_shows_life_is_respected(run, foreign, monkey
     alive.join()
 
 
-def test_another_machines_lock_without_a_sign_of_life_is_taken_over(run, foreign, monkeypatch, caplog):
-    monkeypatch.setattr(lock, "PATIENCE", 0.3)
+def test_a_lock_of_another_machine_is_taken_over_if_it_is_not_updated(run, foreign, monkeypatch, caplog):
+    monkeypatch.setattr(lock, "TIMEOUT", 0.3)
     with lock.locked(run):
         assert json.loads((run / "lock").read_text())["host"] == socket.gethostname()
-    assert "the lock is taken over" in caplog.text
+    assert "has not updated the lock, which is now taken over" in caplog.text
 
 
-def test_the_owner_gives_signs_of_life(run, monkeypatch):
-    monkeypatch.setattr(lock, "BEAT", 0.02)
+def test_the_owner_keeps_updating_the_lock(run, monkeypatch):
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.02)
     with lock.locked(run):
         os.utime(run / "lock", (1, 1))
         time.sleep(0.3)
@@ -107,7 +107,7 @@ def test_the_owner_gives_signs_of_life(run, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\x00", b'{"host": 3}'])
-def test_a_damaged_lock_of_nobody_is_taken(run, content):
+def test_a_damaged_lock_without_an_owner_is_taken_over(run, content):
     run.mkdir()
     (run / "lock").write_bytes(content)
     with lock.locked(run):

@@ -130,7 +130,7 @@ def test_fields_that_change_nothing_are_told(run, capsys, tmp_path):
     assert "optimizer.beta2=0.9 changes nothing: it is read with adamw only" in said
     assert "loss.ohem_min_kept=100000: a crop has 1920 pixels, so ohem keeps all of them" in said
     assert "loss.class_weights: pixels of " in said
-    assert "they are those of a new network, mean 0 and variance 1: model.norm='frozen' is meant for init_from" in said
+    assert "they have their initial values, mean 0 and variance 1; use model.norm='frozen' with init_from" in said
 
 
 def test_labels_whose_palette_means_other_classes_are_not_scored(tmp_path, capsys):
@@ -443,7 +443,10 @@ def test_double_precision_of_the_shell_is_left_off(tmp_path):
             "9 bytes.); lower batch_size",
         ),
         (ValueError("RESOURCE_EXHAUSTED: Error opening zarr: Too many open files"), "too many files are open; raise the limit"),
-        (RuntimeError("can't start new thread"), "no further thread can be started; raise the limit of processes or of memory"),
+        (
+            RuntimeError("can't start new thread"),
+            "no more threads can be started; raise the limit on processes",
+        ),
         (UnicodeEncodeError("utf-8", "d\udcc3", 1, 2, "surrogates not allowed"), "set LC_ALL=C.UTF-8"),
         (RuntimeError("/x/events: No space left on device"), "/x/events: No space left on device; free some space"),
     ],
@@ -476,7 +479,7 @@ def test_a_directory_that_is_gone_is_told(run, capsys, tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    assert "the current directory is gone" in error(capsys, "--mode=evaluate", "--workdir=runs/x")
+    assert "the current directory no longer exists" in error(capsys, "--mode=evaluate", "--workdir=runs/x")
     monkeypatch.chdir(tmp_path)
 
 

@@ -44,7 +44,7 @@ def test_each_device_has_its_share_of_the_batch():
 
 @pytest.mark.parametrize("ahead", [0, 1, 2, 9])
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
-def test_batches_keep_their_order_and_are_taken_only_so_far_ahead(ahead, count):
+def test_batches_keep_their_order_and_are_loaded_at_most_ahead_batches_in_advance(ahead, count):
     taken = []
 
     def batches():
@@ -58,7 +58,7 @@ def test_batches_keep_their_order_and_are_taken_only_so_far_ahead(ahead, count):
     assert taken == list(range(count))
 
 
-def test_a_batch_that_lies_ready_is_handed_out_though_the_next_one_is_late():
+def test_a_batch_that_is_ready_is_yielded_even_if_the_next_one_is_late():
     late = threading.Event()
 
     def batches():
@@ -76,7 +76,7 @@ def test_a_batch_that_lies_ready_is_handed_out_though_the_next_one_is_late():
     placed.close()
 
 
-def test_what_the_batches_raise_comes_out_in_its_place_and_no_thread_stays():
+def test_an_exception_of_the_batches_is_raised_in_its_position_and_the_thread_ends():
     def batches():
         yield {"label": np.zeros(8, np.uint8)}
         raise ValueError("x.png is damaged")
@@ -89,25 +89,24 @@ def test_what_the_batches_raise_comes_out_in_its_place_and_no_thread_stays():
     assert threading.active_count() == before
 
 
-def test_joining_too_late_is_one_sentence(monkeypatch):
-    """JAX is at work already, so it cannot join others any more."""
+def test_connecting_after_jax_is_initialized_is_a_user_error(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
     jax.devices()
     with pytest.raises(
-        ValueError, match=r"^--distributed: the processes of this job could not be joined .*same command on every"
+        ValueError, match=r"^--distributed: the processes of this job could not connect .*same command on every"
     ):
         parallel.start_processes()
 
 
 @pytest.mark.parametrize("variable", ["JAX_NUM_PROCESSES", "JAX_PROCESS_ID"])
-def test_a_variable_that_is_no_number_is_one_sentence(monkeypatch, variable):
+def test_an_environment_variable_that_is_not_a_number_is_a_user_error(monkeypatch, variable):
     monkeypatch.setenv(variable, "two")
     with pytest.raises(ValueError, match=r"--distributed: .*'two'"):
         parallel.start_processes()
 
 
-# One of two processes with a device each; the network is small, to compile quickly. At the batch named, the second sends
-# itself SIGTERM, and both are slow from there on: they have to agree on the step at which they stop.
+# Runs as one of two processes with a device each. At the given batch, the second sends itself SIGTERM, and both are slow from
+# there on: they have to stop at the same step.
 SCRIPT = """
 import os, signal, sys, time
 import jax
@@ -129,7 +128,7 @@ def batches(start):
         yield {name: array[4 * host : 4 * host + 4] for name, array in batch.items()}
 
 def evaluate(variables):
-    with parallel.together("evaluating"):
+    with parallel.fail_together("evaluating"):
         if host == 1:
             raise ValueError("x.png is damaged")
     return {"mean_iou": 0.5}, {}
@@ -139,7 +138,7 @@ fit(tiny_config(), batches, evaluate, workdir, model=OneLayer())
 
 
 def run_two_processes(workdir, at):
-    """Exit codes and what was said on stderr."""
+    """Returns the exit codes and the stderr of both processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -156,24 +155,24 @@ def run_two_processes(workdir, at):
         for i in range(2)
     ]
     try:
-        said = [process.communicate(timeout=300)[1] for process in processes]
+        stderr = [process.communicate(timeout=300)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [process.returncode for process in processes], said
+    return [process.returncode for process in processes], stderr
 
 
 @pytest.mark.slow
 def test_two_processes_stop_and_resume_together_and_equal_one(tmp_path, monkeypatch):
-    """Twelve steps by two processes, which SIGTERM to one of them interrupts, against one process with two devices."""
-    codes, said = run_two_processes(tmp_path / "two", at=3)
-    assert codes == [143, 143], "\n".join(said)
+    """Compares twelve steps by two processes, interrupted by a SIGTERM to one of them, with one process with two devices."""
+    codes, stderr = run_two_processes(tmp_path / "two", at=3)
+    assert codes == [143, 143], "\n".join(stderr)
     stopped = checkpoint.Checkpoints(tmp_path / "two", read_only=True).steps[-1]
     assert 1 <= stopped < 12
-    assert f"stopped by SIGTERM; step {stopped} is saved" in said[0]
-    codes, said = run_two_processes(tmp_path / "two", at=0)
-    assert codes == [1, 1], "\n".join(said)
-    assert "UserError: step 12 could not be evaluated (evaluating failed in another process of this job" in said[0]
+    assert f"stopped by SIGTERM; step {stopped} is saved" in stderr[0]
+    codes, stderr = run_two_processes(tmp_path / "two", at=0)
+    assert codes == [1, 1], "\n".join(stderr)
+    assert "UserError: step 12 could not be evaluated (evaluating failed in another process of this job" in stderr[0]
 
     mesh = parallel.make_mesh(jax.devices()[:2])
     monkeypatch.setattr(parallel, "make_mesh", lambda: mesh)
@@ -188,9 +187,9 @@ def test_two_processes_stop_and_resume_together_and_equal_one(tmp_path, monkeypa
     assert lines == [12, 12]
 
 
-def test_processes_that_differ_are_told(monkeypatch):
+def test_processes_with_different_configs_are_refused(monkeypatch):
     parallel.require_same("their configs", {"seed": 0})
-    others = iter([7, -3])  # the largest value of any process, and the negative of the smallest
-    monkeypatch.setattr(parallel, "agree", lambda _: next(others))
-    with pytest.raises(UserError, match="the processes of this job differ in their configs; start all of them alike"):
+    extremes = iter([7, -3])  # the largest value of any process, and the negative of the smallest
+    monkeypatch.setattr(parallel, "max_over_processes", lambda _: next(extremes))
+    with pytest.raises(UserError, match="the processes of this job differ in their configs; start all of them with the same"):
         parallel.require_same("their configs", {"seed": 0})

@@ -1,4 +1,4 @@
-"""Without a terminal, a line every half minute."""
+"""Progress bars, and log lines without a terminal."""
 
 import io
 import logging
@@ -9,7 +9,7 @@ from rich.console import Console
 from pspnet_jax import progress
 
 
-def test_lines_say_how_far_how_fast_and_how_long(monkeypatch, caplog):
+def test_a_line_every_half_minute_shows_progress_rate_and_time_left(monkeypatch, caplog):
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     caplog.set_level(logging.INFO)
@@ -23,7 +23,7 @@ def test_lines_say_how_far_how_fast_and_how_long(monkeypatch, caplog):
     ]
 
 
-def test_a_title_with_brackets_is_shown_as_it_is(monkeypatch):
+def test_a_title_with_brackets_is_shown_unchanged(monkeypatch):
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -33,7 +33,7 @@ def test_a_title_with_brackets_is_shown_as_it_is(monkeypatch):
     assert "evaluating val[a] [/b]" in terminal.getvalue()
 
 
-def test_closed_streams_are_no_terminal(monkeypatch):
+def test_a_closed_stderr_is_not_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     with progress.progress("evaluating", 2) as advance:
         advance(2)

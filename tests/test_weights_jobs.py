@@ -60,7 +60,7 @@ def test_an_import_is_evaluated_with_its_own_protocol(imported, capsys):
 def test_what_an_import_cannot_do_ends_in_one_sentence(imported, tmp_path, capsys):
     workdir, _, _ = imported
     net = f"--input={workdir.parent}/net.pth"
-    assert "holds a run already" in error(capsys, "--mode=import", net, f"--workdir={workdir}")
+    assert "already holds a run" in error(capsys, "--mode=import", net, f"--workdir={workdir}")
     assert "needs --input" in error(capsys, "--mode=import", net)
     said = error(capsys, "--mode=export", f"--workdir={workdir}", "--format=torch", f"--output={tmp_path}/x.pth")
     assert "semseg's PSPNet is another network than this one, which has model." in said
@@ -105,8 +105,8 @@ def named(imported) -> tuple[Path, np.ndarray]:
     ("names", "rows", "said"),
     [
         (("c2", "c1", "c0"), [0, 1, 2], ""),
-        (("C0", "C1", "C2"), [2, 1, 0], "classifier's rows go by their names: kept: C1; moved: C0 (2 -> 0), C2 (0 -> 2)"),
-        (("c2", "road", "c0"), [0, 1, 2], "class 1 is 'c1' there and 'road' here: the classifier's rows are taken by position"),
+        (("C0", "C1", "C2"), [2, 1, 0], "classifier rows are matched by class name: kept: C1; moved: C0 (2 -> 0), C2 (0 -> 2)"),
+        (("c2", "road", "c0"), [0, 1, 2], "(class 1 is 'c1' there, 'road' in this config): the classifier rows are kept"),
     ],
 )
 def test_the_rows_of_an_import_go_by_the_names_of_its_classes(named, tmp_path, capsys, names, rows, said):
@@ -158,7 +158,7 @@ def test_training_starts_from_a_backbone(imported, tmp_path, capsys):
     assert "set --config.model.stem=conv7" in error(capsys, *command)
     command += ["--config.model.stem=conv7", "--config.total_steps=1", "--config.optimizer.learning_rate=1e-12"]
     assert main(command) == 0
-    assert "not in" in capsys.readouterr().out
+    assert "missing in" in capsys.readouterr().out
     _, step, variables = checkpoint.load(tmp_path / "run", "latest", parallel.make_mesh())
     kernel = np.asarray(variables["params"]["backbone"]["layer3_block1"]["conv2"]["conv"]["kernel"])
     expected = network.state_dict()["layer3.1.conv2.weight"].numpy().transpose(2, 3, 1, 0)

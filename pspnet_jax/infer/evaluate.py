@@ -54,7 +54,7 @@ def evaluate(
     panels: dict[str, Image.Image] = {}
     total = np.zeros((info.num_classes, info.num_classes), np.int64)
     images, pending = 0, list[tuple[Sequence[Example], tuple[jax.Array, jax.Array]]]()
-    with parallel.together("evaluating"), progress(f"evaluating {split}", share) as advance:
+    with parallel.fail_together("evaluating"), progress(f"evaluating {split}", share) as advance:
         for group, labels in predictor.stream(variables, _checked(examples, info.num_classes)):
             pending.append((group, _count(_stack_labels(group, labels.shape), labels, info.num_classes)))
             for i, example in enumerate(group):

@@ -1,6 +1,6 @@
-"""Checkpoints of a run, by orbax: the newest two and the best one are kept, written in the background, each with its config.
+"""Checkpoints of a run, written in the background by orbax, each with its config. The newest two and the best are kept.
 
-What one holds, see `layout`; how it is judged, see `integrity`.
+`layout` describes their contents, and `integrity` checks them for damage.
 """
 
 import contextlib
@@ -28,23 +28,23 @@ from pspnet_jax.train.integrity import Verdict
 from pspnet_jax.train.step import TrainState, Variables
 
 logger = logging.getLogger(__name__)
-SCORE = "score"  # of the metrics beside a checkpoint, what decides which is best; version 0.1 had "mean_iou" alone
-SETTINGS = "settings"  # of the evaluation; only scores with the same are compared
+SCORE = "score"  # the metric in score.json that selects the best checkpoint; version 0.1 had only "mean_iou"
+SETTINGS = "settings"  # the evaluation settings in score.json; scores are only compared if these are equal
 
 
-def _calm_orbax() -> None:
-    """Keeps to one sentence what orbax raises, logs with a traceback, and lets a closed event loop repeat for each array."""
+def _quiet_orbax() -> None:
+    """Silences the tracebacks that orbax and its event loop log, once per array, for an error that is also raised."""
     logging.getLogger("absl").addFilter(lambda record: not ("orbax" in record.pathname and record.levelno >= logging.ERROR))
     logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
     hook = sys.unraisablehook
     sys.unraisablehook = lambda found: None if str(found.exc_value) == "Event loop is closed" else hook(found)
 
 
-_calm_orbax()
+_quiet_orbax()
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, which reads no scores: those beside an older run's checkpoints may be damaged, and it would stop."""
+    """Orbax's manager without its reading of scores, which fails if a score of an older run is damaged."""
 
     def metrics(self, step: int) -> Any:
         return None
@@ -54,29 +54,29 @@ class Checkpoints:
     """The checkpoints under WORKDIR/checkpoints.
 
     Attributes:
-      steps: the steps saved, in order.
-      unreadable: those whose scores are there and cannot be read.
+      steps: the saved steps, in increasing order.
+      unreadable: the steps whose score files exist but cannot be read.
     """
 
     def __init__(self, workdir: epath.PathLike, *, read_only: bool = False):
         self._directory = files.absolute(workdir) / "checkpoints"
         if read_only and not files.is_there(self._directory):
             run = self._directory.parents[2]
-            hint = f"it is part of the run {run}" if self._directory.parents[1].name == "checkpoints" else "train there first"
+            hint = f"it is inside the run {run}" if self._directory.parents[1].name == "checkpoints" else "train there first"
             raise MissingFileError(
-                f"{workdir}: is no run with checkpoints; {hint}, copy the run with its folder checkpoints/, or name another "
-                "directory"
+                f"{workdir}: is not a run with checkpoints; {hint}, copy the run with its checkpoints/ directory, or choose "
+                "another directory"
             )
         if not read_only and (odd := set(str(self._directory)) & set("[]\\")):
-            raise UserError(f"{workdir}: orbax cannot write below a name with {' or '.join(sorted(odd))}; choose another")
-        self._saving = 0  # the step that is being written
+            raise UserError(f"{workdir}: orbax cannot write to a path that contains {' or '.join(sorted(odd))}; choose another")
+        self._saving = 0  # the step being written
         with self._writing():
             self._manager = _Manager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), _Best(self)]),
                     async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
-                    cleanup_tmp_directories=not read_only,  # what a killed process left
+                    cleanup_tmp_directories=not read_only,  # left by killed processes
                     create=not read_only,
                     read_only=read_only,
                 ),
@@ -89,74 +89,72 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def path(self, step: int) -> epath.Path:
-        """The directory of a checkpoint."""
+        """Returns the directory of a checkpoint."""
         return self._directory / str(step)
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether one of several processes was asked to stop; all get the same answer for a step."""
+        """Returns whether any process of the job was asked to stop; the answer for a step is the same in all of them."""
         return self._manager.reached_preemption(step)
 
     def save(self, step: int, state: TrainState, config: ConfigDict, fingerprint: str = "") -> None:
-        """Copies the state and writes it in the background; `fingerprint` is that of the training data.
+        """Copies the state and writes it in the background. `fingerprint` identifies the training data.
 
         Raises:
-          UserError: it cannot be written.
+          UserError: the checkpoint cannot be written.
         """
         items = {name: ocp.args.StandardSave(tree) for name, tree in layout.items(state).items()}
         items |= {
             "config": ocp.args.JsonSave(config.to_dict()),
             "data": ocp.args.JsonSave({"step": step, "fingerprint": fingerprint}),
         }
-        self.failed(wait=True)  # this one may succeed all the same
+        self.save_failed(wait=True)  # the new save may succeed even if the last one failed
         with self._writing():
             self._saving = step
             self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def failed(self, wait: bool = False) -> bool:
-        """Whether the last save has failed in the background, which is said; `wait`: until it has ended."""
+    def save_failed(self, wait: bool = False) -> bool:
+        """Returns whether the last save has failed in the background, and logs why. If `wait`, waits for the save to end."""
         try:
             if wait or not self._manager.is_saving_in_progress():
                 self._manager.wait_until_finished()
         except Exception as error:
-            if (why := files.storage_error(error)) is None:
+            if (cause := files.storage_error(error)) is None:
                 raise
-            logger.warning("checkpoint %s could not be written (%s)", self._saving, why)
+            logger.warning("checkpoint %s could not be written (%s)", self._saving, cause)
             return True
         return False
 
     def _write_checksums(self) -> None:
-        """Called when all items are written, before the checkpoint gets its name."""
+        """Called when all items are written, before orbax renames the checkpoint to its final name."""
         if jax.process_index() == 0 and not files.is_remote(self._directory):
             for directory in self._directory.glob(f"{self._saving}.*-tmp*"):
                 integrity.write_checksums(directory)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Says of what cannot be written which checkpoints there are; orbax gives a checkpoint its name when it is complete."""
+        """Adds the newest complete checkpoint to the message of storage errors. Checkpoints with a final name are complete."""
         try:
             complete = sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
-        except Exception:  # there is none yet, or storage is out of reach
+        except Exception:  # no checkpoint yet, or storage is unavailable
             complete = []
-        kept = f"the newest complete one is that of step {complete[-1]}" if complete else "there is none complete yet"
-        with files.writing(
-            self._directory, f"{kept}; make room, or mend what is wrong, and the same command goes on from there"
-        ):
+        newest = f"the newest complete checkpoint is step {complete[-1]}" if complete else "there is no complete checkpoint"
+        with files.writing(self._directory, f"{newest}; free some space or fix the cause, then run the same command to resume"):
             yield
 
     def add_score(self, step: int, metrics: Mapping[str, float], settings: Mapping[str, Any]) -> None:
-        """Writes how a saved state was scored, when it is written itself.
+        """Writes the score of a checkpoint, after waiting until the checkpoint is written.
 
         Args:
-          step: of the checkpoint.
-          metrics: numbers, `SCORE` among them: the larger, the better.
-          settings: of the evaluation, which JSON can hold.
+          step: step of the checkpoint.
+          metrics: numbers by name, including `SCORE`; a larger score is better.
+          settings: evaluation settings, serializable as JSON.
         """
         data = settings.get("data")
-        with parallel.together("writing the score"), self._writing():
+        with parallel.fail_together("writing the score"), self._writing():
             self._manager.wait_until_finished()
             if self._scores and (self._scores[max(self._scores)].get(SETTINGS) or {}).get("data", data) != data:
                 logger.warning(
-                    "the evaluated data has changed: the best checkpoint is one of those scored from step %s on", step
+                    "the evaluation data has changed: the best checkpoint is one of those scored since step %s", step
                 )
             self._scores[step] = json.loads(json.dumps({**metrics, SETTINGS: settings}))
             self.unreadable.discard(step)
@@ -165,7 +163,7 @@ class Checkpoints:
                     path.write_text(json.dumps(self._scores[step]))
 
     def score(self, step: int) -> Mapping[str, Any] | None:
-        """The metrics of a checkpoint with their `SETTINGS`; None: it was not scored."""
+        """Returns the metrics of a checkpoint with their `SETTINGS`, or None if it was not scored."""
         return self._scores.get(step)
 
     def _read_score(self, step: int) -> dict[str, Any] | None:
@@ -176,18 +174,18 @@ class Checkpoints:
                 return None
             metrics = json.loads(path.read_text())
             if not isinstance(metrics.get(SETTINGS, {}), dict):
-                raise ValueError(f"{SETTINGS} is no object")
+                raise ValueError(f"{SETTINGS} is not an object")
             return {**metrics, SCORE: float(metrics.get(SCORE, metrics.get("mean_iou", math.nan)))}
-        except Exception as error:  # one damaged file must not keep the other checkpoints from being used
+        except Exception as error:  # the other checkpoints must remain usable
             self.unreadable.add(step)
             logger.warning(
-                "the score of checkpoint %s cannot be read (%s); it does not count for the best, and the checkpoint is kept",
+                "the score of checkpoint %s cannot be read (%s); it cannot be selected as the best, but it is kept",
                 *(step, integrity.reason(error)),
             )
             return None
 
     def best(self) -> int | None:
-        """The step with the largest score among those that were scored as the newest of them; None where none is."""
+        """Returns the step with the largest score among those scored with the newest one's settings; None if none is scored."""
         scores = {step: score for step, score in self._scores.items() if step in self.steps and not math.isnan(score[SCORE])}
         if not scores:
             return None
@@ -195,55 +193,60 @@ class Checkpoints:
         return max((score[SCORE], step) for step, score in scores.items() if score.get(SETTINGS) == newest)[1]
 
     def origin(self) -> tuple[ConfigDict, str] | None:
-        """The config of the newest checkpoint that tells it, and its training data's fingerprint; empty where it is not known.
+        """Returns the newest readable config of a checkpoint and its data fingerprint, which is empty if unknown.
 
         Raises:
-          UserError: storage does not hand it out.
+          UserError: storage is unavailable.
         """
         for step in reversed(self.steps):
             directory = self.path(step)
-            if found := integrity.attempt(directory, lambda: ["config"], functools.partial(layout.read_origin, directory))[2]:
+            read = functools.partial(layout.read_origin, directory)
+            if found := integrity.read_checked(directory, lambda: ["config"], read)[2]:
                 return found
         return None
 
     def find(self, which: str) -> int:
-        """The step of "latest", "best" (by the validation score) or a number.
+        """Returns the step of a checkpoint, given "latest", "best" (by validation score) or a step number.
 
         Raises:
-          MissingFileError: there is none such; the ones there are, are listed.
+          MissingFileError: there is no such checkpoint; lists the existing ones.
         """
         steps = self.steps
         found = {"latest": max(steps, default=None), "best": self.best()} | {str(s): s for s in steps}
         if (step := found.get(which)) is None:
             others = sorted(path.name for path in self._directory.iterdir() if not path.name.isdigit())
-            left = f" (and {', '.join(others)}, which an interrupted save or copy left)" if others else ""
+            partial = f" (and {', '.join(others)}, left by an interrupted save or copy)" if others else ""
+            complete = f"checkpoints {steps}" if steps else "no complete checkpoint"
             raise MissingFileError(
-                f"--checkpoint {which}: {self._directory} has {steps or 'none'}{left}; expected latest, best or one of them"
+                f"--checkpoint {which}: {self._directory} has {complete}{partial}; expected latest, best or one of these"
             )
         return step
 
     def restore_newest(self, target: TrainState) -> TrainState | None:
-        """Reads the newest good checkpoint; newer ones that are damaged or not finite are reported and moved out of the way.
+        """Reads the newest usable checkpoint. Newer ones that are damaged or not finite are logged and moved to set_aside/.
 
-        All processes act alike. None: there is no checkpoint at all.
+        All processes of the job make the same choice.
+
+        Returns:
+          The state, or None if there are no checkpoints.
 
         Raises:
-          UserError: there are checkpoints and none is good, one holds another network, or storage does not hand one out.
+          UserError: no checkpoint is usable, one is of another network, or storage is unavailable.
         """
-        reasons: dict[int, str] = {}
+        problems: dict[int, str] = {}
         for step in reversed(self.steps):
             read = functools.partial(layout.read_state, self.path(step), target)
             items = functools.partial(layout.items_of, self.path(step), target)
-            verdict, reason, state = integrity.attempt(self.path(step), items, read)
+            verdict, problem, state = integrity.read_checked(self.path(step), items, read)
             if verdict is Verdict.GOOD:
-                for bad, why in reasons.items():
-                    logger.warning("checkpoint %s %s; moved to %s, using %s", bad, why, self._set_aside(bad), step)
+                for bad, description in problems.items():
+                    logger.warning("checkpoint %s %s; moved to %s, using %s", bad, description, self._set_aside(bad), step)
                 return state
             if verdict is Verdict.OTHER_NETWORK:
-                raise UserError(f"checkpoint {step} in {self._directory} {reason}; use the saved config, or another --workdir")
-            reasons[step] = reason
-        if reasons:
-            listed = "; ".join(f"{step} {reason}" for step, reason in reasons.items())
+                raise UserError(f"checkpoint {step} in {self._directory} {problem}; use the saved config, or another --workdir")
+            problems[step] = problem
+        if problems:
+            listed = "; ".join(f"{step} {problem}" for step, problem in problems.items())
             raise UserError(
                 f"no checkpoint in {self._directory} can be used ({listed}); delete the directory to start over, "
                 "or choose another --workdir"
@@ -252,7 +255,7 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> epath.Path:
         aside = self._directory.parent / "set_aside" / str(step)
-        with parallel.together(f"setting checkpoint {step} aside"), self._writing():
+        with parallel.fail_together(f"setting checkpoint {step} aside"), self._writing():
             if jax.process_index() == 0:
                 aside.parent.mkdir(exist_ok=True)
                 if aside.exists():
@@ -265,14 +268,14 @@ class Checkpoints:
         """Waits until everything is written.
 
         Raises:
-          UserError: it could not be.
+          UserError: the last checkpoint could not be written.
         """
         with self._writing():
             self._manager.close()
 
 
 class _Best:
-    """Orbax's question of which checkpoints to keep, answered: the best one, and those that may be it."""
+    """Orbax preservation policy: keeps the best checkpoint, and those with unreadable scores, which may be the best."""
 
     def __init__(self, checkpoints: Checkpoints):
         self._checkpoints = checkpoints
@@ -283,16 +286,19 @@ class _Best:
 
 
 def exists(workdir: epath.Path) -> bool:
-    """Whether the directory has a complete checkpoint."""
+    """Returns whether the directory has a complete checkpoint."""
     return any(path.name.isdigit() for path in workdir.glob("checkpoints/*"))
 
 
 def load(workdir: epath.PathLike, which: str | int, mesh: Mesh) -> tuple[ConfigDict, int, Variables]:
-    """Reads a run's weights for evaluation: its config, the step found ("latest", "best" or a number), and its variables.
+    """Reads the checkpoint `which` ("latest", "best" or a step) of a run for evaluation.
+
+    Returns:
+      Its config, step and variables.
 
     Raises:
-      MissingFileError: there is no such run or step.
-      UserError: the checkpoint is damaged or not finite, has other classes than its config, or storage does not hand it out.
+      MissingFileError: there is no such run or checkpoint.
+      UserError: the checkpoint is damaged, not finite, or inconsistent with its config; or storage is unavailable.
     """
     with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
         step = checkpoints.find(str(which))
@@ -301,35 +307,37 @@ def load(workdir: epath.PathLike, which: str | int, mesh: Mesh) -> tuple[ConfigD
         def read_all() -> tuple[ConfigDict, Variables]:
             return layout.read_origin(directory)[0], layout.read_variables(directory, mesh)
 
-        verdict, reason, read = integrity.attempt(directory, lambda: ["config", layout.evaluated_item(directory)], read_all)
+        verdict, problem, read = integrity.read_checked(
+            directory, lambda: ["config", layout.evaluated_item(directory)], read_all
+        )
     if verdict is not Verdict.GOOD or read is None:
         if str(which) != str(step) and not files.is_there(directory) and exists(files.absolute(workdir)):
-            return load(workdir, which, mesh)  # a training has a newer one now
+            return load(workdir, which, mesh)  # a running training has replaced it by a newer one
         raise UserError(
-            f"checkpoint {step} in {workdir} {reason}; evaluate, predict and export take another with --checkpoint, and "
-            f"init_from the one before it when {directory} is moved away"
+            f"checkpoint {step} in {workdir} {problem}; to evaluate, predict or export, choose another with --checkpoint; "
+            f"to use init_from with the checkpoint before it, move {directory} away"
         )
     config, variables = read
     bias = variables["params"].get("classifier", {}).get("bias")
     if bias is not None and config.dataset.class_names and bias.shape[-1] != len(config.dataset.class_names):
         raise UserError(
-            f"checkpoint {step} in {workdir} tells {bias.shape[-1]} classes apart, but its config names "
+            f"checkpoint {step} in {workdir} has {bias.shape[-1]} classes, but its config names "
             f"{len(config.dataset.class_names)}; choose another with --checkpoint"
         )
     return config, step, variables
 
 
 def write_weights(workdir: epath.PathLike, config: ConfigDict, state: TrainState) -> None:
-    """Makes a run of complete weights alone, as checkpoint 0, to evaluate, predict with, export or train on.
+    """Creates a run from a complete set of weights, saved as checkpoint 0, to evaluate, predict with, export or train further.
 
     Raises:
-      UserError: the directory holds a run already, another process writes there, or nobody can.
+      UserError: the directory already holds a run, is locked by another process, or cannot be written.
     """
     workdir = files.absolute(workdir)
     with locked(workdir):
         if (workdir / "config.json").exists() or exists(workdir):
-            raise UserError(f"{workdir}: holds a run already; choose another --workdir, or delete it")
+            raise UserError(f"{workdir}: already holds a run; choose another --workdir, or delete it")
         with contextlib.closing(Checkpoints(workdir)) as checkpoints:
             checkpoints.save(0, state, config)
-        with files.writing(workdir, "make room"), files.atomic(workdir / "config.json") as path:
+        with files.writing(workdir, "free some space"), files.atomic(workdir / "config.json") as path:
             path.write_text(configs.to_json(config))

@@ -1,4 +1,4 @@
-"""A run that diverges stops at once."""
+"""Detection of a diverging run."""
 
 import logging
 
@@ -13,9 +13,9 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteGuard:
-    """Stops a run whose loss or gradient is not finite, looking one step late so that the device never waits for it.
+    """Stops a run whose loss or gradient is not finite. It checks one step late, so that the device never waits for the check.
 
-    A loss may be finite where its gradient is not, and the state after that step is lost.
+    The gradient is checked too: if only the gradient is not finite, the step still destroys the weights.
     """
 
     def __init__(self, checkpoints: Checkpoints):
@@ -23,16 +23,16 @@ class NonFiniteGuard:
         self._pending: tuple[int, Metrics] | None = None
         self._warned = False
 
-    def see(self, step: int, metrics: Metrics) -> None:
-        """Takes note of a step, and waits for the one before it."""
+    def record(self, step: int, metrics: Metrics) -> None:
+        """Records the metrics of a step, and checks those of the step before it."""
         self.finish()
         self._pending = step, metrics
 
     def finish(self) -> None:
-        """Waits for the last step seen.
+        """Checks the metrics of the last step recorded.
 
         Raises:
-          DivergedError: names the step and the last good checkpoint.
+          DivergedError: names the step and the newest checkpoint.
         """
         if self._pending is None:
             return
@@ -40,17 +40,17 @@ class NonFiniteGuard:
         loss, norm = (float(jax.device_get(metrics[name]).compute()) for name in ("loss", "gradient_norm"))
         if not np.isfinite(loss + norm):
             steps = self._checkpoints.steps
-            good = "no checkpoint was saved before"
+            newest = "no checkpoint was saved before"
             if steps:
-                good = f"the newest checkpoint is that of step {steps[-1]}; where it ends here again, go back to an earlier one"
+                newest = f"the newest checkpoint is step {steps[-1]}; if it fails again from there, go back to an earlier one"
             raise DivergedError(
-                f"the loss is {loss}, its gradient's norm {norm} at step {step}; {good}; try a lower optimizer.learning_rate, "
-                "optimizer.warmup_steps or optimizer.clip_norm; where the batches are your own, check their labels, too: any "
-                "but 0 to K-1 (of K classes) and 255 (ignored) does this"
+                f"the loss is {loss} and its gradient norm {norm} at step {step}; {newest}; try a lower "
+                "optimizer.learning_rate, more optimizer.warmup_steps, or optimizer.clip_norm; if the "
+                "batches are your own, check that all labels are 0 to K-1 (for K classes) or 255 (ignored)"
             )
         if norm == 0 and not self._warned:
             self._warned = True
             logger.warning(
-                f"the gradient of step {step} is 0: nothing is learned from a batch whose pixels are all ignored or of "
-                "weight 0, or if the loss does not depend on the parameters"
+                f"the gradient of step {step} is 0, so nothing is learned: all pixels of the batch are ignored or have weight "
+                "0, or the loss does not depend on the parameters"
             )

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint: damaged, if that is proven; out of reach, of another network, or not finite."""
+"""Checks of checkpoints: damaged (only if proven), unreachable, of another network, or not finite."""
 
 import collections
 import contextlib
@@ -24,11 +24,11 @@ from pspnet_jax.errors import UserError
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 CHECKSUMS = "checksums.json"
-PAUSES = (1.0, 5.0, 15.0)  # seconds before a checkpoint that storage does not hand out is read again
+PAUSES = (1.0, 5.0, 15.0)  # seconds before each new attempt to read a checkpoint that could not be read
 
 
 class Verdict(enum.IntEnum):
-    """Several processes act on the largest of theirs."""
+    """Result of reading a checkpoint. If processes differ, all of them act on the largest value."""
 
     GOOD = 0
     NOT_FINITE = 1
@@ -37,7 +37,7 @@ class Verdict(enum.IntEnum):
     UNREACHABLE = 4
 
 
-SAID = {
+DESCRIPTIONS = {
     Verdict.NOT_FINITE: "is not finite",
     Verdict.DAMAGED: "is damaged",
     Verdict.OTHER_NETWORK: "holds another network",
@@ -46,28 +46,28 @@ SAID = {
 
 
 class OtherNetworkError(Exception):
-    """The arrays that were saved are not those that were asked for."""
+    """The saved arrays do not match those of the network."""
 
 
-# Of the words with which tensorstore and gRPC begin an error, those that speak of what a file holds.
-_OF_CONTENT = ("NOT_FOUND", "DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "OUT_OF_RANGE")
-_OF_FILES = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+# Status codes at the start of tensorstore and gRPC errors that mean a file has the wrong content.
+_CONTENT_CODES = ("NOT_FOUND", "DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "OUT_OF_RANGE")
+_CONTENT_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
-def judge(error: Exception) -> Verdict:
-    """What an exception on reading a checkpoint says of it."""
+def classify(error: Exception) -> Verdict:
+    """Returns the verdict for an exception raised while reading a checkpoint."""
     if isinstance(error, OtherNetworkError):
         return Verdict.OTHER_NETWORK
     if isinstance(error, OSError):
-        return Verdict.DAMAGED if isinstance(error, _OF_FILES) else Verdict.UNREACHABLE
-    word = re.match(r"([A-Z_]{6,}): ", str(error))
-    if word or not isinstance(error, ValueError | KeyError | TypeError | EOFError):
-        return Verdict.DAMAGED if word and word[1] in _OF_CONTENT else Verdict.UNREACHABLE
+        return Verdict.DAMAGED if isinstance(error, _CONTENT_ERRORS) else Verdict.UNREACHABLE
+    code = re.match(r"([A-Z_]{6,}): ", str(error))
+    if code or not isinstance(error, ValueError | KeyError | TypeError | EOFError):
+        return Verdict.DAMAGED if code and code[1] in _CONTENT_CODES else Verdict.UNREACHABLE
     return Verdict.DAMAGED
 
 
 def reason(error: Exception) -> str:
-    """One line of an exception, without what tensorstore tells of itself, and without its middle if it is long."""
+    """Returns the first line of an exception without tensorstore's details; the middle of a long line is left out."""
     line = re.split(r"\n| \[(?:tensorstore_spec|source locations|os_error_code)", str(error))[0] or type(error).__name__
     return line if len(line) <= 300 else f"{line[:150]} ... {line[-150:]}"
 
@@ -75,51 +75,51 @@ def reason(error: Exception) -> str:
 Items = Callable[[], Sequence[str]]
 
 
-def attempt(directory: epath.Path, items: Items, read: Callable[[], T]) -> tuple[Verdict, str, T | None]:
-    """Reads and judges a checkpoint, together with the other processes; tries again where storage does not hand it out.
+def read_checked(directory: epath.Path, items: Items, read: Callable[[], T]) -> tuple[Verdict, str, T | None]:
+    """Reads and checks a checkpoint, in step with the other processes, and retries if it is unreachable.
 
     Args:
-      directory: of the checkpoint.
-      items: returns those that `read` reads, whose files are compared with their checksums before.
-      read: returns a tree of arrays, or anything else.
+      directory: directory of the checkpoint.
+      items: returns the names of the items that `read` reads; their files are first compared with their checksums.
+      read: reads and returns a tree of arrays or other values.
 
     Returns:
-      the verdict of all processes, the reason as "is damaged (...)", and what `read` returned.
+      The common verdict of all processes, a description such as "is damaged (...)", and the result of `read`.
 
     Raises:
-      UserError: storage does not hand it out.
+      UserError: the checkpoint is still unreachable after all retries.
     """
     for pause in (*PAUSES, None):
-        own, why, result = _attempt(directory, items, read)
-        verdict = Verdict(parallel.agree(own))
+        own, description, result = _read_once(directory, items, read)
+        verdict = Verdict(parallel.max_over_processes(own))
         if verdict != own:
-            why = "was refused by another process of this job, which says why"
+            description = "was rejected by another process of this job; its own message says why"
         if verdict is not Verdict.UNREACHABLE:
-            return verdict, why, result
+            return verdict, description, result
         if pause is not None:
-            logger.warning("checkpoint %s %s; trying again in %.0f s", directory.name, why, pause)
+            logger.warning("checkpoint %s %s; trying again in %.0f s", directory.name, description, pause)
             time.sleep(pause)
     raise UserError(
-        f"checkpoint {directory.name} in {directory.parent} {why}; it may be all right, and nothing was changed: "
-        "try again when the storage answers"
+        f"checkpoint {directory.name} in {directory.parent} {description}; it may be intact, and nothing was changed: "
+        "try again when the storage is available"
     )
 
 
-def _attempt(directory: epath.Path, items: Items, read: Callable[[], T]) -> tuple[Verdict, str, T | None]:
+def _read_once(directory: epath.Path, items: Items, read: Callable[[], T]) -> tuple[Verdict, str, T | None]:
     try:
-        missing, differing = problems(directory, items())
-        if missing:  # also of files that could be done without: orbax, which would have to find out, is loud where it fails
+        missing, differing = compare_checksums(directory, items())
+        if missing:  # even files that are not essential: if orbax finds them missing, it logs long errors
             return Verdict.DAMAGED, f"is damaged or incomplete (missing: {_listed(missing)})", None
         if differing:
-            return Verdict.DAMAGED, f"is damaged (other content than was saved: {_listed(differing)})", None
+            return Verdict.DAMAGED, f"is damaged (content has changed since it was saved: {_listed(differing)})", None
         result = read()
     except (MemoryError, jax.errors.JaxRuntimeError, UserError):
-        raise  # not the file's fault
-    except Exception as error:  # whatever a damaged file makes orbax raise
-        verdict = judge(error)
-        return verdict, f"{SAID[verdict]} ({reason(error)})", None
-    if found := not_finite(result):
-        return Verdict.NOT_FINITE, f"{SAID[Verdict.NOT_FINITE]} ({found})", result
+        raise  # not caused by the files
+    except Exception as error:  # orbax raises many types for damaged files
+        verdict = classify(error)
+        return verdict, f"{DESCRIPTIONS[verdict]} ({reason(error)})", None
+    if found := describe_non_finite(result):
+        return Verdict.NOT_FINITE, f"{DESCRIPTIONS[Verdict.NOT_FINITE]} ({found})", result
     return Verdict.GOOD, "", result
 
 
@@ -128,22 +128,22 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def write_checksums(directory: epath.Path) -> None:
-    """Notes the size and CRC-32 of each file of a checkpoint's items; buckets have checksums of their own."""
+    """Writes the size and CRC-32 of each file of a checkpoint's items. Buckets have their own checksums."""
     if not files.is_remote(directory):
         paths = [path for path in sorted(pathlib.Path(directory).rglob("*/*")) if path.is_file()]
         found = {str(path.relative_to(directory)): _checksum(epath.Path(path)) for path in paths}
         (directory / CHECKSUMS).write_text(json.dumps(found, indent=0) + "\n")
 
 
-def problems(directory: epath.Path, items: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Compares the files of some of a checkpoint's items with their checksums: those that are missing, and those that differ.
+def compare_checksums(directory: epath.Path, items: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the missing files and the changed files of some items of a checkpoint.
 
-    Where there are no checksums, only missing items are found.
+    Without checksums, only missing items are found.
     """
     missing = [f"{item}/" for item in items if not files.is_there(directory / item)]
     expected = _read_checksums(directory / CHECKSUMS)
-    if not expected and files.is_there(directory / "data") and not files.is_remote(directory):  # else nobody has written any
-        logger.warning("checkpoint %s has lost its %s: damage to its numbers would not be seen", directory.name, CHECKSUMS)
+    if not expected and files.is_there(directory / "data") and not files.is_remote(directory):  # otherwise none were written
+        logger.warning("checkpoint %s has lost its %s: damage to its values would not be detected", directory.name, CHECKSUMS)
     differing = []
     for name, checksum in expected.items():
         item, file = name.partition("/")[0], directory / name
@@ -157,7 +157,7 @@ def problems(directory: epath.Path, items: Sequence[str]) -> tuple[list[str], li
 
 
 def _read_checksums(path: epath.Path) -> dict[str, list[int]]:
-    """What `write_checksums` has written; nothing where the file is missing or damaged itself."""
+    """Returns what `write_checksums` wrote; empty if the file is missing or damaged itself."""
     with contextlib.suppress(ValueError):
         if files.is_there(path) and isinstance(found := json.loads(path.read_bytes()), dict):
             return found
@@ -173,7 +173,7 @@ def _checksum(path: epath.Path) -> list[int]:
 
 
 def check_shapes(directory: epath.Path, targets: dict[str, Any]) -> None:
-    """Compares the arrays of a checkpoint's items with those that are to be read, by name; the optimizer's by their shapes.
+    """Compares the shapes of saved arrays with those of the targets: by name, or for the optimizer, as a multiset.
 
     Raises:
       OtherNetworkError: lists the arrays that differ.
@@ -183,19 +183,19 @@ def check_shapes(directory: epath.Path, targets: dict[str, Any]) -> None:
         if item == "optimizer":
             found, wanted = ([tuple(leaf.shape) for leaf in jax.tree.leaves(tree)] for tree in (saved, target))
             if collections.Counter(found) != collections.Counter(wanted):
-                raise OtherNetworkError("the optimizer's state has other arrays")
+                raise OtherNetworkError("the optimizer state has different arrays")
             continue
         old, new = ({k: tuple(v.shape) for k, v in _leaves(tree).items()} for tree in (saved, target))
         differing = [
-            f"{k} {old.get(k, 'is not there')} -> {new.get(k, 'is gone')}" for k in {**old, **new} if old.get(k) != new.get(k)
+            f"{k} {old.get(k, 'missing')} -> {new.get(k, 'missing')}" for k in {**old, **new} if old.get(k) != new.get(k)
         ]
         if differing:
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise OtherNetworkError(f"saved -> this network: {'; '.join(differing[:3])}{more}")
 
 
-def not_finite(tree: Any) -> str | None:
-    """The first array with a value that is no number, or infinite, and how many there are; None where all is well."""
+def describe_non_finite(tree: Any) -> str | None:
+    """Describes the first array with NaN or infinite values and counts the others; None if all values are finite."""
     bad = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if not hasattr(leaf, "dtype"):
@@ -205,7 +205,7 @@ def not_finite(tree: Any) -> str | None:
             bad.append(f"{count} of {values.size} values of {jax.tree_util.keystr(path, simple=True, separator='/')}")
     if not bad:
         return None
-    return f"{bad[0]} are NaN or infinite" + (f", and {len(bad) - 1} other arrays have such" if len(bad) > 1 else "")
+    return f"{bad[0]} are NaN or infinite" + (f", and so are values of {len(bad) - 1} other array(s)" if len(bad) > 1 else "")
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

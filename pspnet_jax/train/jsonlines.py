@@ -1,4 +1,4 @@
-"""A file of JSON objects, one a line in the order of steps, that outlives kills, full disks and damage."""
+"""A file of JSON objects, one per line in the order of steps, that survives killed processes, full disks and damage."""
 
 import contextlib
 import json
@@ -16,18 +16,19 @@ logger = logging.getLogger(__name__)
 
 
 class JsonLines:
-    """Appends to a file; what cannot be written waits for the next line, and training does not stop for it."""
+    """Appends lines to a file. Lines that cannot be written are kept until the next write, and training goes on."""
 
     def __init__(self, path: epath.Path, start: int, without: str = ""):
-        """Goes on after `start` steps: drops the lines of later ones, and sets damaged ones aside, beside the file.
+        """Prepares the file for a run that continues after `start` steps.
 
-        Of those of step `start`, it drops the kind `without`. Where a run starts anew, it sets the earlier one's lines aside.
+        Lines of later steps are dropped, and so are lines of kind `without` at step `start`. Damaged lines are moved to a
+        separate file, and so are all lines if the run starts over.
         """
-        self._path, self._waiting, self._failed = path, "", False
-        with files.writing(path, "make room, or move it away"):
-            self._tidy(start, without)
+        self._path, self._pending, self._failed = path, "", False
+        with files.writing(path, "free some space, or move it away"):
+            self._prepare(start, without)
 
-    def _tidy(self, start: int, without: str) -> None:
+    def _prepare(self, start: int, without: str) -> None:
         path = self._path
         content = path.read_bytes() if path.exists() else b""
         lines = [line for line in content.split(b"\n") if line.strip()]
@@ -38,16 +39,16 @@ class JsonLines:
         )
         if damaged := [line for line, step in zip(lines, steps, strict=True) if step is None]:
             aside = self._set_aside("damaged", damaged)
-            logger.warning("%s: %s damaged line(s), moved to %s; the others are kept", path, len(damaged), aside)
+            logger.warning("%s: moved %s damaged line(s) to %s and kept the others", path, len(damaged), aside)
         if earlier := [line for line, step in zip(lines, steps, strict=True) if step is not None and start == 0 < step]:
             aside = self._set_aside("earlier", earlier)
-            logger.warning("there is no checkpoint: training starts anew, and the earlier lines of %s are in %s", path, aside)
+            logger.warning("there is no checkpoint, so training starts over; moved the earlier lines of %s to %s", path, aside)
         if kept != content:
             with files.atomic(path) as temporary:
                 temporary.write_bytes(kept)
 
     def _set_aside(self, kind: str, lines: Sequence[bytes]) -> str:
-        """Adds lines to the file for those of a kind, and returns its name."""
+        """Appends lines to the separate file for `kind`, and returns the name of that file."""
         aside = self._path.with_name(f"{self._path.stem}.{kind}{self._path.suffix}")
         before = aside.read_bytes() if aside.exists() else b""
         with files.atomic(aside) as temporary:
@@ -55,39 +56,41 @@ class JsonLines:
         return aside.name
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Adds a line; a bucket, where adding is to upload it all again, gets it when `flush` is called."""
-        self._waiting += json.dumps(values, default=float) + "\n"
+        """Appends a line. In a bucket, where appending uploads the whole file again, it is only written by `flush`."""
+        self._pending += json.dumps(values, default=float) + "\n"
         if not files.is_remote(self._path):
             self.flush()
 
     def flush(self) -> None:
-        """Writes the lines that wait, or says once why they cannot be written."""
-        if not self._waiting:
+        """Writes the pending lines. If this fails, logs why, once."""
+        if not self._pending:
             return
         size = None
         try:
             with self._path.open("a") as file:
                 size = file.tell()
-                file.write(self._waiting)
-        except Exception as error:  # of the disk, or of a bucket's client
+                file.write(self._pending)
+        except Exception as error:  # from the disk or the bucket client
             if size is not None and not files.is_remote(self._path):
                 with contextlib.suppress(OSError):
-                    os.truncate(self._path, size)  # no half a line
+                    os.truncate(self._path, size)  # removes a partial line
             if not self._failed:
-                logger.warning("%s: cannot be written (%s); its lines wait, and training goes on", self._path, reason(error))
+                logger.warning(
+                    "%s: cannot be written (%s); its lines are kept, and training goes on", self._path, reason(error)
+                )
             self._failed = True
         else:
-            self._waiting, self._failed = "", False
+            self._pending, self._failed = "", False
 
     def close(self) -> None:
-        """Writes what waits, or says what is lost."""
+        """Writes the pending lines, or logs how many are lost."""
         self.flush()
-        if self._waiting:
-            logger.warning("%s: %s line(s) could not be written", self._path, self._waiting.count("\n"))
+        if self._pending:
+            logger.warning("%s: %s line(s) could not be written", self._path, self._pending.count("\n"))
 
 
 def _step(line: bytes) -> int | None:
-    """The step of a line; None where it is damaged."""
+    """Returns the step of a line, or None if the line is damaged."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):

@@ -1,8 +1,10 @@
-"""What a checkpoint holds, and reading it; each process reads by itself, so that none waits for another that cannot.
+"""Contents of a checkpoint, and functions that read it.
 
-WORKDIR/checkpoints/STEP/{weights,ema,optimizer,config,data}, checksums.json, and score.json once it is scored. Evaluation
-reads only the config and the weights, or their moving average. Version 0.1 had all but the config in STEP/state, which is read
-as well.
+WORKDIR/checkpoints/STEP contains the items weights, ema, optimizer, config and data; checksums.json; and score.json, if the
+checkpoint was evaluated. Evaluation reads only the config and either the weights or their moving average. Checkpoints of
+version 0.1, which have everything but the config in STEP/state, are also supported.
+
+Each process reads on its own, so that none waits for another that fails.
 """
 
 from collections.abc import Sequence
@@ -22,36 +24,36 @@ from pspnet_jax.train.step import TrainState, Variables
 
 
 def items(state: TrainState) -> dict[str, Any]:
-    """The trees that are saved."""
+    """Returns the trees to save, by item name."""
     trees = {"weights": state.weights, "optimizer": state.opt_state, "ema": state.ema}
-    return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}  # orbax saves no empty ones
+    return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}  # orbax cannot save empty trees
 
 
 def items_of(directory: epath.Path, target: TrainState) -> Sequence[str]:
-    """The items that `read_state` reads, and the config."""
+    """Returns the names of the items that `read_state` reads, and "config"."""
     return ("config", "state") if files.is_there(directory / "state") else ("config", *items(target))
 
 
 def evaluated_item(directory: epath.Path) -> str:
-    """The item that `read_variables` reads: by the config, so that a moving average that has got lost is missed."""
+    """Returns the item that `read_variables` reads. The config determines it, so that a lost moving average is noticed."""
     if files.is_there(directory / "state"):
         return "state"
-    known = files.is_there(directory / "config")  # else it is missing itself
-    return "ema" if known and read_origin(directory)[0].optimizer.ema_decay else "weights"
+    has_config = files.is_there(directory / "config")
+    return "ema" if has_config and read_origin(directory)[0].optimizer.ema_decay else "weights"
 
 
 def read_state(directory: epath.Path, target: TrainState) -> TrainState:
     """Reads a checkpoint into the target's shapes and shardings.
 
     Raises:
-      OtherNetworkError: the arrays saved are others.
-      UserError: it is of another step than its directory says.
+      OtherNetworkError: the saved arrays do not match the target.
+      UserError: the directory name is not the step that the checkpoint was saved as.
     """
     _read_data(directory)
     if files.is_there(directory / "state"):
         parts = {"average" if name == "ema" else name: tree for name, tree in vars(target).items()}
         read = _read_tree(directory / "state", target.step.sharding, tuple(parts))
-        old = jax.tree.unflatten(jax.tree.structure(parts), jax.tree.leaves(read))  # optax's empty states have changed
+        old = jax.tree.unflatten(jax.tree.structure(parts), jax.tree.leaves(read))  # optax's empty states have changed since
         return TrainState(ema=old.pop("average"), **old)
     targets, reader = items(target), ocp.StandardCheckpointHandler()
     integrity.check_shapes(directory, targets)
@@ -61,32 +63,32 @@ def read_state(directory: epath.Path, target: TrainState) -> TrainState:
 
 
 def read_variables(directory: epath.Path, mesh: Mesh) -> Variables:
-    """Reads what evaluation uses, the moving average where there is one, onto every device of the mesh."""
+    """Reads the variables for evaluation (the moving average, if there is one), replicated over the mesh."""
     item, everywhere = evaluated_item(directory), parallel.replicated(mesh)
     average = _read_tree(directory / item, everywhere, ("average",)).get("average") if item == "state" else None
     return average or _read_tree(directory / item, everywhere)
 
 
 def read_origin(directory: epath.Path) -> tuple[ConfigDict, str]:
-    """Reads the config that the checkpoint was trained with, and its data's fingerprint, which is empty where it is unknown.
+    """Reads the config and the training data fingerprint of a checkpoint. The fingerprint is empty if unknown.
 
     Raises:
-      UserError: it is of another step than its directory says.
+      UserError: the directory name is not the step that the checkpoint was saved as.
     """
     return configs.from_dict(ocp.JsonCheckpointHandler().restore(directory / "config")), _read_data(directory)["fingerprint"]
 
 
 def _read_data(directory: epath.Path) -> dict[str, Any]:
-    if not files.is_there(directory / "data"):  # of a version before 0.2
+    if not files.is_there(directory / "data"):  # written by version 0.1
         return {"fingerprint": ""}
     data = ocp.JsonCheckpointHandler().restore(directory / "data")
     if (step := data.get("step", int(directory.name))) != int(directory.name):
-        raise UserError(f"{directory}: was saved as step {step}; give it that name back or, if it is a copy, move it away")
+        raise UserError(f"{directory}: was saved as step {step}; rename it to {step} or, if it is a copy, move it away")
     return data
 
 
 def _read_tree(path: epath.Path, sharding: Sharding, parts: Sequence[str] = ("params", "batch_stats")) -> Any:
-    """Reads those parts of a saved tree that are not empty, whatever their shapes."""
+    """Reads the non-empty parts of a saved tree, with their saved shapes."""
 
     def target(saved: Any) -> Any:
         return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=sharding)

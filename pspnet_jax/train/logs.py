@@ -1,4 +1,4 @@
-"""Training logs: progress lines, metrics.jsonl, TensorBoard and pictures, and where the time went."""
+"""Training logs: progress lines, metrics.jsonl, TensorBoard, pictures, and timing."""
 
 import contextlib
 import datetime
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Writer(Protocol):
-    """What training logs write scalars and images with besides their own files: a clu.metric_writers.MetricWriter."""
+    """Additional destination of scalars and images, such as a clu.metric_writers.MetricWriter."""
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None: ...
 
@@ -35,9 +35,9 @@ class Writer(Protocol):
 
 
 class TrainingLog:
-    """Writes the progress of one run; only the job's first process writes.
+    """Writes the logs of one run, in the job's first process only.
 
-    Layout: WORKDIR/metrics.jsonl (one JSON object a line, in the order of steps) and WORKDIR/pictures.
+    Files: WORKDIR/metrics.jsonl (one JSON object per line, in the order of steps) and WORKDIR/pictures.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class TrainingLog:
         examples_per_epoch: int,
         unscored: bool = False,
     ):
-        """Goes on after `start` steps; the lines of later ones are dropped, as these steps are made again.
+        """Continues the logs after `start` steps. Lines of later steps are dropped, because these steps are repeated.
 
-        So is that of the evaluation after `start` steps, if it is `unscored`.
+        If step `start` is `unscored`, the line of its evaluation is also dropped, because the evaluation is repeated.
         """
         self._active = jax.process_index() == 0
         self._writer: Writer | None = None
         if writer and self._active:
-            with self._tensorboard():
+            with self._tolerating_writer_errors():
                 self._writer = writer(str(workdir / "tensorboard"))
         self._pictures, self._config = workdir / "pictures", config
         self._examples_per_epoch = examples_per_epoch
@@ -67,37 +67,37 @@ class TrainingLog:
             self._lines = JsonLines(workdir / "metrics.jsonl", start, without="eval" if unscored else "")
 
     def restart_clocks(self, step: int) -> None:
-        """Makes the rates count from now, after `step` steps."""
+        """Measures rates from now on, after `step` steps."""
         self._last_line = self._last_epoch = self._now(step)
 
     def _now(self, step: int) -> np.ndarray:
-        """The steps so far, the seconds of training, and those of them in which it waited for data."""
+        """Returns the number of steps, the seconds of training, and the seconds spent waiting for data."""
         return np.array([step, time.perf_counter() - self._paused, self.stalls.seconds])
 
     def _rates(self, since: np.ndarray, now: np.ndarray) -> dict[str, float]:
         steps, seconds, stalled = (now - since).tolist()
         return {"data_wait": stalled / seconds, "images_per_second": self._config.batch_size * steps / seconds}
 
-    def started(self, metrics: Metrics) -> None:
-        """Takes the metrics of a step that the devices have begun, for the next progress line."""
-        self.stalls.started(metrics)
+    def add_step(self, metrics: Metrics) -> None:
+        """Adds the metrics of a step that was just dispatched to the next progress line."""
+        self.stalls.step_started(metrics)
         self._interval = metrics if self._interval is None else _merge(self._interval, metrics)
 
-    def interval(self, step: int) -> None:
-        """Prints the progress line of the steps since the last one, and records their metrics and rates."""
+    def log_progress(self, step: int) -> None:
+        """Logs a progress line for the steps since the last one, and writes their metrics and rates."""
         assert self._interval is not None
         values = {name: float(metric.compute()) for name, metric in jax.device_get(self._interval).items()}
         self._interval = None
         values |= self._rates(self._last_line, now := self._now(step))
         self._last_line = now
-        shown = "  ".join(text.format(values[name]) for name, text in SHOWN.items() if name in values)
+        shown = "  ".join(text.format(values[name]) for name, text in PROGRESS_FORMATS.items() if name in values)
         total = self._config.total_steps
         left = datetime.timedelta(seconds=round((total - step) * self._config.batch_size / values["images_per_second"]))
         logger.info(f"{datetime.datetime.now():%m-%d %H:%M}  step {step}/{total}  {shown}  {left} left")
         self._write("train", step, values)
 
     def end_of_epoch(self, step: int) -> None:
-        """Records the rates of an epoch if this step ends one."""
+        """Writes the rates of an epoch if this step completes one."""
         seen, epoch = step * self._config.batch_size, self._examples_per_epoch
         if not epoch or seen // epoch == (seen - self._config.batch_size) // epoch:
             return
@@ -105,23 +105,23 @@ class TrainingLog:
         self._last_epoch = now
 
     def pause(self, seconds: float) -> None:
-        """Leaves the last `seconds` out of the rates."""
+        """Excludes the last `seconds` from the rates."""
         self._paused += seconds
 
     def evaluation(self, step: int, metrics: Mapping[str, Any], pictures: Mapping[str, Any]) -> None:
-        """Records an evaluation, and saves its pictures, uint8[H, W, 3] or PIL images."""
+        """Writes the metrics of an evaluation, and its pictures, which are uint8[H, W, 3] or PIL images."""
         self._write("eval", step, metrics)
         for name, picture in pictures.items() if self._active else ():
             try:
                 if (self._pictures / name).parent != self._pictures:
-                    raise ValueError("its name has a folder in it")
+                    raise ValueError("its name contains a directory")
                 pixels = np.asarray(picture)
                 with files.atomic(self._pictures / f"{name}.png") as path, path.open("wb") as file:
                     Image.fromarray(pixels).save(file, "PNG")
-            except Exception as error:  # a name that is too long, a full disk, an array that is no picture
+            except Exception as error:  # such as a name that is too long, a full disk, or an array of the wrong shape
                 logger.warning("the picture %r cannot be written (%s); training goes on", name[:100], reason(error))
             else:
-                with self._tensorboard():
+                with self._tolerating_writer_errors():
                     if self._writer:
                         self._writer.write_images(step, {name: pixels[None]})
 
@@ -129,22 +129,22 @@ class TrainingLog:
         if not self._active:
             return
         scalars = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, numbers.Real | jax.Array)}
-        with self._tensorboard():
+        with self._tolerating_writer_errors():
             if self._writer:
                 self._writer.write_scalars(step, scalars)
         about = {"step": step, "kind": kind}
-        self._lines.write(about | dict(values) | about)  # which no metric of these names replaces
+        self._lines.write(about | dict(values) | about)  # so that metrics with these names do not replace them
 
     @contextlib.contextmanager
-    def _tensorboard(self) -> Iterator[None]:
+    def _tolerating_writer_errors(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            logger.warning("TensorBoard's files cannot be written (%s); training goes on without them", reason(error))
+            logger.warning("TensorBoard files cannot be written (%s); training goes on without them", reason(error))
             self._writer = None
 
     def flush(self) -> None:
-        """Writes the lines that wait."""
+        """Writes the pending lines."""
         if self._active:
             self._lines.flush()
 
@@ -152,13 +152,13 @@ class TrainingLog:
         self.stalls.close()
         if self._active:
             self._lines.close()
-        with self._tensorboard():
+        with self._tolerating_writer_errors():
             if self._writer:
                 self._writer.close()
 
 
 _merge = jax.jit(lambda interval, metrics: {name: metric.merge(metrics[name]) for name, metric in interval.items()})
-SHOWN = {  # in the progress line
+PROGRESS_FORMATS = {  # of the values in a progress line
     "loss": "loss {:.3f}",
     "mean_iou": "batch mIoU {:.1%}",
     "learning_rate": "lr {:.5f}",
@@ -168,10 +168,10 @@ SHOWN = {  # in the progress line
 
 
 class InputStallTimer:
-    """Adds up the time in which the devices had ended a step and the next batch was not there yet.
+    """Measures the time in which the devices are idle because the next batch is not ready.
 
     Attributes:
-      seconds: so far.
+      seconds: the total so far.
     """
 
     def __init__(self) -> None:
@@ -180,21 +180,21 @@ class InputStallTimer:
         self._thread = ThreadPoolExecutor(1, "end of step")
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
-        """Yields the batches, and counts what each was waited for."""
+        """Yields the batches, and adds up the time for which the devices waited for each."""
         iterator = iter(batches)
         while True:
-            asked = time.perf_counter()
+            requested = time.perf_counter()
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
-            came = time.perf_counter()
+            received = time.perf_counter()
             if self._ended and self._ended.done():
-                self.seconds += max(0.0, came - max(asked, self._ended.result()))
+                self.seconds += max(0.0, received - max(requested, self._ended.result()))
             yield batch
 
-    def started(self, metrics: Metrics) -> None:
-        """Takes note of a step that the devices have begun, by one of its results."""
+    def step_started(self, metrics: Metrics) -> None:
+        """Records when a step that was just dispatched ends, by waiting for its metrics in a thread."""
 
         def end() -> float:
             jax.block_until_ready(metrics)

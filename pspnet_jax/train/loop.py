@@ -51,109 +51,113 @@ def fit(
     writer: Callable[[str], Writer] | None = None,
     hooks: Sequence[Callable[[int], None]] = (),
 ) -> TrainState:
-    """Trains to config.total_steps, from the newest checkpoint in workdir if there is one.
+    """Trains until config.total_steps, resuming from the newest checkpoint in workdir, if there is one.
 
     Args:
-      config: of which this uses seed, batch_size, total_steps, init_from, normalize, every, optimizer.accumulate and ema_decay,
-        model.norm and eval.best_metric; all of it is saved, and compared when a run is resumed.
-      model: a flax.linen module that is called with images f32[N, H, W, 3], normalized, and train; its state is in
-        "batch_stats", and "dropout" is its random number.
-      loss: of what the model returns in training, see `losses`.
+      config: fields used here: seed, batch_size, total_steps, init_from, normalize, every, optimizer.accumulate,
+        optimizer.ema_decay, model.norm and eval.best_metric. The whole config is saved, and compared when a run is resumed.
+      model: Flax module, called with normalized images f32[N, H, W, 3] and `train`. It may have variables in "batch_stats" and
+        use the random stream "dropout".
+      loss: function of the model's training outputs, see `losses`.
       optimizer: see `optimizers`.
-      batches: called with the number of steps already made; gives this process's batches from there on, dicts of arrays with
-        the examples along the first axis; "image" is uint8[N, H, W, 3], N this process's share of config.batch_size,
-        and "label", where there is one, of integers; all else is up to the loss. The first batch is checked.
-      evaluate: called with {"params", "batch_stats"} every config.every.eval steps, when the state is saved; returns metrics,
-        which JSON can hold, among them the number config.eval.best_metric, and pictures by name; None: no evaluation. A metric
-        "data" names the data: only scores of the same are compared. What it raises is reported, and training goes on; several
-        processes have to raise together.
-      workdir: where checkpoints, metrics and pictures go.
-      examples_per_epoch: examples after which the training data has been seen once, for the rates written then; 0: none.
-      fingerprint: of the training data, saved with each checkpoint; when it has changed, a resumed run says so; empty: unknown.
-      writer: such as clu.metric_writers.SummaryWriter; called with WORKDIR/tensorboard, it gets all numbers and pictures, too.
+      batches: called with the number of steps already made; returns this process's batches from there on. A batch is a dict of
+        arrays with examples along the first axis: "image" is uint8[N, H, W, 3], where N is this process's share of
+        config.batch_size; "label", if present, has integers; other arrays are for the loss. The first batch is checked.
+      evaluate: called with {"params", "batch_stats"} every config.every.eval steps, after the state is saved. Returns metrics,
+        serializable as JSON and including the number config.eval.best_metric, and pictures by name. Scores are only compared
+        if their metric "data", which identifies the data, is the same. Exceptions are logged, and training goes on; if one
+        process raises, all have to. None: no evaluation.
+      workdir: directory for checkpoints, metrics and pictures.
+      examples_per_epoch: number of training examples in an epoch, after which rates are written; 0: never.
+      fingerprint: identifies the training data. It is saved with each checkpoint, and a resumed run warns if it has changed.
+        Empty: unknown.
+      writer: such as clu.metric_writers.SummaryWriter, called with WORKDIR/tensorboard; gets all numbers and pictures.
       hooks: called after each step with its number, such as those of clu.periodic_actions.
 
     Raises:
-      UserError: the workdir holds a run of another model or other classes, or one that is further than total_steps; another
-        training writes there, or it cannot be written; or a batch could not be made, when the steps before it are saved.
-      DivergedError: the loss is not finite.
-      SystemExit: after SIGTERM (143) or Ctrl-C (130), when the state is saved.
+      UserError: the workdir holds a run with another model or classes, or beyond total_steps; it is locked by another process
+        or cannot be written; or a batch could not be made, in which case the steps before it are saved.
+      DivergedError: the loss or gradient is not finite.
+      SystemExit: SIGTERM (143) or Ctrl-C (130) was received, and the state is saved.
     """
     workdir, mesh, total = files.absolute(workdir), parallel.make_mesh(), config.total_steps
-    if not -(2**31) <= config.seed < 2**32:  # JAX's keys take 32 bits, and no notice of the others
+    if not -(2**31) <= config.seed < 2**32:  # JAX's keys ignore all but 32 bits
         raise UserError(f"seed={config.seed}: expected a whole number from {-(2**31)} to {2**32 - 1}")
-    with contextlib.ExitStack() as closing:  # in reverse order: signals are caught until everything is written
-        closing.enter_context(jax.enable_x64(False))  # whatever the shell says: a run is resumed as it began
+    with contextlib.ExitStack() as closing:  # closes in reverse order, so signals are caught until everything is written
+        closing.enter_context(jax.enable_x64(False))  # a resumed run needs the precision that it began with
         stop = closing.enter_context(contextlib.closing(StopSignal()))
         closing.enter_context(locked(workdir))
         checkpoints = closing.enter_context(contextlib.closing(Checkpoints(workdir)))
-        newest = _newest(checkpoints, workdir)
-        with parallel.together("looking at the workdir"):
-            _refuse_others_files(workdir, newest)
+        newest = _newest_step(checkpoints, workdir)
+        with parallel.fail_together("checking the workdir"):
+            _refuse_foreign_files(workdir, newest)
         feed = iter(batches(min(newest, total - 1)))
-        with parallel.together("reading the first batch"):
-            first = _checked(config, next(feed, None))  # before there is a state, for the images' shape
+        with parallel.fail_together("reading the first batch"):
+            first = _check_batch(config, next(feed, None))  # first, since the state depends on the images' shape
         state = resume.start(config, model, optimizer, mesh, first["image"].shape[1:], checkpoints, workdir, fingerprint)
         start = int(state.step)
         unscored = evaluate is not None and _lacks_score(checkpoints, start)
         if start == total and not unscored:
-            logger.info(f"{workdir} holds the finished run, step {start} of {total}; delete it to start over")
+            logger.info(f"{workdir} holds a finished run, step {start} of {total}; delete it to start over")
             return state
         if start < total:
-            _announce(config, state, mesh, workdir, start)
+            _log_summary(config, state, mesh, workdir, start)
         log = closing.enter_context(
             contextlib.closing(TrainingLog(workdir, config, start, writer, examples_per_epoch, unscored))
         )
         run = Run(config, workdir, checkpoints, log, stop, evaluate, fingerprint, hooks)
         if unscored:
-            logger.info(f"step {start} was saved but not evaluated; this is done now")
+            logger.info(f"step {start} was saved but not evaluated; evaluating it now")
             run.score(start, state)
         if start == total:
-            run.exit_if_asked(start)
+            run.exit_if_requested(start)
             return state
         train_step = make_train_step(config, model, loss, optimizer, mesh)
-        feed = _alike(first, itertools.chain([first], feed) if start == newest else iter(batches(start)))
+        feed = _check_same_format(first, itertools.chain([first], feed) if start == newest else iter(batches(start)))
         on_devices = closing.enter_context(contextlib.closing(parallel.to_devices(feed, mesh)))
         return run.loop(state, train_step, log.stalls.timed(on_devices))
 
 
-def _newest(checkpoints: Checkpoints, workdir: epath.Path) -> int:
-    """The step of the newest checkpoint, the same one for all processes; 0: there is none."""
+def _newest_step(checkpoints: Checkpoints, workdir: epath.Path) -> int:
+    """Returns the step of the newest checkpoint, after checking that all processes see the same; 0 if there is none."""
     newest = checkpoints.steps[-1] if checkpoints.steps else 0
-    if (most := parallel.agree(newest)) != (least := -parallel.agree(-newest)):
-        raise UserError(f"{workdir}: one process finds checkpoint {most} there, another {least}; all need the same directory")
+    if (most := parallel.max_over_processes(newest)) != (least := -parallel.max_over_processes(-newest)):
+        raise UserError(
+            f"{workdir}: one process finds step {most} as the newest checkpoint, another step {least}; all processes need to "
+            "share the same directory"
+        )
     return newest
 
 
-def _checked(config: ConfigDict, batch: HostBatch | None) -> HostBatch:
-    """Returns the batch, unless there is none, or it would be trained on as something else or end in an error of JAX's."""
+def _check_batch(config: ConfigDict, batch: HostBatch | None) -> HostBatch:
+    """Returns the first batch after checking its arrays, as JAX would misinterpret wrong ones or fail with an unclear error."""
     if batch is None:
         raise UserError("there is no batch to train on")
     if not isinstance(batch, Mapping):
         raise UserError(f"the first batch is a {type(batch).__name__}; expected a dict of NumPy arrays")
     if "image" not in batch:
-        raise UserError(f"the batches have {', '.join(batch)}; expected an array of the name image, too")
+        raise UserError(f"the batches have {', '.join(batch)}; expected an array named image")
     size, share = np.shape(batch["image"])[1:3], config.batch_size // jax.process_count()
     for name in ("image", *batch):
         if not hasattr(batch[name], "dtype"):
             raise UserError(f"the first batch's {name} is a {type(batch[name]).__name__}; expected a NumPy array")
         array = np.asarray(batch[name])
-        form, expected = f"is {array.dtype}{list(array.shape)}", ""
+        found, expected = f"is {array.dtype}{list(array.shape)}", ""
         if name == "image" and (array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3):
             expected = "uint8[N, H, W, 3], not normalized"
         elif name == "label" and not np.issubdtype(array.dtype, np.integer):
             expected = "integers"
         elif name == "label" and array.ndim == 3 and array.shape[1:] != size:
-            expected = "[N, {}, {}], as the images are".format(*size)
+            expected = "[N, {}, {}], the size of the images".format(*size)
         elif array.shape[:1] != (share,):
             expected = f"{share} examples along the first axis, this process's share of batch_size={config.batch_size}"
         if expected:
-            raise UserError(f"the first batch's {name} {form}; expected {expected}")
+            raise UserError(f"the first batch's {name} {found}; expected {expected}")
     return batch
 
 
-def _refuse_others_files(workdir: epath.Path, newest: int) -> None:
-    """Refuses a workdir without checkpoints that has files of the names of ours, unless a run that was killed left them."""
+def _refuse_foreign_files(workdir: epath.Path, newest: int) -> None:
+    """Raises if a workdir without checkpoints has files that a run would overwrite, unless a killed run left them."""
     if newest:
         return
     path = workdir / "config.json"
@@ -162,24 +166,24 @@ def _refuse_others_files(workdir: epath.Path, newest: int) -> None:
     except (ValueError, AttributeError):
         ours = False
     if not ours or (not path.exists() and (path := workdir / "parameters.txt").exists()):
-        raise UserError(f"{path}: is there already, and no run of this program wrote it; choose another --workdir")
+        raise UserError(f"{path}: already exists and was not written by this program; choose another --workdir")
 
 
-def _alike(first: HostBatch, batches: Iterable[HostBatch]) -> Iterator[HostBatch]:
-    """Yields the batches, each after a look whether it has the first one's types and number of examples."""
+def _check_same_format(first: HostBatch, batches: Iterable[HostBatch]) -> Iterator[HostBatch]:
+    """Yields the batches, after checking that each has the same dtypes and number of examples as the first."""
 
-    def kinds(batch: HostBatch) -> dict[str, str]:
+    def formats(batch: HostBatch) -> dict[str, str]:
         return {name: f"{array.dtype}[{len(array)}, ...]" for name, array in batch.items()}
 
     for batch in batches:
-        if (found := kinds(batch)) != (expected := kinds(first)):
-            raise UserError(f"a batch has {found}, but the first one had {expected}; all have to be alike")
+        if (found := formats(batch)) != (expected := formats(first)):
+            raise UserError(f"a batch has {found}, but the first one had {expected}; all batches need the same format")
         yield batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A training that has begun: `loop` makes its steps, and what it needs for this is here."""
+    """A training run that has started: the training loop and the objects that it uses."""
 
     config: ConfigDict
     workdir: epath.Path
@@ -197,38 +201,38 @@ class Run:
         batches: Iterator[Batch],
     ) -> TrainState:
         start, total, every, alone = int(state.step), self.config.total_steps, self.config.every, jax.process_count() == 1
-        self.exit_if_asked(start)
+        self.exit_if_requested(start)
         guard = NonFiniteGuard(self.checkpoints)
         for step in range(start + 1, total + 1):
-            with self.saving_if_it_fails(state, guard):
+            with self.save_on_failure(state, guard):
                 if (batch := next(batches, None)) is None:
                     raise UserError(f"the batches ended after step {step - 1}, before total_steps={total}")
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = train_step(state, batch)
-            self.log.started(metrics)
-            guard.see(step, metrics)
+            self.log.add_step(metrics)
+            guard.record(step, metrics)
             stopping = step < total and self.stop.requested(self.checkpoints, step)
             log_due, save_due = due(step, every.log, total), stopping or due(step, every.save, total)
             score_due = self.evaluate is not None and not stopping and due(step, every.eval, total)
             if log_due or save_due or score_due:
                 guard.finish()
             if log_due:
-                self.log.interval(step)
-            if step == start + 1:  # this one has compiled the step; the rates are those of the others
+                self.log.log_progress(step)
+            if step == start + 1:  # this step included compilation, so it is excluded from the rates
                 jax.block_until_ready(metrics)
                 self.log.restart_clocks(step)
                 _write_description(self.config, state, self.workdir)
             else:
                 self.log.end_of_epoch(step)
-            if save_due or score_due or (log_due and alone and self.checkpoints.failed()):
+            if save_due or score_due or (log_due and alone and self.checkpoints.save_failed()):
                 self.save(step, state)
             if score_due:
                 self.score(step, state)
-            with self.saving_if_it_fails(state, guard):
+            with self.save_on_failure(state, guard):
                 for hook in self.hooks:
                     hook(step)
             if stopping or score_due:
-                self.exit_if_asked(step)
+                self.exit_if_requested(step)
         return state
 
     def save(self, step: int, state: TrainState) -> None:
@@ -236,10 +240,10 @@ class Run:
         self.log.flush()
 
     @contextlib.contextmanager
-    def saving_if_it_fails(self, state: TrainState, guard: NonFiniteGuard) -> Iterator[None]:
-        """Saves the steps made, where the block fails: a wrong example must not cost those before it.
+    def save_on_failure(self, state: TrainState, guard: NonFiniteGuard) -> Iterator[None]:
+        """Saves the state if the block fails, so that a bad example does not lose the steps before it.
 
-        Several processes cannot while one of them fails.
+        With several processes nothing is saved, because saving needs all of them.
         """
         try:
             yield
@@ -247,40 +251,40 @@ class Run:
             if (step := int(state.step)) not in (0, *self.checkpoints.steps) and jax.process_count() == 1:
                 guard.finish()
                 self.save(step, state)
-                logger.warning(f"step {step} is saved; the same command goes on from there")
+                logger.warning(f"step {step} is saved; run the same command to resume")
             raise
 
-    def exit_if_asked(self, step: int) -> None:
+    def exit_if_requested(self, step: int) -> None:
         if self.stop.requested(self.checkpoints, step):
-            logger.warning(f"stopped by {self.stop.name}; step {step} is saved, the same command goes on from there")
+            logger.warning(f"stopped by {self.stop.name}; step {step} is saved; run the same command to resume")
             raise SystemExit(128 + self.stop.number)
 
     def score(self, step: int, state: TrainState) -> None:
-        """Evaluates a state that is saved; what goes wrong is said, and a stop signal ends it."""
+        """Evaluates a saved state. Failures are logged, and a stop signal ends the evaluation."""
         assert self.evaluate is not None
         began, failure = time.perf_counter(), None
         try:
             with self.stop.interrupts():
                 metrics, pictures = self.evaluate(state.variables)
-                json.dumps(metrics, default=float)  # it has to be written, too
+                json.dumps(metrics, default=float)  # fails here if the metrics cannot be serialized
                 found = {name: float(value) for name, value in metrics.items() if _is_number(value)}
         except Stopped:
             return
-        except Exception as error:  # an image, the devices' memory, a mistake in the evaluation: no step is lost for it
+        except Exception as error:  # such as a bad image, too little memory, or a bug: training goes on
             failure = reason(error)
         seconds = time.perf_counter() - began
-        if parallel.agree(failure is not None):
-            told = f"step {step} could not be evaluated ({failure or 'by another process'}); it is saved"
+        if parallel.max_over_processes(failure is not None):
+            problem = f"step {step} could not be evaluated ({failure or 'in another process'}), but it is saved"
             if step == self.config.total_steps:
-                raise UserError(f"{told}, and the same command evaluates it again")
-            logger.warning(f"{told}, training goes on")
+                raise UserError(f"{problem}; run the same command to evaluate it again")
+            logger.warning(f"{problem}, and training goes on")
             return self.log.pause(seconds)
         best_metric = self.config.eval.best_metric
         if best_metric not in found:
             raise UserError(f"eval.best_metric={best_metric!r}: the evaluation has {', '.join(found)}; choose one of these")
         self.log.pause(seconds)
-        self.log.evaluation(step, metrics, pictures)  # first: what has no score is evaluated again
-        if parallel.agree(self.checkpoints.failed(wait=True)):
+        self.log.evaluation(step, metrics, pictures)  # before the score, since a checkpoint without a score is evaluated again
+        if parallel.max_over_processes(self.checkpoints.save_failed(wait=True)):
             self.save(step, state)
         settings = resume.evaluation_settings(self.config) | {"data": metrics.get("data")}
         self.checkpoints.add_score(step, {SCORE: found[best_metric], **found}, settings)
@@ -291,20 +295,21 @@ def _is_number(value: Any) -> bool:
 
 
 def due(step: int, every: int, total: int) -> bool:
-    """Whether something done each `every` steps (0: never) and at the end is due after `step` steps."""
+    """Returns whether an action is due after `step` steps, if it is done every `every` steps (0: never) and at the end."""
     return step == total or (every > 0 and step % every == 0)
 
 
 def _lacks_score(checkpoints: Checkpoints, step: int) -> bool:
-    """Whether the checkpoint of a step was to be evaluated, by the config of its own time, and was not."""
+    """Returns whether a checkpoint has no score although, by its own config, it should have been evaluated."""
     if step == 0 or (origin := checkpoints.origin()) is None:
         return False
     config, _ = origin
-    return bool(parallel.agree(due(step, config.every.eval, config.total_steps) and checkpoints.score(step) is None))
+    lacks_score = due(step, config.every.eval, config.total_steps) and checkpoints.score(step) is None
+    return bool(parallel.max_over_processes(lacks_score))
 
 
-def _announce(config: ConfigDict, state: TrainState, mesh: Mesh, workdir: epath.Path, start: int) -> None:
-    """Says what is about to run."""
+def _log_summary(config: ConfigDict, state: TrainState, mesh: Mesh, workdir: epath.Path, start: int) -> None:
+    """Logs the number of parameters, the devices and the BatchNorm setting."""
     groups = {name: parameter_overview.count_parameters(tree) for name, tree in state.params.items()}
     logger.info(f"{sum(groups.values()):,} parameters: {', '.join(f'{k} {v:,}' for k, v in groups.items())}")
     device = mesh.devices.flat[0]
@@ -314,11 +319,11 @@ def _announce(config: ConfigDict, state: TrainState, mesh: Mesh, workdir: epath.
     if config.model.norm == "frozen":
         logger.info("BatchNorm uses its running statistics and does not update them")
         if start == 0 and not config.init_from:
-            logger.warning("they are those of a new network, mean 0 and variance 1: model.norm='frozen' is meant for init_from")
+            logger.warning("they have their initial values, mean 0 and variance 1; use model.norm='frozen' with init_from")
     elif (images := configs.bn_images(config)) < 16:
         logger.warning(
-            f"BatchNorm sees {images} images; under 16 the result suffers: raise batch_size (the published runs had 16), or "
-            "fine-tune with model.norm='frozen'"
+            f"BatchNorm sees {images} images, and fewer than 16 give worse results: raise batch_size (the published runs had "
+            "16) or fine-tune with model.norm='frozen'"
         )
     else:
         logger.info(f"BatchNorm sees {images} images")
@@ -326,9 +331,9 @@ def _announce(config: ConfigDict, state: TrainState, mesh: Mesh, workdir: epath.
 
 
 def _write_description(config: ConfigDict, state: TrainState, workdir: epath.Path) -> None:
-    """Writes the config of a run that has made a step, and the table of its parameters."""
+    """Writes config.json and the table of parameters. Called once a step has succeeded, so a failed start changes neither."""
     table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-    with parallel.together("writing config.json"), files.writing(workdir, "make room, or mend what is wrong"):
+    with parallel.fail_together("writing config.json"), files.writing(workdir, "free some space or fix the cause"):
         for name, text in (("config.json", configs.to_json(config)), ("parameters.txt", f"{table}\n")):
             if jax.process_index() == 0:
                 with files.atomic(workdir / name) as path:

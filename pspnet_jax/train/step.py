@@ -18,31 +18,31 @@ from pspnet_jax.optimizers import Optimizer
 
 Variables = dict[str, Any]  # params, batch_stats
 Metrics = dict[str, Metric]
-TermWeights = dict[str, jax.Array]  # what the sums of the loss's terms are divided by, f32[] each
+TermWeights = dict[str, jax.Array]  # the divisors of the loss terms' sums, f32[] each
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that a run needs to go on: everything else follows from the config and the step."""
+    """Everything needed to resume a run; all else follows from the config and the step."""
 
     step: jax.Array  # int32[], number of updates made
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
-    ema: Variables | None  # exponential moving average of both, or None when it is off
+    ema: Variables | None  # exponential moving average of params and batch_stats, or None if disabled
 
     @property
     def weights(self) -> Variables:
-        """What is trained: {"params", "batch_stats"}."""
+        """The trained variables: {"params", "batch_stats"}."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     @property
     def variables(self) -> Variables:
-        """What evaluation uses: the moving average when there is one."""
+        """The variables for evaluation: the moving average, if enabled, or else the weights."""
         return self.ema or self.weights
 
 
 def new_state(config: ConfigDict, optimizer: Optimizer, variables: Variables) -> TrainState:
-    """The state before the first step, given the initial weights."""
+    """Returns the state before the first step, given the initial variables."""
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -53,35 +53,35 @@ def new_state(config: ConfigDict, optimizer: Optimizer, variables: Variables) ->
 
 
 def random_key(seed: int) -> jax.Array:
-    """The key of a seed, of the generator that a resumed run has, too, whatever JAX_DEFAULT_PRNG_IMPL says."""
+    """Returns the random key of a seed. The generator is fixed, so JAX_DEFAULT_PRNG_IMPL cannot change a resumed run."""
     return jax.random.key(seed, impl="threefry2x32")
 
 
 def init_state(
     config: ConfigDict, model: nn.Module, optimizer: Optimizer, mesh: Mesh, image_shape: tuple[int, ...]
 ) -> Callable[[], TrainState]:
-    """Returns the compiled function that draws a fresh state, on every device of the mesh, from config.seed.
+    """Returns a compiled function that initializes the state from config.seed, replicated over the mesh.
 
     Args:
-      config: of which seed and optimizer.ema_decay are used.
+      config: fields used here: seed and optimizer.ema_decay.
       model: called with images f32[1, *image_shape] and train=False.
-      optimizer: whose state it gets.
+      optimizer: initializes the optimizer state.
       mesh: the devices.
-      image_shape: (height, width, channels) of the batches' images.
+      image_shape: (height, width, channels) of the training images.
     """
 
     def init() -> TrainState:
         variables = model.init(random_key(config.seed), jnp.zeros((1, *image_shape)), train=False)
         return new_state(config, optimizer, dict(variables))
 
-    # Most of the time goes into compiling one random generator a kernel; CPUs do it four times faster unoptimized.
+    # Most of the time is spent compiling a random generator per kernel. On CPUs this is four times faster unoptimized.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
     return jax.jit(init, out_shardings=parallel.replicated(mesh), compiler_options=options)
 
 
 class Aux(NamedTuple):
-    """What loss_fn returns beside the loss."""
+    """Auxiliary outputs of loss_fn."""
 
     batch_stats: Any
     weights: TermWeights
@@ -92,20 +92,19 @@ class Aux(NamedTuple):
 def make_train_step(
     config: ConfigDict, model: nn.Module, loss: Loss, optimizer: Optimizer, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns the compiled step: (state, batch) -> (state after one update, metrics). The state is donated.
+    """Returns the compiled train step: (state, batch) -> (state after one update, metrics). The state is donated.
 
-    The batch is a dict of arrays whose leading axis is the global batch, sharded over the mesh; "image", uint8[N, H, W, 3], is
-    normalized here. The model is called with train=True, and the loss gets what it returns (see `losses`).
+    The batch is a dict of global arrays, sharded over the mesh along the first axis. The step normalizes "image",
+    uint8[N, H, W, 3], calls the model with train=True, and passes its outputs to the loss (see `losses`).
 
-    Returns:
-      metrics that merge over steps: "loss", the mean of each term of the loss by its name, the metrics of the loss,
-      "gradient_norm", and the values of the optimizer's schedules.
+    The metrics can be merged over steps. They are "loss", the mean of each loss term by name, the metrics of the loss,
+    "gradient_norm", and the values of the optimizer's schedules.
     """
 
     def loss_fn(
         params: Any, batch_stats: Any, step: jax.Array, batch: Batch, key: jax.Array, weights: TermWeights | None = None
     ) -> tuple[jax.Array, Aux]:
-        """`weights` are those of the whole batch, of which this may be a part."""
+        """`weights` are those of the whole batch, if `batch` is only a part of it."""
         outputs, updates = model.apply(
             {"params": params, "batch_stats": batch_stats},
             models.normalize(batch["image"], config.normalize),
@@ -121,7 +120,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(random_key(config.seed), state.step)
-        # Without parts there is no scan of length 1: XLA runs convolutions inside loops many times slower on CPUs.
+        # Avoids a scan of length 1: on CPUs, XLA runs convolutions inside loops many times slower.
         if config.optimizer.accumulate == 1:
             grads, aux = jax.grad(loss_fn, has_aux=True)(state.params, state.batch_stats, state.step, batch, key)
         else:
@@ -142,19 +141,19 @@ def make_train_step(
 def _accumulated(
     loss_fn: Callable[..., tuple[jax.Array, Aux]], state: TrainState, batch: Batch, key: jax.Array, parts: int
 ) -> tuple[Any, Aux]:
-    """Adds up the gradients of the parts, one after the other; BatchNorm's statistics are each part's own.
+    """Adds up the gradients of the parts of a batch, one part after the other. BatchNorm uses the statistics of each part.
 
-    Every part is divided by the weights of the whole batch, which a first pass finds out; where they follow from the batch
-    alone, as with cross-entropy, nothing of the model remains of that pass when it is compiled.
+    The loss terms of every part are divided by the weights of the whole batch, which a first pass computes. If the weights
+    depend only on the batch, as with cross-entropy, the compiler removes the model from this pass.
     """
-    # [N, ...] -> [parts, N / parts, ...], each part a share of every device's examples, so that none has to move
+    # [N, ...] -> [parts, N / parts, ...]; each part has some examples of every device, so no example moves between devices
     split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
     each = split, jax.random.split(key, parts)
 
-    def weigh(part: tuple[Batch, jax.Array]) -> TermWeights:
+    def part_weights(part: tuple[Batch, jax.Array]) -> TermWeights:
         return loss_fn(state.params, state.batch_stats, state.step, *part)[1].weights
 
-    weights = jax.tree.map(lambda x: jnp.sum(x, 0), jax.lax.map(weigh, each))
+    weights = jax.tree.map(lambda x: jnp.sum(x, 0), jax.lax.map(part_weights, each))
 
     def add_part(total: tuple[Any, Any], part: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Any], Aux]:
         grads, batch_stats = total

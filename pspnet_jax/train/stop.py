@@ -1,4 +1,4 @@
-"""How a run is asked to stop."""
+"""Stopping a run by a signal."""
 
 import contextlib
 import logging
@@ -13,34 +13,34 @@ import jax
 from pspnet_jax.train.checkpoint import Checkpoints
 
 logger = logging.getLogger(__name__)
-REPEATED = 2.0
+SAME_SIGNAL_SECONDS = 2.0
 
 
 class Stopped(BaseException):
-    """Ends what runs within `StopSignal.interrupts`."""
+    """Raised in a block within `StopSignal.interrupts` when a signal is received."""
 
 
 class StopSignal:
-    """Asks for a stop after SIGTERM, SIGHUP (unless nohup has it ignored) or Ctrl-C; a second one ends the process.
+    """Requests a stop after SIGTERM, SIGHUP (unless nohup ignores it) or Ctrl-C. A second signal ends the process.
 
-    Not within `REPEATED` seconds, when it may be the same again: some launchers send it to the process and to its group.
+    A second signal within `SAME_SIGNAL_SECONDS` is ignored, as some launchers signal both a process and its group.
 
-    Several processes agree on the step.
+    The processes of a job stop at the same step.
 
     Attributes:
-      received: whether this process, being the only one of its job, was asked to stop.
+      received: whether a signal was received; only set if the job has a single process.
     """
 
     def __init__(self) -> None:
         self.number, self.received = signal.SIGTERM, False
-        self._interrupts, self._repeated_until = False, 0.0
-        self._alone = jax.process_count() == 1  # else JAX catches SIGTERM
+        self._interrupts, self._ignored_until = False, 0.0
+        self._alone = jax.process_count() == 1  # with several processes, JAX catches SIGTERM
         can_catch = threading.current_thread() is threading.main_thread()
         if self._alone and not can_catch:
-            logger.info("training runs in a thread, where Python catches no signals: SIGTERM and Ctrl-C are not waited for")
+            logger.info("training runs in a thread, where Python catches no signals: SIGTERM and Ctrl-C save no checkpoint")
         caught = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if self._alone and can_catch else ()
-        heeded = [number for number in caught if signal.getsignal(number) is not signal.SIG_IGN]
-        self._previous = {number: signal.signal(number, self._receive) for number in heeded}
+        handled = [number for number in caught if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._receive) for number in handled}
 
     @property
     def name(self) -> str:
@@ -48,21 +48,21 @@ class StopSignal:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self.received:
-            if time.monotonic() > self._repeated_until:
+            if time.monotonic() > self._ignored_until:
                 self.close()
                 signal.raise_signal(number)
             return
         self.number, self.received = signal.Signals(number), True
-        self._repeated_until = time.monotonic() + REPEATED
+        self._ignored_until = time.monotonic() + SAME_SIGNAL_SECONDS
         if self._interrupts:
             raise Stopped
 
     @contextlib.contextmanager
     def interrupts(self) -> Iterator[None]:
-        """Within, a signal does not wait for the end of a step; several processes wait, since some may wait for others.
+        """Lets a signal interrupt the block. With several processes it does not, because the others might wait forever.
 
         Raises:
-          Stopped: a signal has come.
+          Stopped: a signal was received.
         """
         self._interrupts = True
         try:
@@ -73,6 +73,7 @@ class StopSignal:
             self._interrupts = False
 
     def requested(self, checkpoints: Checkpoints, step: int) -> bool:
+        """Returns whether the run should stop after `step`; the same for all processes of the job."""
         return self.received if self._alone else checkpoints.reached_preemption(step)
 
     def close(self) -> None:

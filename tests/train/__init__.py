@@ -1,4 +1,4 @@
-"""What the training tests share: the smallest networks, and batches for them."""
+"""Helpers for the training tests: small networks, configs and batches."""
 
 import itertools
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ CLASSES = ("sky", "road", "car")
 
 
 def tiny_config() -> ConfigDict:
-    """A thin ResNet-18 on 33x33 crops, 8 images a step, over 12 steps; every option of the optimizer is on."""
+    """Returns the config of a thin ResNet-18 on 33x33 crops, with 12 steps of 8 images and all optimizer options enabled."""
     config = base_config()
     config.model.update(depth=18, width=8, output_stride=32, bins=(1,))
     config.dataset.class_names = CLASSES
@@ -33,7 +33,7 @@ def tiny_config() -> ConfigDict:
 
 
 class OneLayer(nn.Module):
-    """The least network that a step can train: a normalized convolution and a classifier."""
+    """The smallest trainable network: a convolution with BatchNorm and a classifier."""
 
     frozen: bool = False
 
@@ -45,7 +45,7 @@ class OneLayer(nn.Module):
 
 
 def make_batch(step: int, size: int = 8) -> dict[str, np.ndarray]:
-    """The batch of a step: noise whose brightness tells the class, and a tenth of the pixels ignored."""
+    """Returns the batch of a step: noise whose brightness depends on the class, with a tenth of the pixels ignored."""
     random = np.random.default_rng(step)
     labels = random.integers(0, len(CLASSES), (size, 33, 33), dtype=np.uint8)
     images = 80 * labels[..., None] + random.integers(0, 80, (size, 33, 33, 3), dtype=np.uint8)
@@ -57,14 +57,14 @@ def make_batches(start: int) -> Iterator[dict[str, np.ndarray]]:
 
 
 def score(variables: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Stands for an evaluation: numbers that follow from the weights alone, and one picture."""
+    """Replaces an evaluation: returns metrics that depend only on the weights, and one picture."""
     kernel = np.abs(np.asarray(variables["params"]["classifier"]["kernel"], np.float64))
     metrics = {"mean_iou": float(kernel.mean()), "pixel_accuracy": 0.75, "images": 2, "classes": [{"name": "car", "iou": None}]}
     return metrics, {"street": np.full((2, 4, 3), (255, 0, 0), np.uint8)}
 
 
 def parts_of(config: ConfigDict) -> dict[str, Any]:
-    """The config's model, loss and optimizer."""
+    """Builds the model, loss and optimizer of a config."""
     return {
         "model": models.build(config.model, len(config.dataset.class_names)),
         "loss": losses.build(config.loss, config.total_steps),
@@ -73,7 +73,7 @@ def parts_of(config: ConfigDict) -> dict[str, Any]:
 
 
 def fit(config: ConfigDict, batches: Any, evaluate: Any, workdir: Any, **more: Any) -> TrainState:
-    """`loop.fit` with the config's own parts, unless others are given."""
+    """Calls `loop.fit` with the model, loss and optimizer of the config, unless others are given."""
     return loop.fit(config, **(parts_of(config) | more), batches=batches, evaluate=evaluate, workdir=workdir)
 
 
@@ -82,7 +82,7 @@ def mesh_of(devices: int) -> Mesh:
 
 
 def filled_state(config: ConfigDict, value: float) -> TrainState:
-    """The config's whole train state with `value` everywhere but in the moving average, which has twice that."""
+    """Returns the train state of a config, filled with `value`, and with twice the value in the moving average."""
     parts, everywhere = parts_of(config), parallel.replicated(mesh_of(1))
     init = init_state(config, parts["model"], parts["optimizer"], mesh_of(1), (33, 33, 3))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(init))

@@ -1,4 +1,4 @@
-"""Programs compiled once for all tests here, and for the processes that they start."""
+"""A compilation cache for the tests in this directory, and a trained checkpoint."""
 
 import jax
 import pytest
@@ -9,7 +9,7 @@ from tests.train import filled_state, tiny_config
 
 @pytest.fixture(scope="package", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """A folder of compiled programs, empty at first; gives the environment with which another process shares it."""
+    """Enables an empty JAX compilation cache; yields the environment variables with which a subprocess shares it."""
     values = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -24,7 +24,7 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A workdir with a checkpoint of the tiny network at step 4, all its numbers 3 and those of the moving average 6."""
+    """A workdir with a checkpoint of the tiny network at step 4; all its values are 3, or 6 in the moving average."""
     workdir, config = tmp_path_factory.mktemp("trained"), tiny_config()
     checkpoints = Checkpoints(workdir)
     checkpoints.save(4, filled_state(config, 3), config)

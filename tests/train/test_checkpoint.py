@@ -20,7 +20,7 @@ from tests.train import filled_state, mesh_of, tiny_config
 
 
 def small_state(step, devices=8):
-    """A state of few numbers, all of which tell the step."""
+    """Returns a state of a few numbers that all depend on the step."""
     values = np.float32(step) + np.arange(6, dtype=np.float32).reshape(2, 3) / 7
     state = TrainState(jnp.int32(step), {"a": {"kernel": values}}, {"a": {"mean": values + 1}}, (values + 2,), None)
     return jax.device_put(state, parallel.replicated(mesh_of(devices)))
@@ -36,7 +36,7 @@ def assert_equal(state, other):
 
 
 def save(workdir, scores, config=None):
-    """Saves small states; scores: {step: mean IoU or None}."""
+    """Saves small states, given {step: score or None}."""
     checkpoints = Checkpoints(workdir)
     for step, score in scores.items():
         checkpoints.save(step, small_state(step), config or tiny_config())
@@ -46,7 +46,7 @@ def save(workdir, scores, config=None):
 
 
 @pytest.mark.parametrize(("saved_on", "restored_on"), [(8, 1), (1, 8)])
-def test_any_number_of_devices_restores_bit_for_bit(tmp_path, saved_on, restored_on):
+def test_restoring_is_exact_on_any_number_of_devices(tmp_path, saved_on, restored_on):
     state = small_state(3, saved_on)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(3, state, tiny_config())
@@ -79,13 +79,13 @@ def test_the_newest_two_and_the_best_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("which", ["best", "7", "newest"])
-def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are(tmp_path, which):
+def test_a_missing_checkpoint_is_an_error_that_lists_the_existing_ones(tmp_path, which):
     save(tmp_path, {1: None, 2: None})
-    with pytest.raises(FileNotFoundError, match=rf"--checkpoint {which}: .*checkpoints has \[1, 2\]"):
+    with pytest.raises(FileNotFoundError, match=rf"--checkpoint {which}: .*checkpoints has checkpoints \[1, 2\]"):
         Checkpoints(tmp_path, read_only=True).find(which)
 
 
-def test_the_config_travels_with_the_checkpoint(tmp_path):
+def test_the_config_is_saved_with_the_checkpoint(tmp_path):
     config = tiny_config()
     config.eval.scales = (0.5, 1.75)
     save(tmp_path, {1: None}, config)
@@ -124,7 +124,7 @@ def garble_metadata(path):
 
 
 def empty_all_files(path):
-    """What may be left where the power failed."""
+    """As a power failure may leave them."""
     for file in path.rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
@@ -133,7 +133,7 @@ def empty_all_files(path):
 @pytest.mark.parametrize(
     "damage", [truncate, garble, delete_data, delete_weights, empty_folder, garble_metadata, empty_all_files]
 )
-def test_an_unreadable_newest_checkpoint_is_moved_aside_and_the_one_before_it_used(tmp_path, caplog, damage):
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_previous_one_used(tmp_path, caplog, damage):
     save(tmp_path, {2: None, 3: 0.4})
     damage(tmp_path / "checkpoints" / "3")
     checkpoints = Checkpoints(tmp_path)
@@ -144,24 +144,24 @@ def test_an_unreadable_newest_checkpoint_is_moved_aside_and_the_one_before_it_us
     assert warning.endswith(f"moved to {tmp_path}/set_aside/3, using 2")
     assert (tmp_path / "set_aside" / "3").is_dir()
     assert checkpoints.steps == [2]
-    checkpoints.save(3, small_state(3), tiny_config())  # training comes past this step again
+    checkpoints.save(3, small_state(3), tiny_config())  # training reaches this step again
     checkpoints.close()
     assert_equal(Checkpoints(tmp_path).restore_newest(target()), small_state(3))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's own, which pytest sees before us
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from orbax, and pytest sees it first
 @pytest.mark.parametrize("damage", [truncate, garble, delete_data, delete_weights, garble_metadata])
-def test_damage_is_found_where_there_are_no_checksums(tmp_path, caplog, damage):
-    """As beside the checkpoints of an older version, where a flipped bit in a number stays unseen."""
+def test_damage_is_found_without_checksums(tmp_path, caplog, damage):
+    """Checkpoints of an older version have none, and there a flipped bit in a value is not detected."""
     save(tmp_path, {2: None, 3: 0.4})
     damage(tmp_path / "checkpoints" / "3")
     (tmp_path / "checkpoints" / "3" / "checksums.json").unlink()
     assert_equal(Checkpoints(tmp_path).restore_newest(target()), small_state(2))
     assert "checkpoint 3 is damaged" in caplog.text
-    gc.collect()  # what orbax abandons comes to its end here
+    gc.collect()  # destroys the objects that orbax abandoned, within this test
 
 
-def test_damaged_metrics_cost_a_checkpoint_its_rank_and_nothing_else(tmp_path, caplog):
+def test_a_checkpoint_with_a_damaged_score_remains_usable(tmp_path, caplog):
     save(tmp_path, {1: 0.5, 2: 0.6, 3: None})
     (tmp_path / "checkpoints" / "2" / "score.json").write_text("{")
     checkpoints = Checkpoints(tmp_path)
@@ -172,7 +172,7 @@ def test_damaged_metrics_cost_a_checkpoint_its_rank_and_nothing_else(tmp_path, c
         checkpoints.find("best")
 
 
-def test_where_no_checkpoint_can_be_read_nothing_is_moved_and_nothing_started_over(tmp_path):
+def test_if_no_checkpoint_can_be_read_none_is_moved_and_training_does_not_start_over(tmp_path):
     save(tmp_path, {1: None, 2: None})
     for step in (1, 2):
         garble_metadata(tmp_path / "checkpoints" / str(step))
@@ -186,11 +186,12 @@ def test_where_no_checkpoint_can_be_read_nothing_is_moved_and_nothing_started_ov
     assert not (tmp_path / "set_aside").exists()
 
 
-def test_half_a_checkpoint_of_a_killed_process_does_not_count_and_goes_away(tmp_path):
+def test_a_partial_checkpoint_of_a_killed_process_is_ignored_and_removed(tmp_path):
     save(tmp_path, {1: None, 2: None})
     (tmp_path / "checkpoints" / "2").rename(tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp")
     assert Checkpoints(tmp_path, read_only=True).steps == [1]
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 2  # evaluation removes nothing: the training may still run
+    # Evaluation removes nothing, as the training may still be running.
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.steps == [1]
     checkpoints.save(3, small_state(3), tiny_config())
@@ -198,9 +199,9 @@ def test_half_a_checkpoint_of_a_killed_process_does_not_count_and_goes_away(tmp_
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "3"}
 
 
-def test_evaluation_reads_config_and_moving_average_on_one_device(trained):
+def test_evaluation_reads_the_config_and_the_moving_average_onto_one_device(trained):
     config, step, variables = checkpoint.load(trained, "best", mesh_of(1))
-    assert checkpoint.load(trained, step, mesh_of(1))[1] == step  # a number, too
+    assert checkpoint.load(trained, step, mesh_of(1))[1] == step  # by number
     assert (config.to_dict(), step) == (tiny_config().to_dict(), 4)
     for leaf in jax.tree.leaves(variables):
         np.testing.assert_array_equal(leaf, 6)
@@ -208,23 +209,23 @@ def test_evaluation_reads_config_and_moving_average_on_one_device(trained):
 
 
 @pytest.mark.parametrize("part", ["ema", "config"])
-def test_evaluating_an_unreadable_checkpoint_ends_in_one_sentence(trained, tmp_path, part):
+def test_evaluating_a_damaged_checkpoint_is_a_user_error(trained, tmp_path, part):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     for file in (tmp_path / "checkpoints" / "4" / part).rglob("*"):
         if file.is_file():
             file.write_bytes(b"garbage")
-    with pytest.raises(ValueError, match=r"checkpoint 4 in .* is damaged .*; .* take another with --checkpoint") as error:
+    with pytest.raises(ValueError, match=r"checkpoint 4 in .* is damaged .*; .* choose another with --checkpoint") as error:
         checkpoint.load(tmp_path, "latest", mesh_of(1))
     assert "\n" not in str(error.value)
 
 
-def test_evaluating_where_there_is_no_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere: is no run with checkpoints; train there first"):
+def test_evaluating_a_directory_without_a_run_is_a_user_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: is not a run with checkpoints; train there first"):
         checkpoint.load(tmp_path / "nowhere", "latest", mesh_of(1))
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_weights_alone_make_a_run_that_is_never_overwritten(tmp_path):
+def test_write_weights_creates_a_run_and_never_overwrites_one(tmp_path):
     config = tiny_config()
     state = filled_state(config, 5)
     checkpoint.write_weights(tmp_path / "run", config, state.replace(step=jnp.int32(0)))
@@ -232,11 +233,11 @@ def test_weights_alone_make_a_run_that_is_never_overwritten(tmp_path):
     assert (saved.to_dict(), step) == (config.to_dict(), 0)
     for leaf in jax.tree.leaves(variables):
         np.testing.assert_array_equal(leaf, 10)  # the moving average
-    with pytest.raises(ValueError, match=r"run: holds a run already; choose another --workdir"):
+    with pytest.raises(ValueError, match=r"run: already holds a run; choose another --workdir"):
         checkpoint.write_weights(tmp_path / "run", config, state)
 
 
-def test_evaluation_reads_neither_the_optimizer_nor_the_weights_beside_the_average(trained, tmp_path):
+def test_evaluation_reads_only_the_moving_average(trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     for part in ("optimizer", "weights"):
         shutil.rmtree(tmp_path / "checkpoints" / "4" / part)
@@ -246,17 +247,17 @@ def test_evaluation_reads_neither_the_optimizer_nor_the_weights_beside_the_avera
 
 @pytest.fixture
 def old_run(tmp_path):
-    """A run that version 0.1.0 wrote, of tiny_config at step 4: at place n, leaf i is (n mod 16) / 16 + (i mod 8) + 1/2."""
+    """A run of tiny_config at step 4, written by version 0.1.0. Element n of leaf i is (n mod 16) / 16 + (i mod 8) + 1/2."""
     with zipfile.ZipFile(pathlib.Path(__file__).with_name("run_of_0.1.0.zip")) as archive:
         archive.extractall(tmp_path)
     return tmp_path
 
 
-def test_a_run_of_the_first_version_is_evaluated_with_its_own_config(old_run, caplog):
+def test_a_run_of_version_0_1_is_evaluated_with_its_own_config(old_run, caplog):
     config, step, variables = checkpoint.load(old_run, "best", mesh_of(2))
-    assert (step, config.to_dict()) == (4, tiny_config().to_dict())  # also where fields were renamed
+    assert (step, config.to_dict()) == (4, tiny_config().to_dict())  # including renamed fields
     assert not [r for r in caplog.records if r.name.startswith("pspnet_jax")]
-    number = {}  # of each leaf in the old state: step, params, batch_stats, opt_state, average
+    number = {}  # index of each leaf in the old state: step, params, batch_stats, opt_state, average
     shapes = filled_state(tiny_config(), 0)
     old = (
         shapes.step,
@@ -275,8 +276,8 @@ def test_a_run_of_the_first_version_is_evaluated_with_its_own_config(old_run, ca
     assert checked == len(jax.tree.leaves(shapes.weights))
 
 
-def test_a_run_of_the_first_version_goes_on(old_run):
-    """Its momentum, schedule's count and moving average too; what follows is saved in today's layout."""
+def test_a_run_of_version_0_1_resumes(old_run):
+    """Its momentum, schedule count and moving average are restored, and new checkpoints have the current layout."""
     checkpoints = Checkpoints(old_run)
     assert checkpoints.origin()[0].to_dict() == tiny_config().to_dict()
     state = checkpoints.restore_newest(filled_state(tiny_config(), 0))
@@ -290,8 +291,8 @@ def test_a_run_of_the_first_version_goes_on(old_run):
     assert_equal(again.replace(step=state.step), state)
 
 
-def storage(monkeypatch, error, times):
-    """Makes the reading of files fail so many times."""
+def fail_reads(monkeypatch, error, times):
+    """Makes the first `times` reads of a checkpoint fail."""
     real, left = integrity.ocp.StandardCheckpointHandler.restore, [times]
 
     def restore(self, *args, **more):
@@ -304,7 +305,7 @@ def storage(monkeypatch, error, times):
     monkeypatch.setattr(integrity, "PAUSES", (0.0, 0.0))
 
 
-AWAY = [
+UNREACHABLE = [
     OSError(errno.EIO, "Input/output error"),
     PermissionError(errno.EACCES, "Permission denied"),
     OSError(errno.ESTALE, "Stale file handle"),
@@ -315,26 +316,25 @@ AWAY = [
 ]
 
 
-@pytest.mark.parametrize("error", AWAY, ids=range(len(AWAY)))
-def test_a_checkpoint_that_storage_does_not_hand_out_is_asked_for_again_and_never_moved(tmp_path, caplog, monkeypatch, error):
+@pytest.mark.parametrize("error", UNREACHABLE, ids=range(len(UNREACHABLE)))
+def test_an_unreachable_checkpoint_is_read_again_and_never_moved(tmp_path, caplog, monkeypatch, error):
     save(tmp_path, {2: None, 3: 0.4})
-    storage(monkeypatch, error, times=1)
+    fail_reads(monkeypatch, error, times=1)
     assert_equal(Checkpoints(tmp_path).restore_newest(target()), small_state(3))
     assert "checkpoint 3 could not be read" in caplog.text
-    storage(monkeypatch, error, times=100)
+    fail_reads(monkeypatch, error, times=100)
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(
         UserError, match=r"checkpoint 3 in .* could not be read \(.*nothing was changed: try again when"
-    ) as said:
+    ) as raised:
         checkpoints.restore_newest(target())
-    assert "tensorstore_spec" not in str(said.value)
+    assert "tensorstore_spec" not in str(raised.value)
     assert checkpoints.steps == [2, 3]
     assert not (tmp_path / "set_aside").exists()
 
 
 @pytest.mark.parametrize("name", ["weights", "state", "checksums.json", "config", "d"])
-def test_a_name_that_cannot_be_looked_up_is_not_missing(tmp_path, monkeypatch, name):
-    """`exists` would say so."""
+def test_a_file_whose_stat_fails_is_unreachable_and_not_missing(tmp_path, monkeypatch, name):
     save(tmp_path, {2: None, 3: 0.4})
     checkpoints, real = Checkpoints(tmp_path), os.stat
 
@@ -351,31 +351,31 @@ def test_a_name_that_cannot_be_looked_up_is_not_missing(tmp_path, monkeypatch, n
     assert Checkpoints(tmp_path).steps == [2, 3]
 
 
-def test_evaluation_tells_damage_from_storage_that_is_away(trained, monkeypatch):
+def test_evaluation_distinguishes_damage_from_unreachable_storage(trained, monkeypatch):
     def restore(*args, **more):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(integrity, "PAUSES", ())
     monkeypatch.setattr(integrity.ocp.PyTreeCheckpointHandler, "restore", restore)
-    with pytest.raises(UserError, match=r"checkpoint 4 in .* could not be read \(.*Input/output error\); it may be all right"):
+    with pytest.raises(UserError, match=r"checkpoint 4 in .* could not be read \(.*Input/output error\); it may be intact"):
         checkpoint.load(trained, "latest", mesh_of(1))
 
 
-def test_arrays_of_another_network_are_named_and_nothing_is_moved(tmp_path):
+def test_arrays_of_another_network_are_listed_and_no_checkpoint_is_moved(tmp_path):
     save(tmp_path, {2: None, 3: None})
     wanted = target()
     wider = jax.ShapeDtypeStruct((2, 5), np.float32, sharding=wanted.step.sharding)
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(UserError, match=r"checkpoint 3 .* holds another network \(.*params/a/kernel \(2, 3\) -> \(2, 5\)"):
         checkpoints.restore_newest(wanted.replace(params={"a": {"kernel": wider}}))
-    with pytest.raises(UserError, match=r"holds another network \(the optimizer's state has other arrays\)"):
+    with pytest.raises(UserError, match=r"holds another network \(the optimizer state has different arrays\)"):
         checkpoints.restore_newest(wanted.replace(opt_state=(wider,)))
     assert checkpoints.steps == [2, 3]
 
 
 @pytest.mark.parametrize("place", ["weights/d", "weights/ocdbt.process_0/d", "config", "optimizer/d"])
-def test_one_flipped_bit_is_found(tmp_path, caplog, place):
-    """Also in a large array, whose numbers orbax and tensorstore would hand out as they are."""
+def test_one_flipped_bit_is_detected(tmp_path, caplog, place):
+    """Even in a large array, whose values orbax and tensorstore do not check."""
     checkpoints, grown = Checkpoints(tmp_path), {"large": jnp.zeros((1000, 100)) + jnp.arange(100)}
     state = small_state(2).replace(batch_stats=grown)
     for step in (2, 3):
@@ -389,10 +389,10 @@ def test_one_flipped_bit_is_found(tmp_path, caplog, place):
     file.write_bytes(content)
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     assert int(Checkpoints(tmp_path).restore_newest(wanted).step) == 2
-    assert f"checkpoint 3 is damaged (other content than was saved: {place}" in caplog.text
+    assert f"checkpoint 3 is damaged (content has changed since it was saved: {place}" in caplog.text
 
 
-def test_what_a_copy_left_out_is_named(trained, tmp_path):
+def test_files_missing_in_a_copy_are_listed(trained, tmp_path):
     def copy(change):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         shutil.copytree(trained, tmp_path / "run")
@@ -405,15 +405,15 @@ def test_what_a_copy_left_out_is_named(trained, tmp_path):
     assert "is damaged or incomplete (missing: config/)" in copy(lambda path: shutil.rmtree(path / "4" / "config"))
     assert "is damaged or incomplete (missing: ema/)" in copy(lambda path: shutil.rmtree(path / "4" / "ema"))
     assert "is damaged or incomplete (missing: ema/_METADATA" in copy(lambda path: (path / "4" / "ema" / "_METADATA").unlink())
-    said = copy(lambda path: [file.unlink() for file in path.glob("4/ema/d/*")])
-    assert "(missing: ema/d/" in said
-    said = copy(lambda path: (path / "4").rename(path / "4.orbax-checkpoint-tmp"))
-    assert "has none (and 4.orbax-checkpoint-tmp, which an interrupted save or copy left)" in said
-    assert "is no run with checkpoints" in copy(shutil.rmtree)
+    message = copy(lambda path: [file.unlink() for file in path.glob("4/ema/d/*")])
+    assert "(missing: ema/d/" in message
+    message = copy(lambda path: (path / "4").rename(path / "4.orbax-checkpoint-tmp"))
+    assert "has no complete checkpoint (and 4.orbax-checkpoint-tmp, left by an interrupted save or copy)" in message
+    assert "is not a run with checkpoints" in copy(shutil.rmtree)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_weights_that_are_not_finite_are_neither_scored_nor_trained_on(tmp_path, caplog, bad):
+def test_weights_that_are_not_finite_are_neither_evaluated_nor_trained_further(tmp_path, caplog, bad):
     checkpoints, config = Checkpoints(tmp_path), tiny_config()
     config.optimizer.ema_decay = 0.0
     checkpoints.save(2, small_state(2), config)
@@ -431,18 +431,18 @@ def test_weights_that_are_not_finite_are_neither_scored_nor_trained_on(tmp_path,
     assert (tmp_path / "set_aside" / "3").is_dir()
 
 
-def test_weights_for_other_classes_than_the_config_names_are_refused(tmp_path):
+def test_weights_whose_number_of_classes_contradicts_the_config_are_refused(tmp_path):
     config = tiny_config()
     state = filled_state(config, 5)
     config.dataset.class_names = ("sky", "road")
     checkpoint.write_weights(tmp_path / "run", config, state)
-    with pytest.raises(UserError, match="tells 3 classes apart, but its config names 2"):
+    with pytest.raises(UserError, match="has 3 classes, but its config names 2"):
         checkpoint.load(tmp_path / "run", "latest", mesh_of(1))
 
 
-@pytest.mark.parametrize("fault", ["damaged", "out of reach"])
+@pytest.mark.parametrize("fault", ["damaged", "unreachable"])
 def test_a_checkpoint_whose_score_cannot_be_read_is_kept(tmp_path, monkeypatch, caplog, fault):
-    """It may be the best one."""
+    """Because it may be the best one."""
     save(tmp_path, {1: 0.9, 2: 0.5, 3: None})
     with monkeypatch.context() as patch:
         if fault == "damaged":
@@ -463,8 +463,10 @@ def _raise(code):
     raise OSError(code, os.strerror(code))
 
 
-def test_a_directory_within_a_run_is_told_for_what_it_is(trained, monkeypatch):
-    with pytest.raises(UserError, match=rf"is no run with checkpoints; it is part of the run {re.escape(str(trained))}, copy"):
+def test_the_error_for_a_directory_inside_a_run_names_the_run(trained, monkeypatch):
+    with pytest.raises(
+        UserError, match=rf"is not a run with checkpoints; it is inside the run {re.escape(str(trained))}, copy"
+    ):
         Checkpoints(trained / "checkpoints" / "4", read_only=True)
     monkeypatch.setattr(os, "stat", lambda path, **_: _raise(errno.EACCES))
     with pytest.raises(OSError, match="Permission denied"):

@@ -1,4 +1,4 @@
-"""What goes wrong around a training costs none of its steps."""
+"""Failures around training (storage, evaluation, signals, user code) lose no training steps."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ def train(config, workdir, evaluate=score, **more):
 
 
 def small(**every):
-    """Six steps, a checkpoint every second, an evaluation every third."""
+    """Returns a config of six steps that saves every second step and evaluates every third."""
     config = tiny_config()
     config.total_steps = 6
     config.every.update({"log": 1, "save": 2, "eval": 3} | every)
@@ -50,7 +50,7 @@ def assert_equal(state, other):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The state of six steps that nothing disturbs."""
+    """The state after six undisturbed steps."""
     return train(small(), tmp_path_factory.mktemp("whole"))
 
 
@@ -65,22 +65,22 @@ def whole(tmp_path_factory):
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_an_evaluation_that_fails_costs_no_step(tmp_path, caplog, whole, error):
+def test_a_failed_evaluation_loses_no_step(tmp_path, caplog, whole, error):
     def evaluate(variables):
         raise error
 
     with pytest.raises(
-        UserError, match=r"step 6 could not be evaluated .*; it is saved, and the same command evaluates it again"
+        UserError, match=r"step 6 could not be evaluated .*, but it is saved; run the same command to evaluate it again"
     ):
         train(small(), tmp_path, evaluate)
-    (said,) = [line for line in warnings(caplog) if "could not be evaluated" in line]
-    assert said.startswith("step 3 could")
-    assert str(error).partition("] ")[2] in said
+    (message,) = [line for line in warnings(caplog) if "could not be evaluated" in line]
+    assert message.startswith("step 3 could")
+    assert str(error).partition("] ")[2] in message
     assert saved_steps(tmp_path) == [4, 6]
     assert_equal(train(small(), tmp_path), whole)
 
 
-def test_the_state_is_saved_when_it_is_evaluated(tmp_path):
+def test_the_state_is_saved_before_it_is_evaluated(tmp_path):
     seen = []
 
     def evaluate(variables):
@@ -94,16 +94,16 @@ def test_the_state_is_saved_when_it_is_evaluated(tmp_path):
 @pytest.mark.parametrize(
     "pictures",
     [{"x" * 300: np.zeros((2, 2, 3), np.uint8)}, {"a": np.zeros((2, 2, 7))}, {"a/b/\0": np.zeros((2, 2, 3), np.uint8)}],
-    ids=["name too long", "no picture", "no name"],
+    ids=["name too long", "wrong shape", "invalid name"],
 )
-def test_a_picture_that_cannot_be_written_is_a_warning_and_the_score_counts(tmp_path, caplog, pictures):
+def test_a_picture_that_cannot_be_written_is_a_warning_and_the_score_is_kept(tmp_path, caplog, pictures):
     train(small(), tmp_path, lambda variables: ({"mean_iou": 0.5}, pictures))
     assert len([line for line in warnings(caplog) if line.startswith("the picture ")]) == 2
     assert Checkpoints(tmp_path).find("best") == 6
 
 
 @pytest.mark.parametrize("at", [3, 6])
-def test_a_stop_during_an_evaluation_ends_it_and_it_is_made_up_for(tmp_path, caplog, whole, at):
+def test_a_stop_signal_ends_an_evaluation_which_is_repeated_on_resume(tmp_path, caplog, whole, at):
     calls = itertools.count(1)
 
     def slow(variables):
@@ -118,7 +118,7 @@ def test_a_stop_during_an_evaluation_ends_it_and_it_is_made_up_for(tmp_path, cap
     assert stopped.value.code == 143
     assert time.monotonic() - began < 60
     assert saved_steps(tmp_path)[-1] == at
-    assert f"stopped by SIGTERM; step {at} is saved, the same command goes on from there" in warnings(caplog)
+    assert f"stopped by SIGTERM; step {at} is saved; run the same command to resume" in warnings(caplog)
     assert_equal(train(small(), tmp_path), whole)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "eval"] == [3, 6]
@@ -126,7 +126,7 @@ def test_a_stop_during_an_evaluation_ends_it_and_it_is_made_up_for(tmp_path, cap
     assert all(Checkpoints(tmp_path).score(step) for step in {3, 6} & set(saved_steps(tmp_path)))
 
 
-def test_scores_of_other_settings_are_not_compared(tmp_path, caplog):
+def test_scores_with_different_settings_are_not_compared(tmp_path, caplog):
     scores = iter([0.75, 0.25, 0.5, 0.125])
 
     def evaluate(variables):
@@ -138,12 +138,12 @@ def test_scores_of_other_settings_are_not_compared(tmp_path, caplog):
     assert Checkpoints(tmp_path).find("best") == 3
     config.total_steps, config.eval.split = 12, "test"
     train(config, tmp_path, evaluate)
-    (said,) = [line for line in warnings(caplog) if "cannot be compared" in line]
-    assert "eval.split: 'val' -> 'test'" in said
+    (message,) = [line for line in warnings(caplog) if "cannot be compared" in line]
+    assert "eval.split: 'val' -> 'test'" in message
     assert Checkpoints(tmp_path).find("best") == 9
 
 
-def test_a_finished_run_keeps_its_config_and_says_what_differs(tmp_path, caplog):
+def test_a_finished_run_keeps_its_config_and_logs_differences(tmp_path, caplog):
     train(small(), tmp_path)
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     config = small()
@@ -153,7 +153,7 @@ def test_a_finished_run_keeps_its_config_and_says_what_differs(tmp_path, caplog)
     assert "resuming with a changed config: optimizer.learning_rate: 0.5 -> 0.25" in warnings(caplog)
 
 
-def test_the_config_is_written_when_a_step_is_made(tmp_path):
+def test_the_config_is_written_only_after_a_successful_step(tmp_path):
     config = small()
     config.total_steps = 2
     train(config, tmp_path)
@@ -163,7 +163,7 @@ def test_the_config_is_written_when_a_step_is_made(tmp_path):
     assert configs.read(tmp_path / "config.json").batch_size == 8
 
 
-def test_resuming_needs_neither_what_it_started_from_nor_config_json(tmp_path, whole):
+def test_resuming_needs_neither_init_from_nor_config_json(tmp_path, whole):
     config = small()
     config.total_steps = 4
     train(config, tmp_path / "run")
@@ -173,7 +173,7 @@ def test_resuming_needs_neither_what_it_started_from_nor_config_json(tmp_path, w
     assert configs.read(tmp_path / "run" / "config.json").total_steps == 6
 
 
-def test_other_training_data_is_said(tmp_path, caplog):
+def test_changed_training_data_is_a_warning(tmp_path, caplog):
     config = small()
     config.total_steps = 2
     train(config, tmp_path, fingerprint="120 files, a1")
@@ -182,37 +182,37 @@ def test_other_training_data_is_said(tmp_path, caplog):
     assert not [line for line in warnings(caplog) if "training data" in line]
     config.total_steps = 6
     train(config, tmp_path, fingerprint="119 files, b2")
-    (said,) = [line for line in warnings(caplog) if "training data" in line]
-    assert said.startswith("training data changed since step 4: ")
-    assert "(fingerprint 120 files, a1 -> 119 files, b2)" in said
+    (message,) = [line for line in warnings(caplog) if "training data" in line]
+    assert message.startswith("training data has changed since step 4: ")
+    assert "(fingerprint 120 files, a1 -> 119 files, b2)" in message
 
 
 @pytest.fixture
 def file_size():
-    """Sets how large a file may be: larger ones fail as on a full disk, in whatever library writes them."""
+    """Yields a function that limits the size of files; writing larger ones fails as on a full disk, in any library."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # pytest's hook is set after ours
-def test_a_full_disk_ends_in_one_sentence_and_the_checkpoint_before_stays(tmp_path, file_size, caplog, capfd, whole):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # pytest replaces our hook
+def test_a_full_disk_is_a_user_error_and_the_previous_checkpoint_is_kept(tmp_path, file_size, caplog, capfd, whole):
     with pytest.raises(UserError) as error:
         train(small(), tmp_path, hooks=[lambda step: file_size(64) if step == 3 else None])
     file_size(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     assert str(error.value) == (
-        f"{tmp_path}/checkpoints: cannot be written (File too large); the newest complete one is that of step 3; make room, "
-        "or mend what is wrong, and the same command goes on from there"
+        f"{tmp_path}/checkpoints: cannot be written (File too large); the newest complete checkpoint is step 3; "
+        "free some space or fix the cause, then run the same command to resume"
     )
-    assert "Traceback" not in caplog.text + capfd.readouterr().err  # orbax's
+    assert "Traceback" not in caplog.text + capfd.readouterr().err  # from orbax
     assert saved_steps(tmp_path) == [2, 3]
     assert_equal(train(small(), tmp_path), whole)
     lines = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [1, 2, 3, 3, 4, 5, 6, 6]
 
 
-def test_metrics_that_cannot_be_written_wait(tmp_path, caplog, whole):
-    """Here because something else has taken the file's place for a while."""
+def test_metrics_that_cannot_be_written_are_written_later(tmp_path, caplog, whole):
+    """For two steps, a directory has the name of the file."""
     path = tmp_path / "metrics.jsonl"
 
     def hook(step):
@@ -225,25 +225,25 @@ def test_metrics_that_cannot_be_written_wait(tmp_path, caplog, whole):
 
     assert_equal(train(small(), tmp_path, hooks=[hook]), whole)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 3, 4, 5, 6, 6]
-    (said,) = [line for line in warnings(caplog) if "metrics.jsonl: cannot be written" in line]
-    assert "Is a directory" in said
+    (message,) = [line for line in warnings(caplog) if "metrics.jsonl: cannot be written" in line]
+    assert "Is a directory" in message
 
 
-def test_a_workdir_that_vanishes_ends_in_a_sentence_or_is_made_again(tmp_path, whole):
+def test_a_deleted_workdir_is_created_again(tmp_path, whole):
     workdir = tmp_path / "run"
     state = train(small(), workdir, hooks=[lambda step: shutil.rmtree(workdir) if step == 1 else None])
     assert_equal(state, whole)
     assert saved_steps(workdir)[-1] == 6
 
 
-def test_a_file_where_the_workdir_should_be(tmp_path):
+def test_a_workdir_that_is_a_file_is_a_user_error(tmp_path):
     (tmp_path / "run").write_text("notes")
     with pytest.raises(UserError, match=r"run: cannot be written \(File exists\); choose another place"):
         train(small(), tmp_path / "run")
     assert (tmp_path / "run").read_text() == "notes"
 
 
-def test_tensorboard_that_fails_is_left_out(tmp_path, caplog, whole):
+def test_training_continues_without_a_failing_writer(tmp_path, caplog, whole):
     class Writer:
         def write_scalars(self, step, scalars):
             raise OSError(28, "No space left on device")
@@ -253,10 +253,10 @@ def test_tensorboard_that_fails_is_left_out(tmp_path, caplog, whole):
         def close(self): ...
 
     assert_equal(train(small(), tmp_path, writer=lambda logdir: Writer()), whole)
-    assert len([line for line in warnings(caplog) if line.startswith("TensorBoard's files cannot be written")]) == 1
+    assert len([line for line in warnings(caplog) if line.startswith("TensorBoard files cannot be written")]) == 1
 
 
-def test_a_hook_that_fails_costs_no_step(tmp_path):
+def test_a_failing_hook_loses_no_step(tmp_path):
     def hook(step):
         if step == 5:
             raise RuntimeError("no profile today")
@@ -266,8 +266,8 @@ def test_a_hook_that_fails_costs_no_step(tmp_path):
     assert saved_steps(tmp_path)[-1] == 5
 
 
-def test_batches_without_an_image(tmp_path):
-    with pytest.raises(UserError, match=r"the batches have picture, label; expected an array of the name image, too"):
+def test_batches_without_an_image_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"the batches have picture, label; expected an array named image"):
         fit(small(), lambda start: iter([{"picture": 1, "label": 2}]), None, tmp_path, model=OneLayer())
 
 
@@ -281,7 +281,7 @@ def test_training_in_a_thread_works_without_signals(tmp_path, caplog, whole):
     assert len([r for r in caplog.records if "catches no signals" in r.message]) == 1
 
 
-def test_double_precision_of_the_caller_changes_nothing(tmp_path, whole):
+def test_enabling_x64_changes_nothing(tmp_path, whole):
     config = small()
     with jax.enable_x64(True):
         for config.total_steps in (4, 6):
@@ -295,15 +295,15 @@ def test_double_precision_of_the_caller_changes_nothing(tmp_path, whole):
 
 
 @pytest.mark.parametrize("seed", [-(2**31) - 1, 2**32, 2**63, 2**70])
-def test_a_seed_that_jax_would_cut_is_refused(tmp_path, seed):
+def test_a_seed_that_jax_would_truncate_is_refused(tmp_path, seed):
     config = small()
     config.seed = seed
     with pytest.raises(UserError, match=rf"^seed={seed}: expected a whole number from -2147483648 to 4294967295$"):
         train(config, tmp_path)
 
 
-def test_a_save_that_fails_in_the_background_is_made_up_for_at_the_next_line(tmp_path, monkeypatch, caplog, whole):
-    """The disk is full while step 2 is written, and has room again at step 3."""
+def test_a_save_that_fails_in_the_background_is_repeated_at_the_next_progress_line(tmp_path, monkeypatch, caplog, whole):
+    """The disk is full while step 3 is written, and has space again at step 4."""
     write, calls = integrity.write_checksums, itertools.count()
 
     def full_at_first(directory):
@@ -312,24 +312,24 @@ def test_a_save_that_fails_in_the_background_is_made_up_for_at_the_next_line(tmp
         write(directory)
 
     monkeypatch.setattr(integrity, "write_checksums", full_at_first)
-    wait = [lambda step: time.sleep(2) if step == 3 else None]  # until it has failed
+    wait = [lambda step: time.sleep(2) if step == 3 else None]  # until the save has failed
     assert_equal(train(small(save=3, eval=0, log=2), tmp_path, None, hooks=wait), whole)
-    said = [line for line in warnings(caplog) if "could not be written" in line]
-    assert said == ["checkpoint 3 could not be written (No space left on device)"]
+    messages = [line for line in warnings(caplog) if "could not be written" in line]
+    assert messages == ["checkpoint 3 could not be written (No space left on device)"]
     assert saved_steps(tmp_path) == [4, 6]
 
 
-def test_a_renamed_checkpoint_is_told(tmp_path):
+def test_a_renamed_checkpoint_is_refused(tmp_path):
     train(small(), tmp_path)
     (tmp_path / "checkpoints/6").rename(tmp_path / "checkpoints/5")
-    with pytest.raises(UserError, match=r"checkpoints/5: was saved as step 6; give it that name back"):
+    with pytest.raises(UserError, match=r"checkpoints/5: was saved as step 6; rename it to 6"):
         train(small(), tmp_path)
     with pytest.raises(UserError, match="was saved as step 6"):
         checkpoint.load(tmp_path, "latest", parallel.make_mesh())
 
 
-def test_an_evaluation_without_its_score_has_one_line_in_the_end(tmp_path, whole):
-    """As if the process had been killed between the line and the score."""
+def test_an_evaluation_repeated_for_a_missing_score_has_one_line_in_the_metrics(tmp_path, whole):
+    """As after a kill between writing the line and the score."""
     train(small(), tmp_path)
     (tmp_path / "checkpoints/6/score.json").unlink()
     assert_equal(train(small(), tmp_path), whole)
@@ -339,32 +339,32 @@ def test_an_evaluation_without_its_score_has_one_line_in_the_end(tmp_path, whole
 
 
 @pytest.mark.parametrize("content", ["[]", "{", ""])
-def test_lost_checksums_and_a_wrong_score_are_told(tmp_path, caplog, whole, content):
+def test_lost_checksums_and_an_invalid_score_are_warnings(tmp_path, caplog, whole, content):
     checksums = tmp_path / "checksums.json"
     checksums.write_text(content)
     train(small(eval=6), tmp_path)
     checksums.replace(tmp_path / "checkpoints/6/checksums.json")
     (tmp_path / "checkpoints/6/score.json").write_text('{"score": 1, "settings": []}')
     assert_equal(train(small(eval=6), tmp_path), whole)
-    said = " ".join(warnings(caplog))
-    assert "checkpoint 6 has lost its checksums.json: damage to its numbers would not be seen" in said
-    assert "the score of checkpoint 6 cannot be read" in said
+    messages = " ".join(warnings(caplog))
+    assert "checkpoint 6 has lost its checksums.json: damage to its values would not be detected" in messages
+    assert "the score of checkpoint 6 cannot be read" in messages
 
 
-def test_a_directory_where_a_file_should_be_is_a_sentence(tmp_path):
+def test_a_directory_in_place_of_a_file_is_a_user_error(tmp_path):
     (tmp_path / "parameters.txt").mkdir()
     with pytest.raises(UserError, match="directory"):
         train(small(), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["run[1]", "run\\1"])
-def test_names_that_orbax_takes_for_patterns_are_refused(tmp_path, name):
-    with pytest.raises(UserError, match="orbax cannot write below a name with"):
+def test_workdir_names_with_glob_characters_are_refused(tmp_path, name):
+    with pytest.raises(UserError, match="orbax cannot write to a path that contains"):
         train(small(), tmp_path / name)
 
 
-def test_a_signal_that_comes_twice_at_once_is_one(tmp_path, caplog, whole):
-    """As launchers send it, to the process and to its group."""
+def test_a_second_signal_right_after_the_first_is_ignored(tmp_path, caplog, whole):
+    """Launchers may signal both the process and its group."""
 
     def twice(step):
         if step == 3:
@@ -378,11 +378,11 @@ def test_a_signal_that_comes_twice_at_once_is_one(tmp_path, caplog, whole):
     assert_equal(train(small(save=6, eval=0), tmp_path, None), whole)
 
 
-def test_a_checkpoint_that_a_training_has_replaced_while_it_was_read(tmp_path, monkeypatch):
+def test_a_checkpoint_that_training_replaces_during_reading(tmp_path, monkeypatch):
     train(small(), tmp_path)
     read = layout.read_variables
 
-    def superseded(directory, mesh):
+    def replace_and_read(directory, mesh):
         if directory.name == "6":
             shutil.copytree(tmp_path / "checkpoints/6", tmp_path / "checkpoints/8")
             data = tmp_path / "checkpoints/8/data/metadata"
@@ -391,7 +391,7 @@ def test_a_checkpoint_that_a_training_has_replaced_while_it_was_read(tmp_path, m
             shutil.rmtree(directory)
         return read(directory, mesh)
 
-    monkeypatch.setattr(layout, "read_variables", superseded)
+    monkeypatch.setattr(layout, "read_variables", replace_and_read)
     assert checkpoint.load(tmp_path, "latest", parallel.make_mesh())[1] == 8
 
 
@@ -399,11 +399,11 @@ def test_an_import_that_was_interrupted_can_be_repeated(tmp_path):
     state = train(small(), tmp_path / "run")
     (tmp_path / "imported/checkpoints/0.orbax-checkpoint-tmp").mkdir(parents=True)
     checkpoint.write_weights(tmp_path / "imported", small(), state)
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         checkpoint.write_weights(tmp_path / "imported", small(), state)
 
 
-def test_scores_of_other_data_are_not_compared(tmp_path, caplog):
+def test_scores_on_different_data_are_not_compared(tmp_path, caplog):
     def scored(value, data):
         return lambda variables: ({"mean_iou": value, "data": data}, {})
 
@@ -413,10 +413,10 @@ def test_scores_of_other_data_are_not_compared(tmp_path, caplog):
     config.total_steps = 6
     train(config, tmp_path, scored(0.1, "after"))
     assert Checkpoints(tmp_path, read_only=True).best() == 6
-    assert "the evaluated data has changed: the best checkpoint is one of those scored from step 6 on" in warnings(caplog)
+    assert "the evaluation data has changed: the best checkpoint is one of those scored since step 6" in warnings(caplog)
 
 
-def test_a_save_that_fails_before_its_evaluation_is_made_up_for(tmp_path, monkeypatch, caplog, whole):
+def test_a_save_that_fails_before_its_evaluation_is_repeated(tmp_path, monkeypatch, caplog, whole):
     write, calls = integrity.write_checksums, itertools.count()
 
     def full_at_first(directory):
@@ -431,21 +431,21 @@ def test_a_save_that_fails_before_its_evaluation_is_made_up_for(tmp_path, monkey
 
 
 @pytest.mark.parametrize("name", ["config.json", "parameters.txt"])
-@pytest.mark.parametrize("content", ['{"architectures": ["Bert"]}', "[]", "no JSON"])
-def test_files_of_others_are_not_written_over(tmp_path, name, content):
+@pytest.mark.parametrize("content", ['{"architectures": ["Bert"]}', "[]", "not JSON"])
+def test_foreign_files_are_not_overwritten(tmp_path, name, content):
     (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=rf"{name}: is there already, and no run of this program wrote it; choose another"):
+    with pytest.raises(UserError, match=rf"{name}: already exists and was not written by this program; choose another"):
         train(small(), tmp_path)
     assert (tmp_path / name).read_text() == content
 
 
-def test_names_of_an_evaluation_stay_in_their_place(tmp_path, caplog):
+def test_names_from_an_evaluation_cannot_overwrite_fields_or_escape_the_workdir(tmp_path, caplog):
     def evaluate(variables):
         return {"mean_iou": np.float32(0.5), "step": 99, "kind": 7}, {"../../escaped": np.zeros((4, 5, 3), np.uint8)}
 
     train(small(), tmp_path / "a/b", evaluate)
     assert not list(tmp_path.rglob("escaped*"))
-    assert "the picture '../../escaped' cannot be written (its name has a folder in it); training goes on" in caplog.text
+    assert "the picture '../../escaped' cannot be written (its name contains a directory); training goes on" in caplog.text
     lines = [json.loads(line) for line in (tmp_path / "a/b/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "eval"] == [3, 6]
 
@@ -458,29 +458,29 @@ def test_an_optimizer_without_a_state_is_saved_and_resumed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda batch: batch | {"image": batch["image"] / np.float32(255)}, "'image': 'float32[8, ...]'"),
         (lambda batch: {name: array[:4] for name, array in batch.items()}, "'image': 'uint8[4, ...]'"),
         (lambda batch: {"image": batch["image"]}, "{'image': 'uint8[8, ...]'}, but"),
     ],
 )
-def test_a_later_batch_of_another_kind_is_refused_and_the_steps_are_saved(tmp_path, change, said):
+def test_a_later_batch_of_another_format_is_refused_and_the_steps_before_it_are_saved(tmp_path, change, message):
     def batches(start):
         for step, batch in enumerate(make_batches(start), start + 1):
             yield change(batch) if step == 5 else batch
 
-    with pytest.raises(UserError, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(message)):
         fit(small(save=6, eval=0), batches, None, tmp_path, model=OneLayer())
     assert saved_steps(tmp_path) == [4]
 
 
-def test_a_batch_that_teaches_nothing_is_told_once(tmp_path, caplog):
+def test_a_batch_without_labels_is_a_warning_once(tmp_path, caplog):
     def batches(start):
         return ({**batch, "label": np.full_like(batch["label"], 255)} for batch in make_batches(start))
 
     fit(small(eval=0), batches, None, tmp_path, model=OneLayer())
-    assert [line for line in warnings(caplog) if "the gradient of step 1 is 0: nothing is learned" in line] != []
+    assert [line for line in warnings(caplog) if "the gradient of step 1 is 0, so nothing is learned" in line] != []
     assert sum("nothing is learned" in line for line in warnings(caplog)) == 1
 
 

@@ -20,7 +20,7 @@ METRICS = {
     "loss": Average(jnp.float32(1.5), jnp.int32(1)),
     "gradient_norm": Average(jnp.float32(0.25), jnp.int32(1)),
     "learning_rate": LastValue(jnp.float32(0.125)),
-    "mean_iou": MeanIoU(jnp.array([[3.0, 1, 0], [1, 1, 0], [0, 0, 0]])),  # rows truth: IoU 3/5, 1/3 and none
+    "mean_iou": MeanIoU(jnp.array([[3.0, 1, 0], [1, 1, 0], [0, 0, 0]])),  # rows are true classes: IoU 3/5, 1/3 and undefined
 }
 WEIGHTS = {"params": {"classifier": {"kernel": np.array([0.25, 0.75])}}}
 
@@ -30,13 +30,13 @@ def open_log(workdir, start=0, epoch=0):
 
 
 def log_step(log, step, metrics=METRICS):
-    log.started(metrics)
-    log.interval(step)
+    log.add_step(metrics)
+    log.log_progress(step)
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still until it is set."""
+    """A clock that only advances when a test sets it."""
     now = [100.0]
     monkeypatch.setattr(logs.time, "perf_counter", lambda: now[0])
     return now
@@ -46,12 +46,12 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_progress_line_and_its_values(tmp_path, clock, caplog):
+def test_a_progress_line_and_its_metrics(tmp_path, clock, caplog):
     log = open_log(tmp_path)
     clock[0] += 4.0  # for 2 steps of 8 images
     other = METRICS | {"loss": Average(jnp.float32(2.5), jnp.int32(1)), "learning_rate": LastValue(jnp.float32(0.0625))}
     with caplog.at_level(logging.INFO, "pspnet_jax"):
-        log.started(METRICS)
+        log.add_step(METRICS)
         log_step(log, 2, other)
     log.close()
     (line,) = caplog.messages
@@ -72,7 +72,7 @@ def test_progress_line_and_its_values(tmp_path, clock, caplog):
 
 
 def test_rates_at_the_end_of_each_epoch(tmp_path, clock):
-    """20 examples, 8 a step: epochs end in the steps 3, 5, 8 and 10."""
+    """20 examples, 8 per step: epochs end in steps 3, 5, 8 and 10."""
     log = open_log(tmp_path, epoch=20)
     for step in range(1, 11):
         clock[0] += 2.0
@@ -89,7 +89,7 @@ def test_rates_at_the_end_of_each_epoch(tmp_path, clock):
     ]
 
 
-def test_time_of_an_evaluation_is_not_the_steps(tmp_path, clock):
+def test_rates_exclude_the_time_of_an_evaluation(tmp_path, clock):
     log = open_log(tmp_path, start=4)
     clock[0] += 1.0
     log_step(log, 5)
@@ -101,7 +101,7 @@ def test_time_of_an_evaluation_is_not_the_steps(tmp_path, clock):
     assert [line.get("images_per_second") for line in lines(tmp_path) if line["kind"] == "train"] == [8.0, 8.0]
 
 
-def test_the_compiling_step_does_not_count_in_the_rate(tmp_path, clock):
+def test_rates_exclude_the_step_that_includes_compilation(tmp_path, clock):
     log = open_log(tmp_path, start=4)
     clock[0] += 60.0
     log.restart_clocks(5)
@@ -111,7 +111,7 @@ def test_the_compiling_step_does_not_count_in_the_rate(tmp_path, clock):
     assert lines(tmp_path)[0]["images_per_second"] == 4.0
 
 
-def test_evaluation_is_recorded_with_its_pictures(tmp_path):
+def test_an_evaluation_is_written_with_its_pictures(tmp_path):
     metrics, pictures = score(WEIGHTS)
     log = open_log(tmp_path)
     log.evaluation(4, metrics, pictures)
@@ -124,8 +124,8 @@ def test_evaluation_is_recorded_with_its_pictures(tmp_path):
         assert picture.getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_a_resumed_run_forgets_the_lines_after_its_checkpoint(tmp_path):
-    """Also where it starts anew, with no checkpoint at all."""
+def test_a_resumed_run_drops_the_lines_after_its_checkpoint(tmp_path):
+    """Also if it starts over because there is no checkpoint."""
     for start, expected in ((0, [1, 2, 3]), (2, [1, 2, 3, 4]), (0, [1])):
         log = open_log(tmp_path, start)
         for step in range(start + 1, expected[-1] + 1):
@@ -134,7 +134,7 @@ def test_a_resumed_run_forgets_the_lines_after_its_checkpoint(tmp_path):
         assert [line["step"] for line in lines(tmp_path)] == expected
 
 
-def test_each_line_of_metrics_is_there_at_once_and_only_added(tmp_path):
+def test_each_line_of_metrics_is_appended_at_once(tmp_path):
     log = open_log(tmp_path)
     for step in range(1, 4):
         log_step(log, step)
@@ -163,7 +163,16 @@ GOOD = [b'{"step": 1, "kind": "train", "loss": 2.0}', b'{"step": 2, "kind": "tra
         (b"%b\n" + b"[" * 100_000 + b"\n%b\n", [b"[" * 100_000]),
         (b"%b\n%b", []),
     ],
-    ids=["half a line", "binary", "empty lines", "no step", "no object", "latin-1", "too deep", "no end of line"],
+    ids=[
+        "partial line",
+        "binary",
+        "empty lines",
+        "no step",
+        "not an object",
+        "latin-1",
+        "too deep",
+        "no line break at the end",
+    ],
 )
 def test_damaged_lines_are_set_aside_and_the_good_ones_kept(tmp_path, caplog, content, damaged):
     path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics.damaged.jsonl"
@@ -174,12 +183,12 @@ def test_damaged_lines_are_set_aside_and_the_good_ones_kept(tmp_path, caplog, co
     assert path.read_bytes().splitlines()[:2] == GOOD
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
     assert (aside.read_bytes().splitlines() if aside.exists() else []) == damaged
-    said = [f"{path}: {len(damaged)} damaged line(s), moved to metrics.damaged.jsonl; the others are kept"] if damaged else []
-    assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == said
+    expected = [f"{path}: moved {len(damaged)} damaged line(s) to metrics.damaged.jsonl and kept the others"] if damaged else []
+    assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == expected
 
 
-def test_the_lines_of_a_run_without_a_checkpoint_are_kept_beside(tmp_path, caplog):
-    """A killed run is one; so is one whose checkpoints are on a disk that is not mounted."""
+def test_the_lines_of_a_run_without_a_checkpoint_are_moved_to_another_file(tmp_path, caplog):
+    """The run may have been killed early, or its checkpoints may be on a disk that is not mounted."""
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"\n".join(GOOD) + b"\n")
     log = open_log(tmp_path)
@@ -187,10 +196,10 @@ def test_the_lines_of_a_run_without_a_checkpoint_are_kept_beside(tmp_path, caplo
     log.close()
     assert [line["step"] for line in lines(tmp_path)] == [1]
     assert (tmp_path / "metrics.earlier.jsonl").read_bytes().splitlines() == GOOD
-    assert "there is no checkpoint: training starts anew, and the earlier lines of" in caplog.text
+    assert "there is no checkpoint, so training starts over; moved the earlier lines of" in caplog.text
 
 
-def test_resuming_adds_to_the_file_and_does_not_write_it_anew(tmp_path):
+def test_resuming_appends_to_the_file_without_rewriting_it(tmp_path):
     log = open_log(tmp_path)
     log_step(log, 1)
     log.close()
@@ -202,7 +211,7 @@ def test_resuming_adds_to_the_file_and_does_not_write_it_anew(tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
-def test_a_bucket_gets_the_lines_when_they_are_flushed(tmp_path, monkeypatch):
+def test_in_a_bucket_lines_are_written_when_flushed(tmp_path, monkeypatch):
     monkeypatch.setattr(jsonlines.files, "is_remote", lambda path: True)
     log = open_log(tmp_path)
     log_step(log, 1)
@@ -222,22 +231,22 @@ def ended(at: float) -> Future:
 
 
 @pytest.mark.parametrize(
-    ("end", "counted"),
+    ("end", "expected"),
     [(ended(95.0), 10.0), (ended(107.0), 3.0), (Future(), 0.0), (None, 0.0)],
-    ids=["idle before", "idle on the way", "still busy", "no step yet"],
+    ids=["idle before", "idle during the wait", "still busy", "no step yet"],
 )
-def test_a_batch_asked_for_at_100_that_comes_at_110(monkeypatch, end, counted):
-    """Waiting for data counts where the devices had nothing left to do, and only there."""
+def test_stall_of_a_batch_requested_at_100_s_and_received_at_110_s(monkeypatch, end, expected):
+    """Only the time in which the devices are idle counts as a stall."""
     stalls = InputStallTimer()
     now = iter([100.0, 110.0, 110.0, 110.0])
     monkeypatch.setattr(logs.time, "perf_counter", lambda: next(now))
     stalls._ended = end
     assert list(stalls.timed([{"a": 1}])) == [{"a": 1}]
-    assert stalls.seconds == counted
+    assert stalls.seconds == expected
     stalls.close()
 
 
-def test_a_slow_source_is_waited_for_and_a_quick_one_is_not():
+def test_a_slow_source_stalls_and_a_fast_one_does_not():
     def slow():
         for _ in range(3):
             time.sleep(0.05)
@@ -246,7 +255,7 @@ def test_a_slow_source_is_waited_for_and_a_quick_one_is_not():
     for source, least, most in ((slow(), 0.08, 0.2), ([{}] * 3, 0.0, 0.02)):
         stalls = InputStallTimer()
         for _ in stalls.timed(source):
-            stalls.started(METRICS)
+            stalls.step_started(METRICS)
         stalls.close()
         print(f"waited {stalls.seconds:.3f} s")
         assert least <= stalls.seconds <= most

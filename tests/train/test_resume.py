@@ -21,14 +21,14 @@ from tests.train import CLASSES, filled_state, mesh_of, parts_of, tiny_config
         ("optimizer.ema_decay", 0.0, "optimizer.ema_decay: 0.75 -> 0.0"),
     ],
 )
-def test_another_network_or_other_classes_cannot_be_resumed(field, value, difference):
+def test_resuming_with_another_network_or_other_classes_is_refused(field, value, difference):
     changed = tiny_config()
     changed.update_from_flattened_dict({field: value})
     with pytest.raises(ValueError, match=rf"holds a run with another config \({difference}\): use the saved values"):
         resume.check_resumable(tiny_config(), changed)
 
 
-def test_other_changes_are_listed_and_allowed(caplog):
+def test_other_changes_are_allowed_and_logged(caplog):
     changed = tiny_config()
     changed.update_from_flattened_dict(
         {"optimizer.learning_rate": 0.1, "dataset.root": "elsewhere", "optimizer.ema_decay": 0.9}
@@ -42,8 +42,8 @@ def test_other_changes_are_listed_and_allowed(caplog):
     ]
 
 
-def started(config, trained, fresh):
-    """The fresh state with the weights that config.init_from names."""
+def start_from(config, trained, fresh):
+    """Returns the new state `fresh` with the weights of the run `trained`."""
     config.init_from = str(trained)
     given, names = resume.initial_weights(config, parts_of(config)["model"], mesh_of(1))
     given = resume.match_classes(given, fresh.weights, names, config.dataset.class_names, config.init_from)
@@ -52,22 +52,22 @@ def started(config, trained, fresh):
 
 def test_starting_from_another_runs_weights(trained):
     fresh = filled_state(tiny_config(), 1)
-    state = started(tiny_config(), trained, fresh)
+    state = start_from(tiny_config(), trained, fresh)
     for leaf in jax.tree.leaves((state.params, state.batch_stats, state.ema)):
         np.testing.assert_array_equal(leaf, 6)  # the moving average of the other run
     jax.tree.map(np.testing.assert_array_equal, (state.step, state.opt_state), (fresh.step, fresh.opt_state))
-    # apart from each other, or the step could not be given both to keep
+    # must not share buffers, since the train step donates both
     assert {id(x) for x in jax.tree.leaves(state.ema)}.isdisjoint(id(x) for x in jax.tree.leaves(state.params))
 
 
-def test_other_classes_keep_their_fresh_classifiers_and_say_so(trained, caplog):
+def test_with_other_classes_the_classifiers_keep_their_initial_values(trained, caplog):
     config = tiny_config()
     config.dataset.class_names = ("a", "b", "c", "d", "e")
-    state = started(config, trained, filled_state(config, 1))
+    state = start_from(config, trained, filled_state(config, 1))
     for path, leaf in traverse_util.flatten_dict(state.params).items():
         np.testing.assert_array_equal(leaf, 1 if "classifier" in path[0] else 6, err_msg=str(path))
     *_, warning = [r.message for r in caplog.records if r.levelno == logging.WARNING and r.name.startswith("pspnet_jax")]
-    assert warning.endswith("drawn at random: auxiliary_classifier, classifier")
+    assert warning.endswith("initialized at random: auxiliary_classifier, classifier")
 
 
 @pytest.mark.parametrize(
@@ -79,20 +79,20 @@ def test_other_classes_keep_their_fresh_classifiers_and_say_so(trained, caplog):
         ("normalize", "order", "BGR", "--config.normalize.order=RGB"),
     ],
 )
-def test_another_network_cannot_be_started_from_even_if_the_weights_fit(trained, section, field, value, flag):
+def test_init_from_another_network_is_refused_even_if_the_shapes_match(trained, section, field, value, flag):
     config = tiny_config()
     config[section][field] = value
-    with pytest.raises(ValueError, match=f"init_from=.*: its network is another one; set {flag}$"):
-        started(config, trained, filled_state(config, 1))
+    with pytest.raises(ValueError, match=f"init_from=.*: it has a different network; set {flag}$"):
+        start_from(config, trained, filled_state(config, 1))
 
 
-def test_names_differ_in_more_than_case_and_spaces(caplog):
+def test_matching_class_names_ignores_case_and_spaces(caplog):
     given = {"params": {"classifier": {"bias": np.arange(3.0)}}}
     assert resume.match_classes(given, given, ("Sky ", "ROAD", "car"), CLASSES, "net.pth") is given
     assert not caplog.messages
 
 
-def test_a_backbone_alone_leaves_everything_else_fresh(caplog):
+def test_with_a_backbone_alone_everything_else_keeps_its_initial_values(caplog):
     fresh = filled_state(tiny_config(), 1)
     given = {
         part: {"backbone": jax.tree.map(lambda x: np.full(x.shape, 3.0, np.float32), tree["backbone"])}
@@ -101,17 +101,17 @@ def test_a_backbone_alone_leaves_everything_else_fresh(caplog):
     state = resume.with_weights(fresh, given, "resnet18.pth")
     for path, leaf in traverse_util.flatten_dict(state.weights).items():
         np.testing.assert_array_equal(leaf, 3 if path[1] == "backbone" else 1, err_msg=str(path))
-    assert "not in resnet18.pth" in caplog.text
+    assert "missing in resnet18.pth" in caplog.text
     assert resume.match_classes(given, fresh.weights, (), CLASSES, "resnet18.pth") is given
-    assert "have no names" not in caplog.text
+    assert "does not name its classes" not in caplog.text
     theirs = fresh.weights
     assert resume.match_classes(theirs, theirs, (), CLASSES, "psp.pth") is theirs
-    assert "the classes of psp.pth have no names: the classifier's rows are taken in their order" in caplog.text
+    assert "psp.pth does not name its classes: the classifier rows are kept in their order" in caplog.text
     assert "pyramid" in caplog.text
 
 
-def renumbered(trained, tmp_path, names):
-    """A copy of the run, in which each row of the classifiers has its number, and the classes other names."""
+def run_with_numbered_rows(trained, tmp_path, names):
+    """Writes a copy of the run with other class names, in which row i of each classifier is filled with i."""
     config = tiny_config()
     config.dataset.class_names = CLASSES
     state = filled_state(config, 0)
@@ -127,28 +127,38 @@ def renumbered(trained, tmp_path, names):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "rows", "said"),
+    ("old", "new", "rows", "message"),
     [
         (("sky", "road", "car"), ("sky", "road", "car"), [0, 1, 2], None),
         (("sky", "road", "car"), ("road", "sky", "car"), [1, 0, 2], "kept: car; moved: road (1 -> 0), sky (0 -> 1)"),
-        (("sky", "road", "car"), ("tree", "car"), [9, 2], "moved: car (2 -> 1); drawn at random: tree; left out: sky, road"),
-        (("sky", "road", "car"), ("sky", "a", "b", "c", "road"), [0, 9, 9, 9, 1], "kept: sky; moved: road (1 -> 4); drawn"),
+        (
+            ("sky", "road", "car"),
+            ("tree", "car"),
+            [9, 2],
+            "moved: car (2 -> 1); initialized at random: tree; dropped: sky, road",
+        ),
+        (
+            ("sky", "road", "car"),
+            ("sky", "a", "b", "c", "road"),
+            [0, 9, 9, 9, 1],
+            "kept: sky; moved: road (1 -> 4); initialized",
+        ),
         (
             ("class 0", "class 1", "class 2"),
             ("road", "sky", "car"),
             [0, 1, 2],
-            "have no names: the classifier's rows are taken",
+            "does not name its classes: the classifier rows are kept",
         ),
     ],
 )
-def test_classes_are_matched_by_their_names(trained, tmp_path, caplog, old, new, rows, said):
+def test_classifier_rows_are_matched_by_class_name(trained, tmp_path, caplog, old, new, rows, message):
     config = tiny_config()
     config.dataset.class_names = new
-    state = started(config, renumbered(trained, tmp_path, old), filled_state(config, 9))
+    state = start_from(config, run_with_numbered_rows(trained, tmp_path, old), filled_state(config, 9))
     for tree in (state.params, state.ema["params"]):
         for module in ("classifier", "auxiliary_classifier"):
             for name, leaf in tree[module].items():
                 np.testing.assert_array_equal(leaf, np.broadcast_to(rows, leaf.shape), err_msg=f"{module} {name}")
     np.testing.assert_array_equal(jax.tree.leaves(state.params["backbone"])[0], 7)
     found = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and r.name.startswith("pspnet_jax")]
-    assert (not found) if said is None else (said in found[0])
+    assert (not found) if message is None else (message in found[0])

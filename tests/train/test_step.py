@@ -12,7 +12,7 @@ from pspnet_jax.models.layers import convolve
 from pspnet_jax.train.step import init_state, make_train_step
 from tests.train import OneLayer, make_batch, parts_of, tiny_config
 
-# float32 rounds to 6e-8; here sums have another order, through some twenty normalized layers, three times over (seen: 3e-6)
+# Float32 rounding is 6e-8; a different order of sums in about twenty normalized layers and three steps gives up to 3e-6.
 TOLERANCE = 3e-5
 
 
@@ -21,14 +21,14 @@ def mesh_of(devices):
 
 
 def prepare(config, devices=8, **changed):
-    """A step and its first state for a mesh of some devices."""
+    """Returns the train step and its initial state for a mesh of `devices` devices."""
     mesh, parts = mesh_of(devices), parts_of(config) | changed
     state = init_state(config, parts["model"], parts["optimizer"], mesh, (33, 33, 3))()
     return make_train_step(config, **parts, mesh=mesh), state
 
 
 def values_of(metrics):
-    """Numbers by name; "mean_iou" as its matrix."""
+    """Returns the values of metrics by name; for "mean_iou", its confusion matrix."""
     return {name: m.matrix if isinstance(m, MeanIoU) else m.compute() for name, m in metrics.items()}
 
 
@@ -37,7 +37,7 @@ def place(batch, devices=8):
 
 
 def copied(tree):
-    """To the host, before the buffers are donated."""
+    """Copies a tree to the host, before its buffers are donated."""
     return jax.tree.map(np.array, tree)
 
 
@@ -57,12 +57,12 @@ def train(devices, steps=3):
 
 @pytest.fixture(scope="module")
 def run():
-    """Three steps on 8 devices: the compiled step, the four states, the scalars of the three steps."""
+    """Three steps on 8 devices: the compiled step, the four states, and the metrics of the three steps."""
     return train(8)
 
 
-def again(run, batch, index=0, **changes):
-    """One more use of the compiled step, from one of the states, changed."""
+def step_from(run, batch, index=0, **changes):
+    """Runs the compiled step once more, from state `index` of the run with some changes."""
     step, states, _ = run
     state = states[index].replace(**changes)
     state = jax.device_put(jax.tree.map(jnp.array, state), parallel.replicated(mesh_of(8)))
@@ -71,7 +71,7 @@ def again(run, batch, index=0, **changes):
 
 
 def test_one_device_equals_eight(run):
-    """Dropout is on, so its masks do not depend on the devices; BatchNorm's statistics are those of all 8 images."""
+    """Dropout masks do not depend on the devices, and BatchNorm statistics are computed over all 8 images."""
     _, eight, eight_scalars = run
     _, one, one_scalars = train(1)
     assert largest_difference(one[0], eight[0]) == 0  # the same initial weights, bit for bit
@@ -88,22 +88,22 @@ def test_one_device_equals_eight(run):
     assert max(parts.values()) < TOLERANCE
 
 
-def test_dropout_follows_from_seed_and_step(run):
-    _, same = again(run, make_batch(2), index=2)
-    _, other = again(run, make_batch(2), index=2, step=jnp.int32(7))
+def test_dropout_depends_only_on_seed_and_step(run):
+    _, same = step_from(run, make_batch(2), index=2)
+    _, other = step_from(run, make_batch(2), index=2, step=jnp.int32(7))
     assert same["loss"] == run[2][2]["loss"]
-    assert abs(same["loss"] - other["loss"]) > 1e-4  # nothing but the masks differs
+    assert abs(same["loss"] - other["loss"]) > 1e-4  # only the masks differ
 
 
 def test_the_step_is_deterministic(run):
     _, states, _ = run
-    state, _ = again(run, make_batch(2), index=2)
+    state, _ = step_from(run, make_batch(2), index=2)
     assert largest_difference(state, states[3]) == 0
 
 
 def test_one_compilation_for_all_steps(run):
     step, *_ = run
-    again(run, make_batch(0))
+    step_from(run, make_batch(0))
     assert step._cache_size() == 1
 
 
@@ -114,11 +114,11 @@ def test_the_state_is_donated():
 
 
 def test_loss_is_the_mean_over_labeled_pixels_of_main_and_weighted_auxiliary_loss(run):
-    """Half the crops are ignored altogether. The step against a plain forward pass and NumPy."""
+    """Compares the step with a plain forward pass and a loss in NumPy; half of the crops are ignored entirely."""
     config, batch = tiny_config(), make_batch(0)
     batch["label"][4:] = 255
     model = models.build(config.model, 3)
-    state, scalars = again(run, batch)
+    state, scalars = step_from(run, batch)
     before = run[1][0]
 
     @jax.jit
@@ -145,16 +145,16 @@ def test_loss_is_the_mean_over_labeled_pixels_of_main_and_weighted_auxiliary_los
 def test_batch_without_any_labeled_pixel_only_decays_the_weights(run):
     before = run[1][0]
     batch = make_batch(0) | {"label": np.full((8, 33, 33), 255, np.uint8)}
-    state, scalars = again(run, batch)
+    state, scalars = step_from(run, batch)
     assert scalars["loss"] == scalars["auxiliary_cross_entropy"] == scalars["gradient_norm"] == scalars["mean_iou"].sum() == 0
-    # rate 0.5 x 1/2 (warm-up), 10 times as much outside the backbone; decay 1e-4; none for BatchNorm
+    # learning rate 0.5 x 1/2 (warmup), times 10 outside the backbone; weight decay 1e-4, none for BatchNorm
     kernel = before.params["classifier"]["kernel"]
     np.testing.assert_allclose(state.params["classifier"]["kernel"], kernel * (1 - 0.25 * 10 * 1e-4), rtol=1e-6)
     scale = before.params["backbone"]["stem_conv1"]["bn"]["scale"]
     np.testing.assert_array_equal(state.params["backbone"]["stem_conv1"]["bn"]["scale"], scale)
 
 
-def test_learning_rate_and_step_of_the_scalars(run):
+def test_the_learning_rate_and_step_of_each_state(run):
     _, states, scalars = run
     # 0.5 x (1 - s/12)^0.9 x min(1, (s + 1) / 2)
     np.testing.assert_allclose([s["learning_rate"] for s in scalars], [0.25, 0.4623387554, 0.4243330734], rtol=1e-6)
@@ -172,9 +172,9 @@ def test_moving_average_equals_its_formula(run):
 
 
 def one_step_in_parts(parts, frozen, **changed):
-    """The state before, and the state and scalars after a step on 16 images.
+    """Returns a batch of 16 images, the states before and after a step, and the metrics of the step.
 
-    Those of every second place, of which a part is made, have a tenth of the labels of the others.
+    Every second image, which accumulation puts into the same part, has a tenth of the labels of the others.
     """
     config, batch = tiny_config(), make_batch(0, size=16)
     batch["label"][1::2, 3:] = 255
@@ -186,7 +186,7 @@ def one_step_in_parts(parts, frozen, **changed):
 
 
 def test_accumulation_equals_the_whole_batch_with_frozen_statistics():
-    """The parts have unlike numbers of labeled pixels, so that a mean of their means would not do."""
+    """The parts have different numbers of labeled pixels, so the mean of their means would be wrong."""
     _, before, whole, whole_scalars = one_step_in_parts(1, frozen=True)
     _, _, summed, summed_scalars = one_step_in_parts(2, frozen=True)
     difference = largest_difference(whole.params, summed.params)
@@ -201,7 +201,7 @@ def test_accumulation_equals_the_whole_batch_with_frozen_statistics():
 
 @pytest.mark.parametrize("terms", ["ohem", "dice", "cross_entropy+dice", "focal"])
 def test_accumulation_equals_the_whole_batch_for_each_loss(terms):
-    """Also where the weights of the loss follow from what the network says, as OHEM's do."""
+    """Also if the weights of the loss depend on the network's outputs, as with OHEM."""
     config = tiny_config().loss
     config.update(terms=terms, ohem_threshold=0.4, ohem_min_kept=50, class_weights=(1.0, 0.5, 2.0))
     _, before, whole, whole_values = one_step_in_parts(1, frozen=True, loss=losses.build(config, 12))
@@ -212,8 +212,8 @@ def test_accumulation_equals_the_whole_batch_for_each_loss(terms):
     np.testing.assert_allclose(whole_values["loss"], summed_values["loss"], rtol=1e-5)
 
 
-def test_the_first_pass_of_an_accumulated_step_costs_nothing_where_weights_follow_from_the_labels():
-    """Cross-entropy's weights are known without the network: compiled, the step has the products of one pass alone."""
+def test_the_first_pass_of_accumulation_is_free_if_loss_weights_depend_only_on_labels():
+    """Cross-entropy weights do not need the network, so the compiled step has the matrix products of a single pass."""
 
     def products(terms):
         config = tiny_config()
@@ -226,7 +226,7 @@ def test_the_first_pass_of_an_accumulated_step_costs_nothing_where_weights_follo
     assert products("cross_entropy") < products("ohem")
 
 
-def test_accumulation_updates_the_running_statistics_once_a_part_by_the_parts_own():
+def test_accumulation_updates_running_statistics_once_per_part():
     batch, before, after, _ = one_step_in_parts(2, frozen=False)
     mean, variance = np.zeros(8), np.ones(8)
     for part in (batch["image"][0::2], batch["image"][1::2]):
@@ -239,7 +239,7 @@ def test_accumulation_updates_the_running_statistics_once_a_part_by_the_parts_ow
     np.testing.assert_allclose(statistics["var"], variance, rtol=1e-4)
 
 
-def test_batch_of_one_image_is_refused():
+def test_a_batch_of_one_image_is_refused():
     config = tiny_config()
     config.batch_size = 1
     step, state = prepare(config, devices=1)
