@@ -1,4 +1,4 @@
-"""What `benchmarks.model` measures: our network and train step, and semseg's in PyTorch, behind one interface."""
+"""The implementations that `benchmarks.model` compares, our network and train step and semseg's, behind one interface."""
 
 import dataclasses
 import importlib
@@ -21,7 +21,7 @@ HEADS = {"plain": False, "factored": True}  # model.factored_head
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is measured: a recipe, with its batch size and dtype set, one of JOBS, a batch, and the devices."""
+    """What to measure: a recipe with its batch size and dtype set, one of JOBS, a batch, and the devices."""
 
     config: ConfigDict
     num_classes: int
@@ -35,10 +35,10 @@ class Candidate:
     """One implementation of a task, ready to run.
 
     Attributes:
-      launch: starts a step and returns its result, which may not be ready.
+      launch: starts a step and returns its result, which may still be pending.
       wait: waits for a result.
-      compile_seconds: tracing, lowering and compiling; None where nothing is compiled ahead.
-      program_bytes: what the compiled program allocates beyond its arguments; None where it is unknown.
+      compile_seconds: time to trace, lower and compile; None if nothing is compiled ahead of time.
+      program_bytes: memory that the compiled program allocates beyond its arguments; None if unknown.
     """
 
     launch: Callable[[], Any]
@@ -47,16 +47,16 @@ class Candidate:
     program_bytes: int | None = None
 
     def time(self, steps: int) -> tuple[float, float]:
-        """Runs some steps, launching each without waiting for the last; returns the time of one and the process's CPU time."""
-        began, cpu_began = time.perf_counter(), time.process_time()
+        """Runs steps without waiting in between; returns the mean wall time and mean CPU time of one step."""
+        start, cpu_start = time.perf_counter(), time.process_time()
         for _ in range(steps):
             result = self.launch()
         self.wait(result)
-        return (time.perf_counter() - began) / steps, (time.process_time() - cpu_began) / steps
+        return (time.perf_counter() - start) / steps, (time.process_time() - cpu_start) / steps
 
 
 def random_batch(size: int, crop: Sequence[int], num_classes: int) -> dict[str, np.ndarray]:
-    """Noise around each image's own brightness, uint8[N, H, W, 3], and labels uint8[N, H, W], a tenth of them ignored."""
+    """Returns noise around a brightness per image, uint8[N, H, W, 3], and labels uint8[N, H, W], a tenth of them ignored."""
     random = np.random.default_rng(0)
     brightness = random.uniform(50, 200, (size, 1, 1, 3))
     images = np.clip(random.normal(brightness, 30, (size, *crop, 3)), 0, 255).astype(np.uint8)
@@ -65,16 +65,16 @@ def random_batch(size: int, crop: Sequence[int], num_classes: int) -> dict[str, 
 
 
 def make_task(config: ConfigDict, num_classes: int, job: str, batch_size: int, dtype: str, mesh: Mesh) -> Task:
-    """Sets the batch size and dtype in a copy of the config, and makes the batch."""
+    """Returns a task with the batch size and dtype set in a copy of the config, and a random batch."""
     config = ConfigDict(config.to_dict())
     config.batch_size, config.model.dtype = batch_size, dtype
     return Task(config, num_classes, job, random_batch(batch_size, config.augment.crop, num_classes), mesh)
 
 
 def job_functions(config: ConfigDict, num_classes: int, job: str, mesh: Mesh) -> tuple[Any, Any]:
-    """The jitted function of a job and that which makes the train state it starts from.
+    """Returns the jitted function of a job, and one that makes its initial train state.
 
-    To train is (state, batch) -> (state, metrics), to infer (state, normalized images) -> logits.
+    For "train", the function is (state, batch) -> (state, metrics); for "inference", (state, normalized images) -> logits.
     """
     model = models.build(config.model, num_classes)
     optimizer = optimizers.build(config.optimizer, config.total_steps)
@@ -90,7 +90,7 @@ def job_functions(config: ConfigDict, num_classes: int, job: str, mesh: Mesh) ->
 
 
 def functions_and_data(task: Task, head: str) -> tuple[Any, Any, Any]:
-    """The jitted function of a task with one of HEADS, the jitted function that makes its state, and its input."""
+    """Returns the jitted function of a task with one of HEADS, the function that makes its state, and its input."""
     config = ConfigDict(task.config.to_dict())
     config.model.factored_head = HEADS[head]
     data = task.batch if task.job == "train" else np.asarray(models.normalize(task.batch["image"], config.normalize))
@@ -98,18 +98,18 @@ def functions_and_data(task: Task, head: str) -> tuple[Any, Any, Any]:
 
 
 def count_flops(task: Task) -> float:
-    """FLOPs of one step of the plain network: XLA's count of the program before it is optimized, over all devices."""
+    """Returns the FLOPs of one step of the plain network on all devices, as XLA counts them before optimization."""
     function, init, data = functions_and_data(task, "plain")
     return function.lower(jax.eval_shape(init), data).cost_analysis()["flops"]
 
 
 def ours(task: Task, head: str) -> Candidate:
-    """Compiles our network or train step, with weights and batch on the devices."""
+    """Returns our compiled network or train step, with weights and batch on the devices."""
     function, init, data = functions_and_data(task, head)
     data, state = jax.device_put(data, parallel.batch_sharding(task.mesh)), init()
-    began = time.perf_counter()
+    start = time.perf_counter()
     compiled = function.lower(state, data).compile()
-    compile_seconds = time.perf_counter() - began
+    compile_seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     needed = memory and memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
@@ -123,7 +123,7 @@ def ours(task: Task, head: str) -> Candidate:
 
 
 def semseg(task: Task, path: str, channels_last: bool = False, compiled: bool = False) -> Candidate:
-    """The authors' network, loss and optimizer, with autocast for bfloat16; their metrics are left out."""
+    """Returns the authors' network, loss and optimizer, with autocast for bfloat16 and without their metrics."""
     import torch
 
     if path not in sys.path:
@@ -163,7 +163,7 @@ def semseg(task: Task, path: str, channels_last: bool = False, compiled: bool = 
 
 
 def semseg_optimizer(network: Any, optimizer: ConfigDict) -> Any:
-    """torch.optim.SGD as tool/train.py makes it: pyramid and heads, whose names do not begin with `layer`, learn faster."""
+    """Returns the SGD of tool/train.py, in which pyramid and heads, not named `layer...`, have a higher learning rate."""
     import torch
 
     backbone, heads = [], []

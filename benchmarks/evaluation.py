@@ -1,10 +1,10 @@
-"""What evaluation costs beside the network, and whether it finds what the authors' PyTorch code finds.
+"""The cost of evaluation outside the network, and a comparison of its results with the authors' PyTorch code.
 
-python -m benchmarks.evaluation time                                    # share of the time outside the network
-python -m benchmarks.evaluation memory                                  # peak of the host's memory
+python -m benchmarks.evaluation time                                    # share of time spent outside the network
+python -m benchmarks.evaluation memory                                  # peak host memory
 python -m benchmarks.evaluation labels --semseg PATH --images FOLDER    # against tool/test.py of a clone of hszhao/semseg
 
-The last needs torch, opencv-python and pyyaml.
+The last command needs torch, opencv-python and pyyaml.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from pspnet_jax.infer.predictor import Predictor
 from pspnet_jax.infer.protocols import PROTOCOLS
 
 SIX = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-# depth, height and width of the image, K, and of config.eval: crop, base_size, and for mmseg short_size
+# depth; height and width of the image; K; and of config.eval: crop, base_size, and short_size for mmseg
 CAMVID = (18, 360, 480, 11, (181, 241), 480, 360)
 CITYSCAPES = (50, 1024, 2048, 19, (713, 713), 2048, 1024)
 ADE20K_CROP, ADE20K_SIZE, MMSEG_ADE20K = (473, 473), 512, (2048, 512)
@@ -46,28 +46,28 @@ def settings(protocol: str, crop: tuple[int, int], base_size: int, short_size: i
 
 
 def seconds(function: Callable[[], Any], repeat: int) -> float:
-    """The least of several, after one that compiles: other programs on the machine only ever add."""
+    """Returns the shortest of several runs, after one to compile; other programs can only make a run slower."""
     function()
     times = []
     for _ in range(repeat):
-        began = time.perf_counter()
+        start = time.perf_counter()
         function()
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - start)
     return min(times)
 
 
-def faint(bias: jax.Array, x: jax.Array) -> jax.Array:
-    """The cheapest network that still writes all its logits."""
+def trivial_network(bias: jax.Array, x: jax.Array) -> jax.Array:
+    """Computes logits for all classes at the least possible cost."""
     return x[..., :1] + bias
 
 
 def share_outside(protocol: str, case: tuple, repeat: int) -> None:
-    """Prints the seconds of all but the network, those of the network, and the former's share."""
+    """Prints the seconds spent outside the network and in the network, and the share of the former."""
     depth, height, width, num_classes, crop, base_size, short_size = case
     config = settings(protocol, crop, base_size, short_size)
     config.model.depth = depth
     image = random_image(height, width)
-    predictor = Predictor(faint, config, num_classes)
+    predictor = Predictor(trivial_network, config, num_classes)
     bias = predictor.place(np.zeros(num_classes, np.float32))
     outside = seconds(lambda: predictor.labels(bias, [image]).block_until_ready(), repeat)
 
@@ -88,45 +88,45 @@ def share_outside(protocol: str, case: tuple, repeat: int) -> None:
 
 
 def peak_memory(protocol: str, batch_size: int) -> None:
-    """Prints the peak of this process, which has to be a fresh one: K = 150, six scales and flip, 2000x1500."""
+    """Prints the peak memory of this process, which has to be new, for 2000x1500 pixels, K = 150, six scales and flip."""
     crop, sizes = ((512, 512), MMSEG_ADE20K) if protocol == "mmseg" else (ADE20K_CROP, (ADE20K_SIZE, 0))
-    predictor = Predictor(faint, settings(protocol, crop, *sizes, batch_size=batch_size), 150)
+    predictor = Predictor(trivial_network, settings(protocol, crop, *sizes, batch_size=batch_size), 150)
     bias = predictor.place(np.zeros(150, np.float32))
     for _ in range(2):
         predictor.labels(bias, [random_image(1500, 2000)]).block_until_ready()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # it is in KiB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # from KiB to GiB
     print(f"| {protocol} | {batch_size} | {peak:.2f} |", flush=True)
 
 
 class Semseg:
-    """The authors' tool/test.py on random weights: PSPNet-50, 11 classes."""
+    """The authors' tool/test.py with random weights: PSPNet-50, 11 classes."""
 
     def __init__(self, path: str, checkpoint: pathlib.Path, image: np.ndarray, config: ConfigDict):
-        """Writes the weights to a checkpoint; the image gives batch normalization its statistics."""
+        """Writes random weights to a checkpoint; batch normalization takes its statistics from the image."""
         import torch
 
         sys.path.insert(0, path)
-        torch.Tensor.cuda = lambda tensor: tensor  # it asks for a GPU
+        torch.Tensor.cuda = lambda tensor: tensor  # the tool requires a GPU
         self._tool, self._config, self._probabilities = importlib.import_module("tool.test"), config, np.zeros(())
         self._tool.logger = importlib.import_module("logging").getLogger("semseg")
         self._network = importlib.import_module("model.pspnet").PSPNet(layers=50, classes=11, pretrained=False).eval()
         pixels = np.array(models.normalize(jnp.asarray(image[:321, :321]), config.normalize))
         pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None]
         randomize(self._network, self._network, pixels)
-        with torch.no_grad():  # no class is ahead of the others on the whole
+        with torch.no_grad():  # no class dominates on average
             self._network.cls[-1].bias -= self._network(pixels).mean((0, 2, 3))
         torch.save({"state_dict": torch.nn.DataParallel(self._network).state_dict()}, checkpoint)
         scale_process = self._tool.scale_process
 
-        def recorded(*args: Any) -> Any:
+        def record(*args: Any) -> Any:
             found = scale_process(*args)
             self._probabilities = self._probabilities + found
             return found
 
-        self._tool.scale_process = recorded
+        self._tool.scale_process = record
 
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Runs `test` as it is: labels [H, W], read from the file it writes, and the probabilities [H, W, K]."""
+        """Runs `test` unchanged; returns labels [H, W], read from the file it writes, and probabilities [H, W, K]."""
         import torch
         from PIL import Image
 
@@ -144,7 +144,7 @@ class Semseg:
 
 
 def compare_labels(semseg: str, folder: str, count: int, scales: tuple[float, ...]) -> None:
-    """Prints, for each image, how many pixels get the same class, and how sure semseg is of the others."""
+    """Prints the share of pixels with the same class per image, and semseg's largest probability gap for the others."""
     paths = list(find_images(folder).values())
     images = [image_files.read(paths[i]) for i in range(0, len(paths), max(1, len(paths) // count))][:count]
     config = settings("semseg", (241, 241), 480, 0, scales=scales)
@@ -155,7 +155,7 @@ def compare_labels(semseg: str, folder: str, count: int, scales: tuple[float, ..
         variables = weights.load(checkpoint, model)
     predictor = Predictor(lambda v, x: model.apply(v, x, train=False), config, 11)
     variables = predictor.place(variables)
-    print("| image | classes | same class | pixels that differ | their gap at most | largest difference |")
+    print("| image | classes | same class | pixels that differ | their largest gap | largest difference |")
     print("| --- " * 6 + "|")
     shares = []
     for i, image in enumerate(images):
@@ -178,7 +178,7 @@ def main() -> None:
     steps = parser.add_subparsers(dest="step", required=True)
     steps.add_parser("time").add_argument("--protocols", nargs="+", default=list(PROTOCOLS))
     memory = steps.add_parser("memory")
-    memory.add_argument("--protocol", choices=PROTOCOLS, help="measure this one in this process")
+    memory.add_argument("--protocol", choices=PROTOCOLS, help="measure only this one, in this process")
     memory.add_argument("--batch_size", type=int, default=8)
     labels = steps.add_parser("labels")
     labels.add_argument("--semseg", metavar="PATH", required=True)

@@ -1,11 +1,11 @@
-"""Compares our network with the original implementations: their code, their checkpoint files, random weights, the same image.
+"""Compares our network with the original implementations, on their checkpoint files with random weights and the same image.
 
 python -m benchmarks.fidelity peer --semseg PATH --out DIR   # with torch; PATH is a clone of hszhao/semseg
 python -m benchmarks.fidelity peer --mmseg --out DIR         # with mmsegmentation, mmcv-lite and mmengine
 python -m benchmarks.fidelity ours DIR                       # with pspnet_jax and torch
 
 The step `peer` writes NAME.pth, and NAME.npz with the image, the peer's logits, and its logits computed in float64. The steps
-need no common environment: `peer` imports nothing of ours, and `ours` nothing of the peers'.
+can use different environments: `peer` does not import our code, nor `ours` the peers'.
 """
 
 import argparse
@@ -26,7 +26,7 @@ MMSEG = (("18", 512, 1024), ("18", 769, 769), ("50", 512, 1024), ("50", 769, 769
 
 
 def random_image(height: int, width: int) -> np.ndarray:
-    """uint8[height, width, 3], RGB: a smooth field with noise of standard deviation 20."""
+    """Returns uint8[height, width, 3], RGB: a smooth field plus noise with standard deviation 20."""
     rng = np.random.default_rng(0)
     rows, columns = (np.maximum(0, 1 - abs(np.linspace(0, 8, n)[:, None] - np.arange(9))) for n in (height, width))
     smooth = np.einsum("yi,xj,ijc->yxc", rows, columns, rng.uniform(0, 255, (9, 9, 3)))
@@ -34,12 +34,12 @@ def random_image(height: int, width: int) -> np.ndarray:
 
 
 def randomize(network: Any, predict: Callable, images: Any) -> None:
-    """Gives a torch network He-normal kernels and random batch normalization, by one pass over the images.
+    """Sets the kernels of a torch network to He-normal values and its batch normalization to random ones, in a forward pass.
 
-    Running statistics scatter around those of the actual inputs, so that the activations of all layers stay near unit scale
-    and vary over the image; their constant part is for the 1x1 level, whose variance over one position is 0. Each block adds
-    only a fifth of a unit to its shortcut: with a whole one, ResNet-101 would magnify PyTorch's own rounding to 1e-3 standard
-    deviations of the logits, and nothing finer could be compared.
+    Running statistics are close to those of the actual inputs, so that the activations of all layers have about unit scale and
+    vary over the image. The constant part of the variance is for the 1x1 level, whose variance over one position is 0. Blocks
+    are scaled to 0.2 before they are added to their shortcuts: at 1, ResNet-101 would amplify PyTorch's own rounding to 1e-3
+    standard deviations of the logits, which would hide smaller differences.
     """
     import torch
 
@@ -68,7 +68,7 @@ def randomize(network: Any, predict: Callable, images: Any) -> None:
                 module.weight.copy_(normal((2 / module.weight[0].numel()) ** 0.5, module.weight))
                 if module.bias is not None:
                     module.bias.copy_(normal(0.3, module.bias))
-            elif hasattr(module, "running_var"):  # mmengine has a class of its own
+            elif hasattr(module, "running_var"):  # mmengine has its own class
                 hooks.append(module.register_forward_pre_hook(randomize_norm))
         predict(images)
     for hook in hooks:
@@ -76,7 +76,7 @@ def randomize(network: Any, predict: Callable, images: Any) -> None:
 
 
 def record(file: pathlib.Path, image: np.ndarray, network: Any, predict: Callable, images: Any) -> None:
-    """Writes the case: the image, the peer's logits f32[H, W, K], and those of the same network computed in float64."""
+    """Writes the image, the peer's logits f32[H, W, K], and the logits of the same network computed in float64."""
     import torch
 
     with torch.no_grad():
@@ -89,7 +89,7 @@ def record(file: pathlib.Path, image: np.ndarray, network: Any, predict: Callabl
 
 
 def semseg(path: str, out: pathlib.Path) -> None:
-    """Runs the authors' PyTorch code, normalizing as its tool/test.py and saving as its tool/train.py do."""
+    """Runs the authors' PyTorch code, which normalizes like its tool/test.py and saves like its tool/train.py."""
     import torch
 
     sys.path.insert(0, path)
@@ -102,7 +102,7 @@ def semseg(path: str, out: pathlib.Path) -> None:
         images = (torch.from_numpy(image).permute(2, 0, 1)[None].float() - mean) / std
         randomize(network, network, images)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-        parallel = torch.nn.DataParallel(network)  # puts "module." before the names
+        parallel = torch.nn.DataParallel(network)  # prefixes the names with "module."
         saved = {"epoch": 100, "state_dict": parallel.state_dict(), "optimizer": optimizer.state_dict()}
         name = f"semseg-{depth}-{size}"
         torch.save(saved, out / f"{name}.pth")
@@ -110,9 +110,9 @@ def semseg(path: str, out: pathlib.Path) -> None:
 
 
 def mmsegmentation(out: pathlib.Path) -> None:
-    """Runs mmsegmentation from its own config files; its checkpoint is written by its trainer after two steps."""
+    """Runs mmsegmentation with its own config files; its trainer writes the checkpoint after two steps."""
 
-    class Absent(types.ModuleType):  # mmcv-lite has no compiled operators; PSPNet uses none, but mmseg imports them
+    class Absent(types.ModuleType):  # mmcv-lite lacks the compiled operators that mmseg imports and PSPNet does not use
         def __getattr__(self, name: str) -> type:
             if name.startswith("__"):
                 raise AttributeError(name)
@@ -133,9 +133,9 @@ def mmsegmentation(out: pathlib.Path) -> None:
         config = Config.fromfile(pathlib.Path(mmseg.__file__).with_name(".mim") / "configs" / config_file)
         config.model.pretrained = None
         network = revert_sync_batchnorm(MODELS.build(config.model)).eval()
-        network.init_weights()  # or the trainer would do it, over ours
+        network.init_weights()  # else the trainer would overwrite our weights
         image = random_image(height, width)
-        bgr = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)  # as mmseg reads files
+        bgr = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)  # the channel order of mmseg's image reader
         images = network.data_preprocessor({"inputs": [bgr]}, training=False)["inputs"]
 
         def predict(images: Any, network: Any = network) -> Any:
@@ -148,7 +148,7 @@ def mmsegmentation(out: pathlib.Path) -> None:
 
 
 def train_and_save(network: Any, config: Any, file: pathlib.Path) -> None:
-    """Two steps with a negligible learning rate, so that the file holds all that mmengine's own training leaves in it."""
+    """Trains two steps with a negligible learning rate, so that the file holds everything that mmengine's training saves."""
     import torch
     from mmengine.runner import Runner
     from mmengine.structures import PixelData
@@ -180,7 +180,7 @@ def train_and_save(network: Any, config: Any, file: pathlib.Path) -> None:
 
 
 def our_logits(checkpoint: pathlib.Path, image: np.ndarray) -> np.ndarray:
-    """Imports a checkpoint as a user does, its whole configuration inferred, and runs it: f32[H, W, K]."""
+    """Imports a checkpoint as a user would, with its config inferred, and returns its logits f32[H, W, K]."""
     import jax
     import jax.numpy as jnp
 
@@ -196,7 +196,7 @@ def our_logits(checkpoint: pathlib.Path, image: np.ndarray) -> np.ndarray:
 
 
 def ours(directory: pathlib.Path) -> None:
-    """Prints the table of fidelity.md; all differences are in units of the standard deviation of the float64 logits."""
+    """Prints the table of fidelity.md; all differences are in standard deviations of the float64 logits."""
     print("| network | size, classes | max | median | same class | gap elsewhere | theirs to float64 | ours to float64 |")
     print("| --- " * 8 + "|")
     for file in sorted(directory.glob("*.npz")):

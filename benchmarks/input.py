@@ -1,10 +1,10 @@
-"""How fast training examples are made: decoding alone, the whole pipeline, and hszhao/semseg's loader on the same files.
+"""Speed of the input pipeline: decoding alone, the whole pipeline, and hszhao/semseg's loader on the same files.
 
 python -m benchmarks.input [--semseg DIR] [--base DIR] [--repeats 12] [--seconds 8]
 python -m benchmarks.input --python
 
-Every measurement is a process of its own, which leaves out its first batches; the repeats go round all of them in turn,
-and a ratio is the median of the ratios within each round, so that it holds where the machine's speed drifts.
+Every measurement runs in its own process and excludes its first batches. Each repeat measures every method once, and a ratio
+is the median of the ratios within each repeat, so that it holds even if the machine's speed drifts.
 """
 
 import argparse
@@ -33,7 +33,7 @@ WARM_UP = 4  # batches
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """Made-up training images like a benchmark's, in its layout and with its raw labels; the crop is that of its recipe."""
+    """Synthetic training images like a benchmark's, in its layout and with its raw labels; the crop is that of its recipe."""
 
     size: tuple[int, int]  # height, width
     crop: int
@@ -55,7 +55,7 @@ KINDS = {
 
 
 def write_images(root: pathlib.Path, kind: Kind) -> None:
-    """Writes COUNT pairs as a camera might see them: regions with outlines, shading within, and noise."""
+    """Writes COUNT pairs that resemble photos: regions with outlines, shading and noise."""
     for index in range(COUNT):
         rng = np.random.default_rng(index)
         label = np.argmax([_smooth(rng, *kind.size, cells=7) for _ in range(REGIONS)], axis=0).astype(np.uint8)
@@ -75,13 +75,13 @@ def _smooth(rng: np.random.Generator, height: int, width: int, cells: int) -> np
 
 
 def decoding(name: str, root: pathlib.Path) -> Iterable[object]:
-    """Pairs read and decoded by TensorFlow and nothing else, BATCH of them at a time."""
+    """Yields batches of BATCH pairs that are only read and decoded, by TensorFlow."""
     from pspnet_jax.data import tf
 
     pairs = tf.data.Dataset.from_tensor_slices(tuple(map(list, zip(*_files(name, root), strict=True)))).repeat()
 
     def decode(image: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        pixels = tf.io.decode_jpeg(tf.io.read_file(image), channels=3, dct_method="INTEGER_ACCURATE")  # PNGs as well
+        pixels = tf.io.decode_jpeg(tf.io.read_file(image), channels=3, dct_method="INTEGER_ACCURATE")  # decodes PNGs too
         return pixels, tf.io.decode_png(tf.io.read_file(label), channels=1)
 
     singles = pairs.map(decode, num_parallel_calls=os.cpu_count()).prefetch(2).as_numpy_iterator()
@@ -89,7 +89,7 @@ def decoding(name: str, root: pathlib.Path) -> Iterable[object]:
 
 
 def ours(name: str, root: pathlib.Path) -> Iterable[object]:
-    """This project's training batches with its default augmentation, blur and rotation included."""
+    """Yields this project's training batches with its default augmentation, including blur and rotation."""
     from pspnet_jax.config import base_config
     from pspnet_jax.data import pipeline
 
@@ -100,9 +100,9 @@ def ours(name: str, root: pathlib.Path) -> Iterable[object]:
 
 
 def python_milliseconds(name: str, root: pathlib.Path) -> float:
-    """Returns the CPU time of an example of hardly any pixels: for no longer does an example hold Python's lock.
+    """Returns the CPU time of a tiny example: an upper bound of the time for which an example holds the GIL.
 
-    Decoders, OpenCV and NumPy's loops over pixels run without the lock, and take next to no time here.
+    Decoders, OpenCV and NumPy's loops over pixels release the GIL, and take hardly any time for a tiny example.
     """
     from pspnet_jax.config import base_config
     from pspnet_jax.data import augment, pipeline
@@ -113,20 +113,20 @@ def python_milliseconds(name: str, root: pathlib.Path) -> float:
     config.dataset.name, config.dataset.root, config.augment.crop = name, str(root), (33, 33)
     data, times = pipeline.open_training(config), []
     for position in range(2000):
-        began = time.thread_time()
+        start = time.thread_time()
         dataset, index = data.order[position]
         params = augment.sample_augmentation(generator(config.seed, AUGMENT, position), config.augment)
         augment.apply_augmentation(*data.reads[dataset](index), params, config.augment.crop, config.normalize.mean)
-        times.append(time.thread_time() - began)
+        times.append(time.thread_time() - start)
     return 1e3 * statistics.median(times)
 
 
 def semseg(name: str, root: pathlib.Path) -> Iterable[object]:
-    """The loader of semseg's tool/train.py with 2 workers, normalized float32 on the host as it makes them.
+    """Yields batches from the loader of semseg's tool/train.py with 2 workers: normalized float32 images.
 
-    It takes labels as they are: its users map them to classes beforehand.
+    The loader does not map labels to classes: its users do that beforehand.
     """
-    collections.Iterable = collections.abc.Iterable  # type: ignore[attr-defined]  # it was written for Python before 3.10
+    collections.Iterable = collections.abc.Iterable  # type: ignore[attr-defined]  # semseg was written for Python before 3.10
     import cv2
     import torch
     from util import dataset, transform
@@ -155,20 +155,20 @@ def _files(name: str, root: pathlib.Path) -> list[tuple[str, str]]:
     return [(str(root / kind.image.format(index)), str(root / kind.label.format(index))) for index in range(COUNT)]
 
 
-WAYS: dict[str, Callable[[str, pathlib.Path], Iterable[object]]] = {"decoding": decoding, "ours": ours, "semseg": semseg}
+METHODS: dict[str, Callable[[str, pathlib.Path], Iterable[object]]] = {"decoding": decoding, "ours": ours, "semseg": semseg}
 
 
-def measure(way: str, name: str, root: pathlib.Path, seconds: float) -> dict[str, float]:
-    """Returns images a second, CPU milliseconds an image, and the most memory held, in MB, of this process and its workers."""
-    batches = iter(WAYS[way](name, root))
+def measure(method: str, name: str, root: pathlib.Path, seconds: float) -> dict[str, float]:
+    """Returns images per second, CPU ms per image, and the peak memory in MB, of this process and its workers."""
+    batches = iter(METHODS[method](name, root))
     for _ in itertools.islice(batches, WARM_UP):
         pass
-    began, cpu, images = time.perf_counter(), _cpu_seconds(), 0
-    while time.perf_counter() - began < seconds:
+    start, cpu_start, images = time.perf_counter(), _cpu_seconds(), 0
+    while time.perf_counter() - start < seconds:
         next(batches)
         images += BATCH
-    rate = images / (time.perf_counter() - began)
-    return {"rate": rate, "cpu": 1e3 * (_cpu_seconds() - cpu) / images, "memory": _peak_megabytes()}
+    rate = images / (time.perf_counter() - start)
+    return {"rate": rate, "cpu": 1e3 * (_cpu_seconds() - cpu_start) / images, "memory": _peak_megabytes()}
 
 
 def _cpu_seconds() -> float:
@@ -188,54 +188,56 @@ def _peak_megabytes() -> float:
 
 
 def compare(name: str, root: pathlib.Path, arguments: argparse.Namespace) -> None:
-    """Measures all ways on the same images, prints a table, and how ours compares with the others."""
-    ways = [way for way in WAYS if way != "semseg" or arguments.semseg] + ["base"] * bool(arguments.base)
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
-    for _, way in itertools.product(range(arguments.repeats), ways):
-        command = [sys.executable, "-m", "benchmarks.input", "--way", "ours" if way == "base" else way]
+    """Measures all methods on the same images, and prints a table and the ratios of ours to the others."""
+    methods = [method for method in METHODS if method != "semseg" or arguments.semseg] + ["base"] * bool(arguments.base)
+    found: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
+    for _, method in itertools.product(range(arguments.repeats), methods):
+        command = [sys.executable, "-m", "benchmarks.input", "--way", "ours" if method == "base" else method]
         command += ["--kind", name, "--root", str(root)]
         command += ["--seconds", str(arguments.seconds), "--semseg", arguments.semseg]
-        where = arguments.base if way == "base" else None
+        where = arguments.base if method == "base" else None
         environment = os.environ | {"PYTHONPATH": where} if where else None
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=where, env=environment)
-        found[way].append(json.loads(done.stdout.splitlines()[-1]))
+        found[method].append(json.loads(done.stdout.splitlines()[-1]))
     sizes = (np.mean([os.path.getsize(file) / 1e3 for file in files]) for files in zip(*_files(name, root), strict=True))
     print(
         "\n{}-like: images of {:.0f} kB, labels of {:.0f} kB".format(name, *sizes),
         f"crop {KINDS[name].crop}, batch {BATCH}\n",
         sep=", ",
     )
-    print("| | images/s, median | least | most | CPU ms an image, median | peak MB |\n| --- | --- | --- | --- | --- | --- |")
-    for way, runs in found.items():
+    print("| | images/s, median | least | most | CPU ms per image, median | peak MB |\n| --- | --- | --- | --- | --- | --- |")
+    for method, runs in found.items():
         rates, m = [run["rate"] for run in runs], {k: statistics.median(run[k] for run in runs) for k in runs[0]}
-        print(f"| {way} | {m['rate']:.1f} | {min(rates):.1f} | {max(rates):.1f} | {m['cpu']:.1f} | {m['memory']:.0f} |")
-    for other in (way for way in ways if way != "ours"):
+        print(f"| {method} | {m['rate']:.1f} | {min(rates):.1f} | {max(rates):.1f} | {m['cpu']:.1f} | {m['memory']:.0f} |")
+    for other in (method for method in methods if method != "ours"):
         pairs = list(zip(found["ours"], found[other], strict=True))
         rate, cpu = (statistics.median(one[k] / two[k] for one, two in pairs) for k in ("rate", "cpu"))
-        print(f"\nours has {rate:.2f} times the images/s of {other}, and takes {cpu:.2f} times its CPU time an image")
+        print(f"\nours has {rate:.2f} times the images/s of {other}, and takes {cpu:.2f} times its CPU time per image")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--semseg", default="", help="a checkout of hszhao/semseg")
-    parser.add_argument("--base", default="", help="a checkout of this project in an earlier state, to compare with")
-    parser.add_argument("--python", action="store_true", help="only Python's share of an example")
-    parser.add_argument("--kind", choices=KINDS, help="only these images")
+    parser.add_argument("--base", default="", help="an earlier checkout of this project to compare with")
+    parser.add_argument("--python", action="store_true", help="measure only the time for which an example holds the GIL")
+    parser.add_argument("--kind", choices=KINDS, help="measure only with these images")
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=8)
-    parser.add_argument("--way", choices=WAYS, help="only this one, once, as JSON, on the images at --root")
+    parser.add_argument(
+        "--way", dest="method", choices=METHODS, help="measure only this, once, on the images in --root, as JSON"
+    )
     parser.add_argument("--root", type=pathlib.Path)
     arguments = parser.parse_args()
-    if arguments.way:
+    if arguments.method:
         sys.path.append(arguments.semseg)
-        print(json.dumps(measure(arguments.way, arguments.kind, arguments.root, arguments.seconds)), flush=True)
-        os._exit(0)  # without the batches that are still under way
+        print(json.dumps(measure(arguments.method, arguments.kind, arguments.root, arguments.seconds)), flush=True)
+        os._exit(0)  # do not wait for pending batches
     for name in [arguments.kind] if arguments.kind else KINDS:
         with tempfile.TemporaryDirectory() as directory:
             root = pathlib.Path(directory)
             if arguments.python:
                 share = python_milliseconds(name, root)
-                print(f"{name}-like: {share:.2f} ms of Python an example, so at most {1e3 / share:.0f} images/s in a process")
+                print(f"{name}-like: {share:.2f} ms of Python per example, so at most {1e3 / share:.0f} images/s per process")
                 continue
             write_images(root, KINDS[name])
             compare(name, root, arguments)

@@ -1,6 +1,6 @@
-"""The NumPy transcription of protocol mmseg (tests/infer/reference.py) against mmsegmentation's own test-time augmentation.
+"""Compares the NumPy version of protocol mmseg (tests/infer/reference.py) with mmsegmentation's test-time augmentation.
 
-python -m benchmarks.mmseg_protocol    # with mmsegmentation, mmcv-lite, mmengine and torch; nothing of pspnet_jax is imported
+python -m benchmarks.mmseg_protocol    # needs mmsegmentation, mmcv-lite, mmengine and torch; does not import pspnet_jax
 """
 
 import sys
@@ -25,7 +25,7 @@ CASES = (
 
 
 class Absent(types.ModuleType):
-    """Stands for the compiled mmcv.ops, which mmcv-lite lacks and nothing here uses."""
+    """A stand-in for the compiled mmcv.ops, which mmcv-lite lacks and this benchmark does not use."""
 
     __path__: tuple = ()
 
@@ -36,7 +36,7 @@ class Absent(types.ModuleType):
 
 
 def segmentor(case: types.SimpleNamespace, align_corners: bool) -> Any:
-    """mmsegmentation's EncoderDecoder around the transcription's network."""
+    """Returns mmsegmentation's EncoderDecoder around the network of the reference."""
     from mmengine.config import ConfigDict
     from mmengine.model import BaseModel
     from mmseg.models import EncoderDecoder, SegDataPreProcessor
@@ -56,7 +56,7 @@ def segmentor(case: types.SimpleNamespace, align_corners: bool) -> Any:
 
 
 def theirs(image: np.ndarray, case: types.SimpleNamespace, align_corners: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Labels [H, W] as SegTTAModel merges them, and the probabilities [H, W, K] of which they are the largest."""
+    """Returns the labels [H, W] of SegTTAModel, and the probabilities [H, W, K] that they maximize."""
     from mmcv.transforms import TestTimeAug
     from mmseg.models import SegTTAModel
 
@@ -93,8 +93,8 @@ def main() -> None:
             labels, probabilities = theirs(image, case, align_corners)
             model, normalize = types.SimpleNamespace(align_corners=align_corners), types.SimpleNamespace(mean=MEAN, std=STD)
             config = types.SimpleNamespace(eval=case, model=model, normalize=normalize)
-            transcribed = reference.mmseg(reference.network, image, config)
-            worst, wrong = abs(transcribed - probabilities).max(), (transcribed.argmax(-1) != labels).sum()
+            ours = reference.mmseg(reference.network, image, config)
+            worst, wrong = abs(ours - probabilities).max(), (ours.argmax(-1) != labels).sum()
             print(f"| {case.size} | {case.scales} | {case.inference} | {align_corners} | {worst:.1e} | {wrong} |")
 
 

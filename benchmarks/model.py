@@ -1,10 +1,10 @@
-"""Speed and memory of inference and of the train step, for any recipe on any device, beside semseg's PSPNet in PyTorch.
+"""Speed and memory of inference and training steps, for any recipe and device, optionally against semseg's PSPNet in PyTorch.
 
 python -m benchmarks.model --config configs/ade20k.py --batch 16 32 --dtype float32 bfloat16 [--config.field=value ...]
-python -m benchmarks.model --config configs/ade20k.py --semseg PATH    # in turns with a clone of hszhao/semseg; needs torch
+python -m benchmarks.model --config configs/ade20k.py --semseg PATH    # alternating with a clone of hszhao/semseg; needs torch
 python -m benchmarks.model --config configs/ade20k.py --check          # one train step against the same step on the CPU
 
-It needs neither TensorFlow nor data: images and labels are random and lie on the device.
+Needs neither TensorFlow nor data: images and labels are random and stay on the device.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX would leave PyTorch a quarter of the GPU's memory
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else PyTorch gets only a quarter of the GPU's memory
 
 import jax
 import numpy as np
@@ -35,8 +35,8 @@ from benchmarks.candidates import DTYPES, HEADS, JOBS, Candidate, Task, count_fl
 from pspnet_jax import datasets, parallel
 from pspnet_jax.config import load_recipe
 
-# Dense FLOP/s by the beginning of JAX's device_kind, from the makers' data sheets, at JAX's default precision: float32 products
-# run as TF32 on GPUs that have it, and as one pass of bfloat16 on TPUs. Volta and Turing have neither.
+# Dense FLOP/s by prefix of JAX's device_kind, from the vendors' data sheets, at JAX's default precision: float32 products use
+# TF32 on GPUs that have it, and one bfloat16 pass on TPUs. Volta and Turing have neither.
 PEAK = {
     "NVIDIA H100 PCIe": {"float32": 378e12, "bfloat16": 756e12},
     "NVIDIA H100": {"float32": 494e12, "bfloat16": 989e12},
@@ -75,7 +75,7 @@ COLUMNS = {
 
 
 def builders(task: Task, heads: Sequence[str], semseg_path: str | None) -> dict[str, Callable[[], Candidate]]:
-    """What is measured of a task, by name."""
+    """Returns functions that build the candidates of a task, by name."""
     build: dict[str, Callable[[], Candidate]] = {f"ours, {head}": functools.partial(ours, task, head) for head in heads}
     if semseg_path:
         theirs = functools.partial(semseg, task, semseg_path)
@@ -86,9 +86,9 @@ def builders(task: Task, heads: Sequence[str], semseg_path: str | None) -> dict[
 
 
 def first_step(candidate: Candidate) -> int | None:
-    """Runs one step; returns the bytes it took at its peak beyond those taken before, where they can be measured.
+    """Runs one step; returns its peak memory in bytes beyond the memory in use before, or None if it cannot be measured.
 
-    On the CPU that is resident memory, whose peak Linux counts anew when told; on a GPU it is PyTorch's own count.
+    On the CPU, this is resident memory, whose peak Linux can reset; on a GPU, it is PyTorch's own count.
     """
     cuda = sys.modules["torch"].cuda if "torch" in sys.modules else None
     if cuda and cuda.is_available():
@@ -112,14 +112,14 @@ def _resident_bytes(field: str) -> int:
 
 
 def measure(build: dict[str, Callable[[], Candidate]], rounds: int, steps: int) -> dict[str, dict[str, Any]]:
-    """Builds all candidates, then times them in turns. One that fails, for want of memory or of a kernel, says why."""
+    """Builds all candidates, then times them in turn. If one lacks memory or a kernel, its row has the error."""
     rows: dict[str, dict[str, Any]] = {name: {} for name in build}
     ready = {}
     for name, make in build.items():
         try:
             candidate = make()
             measured = first_step(candidate)
-        except RuntimeError as error:  # JAX's errors and PyTorch's are RuntimeErrors
+        except RuntimeError as error:  # of JAX or PyTorch
             rows[name]["error"] = first_line(error)
             continue
         ready[name] = candidate
@@ -134,12 +134,12 @@ def measure(build: dict[str, Callable[[], Candidate]], rounds: int, steps: int) 
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """FLOP/s of one device by PEAK; None for a device or dtype that is not in the table."""
+    """Returns the FLOP/s of one device from PEAK, or None if the device or dtype is not in the table."""
     return next((peak.get(dtype) for kind, peak in PEAK.items() if device_kind.startswith(kind)), None)
 
 
 def summarize(row: dict[str, Any], images: int, flops: float, peak: float | None) -> dict[str, Any]:
-    """Adds medians, the spread, (largest - least) / median, and the rates that follow from the median."""
+    """Adds medians, the rates that follow from them, and the spread: (largest - least) / median."""
     seconds = statistics.median(row["seconds"])
     return row | {
         "median_seconds": seconds,
@@ -152,7 +152,7 @@ def summarize(row: dict[str, Any], images: int, flops: float, peak: float | None
 
 
 def benchmark(arguments: argparse.Namespace, config: ConfigDict, num_classes: int) -> list[dict[str, Any]]:
-    """Measures each job, batch size and dtype, printing as it goes; one row a candidate."""
+    """Measures and prints all jobs, batch sizes and dtypes; returns one row per candidate."""
     mesh = parallel.make_mesh(jax.devices()[:1] if arguments.semseg else None)
     rows = []
     for job, size, dtype in itertools.product(arguments.jobs, arguments.batch, arguments.dtype):
@@ -167,7 +167,7 @@ def benchmark(arguments: argparse.Namespace, config: ConfigDict, num_classes: in
 
 
 def largest_differences(value: Any, expected: Any) -> dict[str, Any]:
-    """Of two trees: the largest difference of one number, and that of one array, as ||a - b|| / ||b||, with its path."""
+    """Returns the largest absolute difference of two trees, and the largest ||a - b|| / ||b|| of an array, with its path."""
     pairs = [(jax.tree_util.keystr(path), b) for path, b in jax.tree_util.tree_leaves_with_path(expected)]
     absolute, relative, name = 0.0, 0.0, ""
     for a, (path, b) in zip(jax.tree.leaves(value), pairs, strict=True):
@@ -180,18 +180,18 @@ def largest_differences(value: Any, expected: Any) -> dict[str, Any]:
 
 
 def one_step(task: Task, head: str, state: Any) -> dict[str, Any]:
-    """Loss, updated parameters and optimizer state of one train step from a host's state, as host arrays."""
+    """Returns loss, parameters and optimizer state after one train step from a state on the host, as host arrays."""
     function, _, batch = functions_and_data(task, head)
-    state = jax.device_put(jax.tree.map(np.array, state), parallel.replicated(task.mesh))  # a copy: the step donates it
+    state = jax.device_put(jax.tree.map(np.array, state), parallel.replicated(task.mesh))  # a copy, since the step donates it
     state, metrics = function(state, jax.device_put(batch, parallel.batch_sharding(task.mesh)))
     found = {"loss": metrics["loss"].compute(), "optimizer state": state.opt_state, "parameters": state.params}
     return jax.tree.map(np.asarray, found)
 
 
 def check(arguments: argparse.Namespace, config: ConfigDict, num_classes: int) -> list[dict[str, Any]]:
-    """Compares one train step, for each head and dtype, with the same on one CPU device in float32 at the highest precision.
+    """Compares one train step, for each head and dtype, with the same step on one CPU device in float32 at highest precision.
 
-    SGD's momentum after the first step is the gradient with its weight decay.
+    After the first step, SGD's momentum is the gradient plus weight decay.
     """
     size, cpu, rows = arguments.batch[0], parallel.make_mesh(jax.devices("cpu")[:1]), []
     for head in arguments.head:
@@ -216,7 +216,7 @@ def first_line(error: Exception) -> str:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Prints the rows as a table in Markdown."""
+    """Prints the rows as a Markdown table."""
     columns = [column for column in COLUMNS if any(column in row for row in rows)]
     table = Table(*(COLUMNS[column][0] for column in columns), box=box.MARKDOWN)
     for row in rows:
@@ -225,7 +225,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def describe_run() -> dict[str, Any]:
-    """Date, machine and versions."""
+    """Returns date, command, machine and versions."""
     devices = jax.devices()
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
     if "torch" in sys.modules:
@@ -247,14 +247,14 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ConfigDict]:
     parser.add_argument("--config", metavar="FILE[:ARG]", required=True, help="a recipe; --config.field=value sets a field")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
-    parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="images a step; default: the recipe's batch_size")
+    parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="images per step; default: the recipe's batch_size")
     parser.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"), help="default: the recipe's augment.crop")
-    parser.add_argument("--head", nargs="+", choices=HEADS, help="default: as model.factored_head says")
-    parser.add_argument("--rounds", type=int, default=5, help="timings of each; the median is reported")
-    parser.add_argument("--steps", type=int, default=1, help="steps in one timing; 10 or more on an accelerator")
-    parser.add_argument("--semseg", metavar="PATH", help="measure the PSPNet of this clone of hszhao/semseg too")
-    parser.add_argument("--check", action="store_true", help="compare one train step with the CPU's instead of timing")
-    parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="write the figures here as JSON")
+    parser.add_argument("--head", nargs="+", choices=HEADS, help="default: as in model.factored_head")
+    parser.add_argument("--rounds", type=int, default=5, help="timings per candidate; the median is reported")
+    parser.add_argument("--steps", type=int, default=1, help="steps per timing; use 10 or more on an accelerator")
+    parser.add_argument("--semseg", metavar="PATH", help="also measure the PSPNet of this clone of hszhao/semseg")
+    parser.add_argument("--check", action="store_true", help="compare one train step with that on the CPU instead of timing")
+    parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="write the results as JSON")
     arguments, overrides = parser.parse_known_args(argv)
     config, argv = load_recipe(arguments.config), ["", *overrides]
     values = flags.FlagValues()

@@ -1,10 +1,10 @@
-"""Runs a Caffe network exactly as its prototxt says, and compares our import of the same random weights with it.
+"""Runs a Caffe network from its prototxt, and compares it with our import of the same random weights.
 
 git clone https://github.com/hszhao/PSPNet
 python -m benchmarks.prototxt --prototxt PSPNet/evaluation/prototxt/*.prototxt
 
-Nothing here knows PSPNet: layers run in the file's order, by its names, bottoms, tops and options; an unknown one is an error.
-Each layer gets random weights when it runs; all are written as a .caffemodel, which is imported as a user would.
+This program does not know PSPNet: it runs the layers in the file's order, with their names, bottoms, tops and options, and
+fails on unknown ones. Each layer gets random weights when it runs, and the import reads them from a .caffemodel.
 """
 
 import argparse
@@ -31,7 +31,7 @@ TOKENS = re.compile(r'#.*|"[^"]*"|[{}]|[^\s{}:]+')
 
 
 def parse(tokens: Iterator[str]) -> dict[str, list]:
-    """Reads a message of protobuf's text format up to its closing brace; each field has the list of its values."""
+    """Parses a message in protobuf's text format up to its closing brace; returns the list of values of each field."""
     message: dict[str, list] = collections.defaultdict(list)
     for name in tokens:
         if name == "}":
@@ -45,7 +45,7 @@ def parse(tokens: Iterator[str]) -> dict[str, list]:
 
 
 def interpolate(x: torch.Tensor, axis: int, new_size: int) -> torch.Tensor:
-    """Linear along one axis, corners aligned, positions in float32 (src/caffe/util/interp.cpp)."""
+    """Interpolates linearly along one axis, with aligned corners and float32 positions (src/caffe/util/interp.cpp)."""
     size = x.shape[axis]
     at = np.arange(new_size, dtype=np.float32) * np.float32((size - 1) / max(new_size - 1, 1))
     low = at.astype(int)
@@ -57,7 +57,7 @@ def interpolate(x: torch.Tensor, axis: int, new_size: int) -> torch.Tensor:
 
 @dataclasses.dataclass
 class Layers:
-    """Caffe's layers in its test phase; tensors are [N, C, H, W], options are those of caffe.proto with its defaults."""
+    """Caffe's layers in the test phase. Tensors are [N, C, H, W]; options and defaults are those of caffe.proto."""
 
     random: np.random.Generator
     blobs: reference_caffe.Blobs = dataclasses.field(default_factory=dict)
@@ -86,7 +86,7 @@ class Layers:
         return torch.cat(inputs, 1)
 
     def pooling(self, name, x, *, pool="MAX", kernel_size, stride=1, pad=0):
-        assert stride <= kernel_size  # then torch's ceil_mode is the rule of src/caffe/layers/pooling_layer.cpp
+        assert stride <= kernel_size  # then torch's ceil_mode rounds like src/caffe/layers/pooling_layer.cpp
         pooling = {"MAX": functional.max_pool2d, "AVE": functional.avg_pool2d}[pool]
         return pooling(x, kernel_size, stride, pad, ceil_mode=True)
 
@@ -98,7 +98,7 @@ class Layers:
 
 
 def run(network: dict[str, list], layers: Layers, x: torch.Tensor) -> torch.Tensor:
-    """Runs every layer in the file's order; returns the last one's top. What no later layer reads is freed."""
+    """Runs all layers in the file's order and returns the top of the last one. Frees tensors that no later layer reads."""
     tops = {network["input"][0]: x}
     last_reader = {bottom: i for i, layer in enumerate(network["layer"]) for bottom in layer["bottom"]}
     for i, layer in enumerate(network["layer"]):
@@ -112,13 +112,13 @@ def run(network: dict[str, list], layers: Layers, x: torch.Tensor) -> torch.Tens
 
 
 def tiles(random: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """An image of colored tiles with noise, u8[1, H, W, 3], whose pyramid levels differ from cell to cell."""
+    """Returns an image of noisy colored tiles, u8[1, H, W, 3], so that all cells of a pyramid level differ."""
     coarse = random.integers(0, 192, (1, 9, 9, 3)).repeat(-(-height // 9), 1).repeat(-(-width // 9), 2)
     return (coarse[:, :height, :width] + random.integers(0, 64, (1, height, width, 3))).astype(np.uint8)
 
 
-def imported(path: pathlib.Path, image: np.ndarray) -> np.ndarray:
-    """Our logits of an image u8[1, H, W, 3], with the configuration and the weights that the file gives."""
+def imported_logits(path: pathlib.Path, image: np.ndarray) -> np.ndarray:
+    """Returns our logits of an image u8[1, H, W, 3], with the config and weights from the file."""
     config = base_config()
     source = weights.inspect(path)
     weights.configure(config, source)
@@ -142,14 +142,14 @@ def compare(path: pathlib.Path, seed: int) -> None:
         file = pathlib.Path(directory) / f"{path.stem}.caffemodel"
         reference_caffe.write(file, layers.blobs)
         start = time.perf_counter()
-        logits = imported(file, image)
+        logits = imported_logits(file, image)
         seconds.append(time.perf_counter() - start)
     error = np.abs(logits - expected).max() / expected.std()
     classes = expected.argmax(-1)
     equal = (logits.argmax(-1) == classes).mean()
     kinds = collections.Counter(layer["type"][0] for layer in network["layer"])
     print(f"{path.name}: {len(network['layer'])} layers ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})")
-    print(f"  {logits.shape[-1]} classes, of which {len(np.unique(classes))} somewhere have the highest logit")
+    print(f"  {logits.shape[-1]} classes, {len(np.unique(classes))} of them with the highest logit somewhere")
     print(f"  max |difference| / std of logits {error:.1e}, equal argmax {equal:.4%}")
     print(f"  interpreter {seconds[0]:.1f} s, import and our network (compiling included) {seconds[1]:.1f} s", flush=True)
 

@@ -1,8 +1,8 @@
-"""CamVid, 11 classes, small enough for a CPU: ResNet-18 from scratch on crops, scored at full size.
+"""CamVid, 11 classes, on a CPU: trains a PSPNet-18 from scratch on crops, and evaluates whole images.
 
 python -m pspnet_jax.main --config configs/camvid.py --config.dataset.root=DIR
 
-DIR holds images/{train,val} and labels/{train,val} at 480x360 (the SegNet tutorial's form, void as 255).
+DIR holds images/{train,val} and labels/{train,val} at 480x360 (the SegNet tutorial's version, with 255 for void).
 """
 
 from ml_collections import ConfigDict
@@ -22,8 +22,8 @@ def get_config() -> ConfigDict:
     config.batch_size = 8
     config.total_steps = 1100  # 24 epochs of 367 images
     config.optimizer.learning_rate = 0.05
-    config.optimizer.head_multiplier = 1.0  # nothing is pretrained, so nothing has to be spared
-    config.augment.scale = (0.4, 1.0)  # of 480x360
+    config.optimizer.head_multiplier = 1.0  # nothing is pretrained, so all layers learn at the same rate
+    config.augment.scale = (0.4, 1.0)  # relative to 480x360
     config.augment.rotate_probability = 0.0
     config.augment.blur_probability = 0.0
     config.augment.crop = (181, 241)

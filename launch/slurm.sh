@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One process a GPU, which is what JAX expects under SLURM: sbatch [--nodes=2] launch/slurm.sh [arguments of pspnet_jax.main]
+# Starts one process per GPU, as JAX expects under SLURM: sbatch [--nodes=2] launch/slurm.sh [arguments of pspnet_jax.main]
 #SBATCH --job-name=pspnet_jax
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

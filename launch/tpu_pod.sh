@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Starts the same command on every host of a Cloud TPU pod: launch/tpu_pod.sh TPU_NAME ZONE [arguments of pspnet_jax.main]
-# The project has to be in ~/pspnet_jax of each host, installed with: pip install -e "~/pspnet_jax[tpu]"
+# Every host must have the project in ~/pspnet_jax, installed with: pip install -e "~/pspnet_jax[tpu]"
 set -euo pipefail
 if [ $# -lt 3 ]; then
   echo "usage: $0 TPU_NAME ZONE --config FILE --workdir gs://BUCKET/DIR ..." >&2

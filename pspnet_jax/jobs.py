@@ -1,6 +1,6 @@
-"""What each mode does: here configs, data, networks, training and inference meet, one function a mode.
+"""The modes of the command line, one function each, which connect config, data, network, training and inference.
 
-Each takes the command line's arguments (see `main`) and its overrides of the config.
+Each function takes the parsed arguments (see `main`) and the overrides of the config.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from pspnet_jax.train.step import new_state
 
 logger = logging.getLogger("pspnet_jax")
 Evaluation = tuple[Mapping[str, Any], Mapping[str, Any]]  # metrics, and pictures by name
-PICTURES = 4  # of the validation split, in each evaluation
-PANELS = 12  # of each split, in --mode check
+PICTURES = 4  # of the validation split, written in each evaluation
+PANELS = 12  # images of each split in the contact sheet of --mode check
 
 
 def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """--mode train: trains the recipe in its workdir, or goes on where it stopped."""
+    """--mode train: trains a recipe, or resumes the run in its workdir."""
     from pspnet_jax.data import overlap, palettes, pipeline, sources  # imports TensorFlow, as does clu.metric_writers after it
     from pspnet_jax.train import loop
 
@@ -75,15 +75,15 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def evaluator(config: ConfigDict, model: nn.Module, source: Any) -> Callable[[Any], Evaluation]:
-    """Returns what `fit` takes to evaluate a segmentation model: variables -> (the report's numbers, pictures).
+    """Returns the `evaluate` argument of `fit` for a segmentation model: variables -> (metrics, pictures).
 
     Args:
-      config: of which eval, normalize, model.align_corners and dataset are used.
-      model: maps normalized images f32[N, H, W, 3] to logits [N, H, W, K] with train=False.
-      source: the split, opened (see `data.sources`).
+      config: the fields eval, normalize, model.align_corners and dataset are used.
+      model: with train=False, maps normalized images f32[N, H, W, 3] to logits [N, H, W, K].
+      source: the opened split (see `data.sources`).
     """
     predictor = _predictor(config, model)
-    source = _by_size(predictor, source)
+    source = _sort_by_size(predictor, source)
 
     def evaluate(variables: Any) -> Evaluation:
         report, pictures = _score(predictor, variables, config, source)
@@ -94,7 +94,7 @@ def evaluator(config: ConfigDict, model: nn.Module, source: Any) -> Callable[[An
 
 
 def _profile(folder: epath.Path, steps: int) -> Callable[[int], None]:
-    """Returns a hook that has JAX's profiler trace so many steps, from the tenth after its first call."""
+    """Returns a hook, called after each step, that makes JAX's profiler trace `steps` steps after the first ten."""
     from clu import periodic_actions
 
     actions: list[periodic_actions.Profile] = []
@@ -109,36 +109,36 @@ def _profile(folder: epath.Path, steps: int) -> Callable[[int], None]:
 
 
 def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """--mode check: looks at all images and labels of a recipe, and pictures them."""
+    """--mode check: reads all images and labels of a recipe, lists problems, and draws samples."""
     from pspnet_jax.data import overlap, palettes, sources, survey
 
     config = runs.from_recipe(arguments, overrides)
     info = datasets.describe(config.dataset)
     output = arguments.output or runs.workdir_of(arguments, config.name) / "check"
-    problems, pictures, seen, opened = [], {}, [], list[Any]()
+    problems, pictures, palettes_found, all_sources = [], {}, [], list[Any]()
     parts = list(sources.training_parts(config.dataset))
     if config.eval.split != config.dataset.train_split:
         parts.append((config.dataset, config.eval.split))
     for number, (dataset, split) in enumerate(parts):
         try:
             found = survey.survey(dataset, split, info.num_classes)
-        except UserError as error:  # the other splits are looked at all the same
+        except UserError as error:  # the other splits are still checked
             problems.append(str(error))
             continue
         problems += found.problems
-        seen.append(found.palette)
+        palettes_found.append(found.palette)
         logger.info(found)
         rich.print(found.table(info))
         name = split if dataset is config.dataset else f"mixture{number}_{split}"
         if examples := survey.samples(dataset, found, PANELS):
             pictures[f"{name}_images.png"] = draw.contact_sheet(examples, info)
             pictures[f"{name}_classes.png"] = draw.class_frequencies(found.pixels, info)
-    with contextlib.suppress(UserError):  # which stands among the problems
+    with contextlib.suppress(UserError):  # already listed in problems
         training = [sources.open_source(*part, check=False) for part in sources.training_parts(config.dataset)]
         validation_source = sources.open_source(config.dataset, config.eval.split, check=False)
-        opened = [*training, validation_source]
+        all_sources = [*training, validation_source]
         overlap.warn_shared(training, validation_source)
-    for step in (lambda: _write_pictures(pictures, output, opened), lambda: palettes.require_agreement(seen)):
+    for step in (lambda: _write_pictures(pictures, output, all_sources), lambda: palettes.require_agreement(palettes_found)):
         try:
             step()
         except UserError as error:
@@ -147,19 +147,19 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise UserError("\n".join((*problems, f"{len(problems)} problem(s) found")))
 
 
-def _write_pictures(pictures: Mapping[str, Any], output: epath.Path, opened: Sequence[Any]) -> None:
-    """Writes what --mode check has drawn, but not among the images and labels, or over a picture of the user's."""
+def _write_pictures(pictures: Mapping[str, Any], output: epath.Path, all_sources: Sequence[Any]) -> None:
+    """Writes the pictures of --mode check, but never into the dataset or over a file of the user."""
     from pspnet_jax.data import overlap
 
-    overlap.refuse_inside(output, opened)
+    overlap.refuse_inside(output, all_sources)
     with files.writing(output, "the pictures are missing"):
         for name, picture in pictures.items():
             draw.save_over_own(picture, output / name)
-    logger.info(f"pictures of the labels, and of the classes' frequencies, are in {output}")
+    logger.info(f"pictures of the labels and of the class frequencies are in {output}")
 
 
 def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """--mode evaluate: scores a checkpoint with its saved config, and writes a file of its own in WORKDIR/evaluation/."""
+    """--mode evaluate: scores a checkpoint with its saved config, and writes a new report to WORKDIR/evaluation/."""
     from pspnet_jax.data import palettes, sources
 
     config, step, variables, workdir, saved = runs.restore(arguments, overrides)
@@ -167,10 +167,10 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     parallel.require_same("their checkpoints or configs", (step, runs.comparable(config)))
     _warn_of_training_images(saved, source)
     palettes.require_agreement([palettes.training_colors(saved.dataset), source.palette])
-    source = _by_size(predictor, source)
+    source = _sort_by_size(predictor, source)
     report, _ = _score(predictor, variables, config, source)
     if jax.process_index() == 0:
-        with contextlib.suppress(OSError):  # nobody reads any more, as after `| head -1`
+        with contextlib.suppress(OSError):  # the reader of the pipe is gone, as after `| head -1`
             rich.print(report.table())
             print(f"{report}, step {step} of {workdir}", flush=True)
         roots = {field: config.dataset[field] for field in ("root", "extra_root")}
@@ -181,15 +181,15 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """--mode predict: segments an image, a folder of images, or the images of config.eval.split, with a checkpoint."""
+    """--mode predict: segments an image, a folder, or the images of config.eval.split."""
     if not arguments.output:
         raise UserError(
-            "--mode predict needs --output (a directory), and --input (an image or a folder) unless it is a split's"
+            "--mode predict needs --output (a directory); without --input (an image or a folder) it predicts config.eval.split"
         )
     config, step, variables, workdir, _ = runs.restore(arguments, overrides)
     info = datasets.describe(config.dataset)
     form = arguments.format or ""
-    paths = inputs.find_images(arguments.input, bool(form), arguments.output) if arguments.input else _images(config)
+    paths = inputs.find_images(arguments.input, bool(form), arguments.output) if arguments.input else _split_images(config)
     predictor = _predictor(config)
     logger.info(f"predicting {len(paths)} image(s) with step {step} of {workdir} on {predictor.device}")
     split = {field: config.dataset[field] for field in ("name", "root")} | {"split": config.eval.split}
@@ -198,15 +198,15 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """--mode import: turns a file of others' weights into a run that the other modes take as it is."""
+    """--mode import: converts third-party weights to a run that the other modes can use."""
     if not (arguments.input and arguments.workdir):
-        raise UserError("--mode import needs --input (a file of weights) and --workdir (a directory to make the run in)")
+        raise UserError("--mode import needs --input (a weights file) and --workdir (the directory of the new run)")
     config = configs.load_recipe(arguments.config) if arguments.config else configs.base_config()
     recipe = config.copy_and_resolve_references()
     source = weights.inspect(arguments.input)
     weights.configure(config, source)
     config.name = arguments.input.stem
-    if arguments.config:  # the recipe knows better what the weights are for
+    if arguments.config:  # the recipe overrides what the file says about its dataset
         config.name, config.dataset, config.eval = recipe.name, recipe.dataset, recipe.eval
     config = configs.override(config, overrides)
     validation.validate(config)
@@ -222,22 +222,22 @@ def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
     state = new_state(config, optimizers.build(config.optimizer, config.total_steps), variables)
     checkpoint.write_weights(workdir, config, jax.device_put(state, parallel.replicated(parallel.make_mesh())))
     logger.info("\n".join(filter(None, (str(source), weights.assumptions(config, source)))))
-    logger.info(f"written to {workdir}; --mode evaluate, predict and export take it with --workdir {workdir}")
+    logger.info(f"written to {workdir}; use it in --mode evaluate, predict and export with --workdir {workdir}")
 
 
 def export_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """--mode export: writes a checkpoint's weights under semseg's names."""
+    """--mode export: writes the weights of a checkpoint under semseg's parameter names."""
     if not (arguments.output and arguments.format):
         raise UserError("--mode export needs --output (a file to write) and --format (torch or safetensors)")
     config, step, variables, workdir, _ = runs.restore(arguments, overrides)
     if config.normalize.to_dict() != (usual := configs.base_config().normalize.to_dict()):
         raise UserError(
-            f"{workdir}: its network was trained on images normalized by {config.normalize.to_dict()}, but semseg's code, for "
-            f"which --mode export writes, has {usual}"
+            f"{workdir}: the network was trained with normalize={config.normalize.to_dict()}, but the exported file is for "
+            f"semseg's code, which uses {usual}; this network cannot be exported"
         )
     model = models.build(config.model, len(config.dataset.class_names))
     weights.save(arguments.output, variables, model, arguments.format)
-    logger.info(f"step {step} of {workdir} written to {arguments.output}, under semseg's names")
+    logger.info(f"step {step} of {workdir} written to {arguments.output}, under semseg's parameter names")
 
 
 JOBS = {
@@ -248,32 +248,32 @@ JOBS = {
     "import": import_weights,
     "export": export_weights,
 }
-SHARED_JOBS = ("train", "evaluate")  # those that several processes can do together
+MULTI_PROCESS_JOBS = ("train", "evaluate")  # modes that several processes can run together
 
 
 def _warn_of_training_images(saved: ConfigDict, source: Any) -> None:
-    """Says how many of the images to score the network was trained on, where these are at hand."""
+    """Warns if the training data, where it is available, contains images that will be evaluated."""
     from pspnet_jax.data import overlap, sources
 
-    with contextlib.suppress(UserError):  # the training data is not here
+    with contextlib.suppress(UserError):  # the training data is not available
         parts = list(sources.training_parts(saved.copy_and_resolve_references().dataset))
-        if not any("://" in dataset.root for dataset, _ in parts):  # in a bucket that takes minutes
+        if not any("://" in dataset.root for dataset, _ in parts):  # too slow in a bucket
             overlap.warn_shared([sources.open_source(*part, check=False) for part in parts], source)
 
 
-def _images(config: ConfigDict) -> dict[str, str]:
-    """The images of config.eval.split, with or without labels, by name."""
+def _split_images(config: ConfigDict) -> dict[str, str]:
+    """Returns {name: path} of the images of config.eval.split, labeled or not."""
     from pspnet_jax.data import layouts
 
     dataset = config.dataset
     if dataset.name not in layouts.LAYOUTS:
-        raise UserError(f"--mode predict needs --input: the images of dataset.name={dataset.name!r} are no files")
+        raise UserError(f"--mode predict needs --input, since the images of dataset.name={dataset.name!r} are not files")
     pairs = layouts.list_pairs(dataset.name, dataset.root, config.eval.split, dataset.extra_root)
     return {pair.name: pair.image for pair in pairs}
 
 
 def _predictor(config: ConfigDict, model: nn.Module | None = None) -> Predictor:
-    """The predictor of a model, by default the config's own."""
+    """Returns the predictor of a model, by default the one built from the config."""
     num_classes = datasets.describe(config.dataset).num_classes
     network = model or models.build(config.model, num_classes)
 
@@ -283,8 +283,8 @@ def _predictor(config: ConfigDict, model: nn.Module | None = None) -> Predictor:
     return Predictor(apply, config, num_classes)
 
 
-def _by_size(predictor: Predictor, source: Any) -> Any:
-    """For whole inference, the source in the order of its images' sizes; says how many there are."""
+def _sort_by_size(predictor: Predictor, source: Any) -> Any:
+    """Returns the source sorted by image size for whole-image inference, otherwise unchanged; logs the number of sizes."""
     if predictor.settings.inference != "whole":
         return source
     from pspnet_jax.data.by_size import BySize
@@ -295,7 +295,7 @@ def _by_size(predictor: Predictor, source: Any) -> Any:
 
 
 def _score(predictor: Predictor, variables: Any, config: ConfigDict, source: Any) -> tuple[Report, Mapping[str, Any]]:
-    """Scores config.eval.split, opened as `source`."""
+    """Evaluates config.eval.split, opened as `source`."""
     from pspnet_jax.data import pipeline
 
     info = datasets.describe(config.dataset)

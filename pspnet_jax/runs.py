@@ -1,4 +1,4 @@
-"""Where a job starts: from a recipe and its data, or from a run and one of its checkpoints."""
+"""What a job starts from: a recipe and its data, or a run and one of its checkpoints."""
 
 import argparse
 import contextlib
@@ -20,13 +20,13 @@ logger = logging.getLogger("pspnet_jax")
 
 
 def from_recipe(arguments: argparse.Namespace, overrides: Sequence[str], num_devices: int = 1) -> ConfigDict:
-    """The recipe with the command line's overrides, absolute paths, and its classes filled in."""
+    """Returns the recipe with the overrides of the command line, absolute paths, and its classes filled in."""
     if not arguments.config:
-        raise UserError("--config is missing: name a recipe, such as --config configs/quickstart.py")
+        raise UserError("--config is missing; name a recipe, such as --config configs/quickstart.py")
     config = configs.override(configs.load_recipe(arguments.config), overrides)
     validation.validate(config, num_devices)
-    for remark in validation.unread(config):
-        logger.warning(remark)
+    for warning in validation.unused_fields(config):
+        logger.warning(warning)
     dataset = _absolute(config).dataset
     info = datasets.describe(dataset)
     dataset.class_names, dataset.colors = info.class_names, info.colors
@@ -38,7 +38,7 @@ def workdir_of(arguments: argparse.Namespace, name: str) -> epath.Path:
 
 
 def _absolute(config: ConfigDict) -> ConfigDict:
-    """Makes the paths of config.dataset absolute."""
+    """Makes the paths in config.dataset absolute, in place."""
     dataset = config.dataset
     for field in ("root", "extra_root", "cache_dir"):
         dataset[field] = dataset[field] and str(files.user_path(dataset[field]))
@@ -47,13 +47,13 @@ def _absolute(config: ConfigDict) -> ConfigDict:
 
 
 def comparable(config: ConfigDict) -> list[tuple[str, Any]]:
-    """The fields that all processes of a job have to have alike; each may have its own paths."""
+    """Returns the fields that must be equal in all processes of a job; paths may differ."""
     paths = ("init_from", "dataset.root", "dataset.extra_root", "dataset.cache_dir", "dataset.mixture")
     return [(field, value) for field, value in configs.leaves(config) if field not in paths]
 
 
 def check_init_from(config: ConfigDict, workdir: epath.Path) -> None:
-    """Makes config.init_from absolute, and refuses one that is not there, unless the run has gone beyond it already."""
+    """Makes config.init_from absolute, and checks that it exists unless the run already has a checkpoint."""
     config.init_from = str(files.user_path(config.init_from))
     if checkpoint.exists(workdir):
         return
@@ -66,33 +66,33 @@ def check_init_from(config: ConfigDict, workdir: epath.Path) -> None:
 
 
 def class_weights(config: ConfigDict, training: Sequence[Any]) -> tuple[float, ...]:
-    """config.loss.class_weights, or what config.loss.class_weighting makes of the pixels of the training data's sources."""
+    """Returns config.loss.class_weights, or computes them from the pixels of the training data if class_weighting is set."""
     names, given = config.dataset.class_names, config.loss.class_weights
     if not config.loss.class_weighting:
         if len(given) not in (0, len(names)):
-            raise UserError(f"loss.class_weights={given}: expected one for each of the {len(names)} classes")
+            raise UserError(f"loss.class_weights={given}: expected one weight for each of the {len(names)} classes")
         if zero := [name for name, weight in zip(names, given, strict=False) if weight == 0]:
-            logger.warning(f"loss.class_weights: pixels of {', '.join(zero)} have weight 0 and teach nothing")
+            logger.warning(f"loss.class_weights: pixels of {', '.join(zero)} have weight 0 and are ignored")
         return given
     from pspnet_jax.data import survey
 
     counts = survey.class_pixels(config, training)
     found = losses.class_weights(config.loss.class_weighting, counts.pixels, counts.labeled)
-    if given and not np.allclose(given, found, rtol=1e-3):  # equal in a saved config, which has both
-        raise UserError(f"loss.class_weights={given}: loss.class_weighting sets them to other values; leave one of the two out")
+    if given and not np.allclose(given, found, rtol=1e-3):  # a saved config has both, and they are equal
+        raise UserError(f"loss.class_weights={given}: loss.class_weighting computes other values; set only one of the two")
     logger.info(f"class weights: {', '.join(f'{name} {weight:.3g}' for name, weight in zip(names, found, strict=True))}")
     return found
 
 
 class Restored(NamedTuple):
-    """A checkpoint, and how it is to be used.
+    """A checkpoint and the config to use it with.
 
     Attributes:
-      config: the saved one with the command line's overrides.
-      step: of the checkpoint.
-      variables: on all devices.
-      workdir: of the run.
-      saved: the config it was trained with.
+      config: the saved config with the overrides of the command line.
+      step: training step of the checkpoint.
+      variables: the network's variables, replicated on all devices.
+      workdir: directory of the run.
+      saved: the config of the training run, without overrides.
     """
 
     config: ConfigDict
@@ -103,35 +103,33 @@ class Restored(NamedTuple):
 
 
 def restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> Restored:
-    """Reads the checkpoint that the command line names, and sets what it overrides."""
+    """Loads the checkpoint that the command line names, and applies the overrides to its config."""
     if not (arguments.workdir or arguments.config):
-        raise UserError("--workdir is missing: name the directory of a training run")
+        raise UserError("--workdir is missing; name the directory of a training run")
     recipe = arguments.config and configs.load_recipe(arguments.config)
     workdir = workdir_of(arguments, recipe and recipe.name)
     saved, step, variables = checkpoint.load(workdir, arguments.checkpoint or "latest", parallel.make_mesh())
     if recipe and (differing := resume.differences(recipe, saved)):
-        logger.warning(f"the config saved with the checkpoint counts, not that of {arguments.config}: {'; '.join(differing)}")
+        logger.warning(f"the config saved with the checkpoint is used, not {arguments.config}: {'; '.join(differing)}")
     config = _absolute(configs.override(saved.copy_and_resolve_references(), overrides))
     validation.validate(config)
     _check_class_names(saved.dataset.class_names, config.dataset.class_names)
     changed = resume.differences(saved, config)
     if network := [c for c in changed if c.startswith(("model.", "normalize."))]:
-        raise UserError(f"{'; '.join(network)}: the network is the one that was trained; leave these fields out")
-    if unread := [c for c in changed if not c.startswith(("dataset.", "eval."))]:
-        logger.warning(f"{'; '.join(unread)}: only training reads these fields; they change nothing here")
+        raise UserError(f"{'; '.join(network)}: the network cannot change after training; leave these fields out")
+    if unused := [c for c in changed if not c.startswith(("dataset.", "eval."))]:
+        logger.warning(f"{'; '.join(unused)}: only training uses these fields; they have no effect in this mode")
     return Restored(config, step, variables, workdir, saved)
 
 
 def _check_class_names(saved: Sequence[str], given: Sequence[str]) -> None:
-    """Refuses other class names than the network's own, unless they are other words for them, which is said."""
+    """Refuses a wrong number or order of class names; renamed classes are allowed with a warning."""
     if len(given) != len(saved):
-        raise UserError(f"dataset.class_names={given}: the network tells {len(saved)} classes apart")
-    renamed = [
-        (label, there, here) for label, there, here in datasets.differing_classes(saved, given) if there != f"class {label}"
-    ]
+        raise UserError(f"dataset.class_names={given}: expected {len(saved)} names, one for each class of the network")
+    renamed = [(label, old, new) for label, old, new in datasets.differing_classes(saved, given) if old != f"class {label}"]
     if not renamed:
         return
-    label, there, here = renamed[0]
+    label, old, new = renamed[0]
     if sorted(map(str.lower, saved)) == sorted(map(str.lower, given)):
-        raise UserError(f"dataset.class_names: class {label} of the network is {there!r}, not {here!r}; keep its order")
-    logger.warning(f"dataset.class_names: class {label} of the network is {there!r}; it is called {here!r} here")
+        raise UserError(f"dataset.class_names: class {label} of the network is {old!r}, not {new!r}; keep its order")
+    logger.warning(f"dataset.class_names: class {label} of the network was trained as {old!r}; it is now called {new!r}")

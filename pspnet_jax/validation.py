@@ -1,4 +1,4 @@
-"""The check that refuses a config's wrong values before anything compiles: every one of them is named."""
+"""Checks all values of a config before anything compiles, and lists every wrong one."""
 
 import math
 from collections.abc import Callable, Collection
@@ -22,7 +22,7 @@ CHOICES: dict[str, Collection[str]] = {
     "eval.best_metric": ("mean_iou", "mean_accuracy", "pixel_accuracy"),
     "normalize.order": ("RGB", "BGR"),
 }
-TUPLES = {  # type and number of the values in a tuple; None: any number
+TUPLES = {  # type and number of values in each tuple; None: any number
     "model.bins": (int, None),
     "loss.class_weights": (float, None),
     "normalize.mean": (float, 3),
@@ -36,14 +36,14 @@ TUPLES = {  # type and number of the values in a tuple; None: any number
 
 
 def validate(config: ConfigDict, num_devices: int = 1) -> None:
-    """Refuses impossible values.
+    """Refuses invalid values.
 
     Args:
-      config: a recipe with the command line's overrides.
-      num_devices: devices of the whole job; the batch is shared out among them.
+      config: a recipe with the overrides of the command line.
+      num_devices: devices of the whole job, among which the batch is divided.
 
     Raises:
-      UserError: names every wrong field, its value and what is allowed, one a line.
+      UserError: lists every wrong field with its value and what is allowed, one per line.
     """
     if problems := _tuple_problems(config):
         raise UserError("\n".join(problems))
@@ -55,8 +55,8 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
         raise UserError("\n".join(problems))
 
 
-# Fields that are read only where others have certain values: what these have to be, for the words, and whether they are.
-READ_WITH: tuple[tuple[str, str, Callable[[ConfigDict], bool]], ...] = (
+# Fields that are used only if other fields have certain values: (fields, condition in words, condition).
+USED_ONLY_WITH: tuple[tuple[str, str, Callable[[ConfigDict], bool]], ...] = (
     ("loss.class_weights loss.class_weighting", "a loss other than dice", lambda c: c.loss.terms != "dice"),
     ("loss.label_smoothing", "cross_entropy or ohem", lambda c: bool({"cross_entropy", "ohem"} & {*c.loss.terms.split("+")})),
     ("loss.focal_gamma", "focal", lambda c: "focal" in c.loss.terms),
@@ -68,36 +68,36 @@ READ_WITH: tuple[tuple[str, str, Callable[[ConfigDict], bool]], ...] = (
 )
 
 
-def unread(config: ConfigDict) -> list[str]:
-    """Says of fields that were set that they change nothing beside the others."""
+def unused_fields(config: ConfigDict) -> list[str]:
+    """Returns a warning for each field that was set but has no effect because of other fields."""
     values, defaults = dict(leaves(config)), dict(leaves(base_config()))
-    remarks = [
-        f"{field}={values[field]} changes nothing: it is read with {needed} only"
-        for fields, needed, holds in READ_WITH
+    warnings = [
+        f"{field}={values[field]} has no effect: it is used only with {needed}"
+        for fields, needed, holds in USED_ONLY_WITH
         for field in fields.split()
         if values[field] != defaults[field] and not holds(config)
     ]
     if "ohem" in config.loss.terms and config.loss.ohem_min_kept >= (pixels := math.prod(config.augment.crop)):
-        remarks.append(f"loss.ohem_min_kept={config.loss.ohem_min_kept}: a crop has {pixels} pixels, so ohem keeps all of them")
-    return remarks
+        warnings.append(f"loss.ohem_min_kept={config.loss.ohem_min_kept}: a crop has {pixels} pixels, so ohem keeps all")
+    return warnings
 
 
 def _tuple_problems(config: ConfigDict) -> list[str]:
     problems, values = [], dict(leaves(config))
     if not config.name.isprintable() or not config.name or "/" in config.name or config.name.startswith("."):
         problems.append(
-            f"name={config.name!r}: expected a name for a folder in runs/, one line without a slash or a dot at its start"
+            f"name={config.name!r}: expected the name of a folder in runs/: one line, without a slash or a leading dot"
         )
     if not all(isinstance(name, str) for name in config.dataset.class_names):
-        problems.append(f"dataset.class_names={config.dataset.class_names}: expected names, such as ('road', 'sky')")
+        problems.append(f"dataset.class_names={config.dataset.class_names}: expected strings, such as ('road', 'sky')")
     if not all(isinstance(color, tuple | list) for color in config.dataset.colors):
         problems.append(
             f"dataset.colors={config.dataset.colors}: expected (R, G, B) triples, such as ((128, 64, 128), (0, 0, 0))"
         )
     if not all(_is_part(part) for part in config.dataset.mixture):
         problems.append(
-            f"dataset.mixture={config.dataset.mixture}: expected ('name', 'root', 'split', weight) each, the name one of "
-            f"{', '.join(map(repr, CHOICES['dataset.name']))}, the weight a number above 0 and under 1000"
+            f"dataset.mixture={config.dataset.mixture}: expected tuples ('name', 'root', 'split', weight), where the name "
+            f"is one of {', '.join(map(repr, CHOICES['dataset.name']))}, and the weight is above 0 and below 1000"
         )
     for field, (kind, count) in TUPLES.items():
         value, kinds = values[field], (int, float) if kind is float else kind
@@ -107,7 +107,7 @@ def _tuple_problems(config: ConfigDict) -> list[str]:
 
 
 def _is_part(part: object) -> bool:
-    """Whether it may be a part of dataset.mixture."""
+    """Whether `part` is a valid entry of dataset.mixture."""
     match part:
         case (str(name), str(), str(), float() | int() as weight) if isinstance(part, tuple):
             return name in CHOICES["dataset.name"] and 0 < weight < 1000
@@ -135,7 +135,7 @@ RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (_PROBABILITIES, "a value from 0 to 1", lambda x: 0 <= x <= 1),
     (_SHARES, "a value from 0 up to, not including, 1", lambda x: 0 <= x < 1),
     ("seed", f"a whole number from {-(2**31)} to {2**32 - 1}", lambda x: -(2**31) <= x < 2**32),  # JAX's keys take 32 bits
-    ("loss.ohem_threshold", "a value above 0, up to 1", lambda x: 0 < x <= 1),
+    ("loss.ohem_threshold", "a value above 0 and at most 1", lambda x: 0 < x <= 1),
 )
 
 
@@ -149,16 +149,16 @@ def _range_problems(config: ConfigDict) -> list[str]:
     ]
     for field, value in values.items():
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int | float)]
-        if field != "seed" and not all(abs(number) < 2**31 for number in numbers):  # nor infinite, nor not a number
-            problems.append(f"{field}={value}: expected numbers below {2**31}")
+        if field != "seed" and not all(abs(number) < 2**31 for number in numbers):  # False for inf and nan too
+            problems.append(f"{field}={value}: expected finite numbers below {2**31}")
     if min(config.normalize.std) < 1:
         problems.append(
-            f"normalize.std={config.normalize.std}: expected values of 1 or more, on the 0..255 scale; multiply those of the "
-            "0..1 scale, and normalize.mean, by 255"
+            f"normalize.std={config.normalize.std}: expected values of 1 or more, on the 0..255 scale; multiply mean and "
+            "std by 255 if they are on the 0..1 scale"
         )
     problems += losses.problems(config.loss)
     if config.loss.class_weights and not any(config.loss.class_weights):
-        problems.append(f"loss.class_weights={config.loss.class_weights}: expected some above 0")
+        problems.append(f"loss.class_weights={config.loss.class_weights}: expected at least one above 0")
     low, high = config.augment.scale
     if not 1 / 16 <= low <= high <= 16:
         problems.append(
@@ -167,7 +167,7 @@ def _range_problems(config: ConfigDict) -> list[str]:
     if not config.eval.scales or min(config.eval.scales) < 1 / 16:
         problems.append(f"eval.scales={config.eval.scales}: expected one or more scales of 1/16 or more; 1.0 keeps the size")
     if 0 < config.eval.base_size < 33:
-        problems.append(f"eval.base_size={config.eval.base_size}: expected 33 pixels or more, or 0 for the images' own size")
+        problems.append(f"eval.base_size={config.eval.base_size}: expected at least 33 pixels, or 0 for the original size")
     if config.optimizer.warmup_steps > config.total_steps:
         problems.append(
             f"optimizer.warmup_steps={config.optimizer.warmup_steps}: expected at most total_steps={config.total_steps}"
@@ -177,7 +177,7 @@ def _range_problems(config: ConfigDict) -> list[str]:
     if config.eval.short_size > config.eval.base_size > 0:
         problems.append(f"eval.short_size={config.eval.short_size}: expected at most eval.base_size={config.eval.base_size}")
     if config.eval.short_size and config.eval.protocol != "mmseg":
-        problems.append(f"eval.short_size={config.eval.short_size}: expected 0, or eval.protocol='mmseg', whose rule it is")
+        problems.append(f"eval.short_size={config.eval.short_size}: expected 0, or eval.protocol='mmseg', which alone uses it")
     return problems
 
 
@@ -211,8 +211,8 @@ def _batch_problems(config: ConfigDict, num_devices: int) -> list[str]:
         ]
     if bn_images(config) == 1 and 1 in config.model.bins and config.model.norm == "batch":
         return [
-            f"batch_size={batch} with optimizer.accumulate={accumulate}: a 1x1 pyramid bin of a single image is one value per "
-            "channel, whose variance is 0, so BatchNorm cannot train; use 2 or more images, model.norm='frozen', or model.bins "
-            "without 1"
+            f"batch_size={batch} with optimizer.accumulate={accumulate}: for a single image, the 1x1 pyramid bin has one value "
+            "per channel, whose variance is 0, so BatchNorm cannot train; use 2 or more images, model.norm='frozen', or "
+            "model.bins without 1"
         ]
     return []

@@ -1,4 +1,4 @@
-"""The recipes of the three benchmarks on tiny copies: check, train, evaluate, predict for the server; and benchmarks.model."""
+"""The recipes of the three benchmarks on tiny datasets, from checking the files to a submission; and benchmarks.model."""
 
 import dataclasses
 import importlib
@@ -32,8 +32,8 @@ LAYOUTS = {
     ),
     "cityscapes": lambda root: fakes.write_cityscapes(root, {"train": 9, "val": 2, "test": 1}, SIZE),
 }
-# what --mode predict --format writes of a split: the format, the split, its files
-SENT = {
+# recipe: format and split for --mode predict, and the files that it writes
+SUBMISSIONS = {
     "ade20k": ("ade20k", "validation", ["ADE_val_00000001.png", "ADE_val_00000002.png"]),
     "voc2012": ("voc", "test", ["results/VOC2012/Segmentation/comp6_test_cls/9.png"]),
     "cityscapes": ("cityscapes", "test", ["aachen_000000_000019_leftImg8bit.png"]),
@@ -42,33 +42,33 @@ SENT = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_benchmark_from_its_files_to_its_server(name, tmp_path, capsys, monkeypatch):
+def test_a_benchmark_from_its_files_to_a_submission(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     root, run = tmp_path / "data", tmp_path / "run"
     LAYOUTS[name](root)
     command = [f"--config=configs/{name}.py", f"--config.dataset.root={root}"]
-    said = error(capsys, "--mode=check", *command, f"--output={tmp_path}/check")
-    assert "images, but" in said
-    assert "2 problem(s) found" in said
+    message = error(capsys, "--mode=check", *command, f"--output={tmp_path}/check")
+    assert "images, but" in message
+    assert "2 problem(s) found" in message
     assert len(list((tmp_path / "check").glob("*.png"))) == 4
     assert main([*command, f"--workdir={run}", *SMALL, "--config.total_steps=2"]) == 0
     assert main(["--mode=evaluate", f"--workdir={run}"]) == 0
     (report,) = (run / "evaluation").glob("*.json")
     assert json.loads(report.read_text())["images"] == 2
-    form, split, files = SENT[name]
-    arguments = [f"--workdir={run}", f"--config.eval.split={split}", f"--output={tmp_path}/sent", f"--format={form}"]
+    form, split, files = SUBMISSIONS[name]
+    arguments = [f"--workdir={run}", f"--config.eval.split={split}", f"--output={tmp_path}/submission", f"--format={form}"]
     assert main(["--mode=predict", *arguments]) == 0
-    assert sorted(str(path.relative_to(tmp_path / "sent")) for path in (tmp_path / "sent").rglob("*.png")) == files
+    assert sorted(str(path.relative_to(tmp_path / "submission")) for path in (tmp_path / "submission").rglob("*.png")) == files
     for file in files:
-        values = np.unique(np.asarray(Image.open(Path(tmp_path / "sent" / file))))
+        values = np.unique(np.asarray(Image.open(Path(tmp_path / "submission" / file))))
         assert set(values.tolist()) <= set(datasets.RAW_VALUES[name])
     if split == "test":
-        said = error(capsys, "--mode=evaluate", f"--workdir={run}", "--config.eval.split=test")
-        assert "split 'test' has no labels" in said
+        message = error(capsys, "--mode=evaluate", f"--workdir={run}", "--config.eval.split=test")
+        assert "split 'test' has no labels" in message
 
 
 class Tiny(nn.Module):
-    """A normalized convolution and a classifier: the least network that benchmarks.model can run."""
+    """A normalized convolution and a classifier: the smallest network that benchmarks.model can run."""
 
     dtype: str
 
@@ -95,8 +95,8 @@ def tiny_recipe(tmp_path, monkeypatch):
     return recipe
 
 
-def test_flops_are_those_of_the_convolutions_whichever_head_runs():
-    """Two for each multiply-add of every convolution of the plain network; XLA leaves out products with padding, some 4%."""
+def test_flops_are_those_of_the_convolutions_for_any_head():
+    """Each multiply-add of the plain network's convolutions counts as two; XLA omits products with padding, about 4%."""
     config = base_config()
     config.model.update(depth=18, stem="conv7", auxiliary=False, factored_head=True)
     task = candidates.make_task(config, 5, "inference", 2, "bfloat16", parallel.make_mesh(jax.devices()[:1]))
@@ -113,7 +113,7 @@ def test_flops_are_those_of_the_convolutions_whichever_head_runs():
     assert 0.95 * expected < flops < expected
 
 
-def test_candidates_take_turns_and_one_that_fails_says_why():
+def test_candidates_alternate_and_a_failure_is_recorded():
     calls = []
 
     def build(name):
@@ -152,14 +152,14 @@ def test_peak_of_a_device_kind(kind, dtype, peak):
     assert model.peak_flops(kind, dtype) == peak
 
 
-def test_largest_differences_by_hand():
+def test_largest_differences_of_two_trees():
     expected = {"a": np.array([3.0, 4.0]), "b": np.array([0.1])}
     value = {"a": np.array([3.0, 4.5]), "b": np.array([0.13])}
-    found = model.largest_differences(value, expected)  # of a: 0.5 of 5; of b: 0.03 of 0.1
+    found = model.largest_differences(value, expected)  # relative: a 0.5 / 5, b 0.03 / 0.1
     assert found == {"absolute": 0.5, "relative": pytest.approx(0.3), "array": "['b']"}
 
 
-def test_figures_of_every_job_as_json(tiny_recipe, tmp_path, capsys):
+def test_results_of_every_job_as_json(tiny_recipe, tmp_path, capsys):
     output = tmp_path / "model.json"
     model.main(f"--config {tiny_recipe} --dtype float32 --rounds 2 --output {output}".split())
     rows = json.loads(output.read_text())["rows"]
@@ -198,7 +198,7 @@ class PSPNet(torch.nn.Module):
 
 @pytest.fixture
 def semseg(tmp_path, monkeypatch):
-    """A stand-in for the clone, that records what its network is called with."""
+    """A stand-in for the clone, which records the calls of its network."""
     pytest.importorskip("torch")
     (tmp_path / "model").mkdir()
     (tmp_path / "model/pspnet.py").write_text(SEMSEG)

@@ -1,4 +1,4 @@
-"""Recipes are read and hold the published numbers; saved configs come back as they were."""
+"""Recipes can be loaded and have the published values; saved configs are restored unchanged."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ from pspnet_jax.errors import UserError
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.py"))
-# What the paper (or else the authors' code, hszhao/semseg) trains and tests with on all three benchmarks.
+# Settings of the paper (or else of the authors' code, hszhao/semseg) that all three benchmarks share.
 PUBLISHED = {
     "batch_size": 16,
     "model.width": 64,
@@ -59,7 +59,7 @@ def changed(overrides: dict[str, object]) -> ConfigDict:
     return config
 
 
-def test_a_misspelt_field_or_a_wrong_type_is_refused_by_name():
+def test_a_misspelled_field_or_a_wrong_type_is_refused_by_name():
     config = recipe("ade20k")
     with pytest.raises(AttributeError, match='Did you mean "depth" instead of "dept"'):
         config.model.dept = 18
@@ -72,7 +72,7 @@ def test_a_misspelt_field_or_a_wrong_type_is_refused_by_name():
 @pytest.mark.parametrize(
     ("line", "problem"), [("config.model.dept = 18", "dept.*depth"), ("config.model.depth = '18'", "depth.*str.*int")]
 )
-def test_a_recipe_with_a_misspelt_field_or_a_wrong_type_is_refused(tmp_path, line, problem):
+def test_a_recipe_with_a_misspelled_field_or_a_wrong_type_is_refused(tmp_path, line, problem):
     path = tmp_path / "mine.py"
     path.write_text(
         f"from pspnet_jax.config import base_config\ndef get_config():\n  config = base_config()\n  {line}\n  return config\n"
@@ -85,7 +85,7 @@ def test_a_recipe_that_cannot_be_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.py: no such file; the recipes are in configs/"):
         configs.load_recipe("nowhere.py")
     (tmp_path / "empty.py").write_text("")
-    with pytest.raises(ValueError, match=r"empty\.py: has no function get_config"):
+    with pytest.raises(ValueError, match=r"empty\.py: it defines no function get_config"):
         configs.load_recipe(str(tmp_path / "empty.py"))
     with pytest.raises(ValueError, match=r"camvid\.py:101: "):  # it takes no argument
         configs.load_recipe(str(FOLDER / "camvid.py:101"))
@@ -95,7 +95,7 @@ def test_a_recipe_that_cannot_be_run_is_refused(tmp_path):
     ("body", "problem"),
     [
         ("config.my_field = 3", r'line 4: AttributeError: .Key "my_field" does not exist and cannot be added.{,40}$'),
-        ("config.unlock(); config.my_field = 3", "there is no field my_field; --help lists them"),
+        ("config.unlock(); config.my_field = 3", "unknown field my_field; --help lists all fields"),
         (
             "config.unlock(); del config.name; config.name = required_placeholder(str)",
             "RequiredValueError: None value found in required",
@@ -105,9 +105,9 @@ def test_a_recipe_that_cannot_be_run_is_refused(tmp_path):
 def test_fields_that_do_not_exist_or_have_no_value(tmp_path, body, problem):
     path = tmp_path / "mine.py"
     path.write_text(f"from ml_collections.config_dict import *\n{RECIPE.format(body)}")
-    with pytest.raises(UserError, match=problem) as said:
+    with pytest.raises(UserError, match=problem) as refusal:
         configs.load_recipe(str(path))
-    assert len(str(said.value)) < 300
+    assert len(str(refusal.value)) < 300
 
 
 def test_a_frozen_config_is_a_recipe(tmp_path):
@@ -116,16 +116,18 @@ def test_a_frozen_config_is_a_recipe(tmp_path):
     assert_same(configs.load_recipe(str(path)), configs.base_config())
 
 
-def test_what_a_saved_config_has_of_another_type_or_kind(tmp_path, caplog):
+def test_wrong_types_and_unknown_fields_in_a_saved_config(tmp_path, caplog):
     path = tmp_path / "config.json"
     path.write_text('{"batch_size": "4", "thoughts": 1}')
     assert configs.read(path).batch_size == 16
     assert [record.getMessage() for record in caplog.records] == [
-        "the saved config has batch_size='4', of another type than 16; it is left out",
-        "the saved config has thoughts=1, which this version does not know; it is left out",
+        "the saved config has batch_size='4', not of the type of 16; the field is ignored",
+        "the saved config has thoughts=1, which this version does not know; the field is ignored",
     ]
     path.write_text("[]")
-    with pytest.raises(UserError, match=r"config.json: cannot be read as a saved config \(it is no JSON object\); restore it"):
+    with pytest.raises(
+        UserError, match=r"config.json: cannot be read as a saved config \(not a JSON object\); restore the file"
+    ):
         configs.read(path)
 
 
@@ -134,7 +136,7 @@ def assert_same(config: ConfigDict, other: ConfigDict) -> None:
         assert (field, value, type(value)) == (other_field, other_value, type(other_value))
 
 
-def test_a_saved_config_comes_back_with_its_types():
+def test_a_saved_config_is_restored_with_its_types():
     colors = ((1, 2, 3), (4, 5, 6))
     config = changed({"dataset.class_names": ("a", "b"), "dataset.colors": colors, "model.bins": (), "eval.scales": (1.0, 1.5)})
     restored = configs.from_dict(json.loads(configs.to_json(config)))
@@ -150,7 +152,7 @@ def test_a_saved_config_takes_new_fields_from_the_defaults(tmp_path):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_is_possible_and_can_be_saved(name):
+def test_every_recipe_is_valid_and_can_be_saved(name):
     config = recipe(name)
     validation.validate(config)
     assert config.is_locked
@@ -159,7 +161,7 @@ def test_every_recipe_is_possible_and_can_be_saved(name):
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_benchmark_recipes_hold_the_published_values(name):
+def test_benchmark_recipes_have_the_published_values(name):
     classes, parameters, crop, depth, steps, probability, base_size = BENCHMARKS[name]
     config = recipe(name)
     expected = PUBLISHED | {
@@ -187,7 +189,7 @@ def test_benchmark_recipes_take_another_depth(name):
         validation.validate(configs.load_recipe(f"{FOLDER / name}.py:51"))
 
 
-def test_the_last_of_several_values_counts_also_for_tuples_and_in_absls_other_forms():
+def test_the_last_value_of_a_field_wins_for_tuples_and_in_all_forms():
     config = configs.override(
         configs.base_config(), ["--config.augment.scale=1.0,2.0", "--config.seed", "-1", "--config.augment.scale=0.25,4.0"]
     )
@@ -195,13 +197,13 @@ def test_the_last_of_several_values_counts_also_for_tuples_and_in_absls_other_fo
     assert not configs.override(configs.base_config(), ["--config.eval.flip=true", "--noconfig.eval.flip"]).eval.flip
 
 
-def test_a_saved_field_that_is_no_longer_known_is_reported_and_left_out(caplog):
+def test_a_saved_field_that_no_longer_exists_is_ignored_with_a_warning(caplog):
     saved = configs.base_config().to_dict()
     saved["optimizer"]["nesterov"], saved["loss"]["terms"], saved["batch_size"] = True, 7, 4
     restored = configs.from_dict(saved)
     assert restored.batch_size == 4
     assert restored.loss.terms == "cross_entropy"
     assert caplog.messages == [
-        "the saved config has loss.terms=7, of another type than 'cross_entropy'; it is left out",
-        "the saved config has optimizer.nesterov=True, which this version does not know; it is left out",
+        "the saved config has loss.terms=7, not of the type of 'cross_entropy'; the field is ignored",
+        "the saved config has optimizer.nesterov=True, which this version does not know; the field is ignored",
     ]

@@ -1,4 +1,4 @@
-"""Every job on gs:// as on local paths, with the clients' own code against an emulator on the loopback."""
+"""Every mode works on gs:// as on local paths; the real clients run against an emulator on the loopback interface."""
 
 import json
 import os
@@ -17,24 +17,24 @@ from pspnet_jax.weights import pytorch
 from tests import fakes, gcs
 from tests.test_main import SMALL, recipe
 
-pytest.importorskip("google.cloud.storage")  # orbax's client of gs://
+pytest.importorskip("google.cloud.storage")  # orbax's client for gs://
 if not shutil.which("openssl"):
-    pytest.skip("no openssl, which makes the emulator's certificate", allow_module_level=True)
+    pytest.skip("openssl is missing, which makes the emulator's certificate", allow_module_level=True)
 
-# Runs commands of the program, one after the other, and one that SIGTERM stops when its first step is saved.
+# Runs commands one after the other; a command with a path is stopped by SIGTERM once the path exists.
 CHILD = """
 import json, os, signal, sys, threading, time
 from etils import epath
 from pspnet_jax.main import main
 
-def stop(first):
-    while not epath.Path(first).exists():
+def stop_after(path):
+    while not epath.Path(path).exists():
         time.sleep(0.2)
     os.kill(os.getpid(), signal.SIGTERM)
 
-for first, arguments in json.loads(sys.argv[1]):
-    if first:
-        threading.Thread(target=stop, args=[first], daemon=True).start()
+for path, arguments in json.loads(sys.argv[1]):
+    if path:
+        threading.Thread(target=stop_after, args=[path], daemon=True).start()
     try:
         status = main(arguments)
     except SystemExit as stopped:
@@ -50,7 +50,7 @@ def cloud(tmp_path_factory) -> Iterator[tuple[gcs.Bucket, dict[str, str]]]:
 
 
 def run(cloud, folder: Path, *commands: list[str], stopped_after: str = "") -> str:
-    """Runs the commands in a new process and an empty folder, in which none may leave anything; returns what they print."""
+    """Runs commands in a new process in an empty folder, which has to stay empty; returns their output."""
     bucket, environment = cloud
     (cwd := folder / "cwd").mkdir(exist_ok=True)
     flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
@@ -71,12 +71,12 @@ def run(cloud, folder: Path, *commands: list[str], stopped_after: str = "") -> s
     return done.stdout
 
 
-def statuses(said: str) -> list[str]:
-    return re.findall(r"^status (\w+): --(\S+)", said, flags=re.MULTILINE)
+def statuses(output: str) -> list[str]:
+    return re.findall(r"^status (\w+): --(\S+)", output, flags=re.MULTILINE)
 
 
 @pytest.mark.slow
-def test_a_run_is_trained_stopped_resumed_scored_and_used_on_gs(cloud, tmp_path):
+def test_training_stopping_resuming_evaluation_and_prediction_on_gs(cloud, tmp_path):
     bucket, _ = cloud
     data = fakes.write_folder(tmp_path / "data", {"train": 9, "val": 3}, size=(60, 50), num_classes=3)
     bucket.upload("bucket/data", data)
@@ -84,12 +84,12 @@ def test_a_run_is_trained_stopped_resumed_scored_and_used_on_gs(cloud, tmp_path)
     own.write_text(own.read_text().replace("'ROOT'", "'gs://bucket/data'"))
     small = [*SMALL, "--config.every.save=1", "--config.every.eval=0"]
     train = [f"--config={own}", "--workdir=gs://bucket/run", *small, "--config.total_steps=200"]
-    said = run(cloud, tmp_path, train, stopped_after="gs://bucket/run/checkpoints/1/commit_success.txt")
-    assert statuses(said) == [("143", f"config={own}")]
-    step = int(re.search(r"stopped by SIGTERM; step (\d+) is saved", said)[1])
+    output = run(cloud, tmp_path, train, stopped_after="gs://bucket/run/checkpoints/1/commit_success.txt")
+    assert statuses(output) == [("143", f"config={own}")]
+    step = int(re.search(r"stopped by SIGTERM; step (\d+) is saved", output)[1])
     assert f"bucket/run/checkpoints/{step}/commit_success.txt" in bucket.objects
 
-    said = run(
+    output = run(
         cloud,
         tmp_path,
         [*train, f"--config.total_steps={step + 1}"],
@@ -97,8 +97,8 @@ def test_a_run_is_trained_stopped_resumed_scored_and_used_on_gs(cloud, tmp_path)
         ["--mode=evaluate", "--workdir=gs://bucket/run"],
         ["--mode=predict", "--workdir=gs://bucket/run", "--input=gs://bucket/data/images/val", "--output=gs://bucket/out"],
     )
-    assert [status for status, _ in statuses(said)] == ["0"] * 4
-    assert f"training from step {step} to {step + 1}; writing to gs://bucket/run\n" in said
+    assert [status for status, _ in statuses(output)] == ["0"] * 4
+    assert f"training from step {step} to {step + 1}; writing to gs://bucket/run\n" in output
     lines = [json.loads(line) for line in bucket.objects["bucket/run/metrics.jsonl"].content.splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, step + 2))
     [scored] = bucket.names("bucket/run/evaluation/folder_")
@@ -113,7 +113,7 @@ def test_a_run_is_trained_stopped_resumed_scored_and_used_on_gs(cloud, tmp_path)
 
 
 @pytest.mark.slow
-def test_weights_are_imported_from_gs_and_exported_to_it(cloud, tmp_path):
+def test_weights_are_imported_from_and_exported_to_gs(cloud, tmp_path):
     torch = pytest.importorskip("torch")
     from tests.weights import reference_torch as reference
 
@@ -121,13 +121,13 @@ def test_weights_are_imported_from_gs_and_exported_to_it(cloud, tmp_path):
     state = reference.randomized(reference.SemsegPSPNet(50, 3)).state_dict()
     torch.save({"state_dict": state}, tmp_path / "net.pth")
     bucket.write("bucket/net.pth", (tmp_path / "net.pth").read_bytes())
-    said = run(
+    output = run(
         cloud,
         tmp_path,
         ["--mode=import", "--input=gs://bucket/net.pth", "--workdir=gs://bucket/imported"],
         ["--mode=export", "--workdir=gs://bucket/imported", "--format=safetensors", "--output=gs://bucket/x/net.safetensors"],
     )
-    assert [status for status, _ in statuses(said)] == ["0", "0"]
+    assert [status for status, _ in statuses(output)] == ["0", "0"]
     assert [key for key in bucket.names("bucket/x/") if not key.endswith("/")] == ["bucket/x/net.safetensors"]
     (tmp_path / "net.safetensors").write_bytes(bucket.objects["bucket/x/net.safetensors"].content)
     back = pytorch.read_safetensors(tmp_path / "net.safetensors")
@@ -136,10 +136,10 @@ def test_weights_are_imported_from_gs_and_exported_to_it(cloud, tmp_path):
             np.testing.assert_array_equal(back[key], tensor.numpy())
 
 
-def test_a_bucket_that_is_not_there_or_not_the_users_ends_in_one_sentence(cloud, tmp_path):
-    """At once: TensorFlow would try to write to a bucket that is not there for minutes."""
+def test_a_missing_or_forbidden_bucket_ends_in_one_sentence(cloud, tmp_path):
+    """The errors come at once: TensorFlow would retry to write to a missing bucket for minutes."""
     own = recipe(tmp_path / "own.py", tmp_path)
-    said = run(
+    output = run(
         cloud,
         tmp_path,
         ["--mode=import", "--input=gs://no-bucket/net.pth", "--workdir=gs://bucket/imported"],
@@ -149,8 +149,8 @@ def test_a_bucket_that_is_not_there_or_not_the_users_ends_in_one_sentence(cloud,
         ["--mode=check", f"--config={own}", "--workdir=gs://bucket/run", "--config.dataset.root=gs://no-bucket/data"],
         ["--mode=evaluate", "--workdir=gs://forbidden/run"],
     )
-    errors = re.findall(r"^error: (?:argument --\w+: )?(.*)", said, flags=re.MULTILINE)
-    assert [status for status, _ in statuses(said)] == ["1"] * 6
+    errors = re.findall(r"^error: (?:argument --\w+: )?(.*)", output, flags=re.MULTILINE)
+    assert [status for status, _ in statuses(output)] == ["1"] * 6
     assert errors[0] == "gs://no-bucket/net.pth: there is no bucket gs://no-bucket"
     assert errors[1].startswith("gs://forbidden/net.pth: gs://forbidden cannot be read (Error executing an HTTP request: ")
     assert errors[2] == "gs://no-bucket/run: there is no bucket gs://no-bucket"

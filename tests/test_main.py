@@ -1,4 +1,4 @@
-"""The command line, from a recipe to pictures, and what it says to wrong input."""
+"""The command line: all modes from a recipe to pictures, and the messages for wrong input."""
 
 import ast
 import json
@@ -41,7 +41,7 @@ BASE = "import numpy as np\nfrom pspnet_jax.config import base_config\ndef get_c
 
 
 def recipe(path: Path, root: Path) -> Path:
-    """A user's own recipe for the folder dataset that fakes writes."""
+    """Writes a recipe for the folder dataset that `fakes` makes."""
     path.write_text(
         "from pspnet_jax.config import base_config\n"
         "def get_config():\n"
@@ -55,7 +55,7 @@ def recipe(path: Path, root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Path, Path]:
-    """A workdir trained by the command on a small folder dataset, and the dataset."""
+    """A workdir trained with the command line on a small folder dataset, and the dataset."""
     directory = tmp_path_factory.mktemp("main")
     root, workdir = directory / "data", directory / "run"
     fakes.write_folder(root, {"train": 9, "val": 3}, size=(60, 50), num_classes=3)
@@ -64,12 +64,12 @@ def run(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def error(capsys, *arguments: str) -> str:
-    """Runs a command that has to end with exit status 1; returns its one sentence."""
+    """Runs a command that has to exit with status 1, and returns its error message."""
     assert main(list(arguments)) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert "Traceback" not in said
-    return said
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert "Traceback" not in message
+    return message
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -82,7 +82,7 @@ def records(workdir: Path, kind: str) -> list[dict]:
     return [line for line in lines if line["kind"] == kind]
 
 
-def test_training_leaves_checkpoints_metrics_pictures_and_config(run):
+def test_training_writes_checkpoints_metrics_pictures_and_config(run):
     workdir, root = run
     assert [r["step"] for r in records(workdir, "train")] == [1, 2, 3]
     assert [r["step"] for r in records(workdir, "eval")] == [3]
@@ -92,7 +92,7 @@ def test_training_leaves_checkpoints_metrics_pictures_and_config(run):
     assert list((workdir / "tensorboard").glob("events*"))
 
 
-def test_evaluate_prints_the_number_training_ended_with(run, capsys):
+def test_evaluate_reproduces_the_final_score_of_training(run, capsys):
     workdir, _ = run
     assert main(["--mode", "evaluate", "--workdir", str(workdir)]) == 0
     trained = records(workdir, "eval")[-1]
@@ -113,27 +113,27 @@ def test_evaluate_takes_another_split_and_other_scales(run):
     assert (scored["images"], scored["scales"], scored["split"]) == (9, [0.5, 1.0], "train")
 
 
-def test_images_that_the_network_was_trained_on_are_told(run, capsys):
+def test_evaluate_warns_about_images_that_were_trained_on(run, capsys):
     assert main(["--mode=evaluate", f"--workdir={run[0]}", "--config.eval.split=train"]) == 0
     assert "9 of 9 evaluation images are also training images" in capsys.readouterr().out
 
 
-def test_fields_that_change_nothing_are_told(run, capsys, tmp_path):
+def test_fields_without_effect_cause_warnings(run, capsys, tmp_path):
     assert main(["--mode=evaluate", f"--workdir={run[0]}", "--config.total_steps=9"]) == 0
-    assert "total_steps: 3 -> 9: only training reads these fields; they change nothing here" in capsys.readouterr().out
+    assert "total_steps: 3 -> 9: only training uses these fields; they have no effect in this mode" in capsys.readouterr().out
     own = recipe(tmp_path / "own.py", run[1])
     options = ["--config.loss.terms=ohem+dice", "--config.loss.focal_gamma=1.0", "--config.loss.class_weights=1.0,0.0,1.0"]
     options += ["--config.model.norm=frozen", "--config.optimizer.beta2=0.9"]
     assert main(["--config", str(own), "--workdir", str(tmp_path / "run"), *SMALL, *options]) == 0
-    said = capsys.readouterr().out
-    assert "loss.focal_gamma=1.0 changes nothing: it is read with focal only" in said
-    assert "optimizer.beta2=0.9 changes nothing: it is read with adamw only" in said
-    assert "loss.ohem_min_kept=100000: a crop has 1920 pixels, so ohem keeps all of them" in said
-    assert "loss.class_weights: pixels of " in said
-    assert "they have their initial values, mean 0 and variance 1; use model.norm='frozen' with init_from" in said
+    output = capsys.readouterr().out
+    assert "loss.focal_gamma=1.0 has no effect: it is used only with focal" in output
+    assert "optimizer.beta2=0.9 has no effect: it is used only with adamw" in output
+    assert "loss.ohem_min_kept=100000: a crop has 1920 pixels, so ohem keeps all" in output
+    assert "loss.class_weights: pixels of " in output
+    assert "they have their initial values, mean 0 and variance 1; use model.norm='frozen' with init_from" in output
 
 
-def test_labels_whose_palette_means_other_classes_are_not_scored(tmp_path, capsys):
+def test_labels_with_another_palette_are_not_scored(tmp_path, capsys):
     for folder, colors in (("data", [(200, 0, 0), (0, 200, 0)]), ("other", [(0, 200, 0), (200, 0, 0)])):
         root = fakes.write_folder(tmp_path / folder, {"train": 9, "val": 1}, size=(60, 50), num_classes=3)
         for path in root.glob("labels/*/*.png"):
@@ -143,12 +143,12 @@ def test_labels_whose_palette_means_other_classes_are_not_scored(tmp_path, capsy
     own = ["--config", str(recipe(tmp_path / "own.py", tmp_path / "data")), "--workdir", str(tmp_path / "run"), *SMALL]
     assert main(own) == 0
     (tmp_path / "other/classes.txt").unlink()
-    said = error(capsys, "--mode=evaluate", f"--workdir={tmp_path}/run", f"--config.dataset.root={tmp_path}/other")
-    assert "but RGB (200, 0, 0) in the training data" in said
-    assert "the same value means different classes" in said
+    output = error(capsys, "--mode=evaluate", f"--workdir={tmp_path}/run", f"--config.dataset.root={tmp_path}/other")
+    assert "but RGB (200, 0, 0) in the training data" in output
+    assert "the same value means different classes" in output
 
 
-def test_a_checkpoint_that_a_training_removes_is_evaluated_all_the_same(run, tmp_path, monkeypatch):
+def test_a_checkpoint_that_is_deleted_after_loading_is_still_evaluated(run, tmp_path, monkeypatch):
     load = checkpoint.load
 
     def load_and_remove(workdir, *arguments):
@@ -161,11 +161,11 @@ def test_a_checkpoint_that_a_training_removes_is_evaluated_all_the_same(run, tmp
     assert main(["--mode=evaluate", f"--workdir={tmp_path / 'run'}"]) == 0
 
 
-def test_class_weights_are_given_or_computed_not_both(run, capsys, tmp_path):
+def test_class_weights_are_either_given_or_computed(run, capsys, tmp_path):
     own = recipe(tmp_path / "own.py", run[1])
     both = ["--config.loss.class_weights=1.0,1.0,5.0", "--config.loss.class_weighting=median"]
-    said = error(capsys, "--config", str(own), "--workdir", str(tmp_path / "run"), *SMALL, *both)
-    assert "class_weights=(1.0, 1.0, 5.0): loss.class_weighting sets them to other values; leave one of the two out" in said
+    output = error(capsys, "--config", str(own), "--workdir", str(tmp_path / "run"), *SMALL, *both)
+    assert "class_weights=(1.0, 1.0, 5.0): loss.class_weighting computes other values; set only one of the two" in output
 
 
 def test_the_networks_classes_keep_their_order(caplog):
@@ -175,10 +175,10 @@ def test_the_networks_classes_keep_their_order(caplog):
     runs._check_class_names(("sky", "road"), ("Sky", "road"))
     assert not caplog.records
     runs._check_class_names(("sky", "road"), ("sky", "street"))
-    assert "class 1 of the network is 'road'; it is called 'street' here" in caplog.text
+    assert "class 1 of the network was trained as 'road'; it is now called 'street'" in caplog.text
 
 
-def test_predict_writes_three_pictures_an_image_at_its_size(run, tmp_path):
+def test_predict_writes_three_pictures_per_image_in_its_size(run, tmp_path):
     workdir, root = run
     images = root / "images" / "val"
     assert main(["--mode=predict", f"--workdir={workdir}", f"--input={images}", f"--output={tmp_path}"]) == 0
@@ -190,7 +190,7 @@ def test_predict_writes_three_pictures_an_image_at_its_size(run, tmp_path):
         assert (tmp_path / "overlay" / f"{image.stem}.jpg").exists()
 
 
-def test_the_same_command_again_has_nothing_left_to_do(run, capsys):
+def test_repeating_the_command_of_a_finished_run_changes_nothing(run, capsys):
     workdir, root = run
     before = (workdir / "metrics.jsonl").read_text()
     own = recipe(workdir.parent / "own.py", root)
@@ -201,8 +201,8 @@ def test_the_same_command_again_has_nothing_left_to_do(run, capsys):
 def test_another_network_in_the_same_workdir_is_refused(run, capsys):
     workdir, root = run
     own = recipe(workdir.parent / "own.py", root)
-    said = error(capsys, "--config", str(own), "--workdir", str(workdir), *SMALL, "--config.model.stem=conv7")
-    assert "model.stem: 'deep' -> 'conv7'" in said
+    output = error(capsys, "--config", str(own), "--workdir", str(workdir), *SMALL, "--config.model.stem=conv7")
+    assert "model.stem: 'deep' -> 'conv7'" in output
 
 
 @pytest.mark.parametrize(
@@ -231,15 +231,18 @@ def test_another_network_in_the_same_workdir_is_refused(run, capsys):
         (["--mode=check"], "--config is missing"),
         (["--config=configs/camvid.py", "--config.model.depth"], "model.depth"),
         (["--config=configs/camvid.py", "--config.loss.terms=dice+lovasz"], "'lovasz' is unknown; expected one of"),
-        (["--config=configs/quickstart.py", "--config.loss.class_weights=1.0,2.0"], "expected one for each of the 9 classes"),
+        (
+            ["--config=configs/quickstart.py", "--config.loss.class_weights=1.0,2.0"],
+            "expected one weight for each of the 9 classes",
+        ),
         (["--config=configs/camvid.py", "7"], "7: unknown argument"),
         (["--config=configs/camvid.py", "--config.seed=99999999999999999999"], "seed=99999999999999999999: expected a whole"),
         (["--config=configs/camvid.py", "--config.seed", "-1", "--noconfig.model.auxiliary"], "dataset.root"),
-        (["--config=configs/quickstart.py", "--input=x"], "--input: --mode train does not read it, only predict, import"),
-        (["--config=configs/quickstart.py", "--checkpoint=3"], "--checkpoint: --mode train does not read it"),
-        (["--config=configs/quickstart.py", "--mode=check", "--distributed"], "--distributed: --mode check does not read it"),
+        (["--config=configs/quickstart.py", "--input=x"], "--input: --mode train does not use it, only predict, import"),
+        (["--config=configs/quickstart.py", "--checkpoint=3"], "--checkpoint: --mode train does not use it"),
+        (["--config=configs/quickstart.py", "--mode=check", "--distributed"], "--distributed: --mode check does not use it"),
         (["--config=configs"], "--config configs: no such file"),
-        (["--mode=predict", "--workdir="], "argument --workdir: is empty; a variable of the shell may not be set"),
+        (["--mode=predict", "--workdir="], "argument --workdir: is empty; perhaps a shell variable is not set"),
         (["--mode=evaluate", "--checkpoint", ""], "argument --checkpoint: is empty"),
         (["--mode=evaluate", "--workdir=hdfs://a/b"], "hdfs://a/b: cannot be read or written here; expected a local path"),
         (["--config=configs/camvid.py", "--config.dataset.root=http://a/b"], "http://a/b: cannot be read or written here"),
@@ -249,7 +252,7 @@ def test_another_network_in_the_same_workdir_is_refused(run, capsys):
             "b: unknown argument; an option takes one value",
         ),
         (["--config=configs/camvid.py", "--config.eval.flip=yes"], "flip=yes: Non-boolean argument to boolean flag"),
-        (["--config=configs/camvid.py", "--config.name=a\nb"], "expected a name for a folder in runs/, one line"),
+        (["--config=configs/camvid.py", "--config.name=a\nb"], "expected the name of a folder in runs/: one line"),
         (["--config=configs/camvid.py", "--config.dataset.root=s3://a/b"], "s3://a/b: cannot be read or written here"),
         (["--mode=evaluate", "--workdir=s3://a/b"], "s3://a/b: cannot be read or written here"),
         (["--config=~/no/config.json"], f"--config {Path.home()}/no/config.json: no such file"),
@@ -260,30 +263,30 @@ def test_a_mistake_ends_in_one_sentence(arguments, words, capsys, monkeypatch):
     assert words in error(capsys, *arguments)
 
 
-def test_a_run_cannot_be_shortened_below_where_it_is(run, capsys):
+def test_total_steps_cannot_be_lowered_below_the_current_step(run, capsys):
     workdir, root = run
     own = recipe(workdir.parent / "own.py", root)
-    said = error(capsys, "--config", str(own), "--workdir", str(workdir), *SMALL, "--config.total_steps=2")
-    assert "total_steps=2: the run in" in said
+    output = error(capsys, "--config", str(own), "--workdir", str(workdir), *SMALL, "--config.total_steps=2")
+    assert "total_steps=2: the run in" in output
     assert json.loads((workdir / "config.json").read_text())["total_steps"] == 3
 
 
 def test_the_network_of_a_checkpoint_cannot_be_overridden(run, capsys):
-    said = error(capsys, "--mode=evaluate", f"--workdir={run[0]}", "--config.model.depth=50")
-    assert "model.depth: 18 -> 50" in said
+    output = error(capsys, "--mode=evaluate", f"--workdir={run[0]}", "--config.model.depth=50")
+    assert "model.depth: 18 -> 50" in output
 
 
 def test_a_workdir_that_cannot_be_written_is_named(run, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     own = recipe(tmp_path / "own.py", run[1])
-    said = error(capsys, "--config", str(own), f"--workdir={tmp_path / 'file' / 'run'}", *SMALL)
-    assert str(tmp_path / "file") in said
+    output = error(capsys, "--config", str(own), f"--workdir={tmp_path / 'file' / 'run'}", *SMALL)
+    assert str(tmp_path / "file") in output
 
 
 def test_a_missing_input_is_named(run, capsys, tmp_path):
     workdir, _ = run
-    said = error(capsys, "--mode=predict", f"--workdir={workdir}", "--input=no/such.jpg", f"--output={tmp_path}")
-    assert "no/such.jpg" in said
+    output = error(capsys, "--mode=predict", f"--workdir={workdir}", "--input=no/such.jpg", f"--output={tmp_path}")
+    assert "no/such.jpg" in output
 
 
 @pytest.mark.parametrize("name", ["ade20k", "voc2012", "cityscapes"])
@@ -295,14 +298,14 @@ def test_a_benchmark_without_files_ends_in_one_sentence(name):
     assert "--config.dataset.root" in done.stderr.splitlines()[-1]
 
 
-def test_check_looks_at_a_mixture_too(run, capsys, tmp_path):
+def test_check_includes_a_mixture(run, capsys, tmp_path):
     own = recipe(tmp_path / "own.py", run[1])
     other = fakes.write_folder(tmp_path / "other", {"more": 3}, num_classes=3)
     (other / "images/more/001.png").write_bytes(b"")
     mixture = f"--config.dataset.mixture=(('folder', '{other}', 'more', 0.5),)"
-    said = error(capsys, "--mode=check", f"--config={own}", f"--workdir={tmp_path}/run", mixture)
-    assert "images/more/001.png: cannot be read" in said
-    assert "1 problem(s) found" in said
+    output = error(capsys, "--mode=check", f"--config={own}", f"--workdir={tmp_path}/run", mixture)
+    assert "images/more/001.png: cannot be read" in output
+    assert "1 problem(s) found" in output
     pictures = [f"{part}_{kind}.png" for part in ("mixture1_more", "train", "val") for kind in ("classes", "images")]
     assert sorted(path.name for path in (tmp_path / "run/check").iterdir()) == pictures
 
@@ -321,14 +324,14 @@ def test_help_lists_every_field_with_its_default_and_its_comment(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
-    said = capsys.readouterr().out.split("fields of the config")[1]
-    fields = re.findall(r"^--config\.([\w.]+)=(.+?)(?:  (.*))?$", said, flags=re.MULTILINE)
+    output = capsys.readouterr().out.split("fields of the config")[1]
+    fields = re.findall(r"^--config\.([\w.]+)=(.+?)(?:  (.*))?$", output, flags=re.MULTILINE)
     defaults = dict(leaves(base_config()))
     assert {field: ast.literal_eval(value) for field, value, _ in fields} == defaults
     assert all(comment for _, _, comment in fields)
 
 
-def test_the_profile_is_of_the_steps_after_the_tenth_of_each_start(tmp_path):
+def test_the_profile_skips_the_first_ten_steps_after_each_start(tmp_path):
     hook = jobs._profile(tmp_path, 2)
     for step in range(501, 511):
         hook(step)
@@ -343,24 +346,24 @@ def test_the_profile_is_of_the_steps_after_the_tenth_of_each_start(tmp_path):
     [
         ("def get_config(:", "SyntaxError: invalid syntax"),
         ("import nothere", "line 1: ModuleNotFoundError: No module named 'nothere'"),
-        ("def get_config():\n    pass", "get_config() returns NoneType; expected the config of base_config()"),
+        ("def get_config():\n    pass", "get_config() returns NoneType; expected one made by base_config()"),
         ("def get_config():\n    return {}", "get_config() returns dict"),
         ("def get_config():\n    return 1 / 0", "line 2: ZeroDivisionError"),
-        ("import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict()", "its config lacks augment.blur"),
+        ("import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict()", "the config lacks augment.blur"),
         ("raise SystemExit(3)", "SystemExit: 3"),
-        (f"{BASE}    config.total_steps = None\n    return config", "total_steps=None: expected what base_config() has there"),
+        (f"{BASE}    config.total_steps = None\n    return config", "total_steps=None: expected the types of base_config()"),
         (
             f"{BASE}    config.dataset.colors = ((np.int64(1), 2, 3),)\n    return config",
             "dataset.colors=((np.int64(1), 2, 3),)",
         ),
     ],
 )
-def test_a_recipe_that_does_not_work_is_named(body, words, capsys, tmp_path):
+def test_a_broken_recipe_ends_in_one_sentence(body, words, capsys, tmp_path):
     path = tmp_path / "own.py"
     path.write_text(body)
-    said = error(capsys, f"--config={path}")
-    assert said.startswith(f"error: --config {path}: ")
-    assert words in said
+    output = error(capsys, f"--config={path}")
+    assert output.startswith(f"error: --config {path}: ")
+    assert words in output
 
 
 def test_the_config_of_a_run_is_a_recipe(run):
@@ -368,21 +371,21 @@ def test_the_config_of_a_run_is_a_recipe(run):
     assert to_json(load_recipe(str(file))) == file.read_text()
 
 
-def test_a_recipe_beside_a_workdir_is_told_not_to_count(run, capsys):
+def test_evaluate_warns_that_a_recipe_is_not_used(run, capsys):
     own = recipe(run[0].parent / "own.py", run[1])
     assert main(["--mode=evaluate", f"--workdir={run[0]}", f"--config={own}"]) == 0
-    assert "saved with the checkpoint counts, not that of" in (said := capsys.readouterr().out)
-    assert "model.depth: 50 -> 18" in said
+    assert "saved with the checkpoint is used, not" in (output := capsys.readouterr().out)
+    assert "model.depth: 50 -> 18" in output
 
 
 @pytest.mark.parametrize("colors", ["--config.dataset.colors=()", "--config.seed=0"])
-def test_other_classes_than_the_networks_are_refused(run, capsys, colors):
+def test_a_wrong_number_of_classes_is_refused(run, capsys, colors):
     names = "--config.dataset.class_names=('a','b','c','d')"
-    said = error(capsys, "--mode=evaluate", f"--workdir={run[0]}", names, colors)
-    assert "dataset.class_names=('a', 'b', 'c', 'd'): the network tells 3 classes apart" in said
+    output = error(capsys, "--mode=evaluate", f"--workdir={run[0]}", names, colors)
+    assert "dataset.class_names=('a', 'b', 'c', 'd'): expected 3 names, one for each class of the network" in output
 
 
-def test_a_path_with_a_tilde_is_in_the_home_directory(run, capsys, tmp_path, monkeypatch):
+def test_a_tilde_stands_for_the_home_directory(run, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert main(["--mode=predict", f"--workdir={run[0]}", f"--input={run[1]}/images/val", "--output=~/results"]) == 0
@@ -392,7 +395,7 @@ def test_a_path_with_a_tilde_is_in_the_home_directory(run, capsys, tmp_path, mon
 
 
 def started(tmp_path, module: str, source: str, **environment: str) -> subprocess.CompletedProcess:
-    """Starts a training that ends at a wrong value, with a module of the user's in the way."""
+    """Starts a training that stops at an invalid value, with a user's module on the import path."""
     path = tmp_path / module
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(source)
@@ -406,15 +409,15 @@ def started(tmp_path, module: str, source: str, **environment: str) -> subproces
 
 def test_a_platform_without_devices_is_named(tmp_path):
     for platform in ("cuda", "nonsense"):
-        said = started(tmp_path, "empty.py", "", JAX_PLATFORMS=platform).stderr.splitlines()[-1]
-        assert said.startswith(f"error: JAX finds no device of JAX_PLATFORMS={platform}")
+        output = started(tmp_path, "empty.py", "", JAX_PLATFORMS=platform).stderr.splitlines()[-1]
+        assert output.startswith(f"error: JAX finds no device of JAX_PLATFORMS={platform}")
 
 
-def test_a_plugin_that_fails_is_one_sentence(tmp_path):
+def test_a_failing_plugin_is_reported_in_one_sentence(tmp_path):
     source = "def initialize():\n    raise RuntimeError('Unable to load CUDA.')"
     done = started(tmp_path, "jax_plugins/xla_cuda99/__init__.py", source, JAX_PLATFORMS="")
-    (told,) = [line for line in (done.stdout + done.stderr).splitlines() if "Unable to load CUDA" in line]
-    assert told.endswith("initialize(): Unable to load CUDA.; its devices will not be used")
+    (message,) = [line for line in (done.stdout + done.stderr).splitlines() if "Unable to load CUDA" in line]
+    assert message.endswith("initialize(): Unable to load CUDA.; its devices will not be used")
     assert done.stderr.splitlines()[-1] == "error: every.log=0: expected more than 0"
 
 
@@ -427,7 +430,7 @@ def test_a_missing_tensorflow_is_named(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: tensorflow cannot be imported (No module named 'tensorflow')")
 
 
-def test_double_precision_of_the_shell_is_left_off(tmp_path):
+def test_double_precision_set_in_the_shell_is_turned_off(tmp_path):
     done = started(tmp_path, "empty.py", "", JAX_ENABLE_X64="1")
     assert "JAX_ENABLE_X64 is set" in done.stdout
 
@@ -451,7 +454,7 @@ def test_double_precision_of_the_shell_is_left_off(tmp_path):
         (RuntimeError("/x/events: No space left on device"), "/x/events: No space left on device; free some space"),
     ],
 )
-def test_what_the_machine_lacks_is_one_sentence(raised, words, capsys, monkeypatch):
+def test_a_lack_of_resources_is_reported_in_one_sentence(raised, words, capsys, monkeypatch):
     def job(arguments, overrides):
         raise ValueError("wrapped") from raised
 
@@ -470,12 +473,12 @@ def test_predictions_are_not_written_over_the_images(run, capsys, tmp_path):
     image = next((run[1] / "images/val").iterdir())
     (tmp_path / "color/a.png").write_bytes(image.read_bytes())
     for given in (tmp_path / "color", tmp_path / "color/a.png"):
-        said = error(capsys, "--mode=predict", f"--workdir={run[0]}", f"--input={given}", f"--output={tmp_path}")
-        assert "color/a.png: already exists and was not predicted from this input" in said
+        output = error(capsys, "--mode=predict", f"--workdir={run[0]}", f"--input={given}", f"--output={tmp_path}")
+        assert "color/a.png: already exists and was not predicted from this input" in output
     assert (tmp_path / "color/a.png").read_bytes() == image.read_bytes()
 
 
-def test_a_directory_that_is_gone_is_told(run, capsys, tmp_path, monkeypatch):
+def test_a_deleted_current_directory_is_reported(run, capsys, tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
@@ -484,15 +487,15 @@ def test_a_directory_that_is_gone_is_told(run, capsys, tmp_path, monkeypatch):
 
 
 def test_an_interrupt_in_a_destructor_is_not_lost(monkeypatch):
-    """Python drops what is raised there."""
+    """Python ignores exceptions raised in destructors."""
 
-    class Dropping:
+    class SlowDestructor:
         def __del__(self):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.1)
 
     def job(arguments, overrides):
-        Dropping()
+        SlowDestructor()
         time.sleep(5)
 
     monkeypatch.setitem(jobs.JOBS, "train", job)

@@ -1,4 +1,4 @@
-"""Impossible values are refused before anything compiles, each by name and with what is allowed."""
+"""Invalid values are refused before anything compiles; the message has the field and the allowed values."""
 
 import pytest
 
@@ -7,14 +7,14 @@ from pspnet_jax.config import base_config
 from tests.test_config import changed
 
 
-def test_the_default_config_is_possible_on_as_many_devices_as_divide_its_batch():
+def test_the_default_config_is_valid_if_the_devices_divide_its_batch():
     validation.validate(base_config(), num_devices=16)
     with pytest.raises(ValueError, match="batch_size=16: expected a multiple of 32"):
         validation.validate(base_config(), num_devices=32)
 
 
 @pytest.mark.parametrize("field", validation.CHOICES)
-def test_a_value_outside_its_choices_is_refused_with_all_of_them(field):
+def test_an_unknown_choice_is_refused_with_all_choices(field):
     choices = validation.CHOICES[field]
     value = "other"
     with pytest.raises(ValueError) as error:
@@ -46,7 +46,7 @@ def test_a_value_outside_its_choices_is_refused_with_all_of_them(field):
         ("eval.crop", (473, 32), "each at least 33 pixels"),
         ("eval.scales", (), "one or more scales of 1/16 or more"),
         ("eval.scales", (1.0, 0.001), "one or more scales of 1/16 or more"),
-        ("eval.base_size", 1, "33 pixels or more, or 0"),
+        ("eval.base_size", 1, "at least 33 pixels, or 0"),
         ("normalize.std", (0.229, 0.224, 0.225), "values of 1 or more, on the 0..255 scale; multiply"),
         ("optimizer.warmup_steps", 150_001, "at most total_steps=150000"),
         ("normalize.std", (58.0, 57.0), "3 values of type float"),
@@ -59,14 +59,14 @@ def test_a_value_outside_its_choices_is_refused_with_all_of_them(field):
         ("eval.short_size", 512, "0, or eval.protocol='mmseg'"),
         ("eval.base_size", -1, "0 or more"),
         ("dataset.balance", 1.5, "a value from 0 to 1"),
-        ("dataset.mixture", ("folder", "data", "train", 1.0), "('name', 'root', 'split', weight) each"),
-        ("dataset.mixture", (("folder", "data", "train"),), "('name', 'root', 'split', weight) each"),
-        ("dataset.mixture", (("folder", "data", "train", "2"),), "the weight a number above 0 and under 1000"),
-        ("dataset.mixture", (("folder", "data", "train", 0),), "the weight a number above 0 and under 1000"),
-        ("dataset.mixture", (("camvid", "data", "train", 1),), "the name one of 'folder', "),
+        ("dataset.mixture", ("folder", "data", "train", 1.0), "tuples ('name', 'root', 'split', weight)"),
+        ("dataset.mixture", (("folder", "data", "train"),), "tuples ('name', 'root', 'split', weight)"),
+        ("dataset.mixture", (("folder", "data", "train", "2"),), "the weight is above 0 and below 1000"),
+        ("dataset.mixture", (("folder", "data", "train", 0),), "the weight is above 0 and below 1000"),
+        ("dataset.mixture", (("camvid", "data", "train", 1),), "the name is one of 'folder', "),
     ],
 )
-def test_an_impossible_value_is_refused_with_what_is_allowed(field, value, allowed):
+def test_an_invalid_value_is_refused_with_the_allowed_ones(field, value, allowed):
     with pytest.raises(ValueError) as error:
         validation.validate(changed({field: value}))
     problem = str(error.value)
@@ -76,8 +76,8 @@ def test_an_impossible_value_is_refused_with_what_is_allowed(field, value, allow
 
 
 @pytest.mark.parametrize("name", ["", "../elsewhere", ".hidden"])
-def test_a_name_is_that_of_a_folder_in_runs(name):
-    with pytest.raises(ValueError, match="expected a name for a folder in runs/"):
+def test_a_name_has_to_be_a_folder_name(name):
+    with pytest.raises(ValueError, match="expected the name of a folder in runs/"):
         validation.validate(changed({"name": name}))
 
 
@@ -91,7 +91,7 @@ def test_bins_may_not_exceed_the_feature_map(field):
     validation.validate(changed({field: (33, 33), "model.bins": ()}))
 
 
-def test_a_batch_is_shared_out_over_devices_and_parts():
+def test_batch_size_is_a_multiple_of_devices_times_accumulate():
     for batch, devices, accumulate, unit in ((12, 8, 1, 8), (16, 8, 4, 32), (16, 1, 3, 3)):
         config = changed({"batch_size": batch, "optimizer.accumulate": accumulate})
         with pytest.raises(ValueError, match=rf"^batch_size={batch}: expected a multiple of {unit} \({devices} device"):
@@ -110,7 +110,7 @@ def test_batch_norm_over_one_image_is_refused_unless_it_can_work():
         validation.validate(changed(one_image | {"model.bins": (2, 3, 6)}))
 
 
-def test_the_bound_of_the_short_side_may_not_exceed_that_of_the_long_one():
+def test_short_size_may_not_exceed_base_size():
     config = changed({"eval.protocol": "mmseg", "eval.base_size": 2048, "eval.short_size": 2048})
     validation.validate(config)
     config.eval.short_size = 2049

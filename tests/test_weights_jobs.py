@@ -1,4 +1,4 @@
-"""Others' weights through the command line: import, evaluate and predict as the network itself would; training from them."""
+"""Third-party weights on the command line: import, evaluation and prediction like the original's, and training from them."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ SIZE = (97, 113)
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory) -> tuple[Path, Path, "torch.nn.Module"]:
-    """A workdir imported from a PSPNet-18 of mmsegmentation for 3 classes, a folder of images, and the network itself."""
+    """A workdir imported from an mmsegmentation PSPNet-18 with 3 classes, a folder of images, and the original network."""
     directory = tmp_path_factory.mktemp("import")
     network = reference.randomized(reference.MmsegPSPNet(18, 3, "deep32", align_corners=True))
     torch.save({"meta": {}, "state_dict": network.state_dict()}, directory / "net.pth")
@@ -35,7 +35,7 @@ def imported(tmp_path_factory) -> tuple[Path, Path, "torch.nn.Module"]:
     return directory / "run", directory / "data", network
 
 
-def test_predictions_of_an_import_are_those_of_the_network(imported, tmp_path):
+def test_an_import_predicts_like_the_original_network(imported, tmp_path):
     workdir, data, network = imported
     assert main(["--mode=predict", f"--workdir={workdir}", f"--input={data}/images/val", f"--output={tmp_path}"]) == 0
     for file in (data / "images/val").iterdir():
@@ -57,30 +57,30 @@ def test_an_import_is_evaluated_with_its_own_protocol(imported, capsys):
     assert json.loads(file.read_text())["images"] == 2
 
 
-def test_what_an_import_cannot_do_ends_in_one_sentence(imported, tmp_path, capsys):
+def test_imports_and_exports_that_are_refused(imported, tmp_path, capsys):
     workdir, _, _ = imported
     net = f"--input={workdir.parent}/net.pth"
     assert "already holds a run" in error(capsys, "--mode=import", net, f"--workdir={workdir}")
     assert "needs --input" in error(capsys, "--mode=import", net)
-    said = error(capsys, "--mode=export", f"--workdir={workdir}", "--format=torch", f"--output={tmp_path}/x.pth")
-    assert "semseg's PSPNet is another network than this one, which has model." in said
+    output = error(capsys, "--mode=export", f"--workdir={workdir}", "--format=torch", f"--output={tmp_path}/x.pth")
+    assert "semseg's code cannot compute this network, which has model." in output
     assert "needs --output" in error(capsys, "--mode=export", f"--workdir={workdir}", "--format=torch")
-    said = error(capsys, "--mode=import", net, f"--workdir={tmp_path}/other", "--config.model.stem=conv7")
-    assert "set --config.model.stem=deep32" in said
+    output = error(capsys, "--mode=import", net, f"--workdir={tmp_path}/other", "--config.model.stem=conv7")
+    assert "set --config.model.stem=deep32" in output
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_import_names_what_it_assumes_and_the_users_word_counts(imported, tmp_path, capsys):
-    """Of a file with an average beside the raw weights, and of other bins, all of which no array tells."""
+def test_an_import_lists_its_assumptions_unless_the_user_sets_them(imported, tmp_path, capsys):
+    """The file has raw weights and their average, and bins that no array shows."""
     _, _, network = imported
     content = {"net": network.state_dict(), "ema": reference.randomized(copy.deepcopy(network), seed=1).state_dict()}
     torch.save(content, tmp_path / "net.ckpt")
     command = ["--mode=import", f"--workdir={tmp_path}/run", "--config.model.align_corners=true", "--config.model.bins=1,2,4,8"]
     names = "--config.dataset.class_names=('sky', 'sea', 'sand')"
     assert main([*command, f"--input={tmp_path}/net.ckpt:ema", names]) == 0
-    said = capsys.readouterr().out
-    assert f"the weights are those in 'ema'; for the others name {tmp_path}/net.ckpt:net" in said
-    [assumed] = [line for line in said.splitlines() if line.startswith("ASSUMED")]
+    output = capsys.readouterr().out
+    assert f"using the weights in 'ema'; for the others, use {tmp_path}/net.ckpt:net" in output
+    [assumed] = [line for line in output.splitlines() if line.startswith("ASSUMED")]
     assert "--config.model.stride_in=conv3x3" in assumed
     assert not re.search("align_corners|bins|class", assumed)
     config, _, variables = checkpoint.load(tmp_path / "run", "latest", parallel.make_mesh())
@@ -92,7 +92,7 @@ def test_an_import_names_what_it_assumes_and_the_users_word_counts(imported, tmp
 
 @pytest.fixture(scope="module")
 def named(imported) -> tuple[Path, np.ndarray]:
-    """The network in a file that names its classes, and tells how images are normalized; and the biases of its classes."""
+    """A file of the network that has class names and a normalization, and the bias of its classifier."""
     workdir, _, network = imported
     cfg = "img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)"
     path = workdir.parent / "named.pth"
@@ -109,46 +109,46 @@ def named(imported) -> tuple[Path, np.ndarray]:
         (("c2", "road", "c0"), [0, 1, 2], "(class 1 is 'c1' there, 'road' in this config): the classifier rows are kept"),
     ],
 )
-def test_the_rows_of_an_import_go_by_the_names_of_its_classes(named, tmp_path, capsys, names, rows, said):
+def test_an_import_matches_classifier_rows_by_class_name(named, tmp_path, capsys, names, rows, output):
     path, bias = named
     command = ["--mode=import", f"--input={path}", f"--workdir={tmp_path}/run", f"--config.dataset.class_names={names}"]
     assert main(command) == 0
     out = capsys.readouterr().out
-    assert said in out if said else "classifier's rows" not in out
+    assert output in out if output else "classifier's rows" not in out
     assert "ASSUMED, though" not in out
     config, _, variables = checkpoint.load(tmp_path / "run", "latest", parallel.make_mesh())
     assert config.dataset.class_names == names
     np.testing.assert_array_equal(variables["params"]["classifier"]["bias"], bias[rows])
 
 
-def test_training_takes_the_rows_of_a_file_by_their_names_and_says_which_entry(named, caplog):
+def test_training_matches_classifier_rows_by_class_name_and_logs_the_entry(named, caplog):
     path, bias = named
     config = configs.base_config()
     weights.configure(config, weights.inspect(path))
     config.init_from, names = str(path), ("c0", "c1", "c2")
     with caplog.at_level("INFO", "pspnet_jax"):
         given, old = resume.initial_weights(config, models.build(config.model, 3), parallel.make_mesh())
-    assert f"the weights are those in 'state_dict'; for the others name {path}:ema" in caplog.text
+    assert f"using the weights in 'state_dict'; for the others, use {path}:ema" in caplog.text
     given = resume.match_classes(given, given, old, names, "named.pth")
     np.testing.assert_array_equal(given["params"]["classifier"]["bias"], bias[::-1])
 
 
-def test_an_import_cannot_contradict_what_its_file_tells(named, tmp_path, capsys):
+def test_an_import_refuses_another_normalization_than_in_its_file(named, tmp_path, capsys):
     command = ["--mode=import", f"--input={named[0]}", f"--workdir={tmp_path}/run", "--config.normalize.order=BGR"]
-    assert "it was trained on images normalized otherwise: set --config.normalize.order=RGB" in error(capsys, *command)
+    assert "it was trained with another normalization: set --config.normalize.order=RGB" in error(capsys, *command)
     assert not (tmp_path / "run").exists()
 
 
 def test_an_import_of_a_backbone_ends_in_one_sentence(tmp_path, capsys):
     torch.save({"model_state_dict": reference.ResNet(18).state_dict()}, tmp_path / "resnet.pth")
-    said = error(capsys, "--mode=import", f"--input={tmp_path}/resnet.pth", f"--workdir={tmp_path}/run")
-    assert "depth 18, backbone only; there is nothing to evaluate: train from it with --config.init_from=" in said
+    output = error(capsys, "--mode=import", f"--input={tmp_path}/resnet.pth", f"--workdir={tmp_path}/run")
+    assert "depth 18, backbone only; there is nothing to evaluate: train from it with --config.init_from=" in output
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_training_starts_from_a_backbone(imported, tmp_path, capsys):
-    """One step with next to no learning rate leaves the ImageNet weights what they were, and the batch statistics not."""
+    """After one step with a tiny learning rate, the weights are still those of ImageNet, but the batch statistics are not."""
     _, data, _ = imported
     network = reference.randomized(reference.ResNet(18))
     torch.save(network.state_dict(), tmp_path / "resnet18.pth")

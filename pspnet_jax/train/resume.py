@@ -115,7 +115,7 @@ def initial_weights(config: ConfigDict, model: nn.Module, mesh: Mesh) -> tuple[V
         return variables, saved.dataset.class_names
     source = weights.inspect(config.init_from)
     weights.check_normalize(config.normalize, source)
-    logger.info("starting from %s", "; ".join(filter(None, (str(source), source.choice))))
+    logger.info("starting from %s", "; ".join(filter(None, (str(source), source.entry_note))))
     return weights.load(config.init_from, model, partial=True), source.class_names
 
 

@@ -1,8 +1,8 @@
-"""Importing checkpoints of other projects, and exporting ours. Importing this module loads neither torch nor TensorFlow.
+"""Imports checkpoints of other projects and exports ours, without loading torch or TensorFlow on import.
 
-source = weights.inspect("pspnet_r50-d8_769x769.pth")   # the family of the file, and the network it holds
+source = weights.inspect("pspnet_r50-d8_769x769.pth")   # detects the model family and the network
 weights.configure(config, source)                       # sets the config to match
-print(weights.assumptions(config, source))              # what the file does not tell
+print(weights.assumptions(config, source))              # lists what the file does not specify
 model = models.build(config.model, source.num_classes)
 variables = weights.load("pspnet_r50-d8_769x769.pth", model)
 """

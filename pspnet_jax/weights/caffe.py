@@ -1,8 +1,9 @@
-"""Caffe's .caffemodel files, and the names of our modules in the authors' release (github.com/hszhao/PSPNet).
+"""Caffe's .caffemodel files, and the layer names of the authors' release (github.com/hszhao/PSPNet).
 
-Its BN layers hold slope, bias, running mean and running variance, and compute slope * (x - mean) / sqrt(variance + 1e-5) + bias
-(src/caffe/layers/bn_layer.cpp). At its crops, 473 and 713, its layers do the arithmetic of our network. Elsewhere they may not:
-the kernels of its average pooling are the crop's, and its max-pooling makes one row more of an even number of rows.
+The BN layers of the release hold slope, bias, running mean and running variance, and compute
+slope * (x - mean) / sqrt(variance + 1e-5) + bias (src/caffe/layers/bn_layer.cpp). At the release's crops, 473 and 713, our
+network computes the same. At other sizes it may not: the release fixes the average pooling kernels for its crop, and its max
+pooling returns one more row for an even number of rows.
 """
 
 import functools
@@ -17,7 +18,7 @@ from etils import epath
 from pspnet_jax.errors import UserError
 from pspnet_jax.models.resnet import BLOCKS
 
-# Where conv3_1 takes its stride, by depth. The weights do not show it; evaluation/prototxt/*.prototxt does.
+# The convolution of conv3_1 that has the stride, by depth, from evaluation/prototxt/*.prototxt; no weights show it.
 STRIDE_IN = {50: "conv1x1", 101: "conv3x3"}
 STEM = {"stem_conv1": "conv1_1_3x3_s2", "stem_conv2": "conv1_2_3x3", "stem_conv3": "conv1_3_3x3"}
 BLOCK = {"conv1": "1x1_reduce", "conv2": "3x3", "conv3": "1x1_increase", "projection": "1x1_proj"}
@@ -39,9 +40,9 @@ SCHEMA = {
 
 
 def layer_name(module: str, bins: Sequence[int], depth: int) -> str:
-    """The release's name for a convolution, such as "backbone/layer1_block0/conv2"; the batch normalization is NAME/bn."""
+    """Returns the release's name of a convolution such as "backbone/layer1_block0/conv2"; its batch norm is NAME/bn."""
     *parents, last = module.split("/")
-    if module == "auxiliary_conv":  # as the next block of conv4_x; in the published files, but not in those for evaluation
+    if module == "auxiliary_conv":  # named like one more block of conv4_x; the deploy files lack it
         return f"conv4_{BLOCKS[depth][2] + 1}"
     if not parents:
         return HEAD[module]
@@ -54,24 +55,24 @@ def layer_name(module: str, bins: Sequence[int], depth: int) -> str:
 
 
 def read(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """Reads the weights of a .caffemodel in either form, the present `layer` and the older `layers`.
+    """Reads the weights of a .caffemodel, with either the newer `layer` or the older `layers` field.
 
     Returns:
-      f32 arrays by "LAYER:INDEX": kernels OIHW as stored ("conv6:0"), all others flattened: biases ("conv6:1") and the slope,
-      bias, mean and variance of a BN layer ("conv5_4/bn:0" to ":3").
+      f32 arrays by "LAYER:INDEX". Kernels are OIHW, as stored ("conv6:0"). All others are flat: biases ("conv6:1"), and the
+      slope, bias, mean and variance of a BN layer ("conv5_4/bn:0" to ":3").
 
     Raises:
-      UserError: it is truncated, no Caffe network or one without weights, or a blob contradicts its shape.
+      UserError: the file is truncated, not a Caffe network or without weights, or a blob does not match its shape.
     """
-    from google.protobuf.message import DecodeError  # comes with TensorFlow's wheels, and is needed here alone
+    from google.protobuf.message import DecodeError  # installed with TensorFlow, and used only here
 
     try:
         net = _net_parameter().FromString(epath.Path(path).read_bytes())
         blobs = {f"{layer.name}:{i}": blob for layer in (*net.layers, *net.layer) for i, blob in enumerate(layer.blobs)}
     except DecodeError as error:
-        raise UserError(f"{path}: not a .caffemodel, or a part of one; copy or download it again ({error})") from error
+        raise UserError(f"{path}: not a .caffemodel, or only a part of one; copy or download it again ({error})") from error
     if not blobs:
-        raise UserError(f"{path}: holds no layer with weights; expected a trained network, a .caffemodel")
+        raise UserError(f"{path}: has no layer with weights; expected the .caffemodel of a trained network")
     return {key: _array(blob, key, path) for key, blob in blobs.items()}
 
 
@@ -86,7 +87,7 @@ def _array(blob: Any, key: str, path: epath.PathLike) -> np.ndarray:
 
 @functools.cache
 def _net_parameter() -> Any:
-    """The message class that SCHEMA describes."""
+    """Returns the protobuf message class for the SCHEMA."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     field_proto = descriptor_pb2.FieldDescriptorProto

@@ -1,4 +1,4 @@
-"""The settings in an mmsegmentation checkpoint: from the text of its training config in "meta", or from the zoo's file name."""
+"""Settings of mmsegmentation checkpoints, from the training config in "meta" or from the file name in the model zoo."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from pspnet_jax.errors import UserError
 
 _DIGITS, _SIDES = r"\((\d(?:,\d)*),?\)", r"\((\d{1,5},\d{1,5}),?\)"
-# The settings that matter, and how a config's text without white space has them; of several patterns the first found counts.
+# Settings and their patterns in the text of a config without white space; the first pattern that matches is used.
 PATTERNS = (
     ("align_corners", r"align_corners=(\w+)"),
     ("contract_dilation", r"contract_dilation=(\w+)"),
@@ -22,37 +22,37 @@ PATTERNS = (
     ("mode", r"mode='(slide)'"),
     ("crop_size", rf"\bcrop_size={_SIDES}"),
     ("stride", rf"\bstride={_SIDES}"),
-    ("scale", rf"\(keep_ratio=True,scale={_SIDES},type='Resize'"),  # of the test pipeline; that of training is random
+    ("scale", rf"\(keep_ratio=True,scale={_SIDES},type='Resize'"),  # of the test pipeline; in training it is random
     ("scale", rf"\(type='Resize',scale={_SIDES},keep_ratio=True"),
     ("scale", rf"\bimg_scale={_SIDES}(?!,ratio_range)"),
 )
-ZOO = {  # a part of the zoo's file names, and the settings of such a model; the first that is found counts
+ZOO = {  # patterns of file names in the model zoo, and the settings they imply; the first match is used
     "769x769": {"align_corners": "True", "mode": "slide", "crop_size": "769,769", "stride": "513,513", "scale": "2049,1025"},
     "480x480": {"align_corners": "False", "mode": "slide", "crop_size": "480,480", "stride": "320,320"},
     r"-d32.*\d{3}x\d{3}": {"align_corners": "False", "strides": "1,2,2,2", "dilations": "1,1,2,4"},
     r"\d{3}x\d{3}": {"align_corners": "False"},
 }
-# Field of config.model: the setting, and what its values mean.
+# Field of config.model -> the setting, and the field's value for each of its values.
 FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
     "align_corners": ("align_corners", {"True": True, "False": False}),
     "first_block_dilation": ("contract_dilation", {"True": "half", "False": "full"}),
     "stride_in": ("style", {"'pytorch'": "conv3x3", "'caffe'": "conv1x1"}),
 }
-EPSILONS = ("1e-05", "1e-5", "0.00001")  # of batch normalization: ours
-# Strides and dilations of the stages -> output stride. The zoo's -d32 has (1, 2, 2, 2) with (1, 1, 2, 4).
+EPSILONS = ("1e-05", "1e-5", "0.00001")  # of our batch normalization, in all spellings
+# (strides, dilations) of the stages -> output stride. The zoo's -d32 models, (1, 2, 2, 2) with (1, 1, 2, 4), are not supported.
 STAGES = {("1,2,1,1", "1,1,2,4"): 8, ("1,2,2,1", "1,1,1,2"): 16, ("1,2,2,2", "1,1,1,1"): 32}
 
 Settings = Mapping[str, str]
 
 
-def settings_by_name(name: str) -> Settings:
-    """The settings that the name of a file of the zoo implies."""
+def settings_from_name(name: str) -> Settings:
+    """Returns the settings that the name of a model zoo file implies."""
     return next((found for part, found in ZOO.items() if re.search(part, name)), {})
 
 
 def settings(metadata: Mapping[str, Any]) -> Settings:
-    """The settings of the training config, as it writes them; none without a config."""
-    text = metadata.get("cfg") or metadata.get("config")  # mmengine's key, mmcv's
+    """Returns the settings in the training config, as text; an empty dict if there is no config."""
+    text = metadata.get("cfg") or metadata.get("config")  # the keys of mmengine and mmcv
     text = re.sub(r"\s", "", text if isinstance(text, str) else "")
     found: dict[str, str] = {}
     for setting, pattern in PATTERNS:
@@ -62,14 +62,14 @@ def settings(metadata: Mapping[str, Any]) -> Settings:
 
 
 def model_fields(path: str, settings: Settings) -> dict[str, Any]:
-    """The fields of config.model that the settings decide; a value that our network lacks is a UserError."""
+    """Returns the fields of config.model that the settings specify; a value that is not supported is a UserError."""
     fields: dict[str, Any] = {}
     if settings.get("eps", EPSILONS[0]) not in EPSILONS:
-        raise UserError(f"{path}: its config has eps={settings['eps']} in norm_cfg; what can be imported is {EPSILONS[0]}")
+        raise UserError(f"{path}: its config has eps={settings['eps']} in norm_cfg; only {EPSILONS[0]} can be imported")
     for field, (setting, values) in FIELDS.items():
         if value := settings.get(setting):
             if value not in values:
-                raise UserError(f"{path}: its config has {setting}={value}; what can be imported is {' or '.join(values)}")
+                raise UserError(f"{path}: its config has {setting}={value}; only {' or '.join(values)} can be imported")
             fields[field] = values[value]
     if "strides" in settings and "dilations" in settings:
         stages = settings["strides"], settings["dilations"]
@@ -83,7 +83,7 @@ def model_fields(path: str, settings: Settings) -> dict[str, Any]:
 
 
 def normalize_fields(settings: Settings) -> dict[str, Any]:
-    """The fields of config.normalize; the config's mean and std are in the order in which the network takes the channels."""
+    """Returns the fields of config.normalize. mmseg lists mean and std in the channel order of the network."""
     fields: dict[str, Any] = {}
     for field in ("mean", "std"):
         values = tuple(map(float, re.findall(r"\d+(?:\.\d+)?", settings.get(field, ""))))
@@ -96,10 +96,10 @@ def normalize_fields(settings: Settings) -> dict[str, Any]:
 
 
 def evaluation_fields(settings: Settings, num_classes: int) -> dict[str, Any]:
-    """The fields of config.eval: one scale without flip, in windows if the config has them, else whole images.
+    """Returns the fields of config.eval: one scale, no flip, and windows if the config has them, else whole images.
 
-    Where the config does not give the size that images shrink or grow to, it is 2048x1024 for Cityscapes (19 classes), and
-    (2048, 512), long and short side at most, for others.
+    If the config does not give the image size, it is 2048x1024 for Cityscapes (19 classes), otherwise at most 2048 pixels on
+    the long side and 512 on the short side.
     """
     sides = _integers(settings.get("scale", "2048,1024" if num_classes == 19 else "2048,512"))
     fields: dict[str, Any] = {"protocol": "mmseg", "inference": "whole", "scales": (1.0,), "flip": False}
@@ -114,8 +114,8 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 def classes(metadata: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The classes' names and colors, whatever "meta" has in their places."""
-    info = metadata.get("dataset_meta")  # mmengine's place; mmcv's is "meta" itself, in capitals
+    """Returns the unchecked class names and colors of "meta"."""
+    info = metadata.get("dataset_meta")  # of mmengine; mmcv has them in "meta" itself, in capitals
     if isinstance(info, Mapping):
         return info.get("classes"), info.get("palette")
     return metadata.get("CLASSES"), metadata.get("PALETTE")

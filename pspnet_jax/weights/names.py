@@ -1,4 +1,4 @@
-"""The names of our arrays in files of other projects, and what all networks of one family have in common.
+"""Names of our arrays in the files of other projects, and the settings that all networks of a family share.
 
 Our paths are those of the flattened variables, such as "params/backbone/layer1_block0/conv2/bn/scale".
 """
@@ -13,8 +13,8 @@ import numpy as np
 
 from pspnet_jax.weights import caffe
 
-# One row per module, ours -> theirs; # stands for a number, {0} for the first of them.
-TORCHVISION = {  # timm's names too and, with a stem of three convolutions, those of semseg's ImageNet models
+# Our module -> their module. # stands for a number, {0} for the first number.
+TORCHVISION = {  # also used by timm and, with a stem of three convolutions, by semseg's ImageNet models
     "backbone/stem_conv#/conv": "conv{0}",
     "backbone/stem_conv#/bn": "bn{0}",
     "backbone/layer#_block#/conv#/conv": "layer{0}.{1}.conv{2}",
@@ -35,17 +35,17 @@ HEADS = {  # ours -> semseg's, mmseg's
 
 
 def _stem_of_three(sequential: str) -> dict[str, str]:
-    """The stem as a Sequential, whose every third module is the activation."""
+    """Names of a stem of three convolutions in a Sequential, where every third module is an activation."""
     parts = enumerate(("conv", "bn"))
     return {f"backbone/stem_conv{i + 1}/{part}": f"{sequential}.{3 * i + j}" for j, part in parts for i in range(3)}
 
 
 SEMSEG = TORCHVISION | _stem_of_three("layer0") | {ours: semseg for ours, (semseg, _) in HEADS.items()}
-# The models whose names have a b, such as r50b, have torchvision's stem.
+# Models with a b in their names, such as r50b, have torchvision's stem.
 MMSEG_B = {m: f"backbone.{theirs}" for m, theirs in TORCHVISION.items()} | {m: mmseg for m, (_, mmseg) in HEADS.items()}
 MMSEG = MMSEG_B | _stem_of_three("backbone.stem")
 TORCH_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-CAFFE_LEAVES = {"kernel": 0, "scale": 0, "bias": 1, "mean": 2, "var": 3}  # numbers of a layer's blobs
+CAFFE_LEAVES = {"kernel": 0, "scale": 0, "bias": 1, "mean": 2, "var": 3}  # indices of a layer's blobs
 
 
 def _torch_key(table: Mapping[str, str], path: str, bins: Sequence[int], depth: int) -> str | None:
@@ -65,25 +65,25 @@ def _caffe_key(path: str, bins: Sequence[int], depth: int) -> str | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family of files."""
+    """Checkpoints of one project: their array names and the settings that they share."""
 
-    title: str  # what messages call one of them
-    key: Callable[[str, Sequence[int], int], str | None]  # (our path, model.bins, model.depth) -> the file's key, if any
-    dropped: str  # pattern of the keys that our network does not need
-    model: dict[str, Any]  # fields of config.model that its networks share, and no shape shows
-    protocol: str  # config.eval.protocol of its published numbers; "" for backbones
-    normalize: dict[str, Any]  # config.normalize, as its networks were trained
+    title: str  # used in messages, with an article
+    key: Callable[[str, Sequence[int], int], str | None]  # (our path, model.bins, model.depth) -> key in the file, if any
+    ignored: str  # pattern of keys that our network does not need
+    model: dict[str, Any]  # shared fields of config.model that no array shape shows
+    protocol: str  # config.eval.protocol of the published scores; "" for backbones
+    normalize: dict[str, Any]  # config.normalize of the training runs
 
 
 _RESNET = {"stride_in": "conv3x3"}
 _PSPNET = _RESNET | {"output_stride": 8, "pool": "average"}
 _IMAGENET = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375), "order": "RGB"}
-_COUNTS = r".*\.num_batches_tracked"  # of training steps, by torch's BatchNorm
+_COUNTS = r".*\.num_batches_tracked"  # step counters of torch's BatchNorm
 
 _SEMSEG = Family(
     title="a PSPNet of semseg",
     key=functools.partial(_torch_key, SEMSEG),
-    dropped=_COUNTS,
+    ignored=_COUNTS,
     model=_PSPNET | {"first_block_dilation": "full", "align_corners": True},
     protocol="semseg",
     normalize=_IMAGENET,
@@ -91,8 +91,8 @@ _SEMSEG = Family(
 _MMSEG = Family(
     title="a PSPNet of mmseg",
     key=functools.partial(_torch_key, MMSEG),
-    dropped=_COUNTS,
-    model=_PSPNET | {"first_block_dilation": "half", "align_corners": False},  # its contract_dilation; the latter differs
+    ignored=_COUNTS,
+    model=_PSPNET | {"first_block_dilation": "half", "align_corners": False},  # contract_dilation; align_corners varies
     protocol="mmseg",
     normalize=_IMAGENET,
 )
@@ -100,7 +100,7 @@ FAMILIES = {
     "resnet": Family(
         title="an ImageNet ResNet",
         key=functools.partial(_torch_key, TORCHVISION),
-        dropped=_COUNTS + r"|(fc|classifier)\..*",
+        ignored=_COUNTS + r"|(fc|classifier)\..*",
         model=_RESNET,
         protocol="",
         normalize=_IMAGENET,
@@ -112,18 +112,18 @@ FAMILIES = {
         _SEMSEG,
         title="a PSPNet of Caffe",
         key=_caffe_key,
-        dropped="",
+        ignored="",
         protocol="caffe",
         normalize={"mean": (123.68, 116.779, 103.939), "std": (1.0, 1.0, 1.0), "order": "BGR"},
     ),
 }
 
 
-def to_theirs(array: np.ndarray) -> np.ndarray:
-    """Kernels HWIO -> OIHW; other arrays stay as they are."""
+def to_oihw(array: np.ndarray) -> np.ndarray:
+    """Transposes kernels from HWIO to OIHW; returns other arrays unchanged."""
     return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
 
 
-def to_ours(array: np.ndarray) -> np.ndarray:
-    """Kernels OIHW -> HWIO; other arrays stay as they are."""
+def to_hwio(array: np.ndarray) -> np.ndarray:
+    """Transposes kernels from OIHW to HWIO; returns other arrays unchanged."""
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array

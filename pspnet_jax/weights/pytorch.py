@@ -1,4 +1,4 @@
-"""PyTorch and safetensors files as flat dicts of arrays; no code in a file is ever run."""
+"""Reads and writes PyTorch and safetensors files as flat dicts of arrays, and never runs code in a file."""
 
 import contextlib
 import io
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401 -- teaches NumPy, and through it safetensors, bfloat16
+import ml_dtypes  # noqa: F401 -- adds bfloat16 to NumPy, which safetensors uses
 import numpy as np
 import safetensors.numpy
 from etils import epath
@@ -20,9 +20,9 @@ from pspnet_jax import files
 from pspnet_jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
-# Names in checkpoints of training runs besides the weights: mmengine's message hub, timm's arguments, Lightning's. Their
-# objects are read as `_Inert`, so that nothing of these names is imported or called, and dropped.
-INERT = (
+# Objects other than weights in training checkpoints: mmengine's message hub, timm's and Lightning's arguments. They are read
+# as `_Ignored`, so that nothing is imported or called, and then dropped.
+IGNORED_TYPES = (
     "argparse.Namespace",
     "builtins.getattr",
     "mmengine.logging.history_buffer.HistoryBuffer",
@@ -34,11 +34,11 @@ INERT = (
     "numpy.ndarray",
     *("pathlib.PosixPath", "pathlib._local.PosixPath"),
 )
-DICTS = (  # Lightning's hyper_parameters, by its version: a dict is made of them
+DICT_TYPES = (  # types of Lightning's hyper_parameters in its versions, read as dicts
     *("pytorch_lightning.utilities.parsing.AttributeDict", "lightning.pytorch.utilities.parsing.AttributeDict"),
     *("lightning_fabric.utilities.data.AttributeDict", "lightning.fabric.utilities.data.AttributeDict"),
 )
-# The entries of a checkpoint in which the weights are looked for, in this order: raw ones, then their moving average.
+# Entries of a checkpoint that may hold the weights, in order of preference: raw weights before moving averages.
 ENTRIES = (
     *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights"),
     *("state_dict_ema", "model_ema", "ema_model", "ema_state_dict", "ema"),
@@ -46,18 +46,18 @@ ENTRIES = (
 
 
 class Content(NamedTuple):
-    """What a file holds."""
+    """Contents of a weights file."""
 
     arrays: Arrays
     metadata: Mapping[str, Any] = MappingProxyType({})  # mmsegmentation's "meta"
-    entry: str = ""  # of a checkpoint, whose weights were taken
-    others: tuple[str, ...] = ()  # the entries with further weights
+    entry: str = ""  # the entry of the checkpoint that the arrays are from
+    others: tuple[str, ...] = ()  # other entries with weights
 
 
-class _Inert:
-    """Takes any arguments and any state, and keeps neither."""
+class _Ignored:
+    """Accepts any arguments and any state, and keeps neither."""
 
-    def __new__(cls, *args: object) -> "_Inert":
+    def __new__(cls, *args: object) -> "_Ignored":
         return super().__new__(cls)
 
     def __setstate__(self, state: object) -> None:
@@ -68,33 +68,33 @@ def read_safetensors(path: epath.Path) -> Arrays:
     """Reads a .safetensors file.
 
     Raises:
-      UserError: it is damaged or something else.
+      UserError: the file is damaged, of another kind, or has a type that NumPy lacks.
     """
     try:
-        with _local(path) as file:
-            return safetensors.numpy.load_file(file)  # unlike `load`, with bfloat16
+        with _local_file(path) as file:
+            return safetensors.numpy.load_file(file)  # supports bfloat16, unlike `load`
     except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({error}); download it again, or check what it is") from error
+        raise UserError(f"{path}: cannot be read as safetensors ({error}); download it again, or check its format") from error
     except (AttributeError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: has numbers of a type that NumPy lacks ({error}); convert its arrays to float32") from error
+        raise UserError(f"{path}: has arrays of a type that NumPy lacks ({error}); convert them to float32") from error
 
 
 def read_torch(path: epath.Path, entry: str = "") -> Content:
-    """Reads a state_dict, bare or an entry of a checkpoint: its arrays (float32 if floats), and the checkpoint's "meta".
+    """Reads a state_dict, or an entry of a checkpoint, and the checkpoint's "meta". Floats are converted to float32.
 
     Raises:
-      UserError: torch is missing, the file is damaged or something else, holds objects, or holds no state_dict.
+      UserError: torch is missing, or the file is damaged, of another kind, has Python objects, or has no state_dict.
     """
     content = _load(path, _import_torch(path))
     if not isinstance(content, Mapping):
-        raise UserError(f"{path}: holds a {type(content).__name__}; expected a state_dict, or a checkpoint with one")
+        raise UserError(f"{path}: contains a {type(content).__name__}; expected a state_dict, or a checkpoint with one")
     tensors = content
     names = [name for name in ENTRIES if isinstance(content.get(name), Mapping)]
     taken = entry = entry or next(iter(names), "")
     while entry:
         if not isinstance(tensors.get(entry), Mapping):
             entries = [str(name) for name, value in tensors.items() if isinstance(value, Mapping)]
-            raise UserError(f"{path}: has no entry {entry!r} with weights; its entries are {', '.join(entries) or 'none'}")
+            raise UserError(f"{path}: has no entry {entry!r} with weights; the entries are {', '.join(entries) or 'none'}")
         tensors = tensors[entry]
         entry = next((name for name in ENTRIES if isinstance(tensors.get(name), Mapping)), "")
     arrays = {}
@@ -102,14 +102,14 @@ def read_torch(path: epath.Path, entry: str = "") -> Content:
         try:
             tensor = tensor.detach()
             arrays[str(key)] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-        except (AttributeError, TypeError, RuntimeError) as error:  # no tensor, or a sparse or quantized one
+        except (AttributeError, TypeError, RuntimeError) as error:  # not a tensor, or sparse or quantized
             entries = [f"{path.name}:{name}" for name, value in content.items() if name != taken and _has_tensors(value)]
-            what = f"{key!r} is no dense tensor"
+            problem = f"{key!r} is not a dense tensor"
             if not entries and not _has_tensors(tensors):
-                what = f"holds no weights, only {', '.join(map(str, [*tensors][:4]))}"
+                problem = f"has no weights, only {', '.join(map(str, [*tensors][:4]))}"
             raise UserError(
-                f"{path}: {what}; expected a state_dict, or a checkpoint with one"
-                f"{': name ' + ' or '.join(entries[:4]) if entries else ''}"
+                f"{path}: {problem}; expected a state_dict, or a checkpoint with one"
+                f"{'; name ' + ' or '.join(entries[:4]) if entries else ''}"
             ) from error
     metadata = content.get("meta")
     others = tuple(name for name in names if name != taken and _has_tensors(content[name]))
@@ -117,15 +117,15 @@ def read_torch(path: epath.Path, entry: str = "") -> Content:
 
 
 def _has_tensors(value: object) -> bool:
-    """Whether this is a state_dict, or an entry with one."""
+    """Whether `value` is a state_dict or contains one."""
     if not isinstance(value, Mapping):
         return False
     return any(hasattr(t, "detach") for t in value.values()) or any(_has_tensors(value.get(name)) for name in ENTRIES)
 
 
 @contextlib.contextmanager
-def _local(path: epath.Path) -> Iterator[str]:
-    """Yields the name of the file on this machine, a copy of one on gs://."""
+def _local_file(path: epath.Path) -> Iterator[str]:
+    """Yields a local path of the file: its own, or for gs:// that of a temporary copy."""
     if "://" not in os.fspath(path):
         yield os.fspath(path)
         return
@@ -135,23 +135,23 @@ def _local(path: epath.Path) -> Iterator[str]:
 
 
 def _load(path: epath.Path, torch: ModuleType) -> object:
-    inert: list[Any] = [*((_Inert, name) for name in INERT), *((dict, name) for name in DICTS)]
+    safe: list[Any] = [*((_Ignored, name) for name in IGNORED_TYPES), *((dict, name) for name in DICT_TYPES)]
     try:
-        with _local(path) as file, warnings.catch_warnings(), torch.serialization.safe_globals(inert):
-            warnings.simplefilter("ignore")  # about the pickle's protocol; what cannot be read raises
-            if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):  # torch does not compare them
-                raise UserError(f"{path}: is damaged ({damaged} differs from its CRC-32); download it again")
+        with _local_file(path) as file, warnings.catch_warnings(), torch.serialization.safe_globals(safe):
+            warnings.simplefilter("ignore")  # about the pickle protocol; real problems raise
+            if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):  # torch does not check CRCs
+                raise UserError(f"{path}: is damaged ({damaged} does not match its CRC-32); download it again")
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (MemoryError, OSError, UserError):
         raise
-    except Exception as error:  # whatever a damaged or hostile file makes torch raise
-        why = "cannot be read as a PyTorch file of tensors alone; download it again, or check what it is"
+    except Exception as error:  # a damaged or hostile file can make torch raise anything
+        reason = "cannot be read as a PyTorch file of tensors; download it again, or check its format"
         if found := re.search(r"GLOBAL (\S+)", str(error)):
-            why = (
-                f"holds Python objects besides tensors ({found[1]}), and reading these could run code, so nothing was read; "
-                "where you trust it, load it with torch.load(FILE, weights_only=False) and torch.save its state_dict alone"
+            reason = (
+                f"contains Python objects as well as tensors ({found[1]}); loading them could run code, so nothing was read; "
+                "if you trust the file, load it with torch.load(FILE, weights_only=False) and torch.save only its state_dict"
             )
-        raise UserError(f"{path}: {why}") from error
+        raise UserError(f"{path}: {reason}") from error
 
 
 def _import_torch(path: epath.PathLike) -> ModuleType:
@@ -163,13 +163,13 @@ def _import_torch(path: epath.PathLike) -> ModuleType:
 
 
 def write_safetensors(path: epath.PathLike, arrays: Arrays) -> None:
-    """Writes contiguous arrays under their keys."""
+    """Writes arrays, which must be contiguous, under their keys."""
     with files.atomic(path) as temporary:
         temporary.write_bytes(safetensors.numpy.save(arrays))
 
 
 def write_torch(path: epath.PathLike, arrays: Arrays) -> None:
-    """Writes what semseg's training writes, for its `DataParallel(...).load_state_dict(checkpoint["state_dict"])`.
+    """Writes a checkpoint like semseg's training, for `DataParallel(...).load_state_dict(checkpoint["state_dict"])`.
 
     Raises:
       UserError: torch is missing.

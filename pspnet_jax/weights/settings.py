@@ -1,4 +1,4 @@
-"""The network, preprocessing, classes and protocol of a source, as fields of a config."""
+"""Config fields that match a weights file: network, normalization, classes and protocol."""
 
 import logging
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ from pspnet_jax.errors import UserError
 from pspnet_jax.weights.source import Source
 
 logger = logging.getLogger(__name__)
-DATASETS = {150: "ade20k", 21: "voc2012", 19: "cityscapes"}  # by the number of classes
+DATASETS = {150: "ade20k", 21: "voc2012", 19: "cityscapes"}  # by number of classes
 
 
 def configure(config: ConfigDict, source: Source) -> None:
-    """Writes what is known or assumed of a segmentation network into config.model, normalize, dataset and eval.
+    """Sets config.model, normalize, dataset and eval to what is known or assumed about a segmentation network.
 
     Raises:
-      UserError: it is a backbone alone.
+      UserError: the file has a backbone only.
     """
     if source.num_classes is None:
         raise UserError(f"{source}; there is nothing to evaluate: train from it with --config.init_from={source.path}")
@@ -30,7 +30,7 @@ def configure(config: ConfigDict, source: Source) -> None:
 
 
 def _dataset(source: Source, num_classes: int) -> tuple[str, tuple[str, ...], tuple[datasets.Color, ...]]:
-    """A benchmark by its number of classes, unless the file names most of its classes differently."""
+    """Returns the benchmark with this number of classes, unless the file names most classes differently."""
     if num_classes in DATASETS:
         info = datasets.table(DATASETS[num_classes])
         same = sum(ours == theirs for ours, theirs in zip(info.class_names, source.class_names, strict=False))
@@ -41,45 +41,45 @@ def _dataset(source: Source, num_classes: int) -> tuple[str, tuple[str, ...], tu
 
 
 def assumptions(config: ConfigDict, source: Source) -> str:
-    """Names, a line each, what the file does not tell and `config` has as `configure` assumes it; "" if there is nothing."""
-    lines = [source.choice] if source.choice else []
-    same = {s: {f: v for f, v in fields.items() if _same(config[s][f], v)} for s, fields in source.assumed.items()}
+    """Lists the assumptions of `configure` that still hold in `config`, one per line; "" if there are none."""
+    lines = [source.entry_note] if source.entry_note else []
+    same = {s: {f: v for f, v in fields.items() if _matches(config[s][f], v)} for s, fields in source.assumed.items()}
     if any(same.values()):
         given = " ".join(flags(section, fields) for section, fields in same.items() if fields)
-        lines.append(f"ASSUMED, since the file does not tell (set what is otherwise): {given}")
+        lines.append(f"ASSUMED, since the file does not specify it (set what is different): {given}")
     name, names, _ = _dataset(source, source.num_classes or 0)
     if names and names == tuple(config.dataset.class_names) and not source.class_names:
         lines.append(
-            f"ASSUMED, by their number, {len(names)}: --config.dataset.name={name} with the classes {names[0]!r} to "
-            f"{names[-1]!r}; if they are others, set --config.dataset.name=folder --config.dataset.class_names=..."
+            f"ASSUMED from the number of classes, {len(names)}: --config.dataset.name={name} with the classes {names[0]!r} to "
+            f"{names[-1]!r}; for other classes, set --config.dataset.name=folder --config.dataset.class_names=..."
         )
     return "\n".join(lines)
 
 
 def check_normalize(normalize: ConfigDict, source: Source) -> None:
-    """Refuses weights whose file says that they were trained on otherwise normalized images; warns where that is assumed.
+    """Checks `normalize` against the normalization that the weights were trained with, and warns if that is only assumed.
 
     Raises:
-      UserError: names the flags to set.
+      UserError: the file specifies another normalization; names the flags to set.
     """
 
-    def unlike(fields: Mapping[str, Any]) -> str:
-        return flags("normalize", {field: value for field, value in fields.items() if not _same(normalize[field], value)})
+    def differing(fields: Mapping[str, Any]) -> str:
+        return flags("normalize", {field: value for field, value in fields.items() if not _matches(normalize[field], value)})
 
-    if wrong := unlike(source.normalize):
-        raise UserError(f"{source}; it was trained on images normalized otherwise: set {wrong}")
-    if wrong := unlike(source.assumed["normalize"]):
+    if wrong := differing(source.normalize):
+        raise UserError(f"{source}; it was trained with another normalization: set {wrong}")
+    if wrong := differing(source.assumed["normalize"]):
         logger.warning(f"{source}; ASSUMED to be trained with {wrong}, but other values are set")
 
 
-def _same(value: Any, expected: Any) -> bool:
+def _matches(value: Any, expected: Any) -> bool:
     if isinstance(expected, tuple):
         return len(value) == len(expected) and np.allclose(value, expected, atol=0.01)
     return value == expected
 
 
 def flags(section: str, fields: Mapping[str, Any]) -> str:
-    """The fields of a section as command-line arguments: "--config.model.bins=6,3,2,1 --config.model.auxiliary=false"."""
+    """Returns fields as command-line arguments: "--config.model.bins=6,3,2,1 --config.model.auxiliary=false"."""
 
     def text(value: object) -> str:
         if isinstance(value, tuple):

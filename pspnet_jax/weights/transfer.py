@@ -1,4 +1,4 @@
-"""A checkpoint's arrays as our variables, with every key accounted for; and our variables under semseg's names."""
+"""Converts checkpoints to our variables, accounting for every key, and our variables to semseg's format."""
 
 import logging
 import os
@@ -20,55 +20,55 @@ from pspnet_jax.weights.settings import flags
 from pspnet_jax.weights.source import Source, read
 
 logger = logging.getLogger(__name__)
-FORMATS = {  # the function that writes, and the endings of its files
+FORMATS = {  # the writer, and the allowed file endings
     "torch": (pytorch.write_torch, (".pth", ".pt")),
     "safetensors": (pytorch.write_safetensors, (".safetensors",)),
 }
 Shapes = Mapping[str, tuple[int, ...]]
 SEMSEG = names.FAMILIES["semseg"]
-EXPORTED = {  # the networks that semseg's code computes
+EXPORTABLE = {  # the networks that semseg's code can compute
     **SEMSEG.model,
     **{"width": 64, "stem": "deep", "bins": (1, 2, 3, 6), "reduce_channels": True, "head_kernel": 3},
 }
-EXPORTED_DEPTHS = (50, 101, 152)
+EXPORTABLE_DEPTHS = (50, 101, 152)
 
 
 def load(path: str | os.PathLike, model: nn.Module, partial: bool = False) -> dict[str, Any]:
-    """Reads a checkpoint into the variables of a network.
+    """Returns the variables of a checkpoint for a network.
 
     Args:
       path: a file that `inspect` recognizes.
-      model: a PSPNet as `models.build` makes it, whose form has to be the file's. For the file of a backbone alone, any module
-        with a `models.ResNet` as its `backbone`.
-      partial: leave classifiers of another class count out, and an auxiliary head that the file lacks.
+      model: a PSPNet made by `models.build` with the structure of the file's network. For a file with only a backbone, any
+        module with a `models.ResNet` as its `backbone`.
+      partial: skip classifiers with another number of classes, and an auxiliary head that the file lacks.
 
     Returns:
-      {"params", "batch_stats"}, nested dicts of float32 arrays; from a backbone alone their "backbone" and nothing else.
+      {"params", "batch_stats"}, nested dicts of float32 arrays; for a file with only a backbone, just their "backbone".
 
     Raises:
-      MissingFileError: there is no such file.
-      UserError: it cannot be read; its network differs from the model, with the flags to set; or its keys do: the first of
-        those that are unexpected, missing, of another shape, no floats or not finite, and how many there are. What the file
-        does not tell (`Source.assumed`) may differ, with a warning.
+      MissingFileError: the file does not exist.
+      UserError: the file cannot be read; its network differs from the model (names the flags to set); or arrays are unexpected,
+        missing, of another shape, not floats or not finite (gives their number and the first few). What the file does not
+        specify (`Source.assumed`) may differ, with a warning.
     """
     source, arrays = read(path)
     fields = model_fields(model)
     _check_fields(source, fields, partial)
-    shapes = _shapes(source, model)
+    shapes = _expected_shapes(source, model)
     known = {key: variable for variable in shapes if (key := source.key(variable))}
-    wanted = {key: variable for key, variable in known.items() if not _left_out(variable, source, fields)}
+    wanted = {key: variable for key, variable in known.items() if not _is_skipped(variable, source, fields)}
     _check_arrays(source, arrays, known.keys(), wanted, shapes)
     if zero := [key for key, variable in wanted.items() if variable.endswith("/var") and not arrays[key].any()]:
         raise UserError(f"{source}; {len(zero)} of its variances are all zeros, such as {zero[0]}: the file is incomplete")
     if zero := [key for key, variable in wanted.items() if variable.endswith("/kernel") and not arrays[key].any()]:
         kernels = sum(variable.endswith("/kernel") for variable in wanted.values())
-        logger.warning(f"{source}; {len(zero)} of its {kernels} kernels hold nothing but zeros, such as {zero[0]}")
-    flat = {variable: _float32(names.to_ours(arrays[key])) for key, variable in wanted.items()}
+        logger.warning(f"{source}; {len(zero)} of its {kernels} kernels are all zeros, such as {zero[0]}")
+    flat = {variable: _float32(names.to_hwio(arrays[key])) for key, variable in wanted.items()}
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def model_fields(model: nn.Module) -> dict[str, Any]:
-    """num_classes and the fields of config.model, as far as a network consists of our modules."""
+    """Returns num_classes and the fields of config.model, as far as the network consists of our modules."""
     fields: dict[str, Any] = {}
     backbone, head = getattr(model, "backbone", None), getattr(model, "head", None)
     if isinstance(backbone, models.ResNet):
@@ -85,53 +85,55 @@ def model_fields(model: nn.Module) -> dict[str, Any]:
 
 def _check_fields(source: Source, fields: Mapping[str, Any], partial: bool) -> None:
     if not {*source.model, *source.assumed["model"]} <= fields.keys():
-        own = "of a backbone other than models.ResNet" if "depth" not in fields else "of other parts than models.build's"
-        raise UserError(f"{source}; it cannot be loaded into a network {own}")
-    told = {field: value for field, value in source.model.items() if not (field == "auxiliary" and (value or partial))}
-    if wrong := {field: value for field, value in told.items() if value != fields[field]}:
-        raise UserError(f"{source}; the network differs from it: set {flags('model', wrong)}")
+        own = "a backbone other than models.ResNet" if "depth" not in fields else "parts that models.build does not make"
+        raise UserError(f"{source}; it cannot be loaded into a network with {own}")
+    known = {field: value for field, value in source.model.items() if not (field == "auxiliary" and (value or partial))}
+    if wrong := {field: value for field, value in known.items() if value != fields[field]}:
+        raise UserError(f"{source}; the model differs: set {flags('model', wrong)}")
     if source.num_classes and source.levels != len(fields["bins"]):
         bins = flags("model", {"bins": ("...",) * source.levels})
-        raise UserError(f"{source}; its pyramid has {source.levels} levels, the network's bins={fields['bins']}: set {bins}")
-    if unlike := {field: value for field, value in source.assumed["model"].items() if value != fields[field]}:
-        logger.warning(f"{source}; ASSUMED to have {flags('model', unlike)}, but other values are set")
+        raise UserError(f"{source}; its pyramid has {source.levels} levels, but model.bins={fields['bins']}: set {bins}")
+    if differing := {field: value for field, value in source.assumed["model"].items() if value != fields[field]}:
+        logger.warning(f"{source}; ASSUMED to have {flags('model', differing)}, but other values are set")
     if not partial and source.num_classes not in (None, fields.get("num_classes")):
-        raise UserError(f"{source}; the network has {fields['num_classes']} classes")
+        raise UserError(f"{source}, but the model has {fields['num_classes']} classes")
 
 
-def _shapes(source: Source, model: Any) -> Shapes:
-    """The shapes of all variables that the file may have, with an auxiliary head's, as others store them."""
+def _expected_shapes(source: Source, model: Any) -> Shapes:
+    """Returns the shapes in the file's layout (OIHW) of all variables that it may have, including an auxiliary head's."""
     if source.num_classes is None:
-        network = models.PSPNet(model.backbone, models.PyramidHead(1))  # any head will do
+        network = models.PSPNet(model.backbone, models.PyramidHead(1))  # the head does not matter
     else:
         network = model.clone(auxiliary_head=models.AuxiliaryHead(model.head.num_classes))
     image = jnp.zeros((1, 64, 64, 3))  # any size has the same variables
-    variables = jax.eval_shape(lambda: jax.tree.map(names.to_theirs, network.init(jax.random.key(0), image, train=False)))
+    variables = jax.eval_shape(lambda: jax.tree.map(names.to_oihw, network.init(jax.random.key(0), image, train=False)))
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables, sep="/").items()}
 
 
-def _left_out(variable: str, source: Source, fields: Mapping[str, Any]) -> bool:
-    """Whether a variable belongs to an auxiliary head that only one side has, or to a classifier of other classes."""
+def _is_skipped(variable: str, source: Source, fields: Mapping[str, Any]) -> bool:
+    """Whether a variable is in an auxiliary head that only one side has, or in a classifier with other classes."""
     unpaired = "/auxiliary" in variable and not (fields["auxiliary"] and source.model["auxiliary"])
     return unpaired or ("classifier/" in variable and source.num_classes != fields["num_classes"])
 
 
 def _check_arrays(source: Source, arrays: pytorch.Arrays, known: Set[str], wanted: Mapping[str, str], shapes: Shapes) -> None:
-    """Refuses arrays that are not known, and those wanted (key -> variable) that are missing or wrong."""
+    """Refuses arrays that are not `known`, and `wanted` arrays (key -> variable) that are missing or wrong."""
     present = {key: arrays[key] for key in wanted if key in arrays}
     expected = {key: shapes[variable] for key, variable in wanted.items()}
-    dropped = re.compile(source.family.dropped)
+    ignored = re.compile(source.family.ignored)
     problems = {
-        "unexpected": [k for k in arrays if k not in known and not dropped.fullmatch(k)],
+        "unexpected": [k for k in arrays if k not in known and not ignored.fullmatch(k)],
         "missing": [k for k in wanted if k not in arrays],
         "of another shape": [f"{k} {v.shape}, not {expected[k]}" for k, v in present.items() if v.shape != expected[k]],
         "not floating point": [f"{k} ({v.dtype})" for k, v in present.items() if not jnp.issubdtype(v.dtype, jnp.floating)],
     }
     if not any(problems.values()):
         problems = {
-            "not finite in float32": [f"{k} {n}" for k, v in present.items() if (n := _count(~np.isfinite(_float32(v))))],
+            "not finite in float32": [
+                f"{k} {n}" for k, v in present.items() if (n := _format_count(~np.isfinite(_float32(v))))
+            ],
             "with negative variances": [
-                f"{k} {n}" for k, v in present.items() if wanted[k].endswith("/var") and (n := _count(v < 0))
+                f"{k} {n}" for k, v in present.items() if wanted[k].endswith("/var") and (n := _format_count(v < 0))
             ],
         }
     found = [f"{len(k)} {what}: {', '.join(k[:4] + ['...'] * (len(k) > 4))}" for what, k in problems.items() if k]
@@ -140,22 +142,23 @@ def _check_arrays(source: Source, arrays: pytorch.Arrays, known: Set[str], wante
 
 
 def _float32(array: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is reported as such
+    with np.errstate(over="ignore"):  # a float64 too large for float32 becomes inf, which is reported
         return np.array(array, np.float32, order="C")
 
 
-def _count(wrong: np.ndarray) -> str:
+def _format_count(wrong: np.ndarray) -> str:
     return f"({np.count_nonzero(wrong)} of {wrong.size} values)" if wrong.any() else ""
 
 
 def save(path: str | os.PathLike, variables: Any, model: nn.Module, fmt: str) -> None:
-    """Writes the variables of a network in semseg's form.
+    """Writes the variables of a network in semseg's format.
 
     Args:
-      path: the file to write, in one piece or not at all.
-      variables: {"params", "batch_stats"} of `model`, a network that semseg's PSPNet computes too.
-      fmt: "torch", a checkpoint as semseg's training writes it, with the prefix that its code expects; or "safetensors",
-        the same arrays without the prefix.
+      path: the file to write; the write is atomic.
+      variables: {"params", "batch_stats"} of `model`.
+      model: a network that semseg's PSPNet can compute.
+      fmt: "torch", a checkpoint like those of semseg's training, with the key prefix that its code expects; or
+        "safetensors", the same arrays without the prefix.
 
     Raises:
       UserError: semseg's code cannot compute this network, fmt is unknown, torch is missing, or the file cannot be written.
@@ -165,33 +168,33 @@ def save(path: str | os.PathLike, variables: Any, model: nn.Module, fmt: str) ->
     file = files.absolute(path)
     write, endings = FORMATS[fmt]
     if file.suffix not in endings:
-        raise UserError(f"--output {file}: expected a name that ends in {' or '.join(endings)}, as --format is {fmt}")
+        raise UserError(f"--output {file}: expected a name that ends in {' or '.join(endings)}, for --format {fmt}")
     if file.exists():
-        raise UserError(f"--output {file}: is there already; choose another name, or delete it")
+        raise UserError(f"--output {file}: already exists; choose another name, or delete it")
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):
-        raise UserError(f"{file}: the run's weights hold values that are not finite, so they are not exported")
+        raise UserError(f"{file}: the run's weights contain values that are not finite, so they were not exported")
     fields = model_fields(model)
-    if EXPORTED.keys() <= fields.keys():
-        wrong = [f"model.{field}={fields[field]}, not {value}" for field, value in EXPORTED.items() if fields[field] != value]
-        if fields["depth"] not in EXPORTED_DEPTHS:
-            wrong.append(f"model.depth={fields['depth']}, not one of {EXPORTED_DEPTHS}")
+    if EXPORTABLE.keys() <= fields.keys():
+        wrong = [f"model.{field}={fields[field]}, not {value}" for field, value in EXPORTABLE.items() if fields[field] != value]
+        if fields["depth"] not in EXPORTABLE_DEPTHS:
+            wrong.append(f"model.depth={fields['depth']}, not one of {EXPORTABLE_DEPTHS}")
     else:
-        wrong = ["other parts than models.build's"]
+        wrong = ["parts that models.build does not make"]
     if wrong:
-        raise UserError(f"{file}: semseg's PSPNet is another network than this one, which has {'; '.join(wrong)}")
+        raise UserError(f"{file}: semseg's code cannot compute this network, which has {'; '.join(wrong)}")
     image = jnp.zeros((1, 64, 64, 3))  # any size has the same variables
     expected = jax.eval_shape(lambda: model.init(jax.random.key(0), image, train=False))
-    theirs, ours = ({k: v.shape for k, v in traverse_util.flatten_dict(t, sep="/").items()} for t in (expected, variables))
-    if unlike := sorted(path for path in theirs | ours if theirs.get(path) != ours.get(path)):
-        path = unlike[0]
+    wanted, given = ({k: v.shape for k, v in traverse_util.flatten_dict(t, sep="/").items()} for t in (expected, variables))
+    if differing := sorted(path for path in wanted | given if wanted.get(path) != given.get(path)):
+        path = differing[0]
         raise UserError(
-            f"{file}: the variables are not the network's: {len(unlike)} differ, such as {path}, which has the shape "
-            f"{ours.get(path, 'missing')}, not {theirs.get(path, 'there')}"
+            f"{file}: the variables do not fit the network: {len(differing)} differ, such as {path}, whose shape is "
+            f"{given.get(path, 'missing')}; expected {wanted.get(path, 'none')}"
         )
     try:
         write(file, _semseg_arrays(variables, fields))
     except OSError as error:
-        raise UserError(f"--output {file}: cannot be written ({error}); nothing was left there") from error
+        raise UserError(f"--output {file}: cannot be written ({error}); no partial file was left") from error
 
 
 def _semseg_arrays(variables: Any, fields: Mapping[str, Any]) -> pytorch.Arrays:
@@ -199,7 +202,7 @@ def _semseg_arrays(variables: Any, fields: Mapping[str, Any]) -> pytorch.Arrays:
     for path, value in traverse_util.flatten_dict(variables, sep="/").items():
         key = SEMSEG.key(path, fields["bins"], fields["depth"])
         assert key is not None
-        arrays[key] = np.array(names.to_theirs(np.asarray(value)), order="C")
+        arrays[key] = np.array(names.to_oihw(np.asarray(value)), order="C")
         if key.endswith(".running_mean"):
             arrays[key.replace("running_mean", "num_batches_tracked")] = np.zeros((), np.int64)
     return arrays

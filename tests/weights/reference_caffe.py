@@ -1,8 +1,7 @@
-"""The authors' PSPNet as Caffe runs it, in plain torch functions over blobs by layer name, and a writer of .caffemodel files.
+"""The authors' PSPNet as Caffe runs it, in torch functions that look up blobs by layer name; and a .caffemodel writer.
 
-Both are written from the release's facts (layer names, strides, order of the concatenation, caffe.proto's field numbers) and
-share no code with the package. A layer gets random weights when it first runs, in proportion to its input, so that values
-neither vanish nor explode at any depth.
+Both follow the release (layer names, strides, order of the concatenation, field numbers of caffe.proto) and share no code with
+the package. A layer gets random weights when it first runs, scaled to its input, so that values neither vanish nor explode.
 """
 
 import dataclasses
@@ -25,10 +24,10 @@ def random_convolution(random: np.random.Generator, x: torch.Tensor, channels: i
 
 
 def random_batch_norm(random: np.random.Generator, x: torch.Tensor) -> list[np.ndarray]:
-    """Slope, bias, mean and variance, each [1, C, 1, 1]; the statistics scatter about those of x.
+    """Slope, bias, mean and variance, each [1, C, 1, 1]; mean and variance are random, close to those of x.
 
-    The part of the variance that all channels share is for features of one pixel, whose own variance is 0. Biases about 1
-    keep most ReLUs open: with half of them shut, a deep random network is chaotic and magnifies rounding a thousandfold.
+    The variance has a small part common to all channels, since the variance of one-pixel features is 0. Biases near 1 keep
+    most ReLUs active: with half of them inactive, a deep random network amplifies rounding errors a thousandfold.
     """
     shape = (1, x.shape[1], 1, 1)
     variance = x.var((0, 2, 3), correction=0).numpy() + 0.01 * float(x.square().mean())
@@ -46,10 +45,10 @@ def batch_norm(x: torch.Tensor, blobs: Iterable[np.ndarray], eps: float = 1e-5) 
 
 @dataclasses.dataclass
 class Network:
-    """PSPNet of the release; `blobs` fills as it runs.
+    """PSPNet of the release; a call adds missing layers to `blobs`.
 
     Attributes:
-      blocks: of conv2_x to conv5_x.
+      blocks: number of blocks in conv2_x to conv5_x.
       strided: the convolution of conv3_1 that has the stride: "1x1_reduce" (the release's R50) or "3x3" (its R101).
       width: channels of conv1_1; 64 in the release.
     """
@@ -94,7 +93,7 @@ class Network:
             for i in range(self.blocks[stage]):
                 name = f"conv{stage + 2}_{i + 1}"
                 x = self.block(name, x, self.width * 2**stage, stride if i == 0 else 1, dilation)
-            if stage == 2:  # the auxiliary head: its result is not used, but the trained files hold its weights
+            if stage == 2:  # the result of the auxiliary head is unused, but trained files have its weights
                 auxiliary = self.conv_bn(f"conv4_{self.blocks[2] + 1}", x, 4 * self.width, 3).relu()
                 self.convolution("conv6_1", auxiliary, self.num_classes, 1, bias=True)
         inputs = [x]
@@ -139,7 +138,7 @@ def blob(values: np.ndarray, legacy: bool = False, packed: bool = True, double: 
 
 
 def write(path: pathlib.Path, blobs: Blobs, old: bool = False, **form: bool) -> None:
-    """Writes a NetParameter: its name, a layer without weights, then one an entry of blobs; `old` is the form `layers`."""
+    """Writes a NetParameter: a name, a layer without weights, and one layer per entry of blobs; `old` uses `layers`."""
     with path.open("wb") as file:
         file.write(field(1, b"PSPNet"))
         file.write(field(2, field(4, b"relu") + varint(5 << 3) + varint(18)) if old else field(100, field(1, b"relu")))

@@ -1,6 +1,6 @@
-"""Other people's networks in plain torch.nn: their attributes' names, so their keys, and their arithmetic; no code of ours.
+"""Third-party networks in plain torch.nn, with the originals' attribute names (so their keys) and arithmetic; no code of ours.
 
-Facts: torchvision/models/resnet.py; hszhao/semseg, model/{resnet,pspnet}.py; open-mmlab/mmsegmentation 1.2.2,
+Sources: torchvision/models/resnet.py; hszhao/semseg, model/{resnet,pspnet}.py; open-mmlab/mmsegmentation 1.2.2,
 models/backbones/resnet.py, models/decode_heads/{psp,fcn}_head.py and configs/_base_/models/pspnet_r50-d8.py.
 """
 
@@ -50,7 +50,7 @@ class Block(nn.Module):
 def add_stages(
     module: nn.Module, depth: int, inputs: int, strides: Sequence[int], dilations: Sequence[tuple[int, int]]
 ) -> None:
-    """Gives the module layer1..layer4; a stage's dilations are those of its first and of its other blocks."""
+    """Adds layer1 to layer4 to a module; the dilations of a stage are (first block, other blocks)."""
     bottleneck = depth >= 50
     for stage, (count, stride, (first, others)) in enumerate(zip(BLOCKS[depth], strides, dilations, strict=True)):
         channels, blocks = 64 * 2**stage, []
@@ -67,7 +67,7 @@ def stem_of_three(channels: int) -> list[nn.Module]:
 
 
 class ResNet(nn.Module):
-    """torchvision's and timm's ResNet, or with `deep` semseg's for ImageNet; the output is layer4's."""
+    """ResNet of torchvision and timm, or with `deep` of semseg for ImageNet; returns the output of layer4."""
 
     def __init__(self, depth: int, deep: bool = False):
         super().__init__()
@@ -126,7 +126,7 @@ class SemsegPSPNet(nn.Module):
 
 
 class ConvModule(nn.Module):
-    """mmcv's: convolution, batch normalization, ReLU."""
+    """Convolution, batch normalization and ReLU, as in mmcv."""
 
     def __init__(self, inputs: int, outputs: int, size: int):
         super().__init__()
@@ -137,7 +137,7 @@ class ConvModule(nn.Module):
 
 
 class MmsegPSPNet(nn.Module):
-    """mmseg's PSPNet: stem V1c ("deep32") or, in the b models, torchvision's ("conv7"); contract_dilation."""
+    """mmseg's PSPNet with contract_dilation; its stem is V1c ("deep32") or, in the b models, torchvision's ("conv7")."""
 
     def __init__(self, depth: int, classes: int, stem: str, align_corners: bool):
         super().__init__()
@@ -166,7 +166,7 @@ class MmsegPSPNet(nn.Module):
 
 
 def randomized(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Draws every weight and every running statistic, none at its neutral value, and switches to evaluation."""
+    """Sets all weights and running statistics to random values, none neutral, and switches to evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, value in network.state_dict().items():

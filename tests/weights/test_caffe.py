@@ -1,4 +1,4 @@
-"""The authors' .caffemodel files: read in every form that protobuf allows, and the same network once imported."""
+"""The authors' .caffemodel files: all forms that protobuf allows are read, and imported networks compute the same."""
 
 import re
 
@@ -12,7 +12,7 @@ from pspnet_jax.config import base_config
 from pspnet_jax.weights import caffe
 
 reference_caffe = pytest.importorskip("tests.weights.reference_caffe")  # needs torch
-RELEASED = {50: ((3, 4, 6, 3), "1x1_reduce"), 101: ((3, 4, 23, 3), "3x3")}  # blocks, and which convolution has the stride
+RELEASED = {50: ((3, 4, 6, 3), "1x1_reduce"), 101: ((3, 4, 23, 3), "3x3")}  # blocks, and the convolution with the stride
 
 
 def small_blobs() -> dict[str, list[np.ndarray]]:
@@ -27,7 +27,7 @@ def random_image(height: int, width: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory, request):
-    """A network of the release's form with 7 classes, and its file."""
+    """A network like the release's with 7 classes, and its file."""
     network = reference_caffe.Network(7, *RELEASED[getattr(request, "param", 50)])
     network(random_image(97, 97))
     path = tmp_path_factory.mktemp("caffe") / "pspnet.caffemodel"
@@ -58,9 +58,9 @@ def wrong_files() -> dict[str, tuple[bytes, str]]:
 
     ones = reference_caffe.blob(np.ones((2, 4, 1, 1), np.float32))
     return {
-        "empty": (b"", "holds no layer with weights"),
-        "untrained": (layer(), "holds no layer with weights"),
-        "truncated": (layer(ones)[:-1], "a part of one; copy or download it again"),
+        "empty": (b"", "has no layer with weights"),
+        "untrained": (layer(), "has no layer with weights"),
+        "truncated": (layer(ones)[:-1], "only a part of one; copy or download it again"),
         "text": (b'name: "PSPNet"\nlayer {}\n', "not a .caffemodel"),
         "zip": (b"PK\x03\x04\x00\x00\x08\x08", "not a .caffemodel"),
         "short": (
@@ -82,7 +82,7 @@ def test_wrong_files_end_in_one_sentence(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_cut_anywhere_is_refused_or_whole_up_to_a_layer(tmp_path):
+def test_a_truncated_file_is_refused_unless_it_ends_after_a_layer(tmp_path):
     path = tmp_path / "net.caffemodel"
     reference_caffe.write(path, small_blobs())
     content, whole, refused = path.read_bytes(), caffe.read(path), 0
@@ -98,7 +98,7 @@ def test_a_file_cut_anywhere_is_refused_or_whole_up_to_a_layer(tmp_path):
     assert refused == len(content) - 2
 
 
-def test_names_by_hand():
+def test_layer_names():
     bins = (6, 3, 2, 1)
     for module, name in {
         "backbone/stem_conv1": "conv1_1_3x3_s2",
@@ -133,7 +133,7 @@ def configured(path) -> ConfigDict:
 
 
 def logits_error(network, path, height: int, width: int) -> float:
-    """Largest difference of the logits over the standard deviation of Caffe's."""
+    """Returns the largest difference of the logits, in standard deviations of Caffe's logits."""
     config = configured(path)
     model = models.build(config.model, 7)
     images = random_image(height, width)
@@ -156,12 +156,12 @@ def test_the_configuration_is_inferred(published):
 
 
 @pytest.mark.parametrize("size", [(97, 97), (90, 133)])
-def test_logits_are_caffes(published, size):
+def test_logits_equal_those_of_caffe(published, size):
     assert logits_error(*published, *size) <= 1e-4
 
 
-def test_a_file_for_evaluation_in_the_old_form(published, tmp_path):
-    """Without the auxiliary head, and with the old `layers` and four dimensions: the same variables."""
+def test_an_old_deploy_file_gives_the_same_variables(published, tmp_path):
+    """The file has no auxiliary head, uses the old `layers` field, and stores four dimensions per blob."""
     network, path = published
     blobs = {name: blob for name, blob in network.blobs.items() if name not in ("conv4_7", "conv4_7/bn", "conv6_1")}
     deploy = tmp_path / "deploy.caffemodel"
@@ -183,7 +183,7 @@ def test_values_that_are_not_finite_are_refused(published, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("published", [101], indirect=True)
-def test_depth_101_has_its_stride_elsewhere(published):
+def test_depth_101_has_its_stride_in_the_3x3_convolution(published):
     network, path = published
     assert configured(path).model.stride_in == "conv3x3"
     assert logits_error(network, path, 97, 97) <= 1e-4

@@ -1,4 +1,4 @@
-"""A file of weights is read whatever is around the arrays, or named for what it is."""
+"""Weights files are read from any container; other files are refused with a message that says what they are."""
 
 import bz2
 import gzip
@@ -33,10 +33,10 @@ def is_plain(content: pytorch.Content, add: float = 0) -> bool:
 def refusal(path: Path | str) -> str:
     with pytest.raises(UserError) as error:
         weights.inspect(path)
-    said = str(error.value)
-    print(said)
-    assert "\n" not in said
-    return said
+    message = str(error.value)
+    print(message)
+    assert "\n" not in message
+    return message
 
 
 @pytest.mark.parametrize("entry", [*pytorch.ENTRIES, ""])
@@ -51,20 +51,20 @@ def test_weights_are_found_in_every_entry(entry, tmp_path):
     "prefix",
     ["module.", "module.module.", "_orig_mod.", "model._orig_mod.module.", "backbone.", "net.encoder.", "network.backbone."],
 )
-def test_prefixes_are_taken_off(prefix, tmp_path):
-    beside = {"n_averaged": torch.tensor(3), "criterion.weight": torch.ones(9), "loss_fn.pos_weight": torch.ones(1)}
-    torch.save(tensors(prefix) | beside, tmp_path / "net.pt")
+def test_prefixes_are_stripped(prefix, tmp_path):
+    other_keys = {"n_averaged": torch.tensor(3), "criterion.weight": torch.ones(9), "loss_fn.pos_weight": torch.ones(1)}
+    torch.save(tensors(prefix) | other_keys, tmp_path / "net.pt")
     assert is_plain(container.read(tmp_path / "net.pt"))
     pytorch.write_safetensors(tmp_path / "x.bin", {f"{prefix}{key}": array for key, array in ARRAYS.items()})
-    assert is_plain(container.read(tmp_path / "x.bin"))  # the ending says nothing
+    assert is_plain(container.read(tmp_path / "x.bin"))  # the ending does not matter
 
 
-def test_a_prefix_that_not_all_share_stays(tmp_path):
+def test_a_prefix_that_not_all_keys_share_is_kept(tmp_path):
     arrays = {"backbone.conv1.weight": np.ones(1), "decode_head.conv_seg.bias": np.ones(1)}
     assert container.without_prefixes(arrays) == arrays
 
 
-def test_of_raw_weights_and_an_average_the_user_chooses(tmp_path):
+def test_the_user_chooses_between_raw_weights_and_their_average(tmp_path):
     path = tmp_path / "net.pth"
     torch.save({"state_dict": tensors(), "state_dict_ema": tensors("module.", add=1), "optimizer": {"state": {}}}, path)
     content = container.read(path)
@@ -73,16 +73,16 @@ def test_of_raw_weights_and_an_average_the_user_chooses(tmp_path):
     content = container.read(f"{path}:state_dict_ema")
     assert is_plain(content, add=1)
     assert (content.entry, content.others) == ("state_dict_ema", ("state_dict",))
-    with pytest.raises(UserError, match=r"has no entry 'ema' with weights; its entries are state_dict, state_dict_ema, optim"):
+    with pytest.raises(UserError, match=r"has no entry 'ema' with weights; the entries are state_dict, state_dict_ema, optim"):
         container.read(f"{path}:ema")
 
 
 def test_an_entry_of_any_name_can_be_chosen(tmp_path):
     path = tmp_path / "net.pth"
     torch.save({"epoch": 3, "student": tensors(), "teacher": tensors(add=1)}, path)
-    said = refusal(path)
-    assert "'epoch' is no dense tensor; expected a state_dict" in said
-    assert "net.pth:student or net.pth:teacher" in said
+    message = refusal(path)
+    assert "'epoch' is not a dense tensor; expected a state_dict" in message
+    assert "net.pth:student or net.pth:teacher" in message
     assert is_plain(container.read(f"{path}:teacher"), add=1)
 
 
@@ -124,52 +124,52 @@ def saved() -> bytes:
 
 REFUSED = {
     "empty": (b"", "is empty: download it again"),
-    "zeros": (bytes(999), "holds nothing but zeros: download it again"),
-    "html": (b"\n<!DOCTYPE html><html>404</html>", "is a web page, such as a failed download leaves: download it again"),
-    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "a pointer of Git LFS"),
+    "zeros": (bytes(999), "has only zeros: download it again"),
+    "html": (b"\n<!DOCTYPE html><html>404</html>", "is a web page, perhaps from a failed download: download it again"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "a Git LFS pointer"),
     "gzip": (gzip.compress(b"x"), "is a gzip archive: unpack it"),
     "bzip2": (bz2.compress(b"x"), "is a bzip2 archive: unpack it"),
     "tar": (tarred(), "is a tar archive: unpack it"),
     "zip": (zipped(["a/net.pth", "a/read.me"]), "is an archive of a/net.pth, a/read.me: unpack it"),
-    "truncated": (saved()[:-200], "is damaged, its end is missing: download it again"),
+    "truncated": (saved()[:-200], "is damaged (its end is missing): download it again"),
     "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(99), "is an HDF5 file"),
-    "text": (b"name: 'PSPNet'\n", "is no file of weights that can be read: expected PyTorch's .pth"),
+    "text": (b"name: 'PSPNet'\n", "is not a supported weights file: expected PyTorch's .pth"),
 }
 
 
 @pytest.mark.parametrize("ending", [".pth", ".caffemodel"])
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_no_file_of_weights_is_named(kind, ending, tmp_path):
+def test_other_files_are_refused(kind, ending, tmp_path):
     content, words = REFUSED[kind]
     (tmp_path / f"net{ending}").write_bytes(content)
-    said = refusal(tmp_path / f"net{ending}")
-    assert said.startswith(f"{tmp_path}/net{ending}: ")
-    assert words in said or (kind, ending) == ("text", ".caffemodel")
+    message = refusal(tmp_path / f"net{ending}")
+    assert message.startswith(f"{tmp_path}/net{ending}: ")
+    assert words in message or (kind, ending) == ("text", ".caffemodel")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_torchscript_is_named_with_the_way_out(tmp_path):
+def test_torchscript_is_refused_with_a_remedy(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 3)).save(str(tmp_path / "net.pt"))
-    said = refusal(tmp_path / "net.pt")
-    assert "is a TorchScript archive" in said
-    assert "torch.save(torch.jit.load('net.pt').state_dict(), 'weights.pth')" in said
+    message = refusal(tmp_path / "net.pt")
+    assert "is a TorchScript archive" in message
+    assert "torch.save(torch.jit.load('net.pt').state_dict(), 'weights.pth')" in message
 
 
-def test_a_whole_module_is_named_with_the_way_out(tmp_path):
+def test_a_whole_module_is_refused_with_a_remedy(tmp_path):
     torch.save(torch.nn.Linear(2, 3), tmp_path / "net.pth")
-    assert "torch.nn.modules.linear.Linear" in (said := refusal(tmp_path / "net.pth"))
-    assert "torch.save its state_dict alone" in said
+    assert "torch.nn.modules.linear.Linear" in (message := refusal(tmp_path / "net.pth"))
+    assert "torch.save only its state_dict" in message
 
 
-def test_the_network_of_another_family_is_described(tmp_path):
+def test_an_unknown_network_is_refused_with_its_keys(tmp_path):
     keys = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.bias")
     torch.save({key: torch.ones(1) for key in keys}, tmp_path / "vit.pth")
-    said = refusal(tmp_path / "vit.pth")
-    assert "It has 5 arrays in cls_token, pos_embed, patch_embed, blocks, norm, such as blocks.0.attn.qkv.weight" in said
+    message = refusal(tmp_path / "vit.pth")
+    assert "It has 5 arrays in cls_token, pos_embed, patch_embed, blocks, norm, such as blocks.0.attn.qkv.weight" in message
 
 
 @pytest.mark.parametrize(("ending", "stem"), [(".safetensors", "model"), (".bin", "pytorch_model")])
-def test_shards_are_put_together(ending, stem, tmp_path):
+def test_shards_are_joined(ending, stem, tmp_path):
     files = {f"{stem}-0000{i}-of-00002{ending}": key for i, key in enumerate(ARRAYS, 1)}
     for file, key in files.items():
         state = {f"model.{key}": ARRAYS[key]}
@@ -181,23 +181,23 @@ def test_shards_are_put_together(ending, stem, tmp_path):
     index.write_text(json.dumps({"metadata": {}, "weight_map": {f"model.{key}": file for file, key in files.items()}}))
     assert is_plain(container.read(index))
     shard = tmp_path / min(files)
-    assert refusal(shard) == f"{shard}: is one of 2 shards; name their index, {index}"
+    assert refusal(shard) == f"{shard}: is one of 2 shards; give their index instead: {index}"
     shard.unlink()
-    assert refusal(index).startswith(f"{shard}: no such file; {index.name} wants it, one of 2 shards")
+    assert refusal(index).startswith(f"{shard}: no such file; it is one of the 2 shards in {index.name}")
     index.write_text("[]")
-    assert "is no index of shards" in refusal(index)
+    assert "is not an index of shards" in refusal(index)
 
 
-def test_a_directory_is_no_file(tmp_path):
+def test_a_directory_is_refused(tmp_path):
     (tmp_path / "net.pth").write_bytes(saved())
     (tmp_path / "read.me").touch()
-    assert refusal(tmp_path) == f"{tmp_path}: is a directory; name a file of weights, such as net.pth"
+    assert refusal(tmp_path) == f"{tmp_path}: is a directory; name a weights file, such as net.pth"
     (tmp_path / "run/checkpoints/3").mkdir(parents=True)
     for part in ("run", "run/checkpoints", "run/checkpoints/3"):
-        said = refusal(tmp_path / part)
-        assert said == (
-            f"{tmp_path / part}: is part of a run of this program: evaluate, predict and export take it with "
-            f"--workdir={tmp_path}/run, training with --config.init_from={tmp_path}/run"
+        message = refusal(tmp_path / part)
+        assert message == (
+            f"{tmp_path / part}: belongs to a training run; to evaluate, predict or export, use --workdir={tmp_path}/run; "
+            f"to train from it, use --config.init_from={tmp_path}/run"
         )
 
 
@@ -207,12 +207,12 @@ def test_only_checkpoints_of_pytorch_have_entries(name, tmp_path):
     index = {"weight_map": dict.fromkeys(ARRAYS, "net.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert is_plain(container.read(tmp_path / name))
-    said = refusal(f"{tmp_path / name}:state_dict_ema")
-    assert said == f"{tmp_path / name}:state_dict_ema: only PyTorch's checkpoints have entries; name the file alone"
+    message = refusal(f"{tmp_path / name}:state_dict_ema")
+    assert message == f"{tmp_path / name}:state_dict_ema: only PyTorch checkpoints have entries; give the file name alone"
 
 
 @pytest.mark.parametrize("written", [b"\0" * 64, np.arange(16, dtype=np.float32).tobytes()], ids=["zeros", "numbers"])
-def test_damage_that_torch_does_not_see_is_seen(written, tmp_path):
+def test_damage_that_torch_overlooks_is_found(written, tmp_path):
     array = np.random.default_rng(0).standard_normal(1000, np.float32)
     torch.save({"a": torch.from_numpy(array)}, tmp_path / "net.pth")
     content = bytearray((tmp_path / "net.pth").read_bytes())
@@ -220,10 +220,10 @@ def test_damage_that_torch_does_not_see_is_seen(written, tmp_path):
     content[place : place + 64] = written
     (tmp_path / "net.pth").write_bytes(content)
     torch.load(tmp_path / "net.pth", weights_only=True)
-    assert "net.pth: is damaged (net/data/0 differs from its CRC-32); download it again" in refusal(tmp_path / "net.pth")
+    assert "net.pth: is damaged (net/data/0 does not match its CRC-32); download it again" in refusal(tmp_path / "net.pth")
 
 
-def test_a_sparse_array_is_named_without_the_entry_it_is_in(tmp_path):
+def test_a_sparse_array_is_refused_without_suggesting_its_entry(tmp_path):
     torch.save({"state_dict": {"a": torch.eye(3).to_sparse()}}, tmp_path / "net.pth")
-    said = refusal(tmp_path / "net.pth")
-    assert said.endswith("'a' is no dense tensor; expected a state_dict, or a checkpoint with one")
+    message = refusal(tmp_path / "net.pth")
+    assert message.endswith("'a' is not a dense tensor; expected a state_dict, or a checkpoint with one")

@@ -1,4 +1,4 @@
-"""Imported networks compute what they computed in torch; what does not fit is refused; export and import undo each other."""
+"""Imported networks compute what they computed in torch, mismatches are refused, and export inverts import."""
 
 import errno
 import functools
@@ -25,7 +25,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from tests.weights import reference_torch as reference  # noqa: E402
 
-TOLERANCE = 1e-4  # largest difference over the standard deviation; 5e-6 seen
+TOLERANCE = 1e-4  # largest difference in standard deviations; observed: 5e-6
 SIZES = ((97, 97), (90, 123))
 K = 5
 CONFIG_OF_MMENGINE = """
@@ -46,7 +46,7 @@ def mmseg(depth: int, stem: str, align_corners: bool, meta: dict) -> tuple:
     return network, {"meta": meta, "state_dict": network.state_dict(), "message_hub": {}, "optimizer": {}}
 
 
-SEGMENTATION = {  # file name: what makes the network and the file's content
+SEGMENTATION = {  # file name: builds (network, content of the file)
     "train_epoch_100.pth": semseg,
     "pspnet_r18-d8_769x769_80k.pth": lambda: mmseg(18, "deep32", True, {}),
     "iter_1.pth": lambda: mmseg(18, "deep32", False, {"cfg": CONFIG_OF_MMENGINE}),
@@ -57,7 +57,7 @@ SEGMENTATION = {  # file name: what makes the network and the file's content
 
 
 def configured(path: Path, **fields) -> tuple:
-    """The config and the network that a file's recognition leads to."""
+    """Returns the config and the network for a file."""
     config, source = base_config(), weights.inspect(path)
     weights.configure(config, source)
     config.model.update(fields)
@@ -65,7 +65,7 @@ def configured(path: Path, **fields) -> tuple:
 
 
 def compiled(module: nn.Module) -> Callable:
-    """Inference; compiled without optimizations, which takes half the time."""
+    """Returns the compiled inference function; without optimizations, compiling and running take half the time."""
     return jax.jit(functools.partial(module.apply, train=False), compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -128,7 +128,7 @@ def test_an_imported_backbone_computes_the_same_features(name, depth, stem, tmp_
 
 
 class ImageClassifier(nn.Module):
-    """A user's network on our backbone."""
+    """A user-defined network on our backbone."""
 
     backbone: nn.Module
 
@@ -147,16 +147,16 @@ def test_an_imported_backbone_fits_any_network_on_our_resnet(tmp_path):
         assert {path: leaf.shape for path, leaf in flat(variables[collection]["backbone"]).items()} == expected
     with pytest.raises(UserError, match=r"set --config\.model\.stem=conv7"):
         weights.load(path, ImageClassifier(models.ResNet(18)))
-    with pytest.raises(UserError, match=r"into a network of a backbone other than models\.ResNet"):
+    with pytest.raises(UserError, match=r"into a network with a backbone other than models\.ResNet"):
         weights.load(path, ImageClassifier(nn.Dense(3)))
 
 
-def test_a_whole_network_is_neither_read_into_nor_written_from_other_parts(state, tmp_path):
+def test_a_network_with_user_defined_parts_is_neither_loaded_nor_saved(state, tmp_path):
     path = write(tmp_path / "pspnet_512x512.safetensors", state)
     model = models.PSPNet(models.ResNet(18, stem="deep32", first_block_dilation="half"), head=nn.Dense(K))
-    with pytest.raises(UserError, match=r"into a network of other parts than models\.build's"):
+    with pytest.raises(UserError, match=r"into a network with parts that models\.build does not make"):
         weights.load(path, model)
-    with pytest.raises(UserError, match=r"which has other parts than models\.build's"):
+    with pytest.raises(UserError, match=r"which has parts that models\.build does not make"):
         weights.save(tmp_path / "net.pth", {}, model, "torch")
 
 
@@ -167,11 +167,16 @@ def test_the_fields_of_a_network_are_those_it_was_built_from():
     built = transfer.model_fields(models.build(config.model, K))
     assert built.pop("num_classes") == K
     assert built == {field: config.model[field] for field in built}
-    assert set(base_config().model) - built.keys() == {"factored_head", "dropout", "norm", "dtype"}  # the same function
+    assert set(base_config().model) - built.keys() == {
+        "factored_head",
+        "dropout",
+        "norm",
+        "dtype",
+    }  # they do not change the variables
 
 
 def write(path: Path, state: dict) -> Path:
-    """Saves a state_dict of tensors as the path's ending says."""
+    """Saves a state_dict of tensors in the format of the file ending."""
     if path.suffix == ".safetensors":
         save_file(state, path)
     else:
@@ -185,7 +190,7 @@ def flat(variables: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def state() -> dict:
-    """A PSPNet of mmseg, depth 18."""
+    """An mmseg PSPNet of depth 18."""
     return reference.randomized(reference.MmsegPSPNet(18, K, "deep32", False)).state_dict()
 
 
@@ -197,7 +202,7 @@ def state() -> dict:
             {f"fc{i}.weight": torch.ones(1) for i in range(7)},
             "7 unexpected: fc0.weight, fc1.weight, fc2.weight, fc3.weight, ...",
         ),
-        ({"fc.weight": torch.ones(1)}, "1 unexpected: fc.weight"),  # known to be droppable from ImageNet's networks only
+        ({"fc.weight": torch.ones(1)}, "1 unexpected: fc.weight"),  # ignored only in ImageNet networks
         ({"backbone.layer1.0.bn1.bias": None, "backbone.stem.4.running_var": None}, "2 missing: backbone."),
         (
             {"backbone.layer4.1.conv2.weight": torch.ones(512, 256, 3, 3)},
@@ -227,15 +232,15 @@ def test_every_key_is_accounted_for(state, change, words, tmp_path):
     assert str(path) in str(refusal.value)
 
 
-def test_kernels_of_zeros_are_told(state, tmp_path, caplog):
+def test_kernels_of_zeros_cause_a_warning(state, tmp_path, caplog):
     path = write(tmp_path / "net.safetensors", {k: v * ("layer4" not in k or v.ndim < 4) for k, v in state.items()})
     weights.load(path, configured(path)[1])
-    said = caplog.messages[-1]
-    assert re.search(r"5 of its \d+ kernels hold nothing but zeros, such as backbone.layer4.0.conv1.weight", said)
+    message = caplog.messages[-1]
+    assert re.search(r"5 of its \d+ kernels are all zeros, such as backbone.layer4.0.conv1.weight", message)
 
 
 def test_half_a_file_of_zeros_is_refused(state, tmp_path):
-    """As a download leaves that was given its size before it was stopped."""
+    """An interrupted download leaves such a file if its full size was allocated first."""
     path = write(tmp_path / "net.safetensors", state)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
@@ -262,7 +267,7 @@ def test_other_precisions_become_float32(state, dtype, name, tmp_path):
         ({"reduce_channels": False, "head_kernel": 1}, "--config.model.reduce_channels=true --config.model.head_kernel=3"),
     ],
 )
-def test_another_network_is_refused_with_the_flags_to_set(state, fields, flags, tmp_path):
+def test_a_different_network_is_refused_with_the_flags_to_set(state, fields, flags, tmp_path):
     path = write(tmp_path / "pspnet_512x512.safetensors", state)
     _, model = configured(path, **fields)
     with pytest.raises(ValueError) as refusal:
@@ -270,22 +275,22 @@ def test_another_network_is_refused_with_the_flags_to_set(state, fields, flags, 
     assert sorted(str(refusal.value).split(": set ")[1].split()) == sorted(flags.split())
 
 
-def test_what_no_array_tells_may_be_otherwise_with_a_warning(state, tmp_path, caplog):
+def test_assumed_fields_may_differ_with_a_warning(state, tmp_path, caplog):
     path = write(tmp_path / "pspnet_512x512.safetensors", state)
     fields = {"stride_in": "conv1x1", "bins": (1, 2, 4, 8), "output_stride": 16, "pool": "max", "align_corners": True}
     _, model = configured(path, **fields, first_block_dilation="full")
     variables, usual = weights.load(path, model), weights.load(path, configured(path)[1])
     assert flat(variables).keys() == flat(usual).keys()
-    [said] = caplog.messages
-    assert sorted(re.findall(r"--config\.model\.(\S+)=", said)) == sorted([*fields, "first_block_dilation"])
-    told = {"cfg": "model = dict(decode_head=dict(align_corners=False), backbone=dict(contract_dilation=True))"}
-    torch.save({"state_dict": state, "meta": told}, tmp_path / "told.pth")
+    [message] = caplog.messages
+    assert sorted(re.findall(r"--config\.model\.(\S+)=", message)) == sorted([*fields, "first_block_dilation"])
+    meta = {"cfg": "model = dict(decode_head=dict(align_corners=False), backbone=dict(contract_dilation=True))"}
+    torch.save({"state_dict": state, "meta": meta}, tmp_path / "net.pth")
     with pytest.raises(UserError, match=r"align_corners=false --config\.model\.first_block_dilation=half$"):
-        weights.load(tmp_path / "told.pth", model)
+        weights.load(tmp_path / "net.pth", model)
 
 
 @torch.no_grad()
-def test_a_network_of_other_bins_computes_the_same_logits(tmp_path):
+def test_a_network_with_other_bins_computes_the_same_logits(tmp_path):
     network, content = mmseg(18, "deep32", True, {})
     for bins, level in zip((1, 2, 4, 8), network.decode_head.psp_modules, strict=True):
         level[0] = torch.nn.AdaptiveAvgPool2d(bins)
@@ -296,11 +301,11 @@ def test_a_network_of_other_bins_computes_the_same_logits(tmp_path):
     assert relative_difference(logits, network(torch.from_numpy(x.transpose(0, 3, 1, 2)))) <= TOLERANCE
 
 
-def test_training_takes_all_but_the_classifiers_of_other_classes(state, tmp_path):
+def test_a_partial_load_skips_classifiers_with_other_classes(state, tmp_path):
     path = write(tmp_path / "net.safetensors", state)
     config, same = configured(path)
     other = models.build(config.model, 7)
-    with pytest.raises(ValueError, match="5 classes; the network has 7"):
+    with pytest.raises(ValueError, match="5 classes, but the model has 7"):
         weights.load(path, other)
     whole, most = flat(weights.load(path, same)), flat(weights.load(path, other, partial=True))
     left_out = {f"params/{name}/{leaf}" for name in ("classifier", "auxiliary_classifier") for leaf in ("kernel", "bias")}
@@ -324,7 +329,7 @@ def test_an_auxiliary_head_that_one_side_lacks(state, tmp_path):
 
 @pytest.fixture(scope="module")
 def ours() -> tuple[models.PSPNet, dict]:
-    """A network of ours that semseg's code computes too, and random variables."""
+    """A network of ours that semseg's code can compute, and random variables."""
     model = models.build(base_config().model, K)
     variables = random_variables(model, np.zeros((1, 64, 64, 3), np.float32), False)
     return model, jax.tree.map(jax.numpy.asarray, variables)
@@ -346,15 +351,15 @@ def test_import_after_export_is_the_identity(ours, fmt, name, tmp_path):
     assert all(back[path].tobytes() == np.asarray(value).tobytes() for path, value in flat(variables).items())
 
 
-def test_an_export_that_cannot_be_written_ends_in_one_sentence(ours, tmp_path, monkeypatch):
+def test_a_failed_export_is_reported_and_leaves_no_file(ours, tmp_path, monkeypatch):
     model, variables = ours
     (tmp_path / "file").touch()
     with pytest.raises(
-        UserError, match=r"--output .*/file/net.pth: cannot be written \(.*File exists: .*/file.*\); nothing was left"
+        UserError, match=r"--output .*/file/net.pth: cannot be written \(.*File exists: .*/file.*\); no partial file was left"
     ):
         weights.save(tmp_path / "file/net.pth", variables, model, "torch")
     (tmp_path / "dir.safetensors").mkdir()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         weights.save(tmp_path / "dir.safetensors", variables, model, "safetensors")
     before = sorted(tmp_path.iterdir())
 
@@ -364,7 +369,7 @@ def test_an_export_that_cannot_be_written_ends_in_one_sentence(ours, tmp_path, m
 
     monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", full)
     for fmt, name in (("torch", "net.pth"), ("safetensors", "net.safetensors")):
-        with pytest.raises(UserError, match=r"cannot be written \(.*No space left on device\); nothing was left there"):
+        with pytest.raises(UserError, match=r"cannot be written \(.*No space left on device\); no partial file was left"):
             weights.save(tmp_path / name, variables, model, fmt)
     assert sorted(tmp_path.iterdir()) == before
 
@@ -372,32 +377,34 @@ def test_an_export_that_cannot_be_written_ends_in_one_sentence(ours, tmp_path, m
 def test_weights_that_are_not_finite_are_not_exported(ours, tmp_path):
     model, variables = ours
     broken = jax.tree.map(lambda leaf: leaf.at[..., 0].set(jax.numpy.nan), variables)
-    with pytest.raises(UserError, match="hold values that are not finite"):
+    with pytest.raises(UserError, match="contain values that are not finite"):
         weights.save(tmp_path / "net.pth", broken, model, "torch")
 
 
-def test_variables_that_are_not_the_models_are_not_exported(ours, tmp_path):
+def test_variables_that_do_not_fit_the_model_are_not_exported(ours, tmp_path):
     model, variables = ours
     head = {**variables, "params": {k: v for k, v in variables["params"].items() if k != "head_conv"}}
     for wrong in ({}, {"params": variables["params"]}, head):
-        with pytest.raises(UserError, match=r"net.pth: the variables are not the network's: .*has the shape missing"):
+        with pytest.raises(UserError, match=r"net.pth: the variables do not fit the network: .*whose shape is missing"):
             weights.save(tmp_path / "net.pth", wrong, model, "torch")
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_never_replaces_a_file_nor_takes_anothers_ending(ours, tmp_path):
+def test_an_export_refuses_existing_files_and_wrong_endings(ours, tmp_path):
     model, variables = ours
     (tmp_path / "net.pth").write_text("precious")
-    with pytest.raises(ValueError, match=r"--output .*net.pth: is there already"):
+    with pytest.raises(ValueError, match=r"--output .*net.pth: already exists"):
         weights.save(tmp_path / "net.pth", variables, model, "torch")
-    with pytest.raises(ValueError, match=r"--output .*x.safetensors: expected a name that ends in .pth or .pt, as --format is"):
+    with pytest.raises(
+        ValueError, match=r"--output .*x.safetensors: expected a name that ends in .pth or .pt, for --format torch"
+    ):
         weights.save(tmp_path / "x.safetensors", variables, model, "torch")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
 
 
-@pytest.mark.filterwarnings("ignore:CUDA initialization")  # of a torch built for CUDA, on a machine without
+@pytest.mark.filterwarnings("ignore:CUDA initialization")  # from a CUDA build of torch on a machine without GPU
 def test_semsegs_network_loads_an_export(ours, tmp_path):
-    """Every key and shape is that of the module which semseg wraps in DataParallel, and the logits are ours."""
+    """The export has every key and shape of the module that semseg wraps in DataParallel, and gives the same logits."""
     model, variables = ours
     weights.save(tmp_path / "net.pth", variables, model, "torch")
     network = reference.SemsegPSPNet(50, K).eval()

@@ -1,4 +1,4 @@
-"""Files of PyTorch and safetensors: every form of them is read, nothing in them is run, damaged ones end in one sentence."""
+"""PyTorch and safetensors files: all forms are read, no code in them is run, and damaged files end in one sentence."""
 
 import argparse
 import os
@@ -49,7 +49,7 @@ def test_a_state_dict_is_found_in_every_form(content, zipped, tmp_path):
 
 
 def history_buffer() -> type:
-    """mmengine's class as far as a pickle knows it: its name, NumPy arrays, and methods that are found by getattr."""
+    """Returns a stand-in for mmengine's class, which pickles its name, NumPy arrays and methods found by getattr."""
 
     class HistoryBuffer:
         def __init__(self):
@@ -72,17 +72,17 @@ def test_a_checkpoint_of_an_mmengine_run_is_read_without_mmengine(tmp_path, monk
         sys.modules[buffer.__module__].HistoryBuffer = buffer
         hub = {"log_scalars": {"train/loss": buffer()}, "runtime_info": {"lr": np.float64(0.01)}}
         torch.save({"meta": {"cfg": "a=1"}, "state_dict": tensors(), "message_hub": hub, "param_schedulers": [{}]}, path)
-    named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    assert {"builtins.getattr", "mmengine.logging.history_buffer.HistoryBuffer", "numpy.ndarray"} <= named
+    types_in_file = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    assert {"builtins.getattr", "mmengine.logging.history_buffer.HistoryBuffer", "numpy.ndarray"} <= types_in_file
     content = container.read(path)
     assert same(content.arrays)
     assert content.metadata == {"cfg": "a=1"}
-    with pytest.raises(pickle.UnpicklingError, match="Unsupported global"):  # what it allowed it has taken back
+    with pytest.raises(pickle.UnpicklingError, match="Unsupported global"):  # the permission was only temporary
         torch.load(path, weights_only=True)
 
 
 class Hostile:
-    """Makes a file named `ran` wherever it is unpickled."""
+    """Creates a file named `ran` when it is unpickled."""
 
     def __init__(self, function: object, arguments: tuple):
         self.function, self.arguments = function, arguments
@@ -91,7 +91,7 @@ class Hostile:
         return self.function, self.arguments
 
     def __call__(self) -> None:
-        """Pickle wants a function to be callable."""
+        """Makes the object callable, as pickle requires of a function."""
 
 
 @pytest.mark.parametrize("save", ["zip", "legacy", "pickle"])
@@ -101,19 +101,19 @@ def test_a_hostile_pickle_is_refused_without_running_it(function, save, tmp_path
     hostile = {
         "os.system": Hostile(os.system, ("touch ran",)),
         "builtins.exec": Hostile(exec, ("open('ran', 'w').close()",)),
-        "builtins.getattr": Hostile(Hostile(getattr, (np.ndarray, "tofile")), (np.ones(1), "ran")),  # names that may be read
+        "builtins.getattr": Hostile(Hostile(getattr, (np.ndarray, "tofile")), (np.ones(1), "ran")),  # allowed names
     }[function]
     content = {"state_dict": {} if save == "pickle" else tensors(), "extra": hostile}
     if save == "pickle":
         Path("net.pth").write_bytes(pickle.dumps(content, protocol=2))
     else:
         torch.save(content, "net.pth", _use_new_zipfile_serialization=save == "zip")
-    with pytest.raises(ValueError, match=r"net\.pth: (holds Python objects besides tensors|cannot be read)") as refusal:
+    with pytest.raises(ValueError, match=r"net\.pth: (contains Python objects as well as tensors|cannot be read)") as refusal:
         weights.inspect("net.pth")
     print(refusal.value)
     assert sorted(os.listdir()) == ["net.pth"]
     torch.load("net.pth", weights_only=False) if save != "pickle" else pickle.loads(Path("net.pth").read_bytes())
-    assert sorted(os.listdir()) == ["net.pth", "ran"]  # so it would have
+    assert sorted(os.listdir()) == ["net.pth", "ran"]  # the attack works with unsafe loading
 
 
 @pytest.mark.parametrize("ending", [".pth", ".pt", ".bin", ".tar", ".safetensors", ".caffemodel"])
@@ -135,11 +135,11 @@ def test_a_damaged_file_ends_in_one_sentence(ending, damage, tmp_path):
     )
     with pytest.raises(ValueError) as refusal:
         weights.inspect(path)
-    said = str(refusal.value)
-    print(said)
-    assert said.startswith(f"{path}: ")
-    assert "\n" not in said
-    assert len(said) < 300
+    message = str(refusal.value)
+    print(message)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    assert len(message) < 300
 
 
 MOMENTUM = {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
@@ -148,21 +148,21 @@ MOMENTUM = {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ([1, 2], "holds a list; expected a state_dict, or a checkpoint with one"),
-        (torch.eye(3), "holds a Tensor; expected a state_dict"),
-        ({}, "holds no weights"),
-        ({"state_dict": {}}, "holds no weights"),
-        ({"state_dict": {"a.weight": torch.eye(3).to_sparse()}}, "'a.weight' is no dense tensor"),
-        ({"state_dict": {"a.weight": np.float64(1)}}, "holds no weights, only a.weight; expected a state_dict"),
-        ({"epoch": 1, "optimizer": MOMENTUM}, "holds no weights, only epoch, optimizer; expected a state_dict"),
-        (MOMENTUM, "holds no weights, only state, param_groups; expected a state_dict"),
+        ([1, 2], "contains a list; expected a state_dict, or a checkpoint with one"),
+        (torch.eye(3), "contains a Tensor; expected a state_dict"),
+        ({}, "has no weights"),
+        ({"state_dict": {}}, "has no weights"),
+        ({"state_dict": {"a.weight": torch.eye(3).to_sparse()}}, "'a.weight' is not a dense tensor"),
+        ({"state_dict": {"a.weight": np.float64(1)}}, "has no weights, only a.weight; expected a state_dict"),
+        ({"epoch": 1, "optimizer": MOMENTUM}, "has no weights, only epoch, optimizer; expected a state_dict"),
+        (MOMENTUM, "has no weights, only state, param_groups; expected a state_dict"),
         (
             {"epoch": 1, "net1": tensors(), "optimizer": MOMENTUM},
-            "expected a state_dict, or a checkpoint with one: name net.pth:net1",
+            "expected a state_dict, or a checkpoint with one; name net.pth:net1",
         ),
     ],
 )
-def test_content_that_is_no_state_dict_is_refused(content, words, tmp_path):
+def test_content_without_a_state_dict_is_refused(content, words, tmp_path):
     torch.save(content, tmp_path / "net.pth")
     with pytest.raises(ValueError) as refusal:
         weights.inspect(tmp_path / "net.pth")
@@ -170,16 +170,16 @@ def test_content_that_is_no_state_dict_is_refused(content, words, tmp_path):
     assert str(refusal.value).startswith(f"{tmp_path}/net.pth: ")
 
 
-def test_a_type_of_numbers_that_numpy_lacks_is_named(tmp_path):
+def test_a_dtype_that_numpy_lacks_is_named(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"a.weight": torch.ones(3).to(torch.float8_e4m3fn)}, tmp_path / "net.safetensors")
-    with pytest.raises(UserError, match=r"float8_e4m3fn.*; convert its arrays to float32"):
+    with pytest.raises(UserError, match=r"float8_e4m3fn.*; convert them to float32"):
         weights.inspect(tmp_path / "net.safetensors")
 
 
 def test_a_file_that_is_missing_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"net\.pth: no such file; expected a file of weights: PyTorch's \.pth"):
+    with pytest.raises(FileNotFoundError, match=r"net\.pth: no such file; expected a weights file: PyTorch's \.pth"):
         weights.inspect(tmp_path / "net.pth")
 
 

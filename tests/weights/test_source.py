@@ -1,4 +1,4 @@
-"""What a file's keys, shapes, metadata and name tell, and what becomes of it in a config."""
+"""The keys, shapes, metadata and name of a weights file determine its source, and the source a config."""
 
 import re
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from pspnet_jax.config import base_config
 torch = pytest.importorskip("torch")
 from tests.weights import reference_torch as reference  # noqa: E402
 
-# As mmengine 0.10 and mmcv 1.x print a config; in a published file it is some 8,000 characters.
+# Configs as mmengine 0.10 and mmcv 1.x print them; those in published files have about 8,000 characters.
 NEW_CONFIG = """crop_size = (\n    512,\n    512,\n)
 model = dict(
     auxiliary_head=dict(\n        align_corners=True,\n        channels=256),
@@ -50,7 +50,7 @@ img_norm_cfg = dict(mean=[103.939, 116.779, 123.68], std=[1.0, 2.0, 3.0], to_rgb
 
 
 def write(path: Path, build: Callable[[], "torch.nn.Module"], **others: object) -> Path:
-    """Saves a network as a file of few bytes, whose arrays have the true shapes and hold a single 1."""
+    """Saves a network in a small file: the arrays have the true shapes but share a single 1 as storage."""
     with torch.device("meta"):
         state = build().state_dict()
     ones = {key: torch.ones((), dtype=value.dtype).expand(value.shape) for key, value in state.items()}
@@ -70,7 +70,7 @@ def configured(path: Path):
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
-def test_resnets_are_known_by_their_blocks(depth, tmp_path):
+def test_resnets_are_recognized_by_their_blocks(depth, tmp_path):
     source = weights.inspect(write(tmp_path / "resnet.pth", lambda: reference.ResNet(depth)))
     assert source.num_classes is None
     assert source.model == {"width": 64, "depth": depth, "stem": "conv7"}
@@ -88,7 +88,7 @@ def test_resnets_are_known_by_their_blocks(depth, tmp_path):
         (50, 7, "folder", 473, 512),
     ],
 )
-def test_a_network_of_semseg_becomes_a_config(depth, classes, dataset, crop, base_size, tmp_path):
+def test_a_semseg_network_determines_the_config(depth, classes, dataset, crop, base_size, tmp_path):
     config = configured(write(tmp_path / "train_epoch_100.pth", lambda: reference.SemsegPSPNet(depth, classes)))
     expected = base_config()
     expected.model.depth = depth
@@ -103,7 +103,7 @@ def test_a_network_of_semseg_becomes_a_config(depth, classes, dataset, crop, bas
     )
 
 
-def test_the_training_config_in_a_file_of_mmengine_counts(tmp_path):
+def test_the_training_config_in_an_mmengine_file_is_used(tmp_path):
     config = configured(mmseg(tmp_path / "pspnet_r18-d8_512x1024.pth", cfg=NEW_CONFIG))
     model = config.model
     assert (model.depth, model.stem, model.stride_in, model.first_block_dilation) == (18, "deep32", "conv3x3", "half")
@@ -114,7 +114,7 @@ def test_the_training_config_in_a_file_of_mmengine_counts(tmp_path):
     assert config.normalize.to_dict() == base_config().normalize.to_dict() | {"mean": (123.0, 116.0, 103.0)}
 
 
-def test_the_training_config_in_a_file_of_mmcv_counts(tmp_path):
+def test_the_training_config_in_an_mmcv_file_is_used(tmp_path):
     config = configured(mmseg(tmp_path / "pspnet_r50b-d8_769x769.pth", 50, stem="conv7", config=OLD_CONFIG))
     model = config.model
     assert (model.depth, model.stem, model.stride_in, model.first_block_dilation) == (50, "conv7", "conv1x1", "full")
@@ -133,7 +133,7 @@ def test_the_training_config_in_a_file_of_mmcv_counts(tmp_path):
         ("pspnet_r50-d8_480x480_40k_pascal_context_2020.pth", 60, False, 8, "windows", 480, 320, (2048, 512)),
     ],
 )
-def test_the_name_of_a_file_of_the_zoo_counts(
+def test_the_name_of_a_model_zoo_file_is_used(
     name, classes, align_corners, output_stride, inference, crop, stride, sizes, tmp_path, caplog
 ):
     config = configured(mmseg(tmp_path / name, classes=classes))
@@ -143,8 +143,8 @@ def test_the_name_of_a_file_of_the_zoo_counts(
     assert not caplog.messages
 
 
-def test_what_nothing_tells_is_said(tmp_path):
-    """All of it as flags to set otherwise, until it is set otherwise or the file tells."""
+def test_assumptions_are_listed(tmp_path):
+    """They are listed as flags, unless the user changes them or the file specifies them."""
     path = mmseg(tmp_path / "latest.pth")
     config, source = configured(path), weights.inspect(path)
     fields = re.findall(r"--config\.model\.(\S+)", weights.assumptions(config, source))
@@ -156,21 +156,23 @@ def test_what_nothing_tells_is_said(tmp_path):
         "pool=average",
         "stride_in=conv3x3",
     ]
-    said = weights.assumptions(config, source)
-    assert "by their number, 19: --config.dataset.name=cityscapes with the classes 'road' to 'bicycle'; if" in said
+    message = weights.assumptions(config, source)
+    assert (
+        "from the number of classes, 19: --config.dataset.name=cityscapes with the classes 'road' to 'bicycle'; for" in message
+    )
     config.model.align_corners = True
     config.dataset.class_names = tuple(f"part {i}" for i in range(19))
-    said = weights.assumptions(config, source)
-    assert "align_corners" not in said
-    assert "classes" not in said
+    message = weights.assumptions(config, source)
+    assert "align_corners" not in message
+    assert "classes" not in message
     path = mmseg(tmp_path / "latest.pth", cfg=NEW_CONFIG, dataset_meta={"classes": [f"part {i}" for i in range(19)]})
-    said = weights.assumptions(configured(path), weights.inspect(path))
-    assert re.findall(r"--config\.(\S+)", said) == ["model.pool=average", "normalize.std=58.395,57.12,57.375"]
+    message = weights.assumptions(configured(path), weights.inspect(path))
+    assert re.findall(r"--config\.(\S+)", message) == ["model.pool=average", "normalize.std=58.395,57.12,57.375"]
 
 
 @pytest.mark.parametrize("levels", [(1, 2, 4, 8), (2, 5)])
-def test_the_bins_are_the_users_word(levels, tmp_path):
-    """No array has their sizes in its shape: four are taken for the usual ones, another number is asked for."""
+def test_bins_are_assumed_or_set_by_the_user(levels, tmp_path):
+    """Array shapes do not show the bin sizes: four levels get the usual bins; any other number has to be set."""
 
     def build():
         network = reference.SemsegPSPNet(50, 19)
@@ -186,7 +188,7 @@ def test_the_bins_are_the_users_word(levels, tmp_path):
         assert "--config.model.bins=1,2,3,6" in weights.assumptions(config, source)
     else:
         with pytest.raises(
-            ValueError, match=r"its pyramid has 2 levels, the network's bins=\(1, 2, 3, 6\): set --config\.model\.bi"
+            ValueError, match=r"its pyramid has 2 levels, but model\.bins=\(1, 2, 3, 6\): set --config\.model\.bi"
         ):
             weights.load(path, models.build(config.model, 19))
     config.model.bins = levels
@@ -195,8 +197,7 @@ def test_the_bins_are_the_users_word(levels, tmp_path):
     assert "model.bins" not in weights.assumptions(config, source)
 
 
-def test_the_shapes_of_the_heads_count(tmp_path):
-    """A head of 1x1, and levels as wide as the features, are told by the shapes."""
+def test_head_kernel_and_level_width_follow_from_the_shapes(tmp_path):
 
     def build():
         network = reference.SemsegPSPNet(50, 19)
@@ -227,18 +228,18 @@ CITYSCAPES = datasets.table("cityscapes")
             datasets.DatasetInfo("folder", ("sky", "sea"), ((1, 2, 3), (4, 5, 6))),
         ),
         (
-            19,  # as many as Cityscapes has, but others
+            19,  # as many classes as Cityscapes, but different ones
             {"dataset_meta": {"classes": [f"part {i}" for i in range(19)]}},
             datasets.DatasetInfo("folder", tuple(f"part {i}" for i in range(19)), datasets.voc_palette(19)),
         ),
         (
-            2,  # nonsense is no metadata
+            2,  # invalid metadata is ignored
             {"CLASSES": ["sky"], "PALETTE": [[1, 2, 3], [4, 5, 256]]},
             datasets.DatasetInfo("folder", ("class 0", "class 1"), datasets.voc_palette(2)),
         ),
     ],
 )
-def test_classes_are_those_that_the_file_names(classes, meta, expected, tmp_path):
+def test_classes_come_from_the_metadata(classes, meta, expected, tmp_path):
     config = configured(mmseg(tmp_path / "pspnet_512x512.pth", classes=classes, **meta))
     assert datasets.describe(config.dataset) == expected
 
@@ -273,7 +274,7 @@ class WithoutPyramid(reference.MmsegPSPNet):
         del self.decode_head.psp_modules
 
 
-class TensorFlows(reference.MmsegPSPNet):
+class TensorFlowKernels(reference.MmsegPSPNet):
     def __init__(self):
         super().__init__(18, 19, "deep32", False)
         kernel = self.backbone.layer1[0].conv2.weight
@@ -284,26 +285,26 @@ class TensorFlows(reference.MmsegPSPNet):
     ("build", "words"),
     [
         (Grouped, "grouped or wide"),
-        (Deeper, r"\(3, 4, 6, 4\) bottlenecks .* expected a ResNet of depth 18, 34, 50"),
+        (Deeper, r"\(3, 4, 6, 4\) bottlenecks; expected a ResNet of depth 18, 34, 50"),
         (TimmD, "not ResNet-C, -D, -T"),
         (OtherHead, "has no decode_head.conv_seg.bias; a network with another head, such as FCN or DeepLab"),
-        (WithoutPyramid, "mmsegmentation's, but no PSPNet: it has no decode_head.psp_modules"),
-        (TensorFlows, "transpose them to PyTorch's"),
+        (WithoutPyramid, "from mmsegmentation, but not a PSPNet: it has no decode_head.psp_modules"),
+        (TensorFlowKernels, "transpose them to PyTorch's"),
         (lambda: torch.nn.Linear(2, 3), "It has 2 arrays in weight, bias, such as bias"),
         (lambda: reference.MmsegPSPNet(18, 1, "deep32", False), "its classifier has 1 output, as for a sigmoid"),
     ],
 )
-def test_another_network_is_refused(build, words, tmp_path):
+def test_an_unsupported_network_is_refused(build, words, tmp_path):
     path = write(tmp_path / "net.pth", build)
     with pytest.raises(ValueError, match=words) as refusal:
         weights.inspect(path)
     assert str(path) in str(refusal.value)
 
 
-def test_a_config_that_our_network_cannot_follow_is_refused(tmp_path):
+def test_an_unsupported_training_config_is_refused(tmp_path):
     for eps in ("0.001", "1e-3"):
         path = mmseg(tmp_path / "net.pth", cfg=f"norm_cfg = dict(type='SyncBN', eps={eps}, requires_grad=True)")
-        with pytest.raises(ValueError, match=f"its config has eps={eps} in norm_cfg; what can be imported is 1e-05"):
+        with pytest.raises(ValueError, match=f"its config has eps={eps} in norm_cfg; only 1e-05 can be imported"):
             weights.inspect(path)
     stages = "strides=(1, 2, 1, 1), dilations=(1, 2, 4, 8)"
     for path in (mmseg(tmp_path / "net.pth", cfg=stages), mmseg(tmp_path / "pspnet_r50-d32_512x1024_80k_cityscapes.pth")):
@@ -311,14 +312,14 @@ def test_a_config_that_our_network_cannot_follow_is_refused(tmp_path):
             weights.inspect(path)
 
 
-def test_a_backbone_is_nothing_to_evaluate(tmp_path):
+def test_a_backbone_does_not_determine_a_config(tmp_path):
     path = write(tmp_path / "resnet50.pth", lambda: reference.ResNet(50))
     with pytest.raises(ValueError, match=f"train from it with --config.init_from={path}"):
         weights.configure(base_config(), weights.inspect(path))
 
 
-def test_weights_want_the_preprocessing_they_were_trained_with(tmp_path, caplog):
-    """What the file's config tells cannot be contradicted; what is assumed can, with a warning."""
+def test_normalization_has_to_match_the_weights(tmp_path, caplog):
+    """A normalization in the file's config cannot be overridden; an assumed one can, with a warning."""
     normalize = base_config().normalize
     assumed = weights.inspect(write(tmp_path / "resnet50.pth", lambda: reference.ResNet(50)))
     weights.check_normalize(normalize, assumed)
@@ -327,9 +328,9 @@ def test_weights_want_the_preprocessing_they_were_trained_with(tmp_path, caplog)
     weights.check_normalize(normalize, assumed)
     assert "to be trained with --config.normalize.std=58.395,57.12,57.375 --config.normalize.order=RGB" in caplog.messages[0]
     normalize.std, normalize.order = base_config().normalize.std, "RGB"
-    told = weights.inspect(mmseg(tmp_path / "net.pth", 50, stem="conv7", config=OLD_CONFIG))
+    specified = weights.inspect(mmseg(tmp_path / "net.pth", 50, stem="conv7", config=OLD_CONFIG))
     with pytest.raises(ValueError) as refusal:
-        weights.check_normalize(normalize, told)
+        weights.check_normalize(normalize, specified)
     assert str(refusal.value).endswith(
         "set --config.normalize.mean=123.68,116.779,103.939 --config.normalize.order=BGR --config.normalize.std=3.0,2.0,1.0"
     )
