@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may be in any encoding
-    logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
+    logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%m-%d %H:%M:%S", stream=sys.stdout, force=True)
     logger.setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.raiseExceptions = False  # if the reader of a pipe is gone, as after `| head -1`, the job goes on

@@ -21,6 +21,8 @@ from pspnet_jax.models import Classifier, ConvNorm
 from tests import fakes
 from tests.test_main import ROOT, SMALL, error
 
+pytestmark = pytest.mark.slow
+
 SIZE = (60, 80)
 LAYOUTS = {
     "ade20k": lambda root: fakes.write_ade20k(root, {"training": 9, "validation": 2}, SIZE),
@@ -40,7 +42,6 @@ SUBMISSIONS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_benchmark_from_its_files_to_a_submission(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -17,6 +17,8 @@ from pspnet_jax.weights import pytorch
 from tests import fakes, gcs
 from tests.test_main import SMALL, recipe
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("google.cloud.storage")  # orbax's client for gs://
 if not shutil.which("openssl"):
     pytest.skip("openssl is missing, which makes the emulator's certificate", allow_module_level=True)
@@ -75,7 +77,6 @@ def statuses(output: str) -> list[str]:
     return re.findall(r"^status (\w+): --(\S+)", output, flags=re.MULTILINE)
 
 
-@pytest.mark.slow
 def test_training_stopping_resuming_evaluation_and_prediction_on_gs(cloud, tmp_path):
     bucket, _ = cloud
     data = fakes.write_folder(tmp_path / "data", {"train": 9, "val": 3}, size=(60, 50), num_classes=3)
@@ -112,7 +113,6 @@ def test_training_stopping_resuming_evaluation_and_prediction_on_gs(cloud, tmp_p
     assert [key for key in bucket.objects if "/.config" in key or "/.metrics" in key] == []  # temporary files
 
 
-@pytest.mark.slow
 def test_weights_are_imported_from_and_exported_to_gs(cloud, tmp_path):
     torch = pytest.importorskip("torch")
     from tests.weights import reference_torch as reference

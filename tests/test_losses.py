@@ -9,6 +9,8 @@ from pspnet_jax.config import base_config
 from pspnet_jax.errors import UserError
 from pspnet_jax.losses import SCHEDULES, Term
 
+pytestmark = pytest.mark.slow
+
 # softmax of (ln 1, ln 2, ln 5) is (1/8, 2/8, 5/8)
 # f32[1, 1, 3, 3]: adding a constant to a pixel's logits changes nothing
 LOGITS = jnp.log(jnp.array([1.0, 2.0, 5.0])) + jnp.array([[[[0.0], [100.0], [-3.0]]]])

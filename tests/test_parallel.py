@@ -16,6 +16,8 @@ from pspnet_jax.errors import UserError
 from pspnet_jax.train import checkpoint, layout
 from tests.train import OneLayer, fit, make_batches, tiny_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -162,7 +164,6 @@ def run_two_processes(workdir, at):
     return [process.returncode for process in processes], stderr
 
 
-@pytest.mark.slow
 def test_two_processes_stop_and_resume_together_and_equal_one(tmp_path, monkeypatch):
     """Compares twelve steps by two processes, interrupted by a SIGTERM to one of them, with one process with two devices."""
     codes, stderr = run_two_processes(tmp_path / "two", at=3)

@@ -19,6 +19,8 @@ from tests.test_main import SMALL, error, recipe
 torch = pytest.importorskip("torch")
 from tests.weights import reference_torch as reference  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
 SIZE = (97, 113)
 
@@ -102,7 +104,7 @@ def named(imported) -> tuple[Path, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("names", "rows", "said"),
+    ("names", "rows", "output"),
     [
         (("c2", "c1", "c0"), [0, 1, 2], ""),
         (("C0", "C1", "C2"), [2, 1, 0], "classifier rows are matched by class name: kept: C1; moved: C0 (2 -> 0), C2 (0 -> 2)"),
@@ -114,7 +116,7 @@ def test_an_import_matches_classifier_rows_by_class_name(named, tmp_path, capsys
     command = ["--mode=import", f"--input={path}", f"--workdir={tmp_path}/run", f"--config.dataset.class_names={names}"]
     assert main(command) == 0
     out = capsys.readouterr().out
-    assert output in out if output else "classifier's rows" not in out
+    assert output in out if output else "classifier rows" not in out
     assert "ASSUMED, though" not in out
     config, _, variables = checkpoint.load(tmp_path / "run", "latest", parallel.make_mesh())
     assert config.dataset.class_names == names
@@ -146,7 +148,6 @@ def test_an_import_of_a_backbone_ends_in_one_sentence(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_training_starts_from_a_backbone(imported, tmp_path, capsys):
     """After one step with a tiny learning rate, the weights are still those of ImageNet, but the batch statistics are not."""
     _, data, _ = imported

@@ -93,7 +93,7 @@ class TrainingLog:
         shown = "  ".join(text.format(values[name]) for name, text in PROGRESS_FORMATS.items() if name in values)
         total = self._config.total_steps
         left = datetime.timedelta(seconds=round((total - step) * self._config.batch_size / values["images_per_second"]))
-        logger.info(f"{datetime.datetime.now():%m-%d %H:%M}  step {step}/{total}  {shown}  {left} left")
+        logger.info(f"step {step}/{total}  {shown}  {left} left")
         self._write("train", step, values)
 
     def end_of_epoch(self, step: int) -> None:

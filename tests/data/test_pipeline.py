@@ -18,6 +18,8 @@ from pspnet_jax.data.order import AUGMENT, generator
 from pspnet_jax.errors import UserError
 from tests import fakes
 
+pytestmark = pytest.mark.slow
+
 COUNT = 7  # images; batches of 4 span two epochs
 
 
@@ -447,7 +449,6 @@ for step, batch in zip(range(2001), pipeline.as_numpy(pipeline.train_dataset(con
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads the resident size as Linux gives it")
 def test_memory_stays_flat_over_2000_batches(tmp_path):
     root = fakes.write_folder(tmp_path, {"train": 20}, size=(96, 128))

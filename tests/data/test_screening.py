@@ -16,6 +16,8 @@ from pspnet_jax.errors import UserError
 from tests import fakes
 from tests.data.test_sources import recipe
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def checked(monkeypatch):

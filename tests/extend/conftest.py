@@ -1,6 +1,16 @@
 import json
+import pathlib
 
 import pytest
+
+EXAMPLES = pathlib.Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    """The examples stay free of it: each trains a network."""
+    for item in items:
+        if item.path.parent == EXAMPLES:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from pspnet_jax.infer.predict import AHEAD, predict
 from pspnet_jax.infer.predictor import Predictor
 from tests.infer.test_evaluate import INFO, STRONGEST, predictor
 
+pytestmark = pytest.mark.slow
+
 
 def picture(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

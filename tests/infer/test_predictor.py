@@ -12,6 +12,8 @@ from pspnet_jax.infer.protocols import PROTOCOLS
 from tests.infer import reference
 from tests.infer.reference import CLASSES
 
+pytestmark = pytest.mark.slow
+
 ONE = np.float32(1)
 
 

@@ -10,6 +10,8 @@ from pspnet_jax.infer.predictor import Predictor
 from pspnet_jax.infer.protocols import PROTOCOLS
 from tests.infer import reference
 
+pytestmark = pytest.mark.slow
+
 SIX = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 

@@ -13,6 +13,8 @@ from flax import traverse_util
 from pspnet_jax import models
 from tests.models.test_pspnet import small
 
+pytestmark = pytest.mark.slow
+
 IMAGES = (2, 41, 57, 3)
 # Fields; SHA-256 of the signs of all initial values by path (signs are the same on every machine); SHA-256 of the channels that
 # dropout keeps. The hashes were taken before the network was divided into modules.

@@ -9,6 +9,8 @@ from pspnet_jax.errors import UserError
 from pspnet_jax.models import layers
 from tests.models import reference
 
+pytestmark = pytest.mark.slow
+
 # Kernel size (and stride) that pools a crop's features to b x b, by crop and b; 473 and 713 are in the authors' release.
 FIXED_KERNELS = {
     320: {1: 40, 2: 20, 4: 10, 8: 5},

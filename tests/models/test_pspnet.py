@@ -12,6 +12,8 @@ from pspnet_jax.config import base_config
 from pspnet_jax.errors import UserError
 from tests.models import reference
 
+pytestmark = pytest.mark.slow
+
 # (depth, stem, K): trainable parameters with and without the auxiliary head, counted from hszhao/semseg (stem "deep")
 # and open-mmlab/mmsegmentation ("deep32").
 PARAMETERS = {

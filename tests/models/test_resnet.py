@@ -14,6 +14,8 @@ from pspnet_jax.errors import UserError
 from pspnet_jax.models import resnet
 from pspnet_jax.models.layers import ConvNorm
 
+pytestmark = pytest.mark.slow
+
 
 def backbone(**fields: object) -> resnet.ResNet:
     return resnet.ResNet(**{"width": 8} | fields)

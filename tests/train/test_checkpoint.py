@@ -18,6 +18,8 @@ from pspnet_jax.train.checkpoint import SCORE, Checkpoints
 from pspnet_jax.train.step import TrainState
 from tests.train import filled_state, mesh_of, tiny_config
 
+pytestmark = pytest.mark.slow
+
 
 def small_state(step, devices=8):
     """Returns a state of a few numbers that all depend on the step."""

@@ -23,6 +23,8 @@ from pspnet_jax.train import checkpoint, integrity, layout
 from pspnet_jax.train.checkpoint import Checkpoints
 from tests.train import OneLayer, fit, make_batch, make_batches, score, tiny_config
 
+pytestmark = pytest.mark.slow
+
 
 def train(config, workdir, evaluate=score, **more):
     return fit(config, make_batches, evaluate, workdir, model=OneLayer(), **more)

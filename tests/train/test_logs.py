@@ -1,6 +1,5 @@
 import json
 import logging
-import re
 import time
 from concurrent.futures import Future
 
@@ -54,9 +53,7 @@ def test_a_progress_line_and_its_metrics(tmp_path, clock, caplog):
         log.add_step(METRICS)
         log_step(log, 2, other)
     log.close()
-    (line,) = caplog.messages
-    expected = "step 2/12  loss 2.000  batch mIoU 46.7%  lr 0.06250  4.0 images/s  data wait 0%  0:00:20 left"
-    assert re.fullmatch(rf"\d\d-\d\d \d\d:\d\d  {re.escape(expected)}", line)
+    assert caplog.messages == ["step 2/12  loss 2.000  batch mIoU 46.7%  lr 0.06250  4.0 images/s  data wait 0%  0:00:20 left"]
     assert lines(tmp_path) == [
         {
             "step": 2,

@@ -24,6 +24,8 @@ from pspnet_jax.train.checkpoint import Checkpoints, load
 from pspnet_jax.train.loop import NonFiniteGuard, due
 from tests.train import OneLayer, fit, make_batch, make_batches, score, tiny_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 # Trains the tiny run in a subprocess. At the given batch, which is loaded up to three steps in advance, it either waits to be
@@ -99,7 +101,6 @@ def test_due():
     assert [step for step in range(1, 11) if due(step, 0, total=10)] == [10]
 
 
-@pytest.mark.slow
 def test_an_interrupted_run_ends_in_exactly_the_state_of_an_uninterrupted_one(interrupted, uninterrupted):
     """Bit for bit, including BatchNorm statistics, momentum and moving average."""
     assert interrupted.saved_when_killed == [4]
@@ -107,7 +108,6 @@ def test_an_interrupted_run_ends_in_exactly_the_state_of_an_uninterrupted_one(in
     assert_equal(interrupted.state, uninterrupted.state)
 
 
-@pytest.mark.slow
 def test_sigterm_saves_the_step_and_exits(interrupted):
     assert interrupted.exit_code == 143, interrupted.stderr
     saved = interrupted.saved_when_stopped[-1]
@@ -116,7 +116,6 @@ def test_sigterm_saves_the_step_and_exits(interrupted):
     assert f"stopped by SIGTERM; step {saved} is saved; run the same command to resume" in interrupted.stderr
 
 
-@pytest.mark.slow
 def test_metrics_have_each_step_once_after_interruptions(interrupted, uninterrupted):
     def values(workdir):
         times = {"images_per_second", "data_wait"}

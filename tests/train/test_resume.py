@@ -9,6 +9,8 @@ from pspnet_jax.train import resume
 from pspnet_jax.train.checkpoint import write_weights
 from tests.train import CLASSES, filled_state, mesh_of, parts_of, tiny_config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("field", "value", "difference"),

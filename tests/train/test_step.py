@@ -12,6 +12,8 @@ from pspnet_jax.models.layers import convolve
 from pspnet_jax.train.step import init_state, make_train_step
 from tests.train import OneLayer, make_batch, parts_of, tiny_config
 
+pytestmark = pytest.mark.slow
+
 # Float32 rounding is 6e-8; a different order of sums in about twenty normalized layers and three steps gives up to 3e-6.
 TOLERANCE = 3e-5
 

@@ -11,6 +11,8 @@ from pspnet_jax import models, weights
 from pspnet_jax.config import base_config
 from pspnet_jax.weights import caffe
 
+pytestmark = pytest.mark.slow
+
 reference_caffe = pytest.importorskip("tests.weights.reference_caffe")  # needs torch
 RELEASED = {50: ((3, 4, 6, 3), "1x1_reduce"), 101: ((3, 4, 23, 3), "3x3")}  # blocks, and the convolution with the stride
 
@@ -181,7 +183,6 @@ def test_values_that_are_not_finite_are_refused(published, tmp_path):
         weights.load(broken, models.build(configured(path).model, 7))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("published", [101], indirect=True)
 def test_depth_101_has_its_stride_in_the_3x3_convolution(published):
     network, path = published

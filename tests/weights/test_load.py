@@ -25,6 +25,8 @@ from safetensors.torch import save_file  # noqa: E402
 
 from tests.weights import reference_torch as reference  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-4  # largest difference in standard deviations; observed: 5e-6
 SIZES = ((97, 97), (90, 123))
 K = 5
@@ -97,7 +99,6 @@ def test_an_imported_network_computes_the_same_logits(name, tmp_path):
         check_logits(tmp_path / name, network, size)
 
 
-@pytest.mark.slow
 def test_depth_50_computes_the_same_logits_at_the_published_crop(tmp_path):
     network, content = semseg()
     torch.save(content, tmp_path / "train_epoch_100.pth")
