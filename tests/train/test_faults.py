@@ -304,8 +304,9 @@ def test_a_seed_that_jax_would_truncate_is_refused(tmp_path, seed):
         train(config, tmp_path)
 
 
-def test_a_save_that_fails_in_the_background_is_repeated_at_the_next_progress_line(tmp_path, monkeypatch, caplog, whole):
-    """The disk is full while step 3 is written, and has space again at step 4."""
+@pytest.fixture
+def disk_full_once(monkeypatch):
+    """The disk has no space for the first checkpoint."""
     write, calls = integrity.write_checksums, itertools.count()
 
     def full_at_first(directory):
@@ -314,6 +315,10 @@ def test_a_save_that_fails_in_the_background_is_repeated_at_the_next_progress_li
         write(directory)
 
     monkeypatch.setattr(integrity, "write_checksums", full_at_first)
+
+
+def test_a_save_that_fails_in_the_background_is_repeated_at_the_next_progress_line(tmp_path, disk_full_once, caplog, whole):
+    """The disk is full while step 3 is written, and has space again at step 4."""
     wait = [lambda step: time.sleep(2) if step == 3 else None]  # until the save has failed
     assert_equal(train(small(save=3, eval=0, log=2), tmp_path, None, hooks=wait), whole)
     messages = [line for line in warnings(caplog) if "could not be written" in line]
@@ -418,15 +423,7 @@ def test_scores_on_different_data_are_not_compared(tmp_path, caplog):
     assert "the evaluation data has changed: the best checkpoint is one of those scored since step 6" in warnings(caplog)
 
 
-def test_a_save_that_fails_before_its_evaluation_is_repeated(tmp_path, monkeypatch, caplog, whole):
-    write, calls = integrity.write_checksums, itertools.count()
-
-    def full_at_first(directory):
-        if next(calls) == 0:
-            raise OSError(28, "No space left on device")
-        write(directory)
-
-    monkeypatch.setattr(integrity, "write_checksums", full_at_first)
+def test_a_save_that_fails_before_its_evaluation_is_repeated(tmp_path, disk_full_once, caplog, whole):
     assert_equal(train(small(save=6), tmp_path), whole)
     assert saved_steps(tmp_path) == [3, 6]
     assert "checkpoint 3 could not be written (No space left on device)" in warnings(caplog)
