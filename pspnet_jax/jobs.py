@@ -115,8 +115,9 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     config = runs.from_recipe(arguments, overrides)
     info = datasets.describe(config.dataset)
     output = arguments.output or runs.workdir_of(arguments, config.name) / "check"
-    problems, pictures, palettes_found, all_sources = [], {}, [], list[Any]()
-    parts = list(sources.training_parts(config.dataset))
+    problems, pictures, palettes_found, opened = [], {}, [], list[Any]()
+    training = list(sources.training_parts(config.dataset))
+    parts = training.copy()
     if config.eval.split != config.dataset.train_split:
         parts.append((config.dataset, config.eval.split))
     for number, (dataset, split) in enumerate(parts):
@@ -127,18 +128,16 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
             continue
         problems += found.problems
         palettes_found.append(found.palette)
+        opened.append(found.source)
         logger.info(found)
         rich.print(found.table(info))
         name = split if dataset is config.dataset else f"mixture{number}_{split}"
-        if examples := survey.samples(dataset, found, PANELS):
+        if examples := survey.samples(found, PANELS):
             pictures[f"{name}_images.png"] = draw.contact_sheet(examples, info)
             pictures[f"{name}_classes.png"] = draw.class_frequencies(found.pixels, info)
-    with contextlib.suppress(UserError):  # already listed in problems
-        training = [sources.open_source(*part, check=False) for part in sources.training_parts(config.dataset)]
-        validation_source = sources.open_source(config.dataset, config.eval.split, check=False)
-        all_sources = [*training, validation_source]
-        overlap.warn_shared(training, validation_source)
-    for step in (lambda: _write_pictures(pictures, output, all_sources), lambda: palettes.require_agreement(palettes_found)):
+    if len(opened) == len(parts):
+        overlap.warn_shared(opened[: len(training)], opened[-1] if len(parts) > len(training) else opened[0])
+    for step in (lambda: _write_pictures(pictures, output, opened), lambda: palettes.require_agreement(palettes_found)):
         try:
             step()
         except UserError as error:
@@ -147,11 +146,11 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise UserError("\n".join((*problems, f"{len(problems)} problem(s) found")))
 
 
-def _write_pictures(pictures: Mapping[str, Any], output: epath.Path, all_sources: Sequence[Any]) -> None:
+def _write_pictures(pictures: Mapping[str, Any], output: epath.Path, opened: Sequence[Any]) -> None:
     """Writes the pictures of --mode check, but never into the dataset or over a file of the user."""
     from pspnet_jax.data import overlap
 
-    overlap.refuse_inside(output, all_sources)
+    overlap.refuse_inside(output, opened)
     with files.writing(output, "the pictures are missing"):
         for name, picture in pictures.items():
             draw.save_over_own(picture, output / name)

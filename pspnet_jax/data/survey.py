@@ -35,6 +35,7 @@ class Survey:
 
     Attributes:
       split: its name.
+      source: its examples.
       usable: indices of the usable examples.
       sizes: number of usable examples of each (height, width).
       pixels: int64[K], number of pixels of each class.
@@ -45,6 +46,7 @@ class Survey:
     """
 
     split: str
+    source: Source
     usable: Sequence[int]
     sizes: Mapping[tuple[int, ...], int]
     pixels: np.ndarray
@@ -113,12 +115,13 @@ def survey(dataset: ConfigDict, split: str, num_classes: int) -> Survey:
     train = split == dataset.train_split and not dataset.mixture
     problems += [problem for problem in (palettes.contradiction, totals.problem(names, train)) if problem]
     screening.warn(totals, names, turned, palettes.remarks)
-    return Survey(split, usable, sizes, total[:num_classes], int(total[255]), present[:num_classes], palettes.seen, problems)
+    counts = total[:num_classes], int(total[255]), present[:num_classes]
+    return Survey(split, source, usable, sizes, *counts, palettes.seen, problems)
 
 
-def samples(dataset: ConfigDict, found: Survey, count: int) -> list[dict[str, Any]]:
+def samples(found: Survey, count: int) -> list[dict[str, Any]]:
     """Returns up to `count` usable examples, evenly spaced over the split: image uint8[H,W,3], label uint8[H,W] and name."""
-    source = open_source(dataset, found.split, check=False)
+    source = found.source
     chosen = np.unique(np.linspace(0, len(found.usable) - 1, count).round().astype(int)) if found.usable else ()
     indices = [found.usable[i] for i in chosen]
     return [dict(zip(("image", "label"), source.read(i), strict=True), name=source.names[i]) for i in indices]

@@ -75,17 +75,16 @@ def predict(
     with locked(output):
         _refuse_overwriting(results, images, output, origin)
         _write_origin(output, origin, skip_existing)
-        signatures = {name: _signature(origin, path) for name, path in images.items()}
-        done = {name for name in images if skip_existing and _is_done(results[name], signatures[name])}
-        todo = _by_size({name: path for name, path in images.items() if name not in done}, predictor)
+        sign = functools.partial(_signature, origin)
+        new = _without_results(images, results, sign) if skip_existing else images
+        todo = _by_size(new, predictor)
         began, variables = time.perf_counter(), predictor.place(variables)
         with ThreadPoolExecutor(THREADS) as pool, progress("predicting", len(todo)) as advance:
             job = _Job(pool, advance)
-            for group in predictor.groups(job.read(todo, predictor.check)):
+            for group in predictor.groups(job.read(todo, predictor.check, sign)):
                 for example, labels, i in _predict_group(group, predictor, variables, job.fail):
-                    name, image = example["name"], example["image"]
-                    fetch_label = functools.partial(_fetch_label, labels, i, image, predictor.settings)
-                    job.write(name, _write, results[name], signatures[name], image, fetch_label, info, server)
+                    fetch_label = functools.partial(_fetch_label, labels, i, example["image"], predictor.settings)
+                    job.write(example["name"], _write, results[example["name"]], example, fetch_label, info, server)
                 if job.stopped_by:
                     break
             job.wait()
@@ -131,16 +130,22 @@ class _Job:
         self._writing: collections.deque[tuple[str, Future]] = collections.deque()
         self.done, self.failed, self.stopped_by = 0, list[str](), ""
 
-    def read(self, paths: Mapping[str, epath.PathLike], check: Callable[[np.ndarray], None]) -> Iterator[Example]:
-        """Yields the images that can be read and pass the check, in order; records the others as failed."""
+    def read(
+        self,
+        paths: Mapping[str, epath.PathLike],
+        check: Callable[[np.ndarray], None],
+        sign: Callable[[epath.PathLike], str],
+    ) -> Iterator[Example]:
+        """Yields the images that can be read and pass the check, in order, with their signatures; records others as failed."""
 
-        def read_one(path: epath.PathLike) -> np.ndarray:
+        def read_one(path: epath.PathLike) -> dict[str, Any]:
             try:
+                signature = sign(path)
                 check(image := image_files.read(path))
             except Exception as error:  # decoders raise many types
                 reason = str(error) or type(error).__name__
                 raise UserError(reason if reason.startswith(str(path)) else f"{path}: {reason}") from error
-            return image
+            return {"image": image, "signature": signature}
 
         reading: collections.deque[tuple[str, Future]] = collections.deque()
         remaining = iter(paths.items())
@@ -151,7 +156,7 @@ class _Job:
                 return
             name, future = reading.popleft()
             try:
-                yield {"name": name, "image": future.result()}
+                yield {"name": name, **future.result()}
             except UserError as error:
                 self.fail(str(error))
 
@@ -205,6 +210,17 @@ def _signature(origin: Mapping[str, Any], image: epath.PathLike) -> str:
     return hashlib.sha256(json.dumps([made_with, size_and_time]).encode()).hexdigest()[:32]
 
 
+def _without_results(
+    images: Mapping[str, epath.PathLike],
+    results: Mapping[str, Sequence[epath.Path]],
+    sign: Callable[[epath.PathLike], str],
+) -> dict[str, epath.PathLike]:
+    """Returns the images that do not have all their results yet."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        done = pool.map(lambda name: _is_done(results[name], sign(images[name])), images)
+        return {name: path for (name, path), is_done in zip(images.items(), done, strict=True) if not is_done}
+
+
 def _is_done(results: Sequence[epath.Path], signature: str) -> bool:
     """Returns whether all results of an image exist, and the first, which is written last, has this signature."""
     try:
@@ -229,21 +245,22 @@ def _fetch_label(labels: jax.Array, i: int, image: np.ndarray, settings: ConfigD
 
 def _write(
     results: Sequence[epath.Path],
-    signature: str,
-    image: np.ndarray,
+    example: Example,
     fetch_label: Callable[[], np.ndarray],
     info: DatasetInfo,
     server: submission.Submission | None,
 ) -> None:
     label, signed = fetch_label(), PngImagePlugin.PngInfo()
-    signed.add_text(SIGNATURE, signature)
+    signed.add_text(SIGNATURE, example["signature"])
     if folders := [str(path) for path in results if path.is_dir()]:
         raise UserError(f"{', '.join(folders)}: is a folder where a result should be; move it away")
     if server:
         return save(server.encode(label), results[0], pnginfo=signed)
     index, color, mixed = results
     save(palette_image(label, info.colors), color)
-    save(Image.fromarray(overlay(image, label, info.colors)), mixed, "JPEG", quality=95, subsampling=0)  # crisp edges
+    save(
+        Image.fromarray(overlay(example["image"], label, info.colors)), mixed, "JPEG", quality=95, subsampling=0
+    )  # crisp edges
     save(Image.fromarray(label), index, pnginfo=signed)  # written last: if it exists, so do the others
 
 

@@ -175,8 +175,9 @@ def _check_same_format(first: HostBatch, batches: Iterable[HostBatch]) -> Iterat
     def formats(batch: HostBatch) -> dict[str, str]:
         return {name: f"{array.dtype}[{len(array)}, ...]" for name, array in batch.items()}
 
+    expected = formats(first)
     for batch in batches:
-        if (found := formats(batch)) != (expected := formats(first)):
+        if (found := formats(batch)) != expected:
             raise UserError(f"a batch has {found}, but the first one had {expected}; all batches need the same format")
         yield batch
 

@@ -54,7 +54,7 @@ def test_problems_of_files_and_counts_are_listed(tmp_path):
 def test_samples_are_evenly_spaced(tmp_path, count, expected):
     root = fakes.write_folder(tmp_path, {"train": 6})
     dataset = recipe(root=str(root))
-    found = survey.samples(dataset, survey.survey(dataset, "train", 4), count)
+    found = survey.samples(survey.survey(dataset, "train", 4), count)
     assert [example["name"] for example in found] == [f"{index:03d}" for index in expected]
     for example, index in zip(found, expected, strict=True):
         image, label = fakes.pair("train", index)
@@ -85,7 +85,7 @@ def test_every_wrong_file_is_listed_even_if_most_are(tmp_path):
     )
     for sentence, expected in zip(found.problems, words, strict=True):
         assert re.search(expected, sentence)
-    assert [example["name"] for example in survey.samples(dataset, found, 3)] == ["004"]
+    assert [example["name"] for example in survey.samples(found, 3)] == ["004"]
 
 
 class Fakes(sources.Files):
