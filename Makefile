@@ -1,5 +1,5 @@
-# make quickstart | test | test-fast | lint: each makes .venv first, with the newest of python3.13, python3.12 and python3.11 that
-# runs here. PYTHON=... chooses the interpreter, 3.11 to 3.13; if it is another version than that of .venv, .venv is made anew.
+# make quickstart | test | test-fast | lint: each creates .venv first, with the newest of python3.13, python3.12 and python3.11 that
+# works here. PYTHON=... selects another interpreter, 3.11 to 3.13; if its version differs from that of .venv, .venv is recreated.
 BIN := .venv/bin
 
 .PHONY: quickstart test test-fast lint
@@ -25,7 +25,7 @@ ifneq ($(shell $(PYTHON) -V 2>/dev/null),$(if $(wildcard $(BIN)/python),$(shell 
 .PHONY: .venv/runtime
 CLEAR := --clear
 endif
-else  # tried, not only looked for: pyenv's commands may be there and fail, and Debian keeps ensurepip in a package of its own
+else  # runs each candidate, because pyenv's commands may exist but fail, and Debian has ensurepip in a separate package
 PYTHON = $(shell for p in python3.13 python3.12 python3.11; do $$p -c 'import ensurepip' 2>/dev/null && echo $$p && break; done)
 endif
 
