@@ -1,4 +1,4 @@
-"""The implementations that `benchmarks.model` compares, our network and train step and semseg's, behind one interface."""
+"""The implementations that `benchmarks.model` compares, ours and semseg's, behind one interface."""
 
 import dataclasses
 import importlib
@@ -163,7 +163,7 @@ def semseg(task: Task, path: str, channels_last: bool = False, compiled: bool = 
 
 
 def semseg_optimizer(network: Any, optimizer: ConfigDict) -> Any:
-    """Returns the SGD of tool/train.py, in which pyramid and heads, not named `layer...`, have a higher learning rate."""
+    """Returns the SGD of tool/train.py: pyramid and heads, whose names do not start with "layer", learn at a higher rate."""
     import torch
 
     backbone, heads = [], []

@@ -1,4 +1,4 @@
-"""The cost of evaluation outside the network, and a comparison of its results with the authors' PyTorch code.
+"""Time and memory of evaluation outside the network, and our predicted labels compared with those of semseg's test code.
 
 python -m benchmarks.evaluation time                                    # share of time spent outside the network
 python -m benchmarks.evaluation memory                                  # peak host memory
@@ -62,7 +62,7 @@ def trivial_network(bias: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def share_outside(protocol: str, case: tuple, repeat: int) -> None:
-    """Prints the seconds spent outside the network and in the network, and the share of the former."""
+    """Prints the seconds spent outside the network and in it, and the share spent outside."""
     depth, height, width, num_classes, crop, base_size, short_size = case
     config = settings(protocol, crop, base_size, short_size)
     config.model.depth = depth
@@ -88,7 +88,7 @@ def share_outside(protocol: str, case: tuple, repeat: int) -> None:
 
 
 def peak_memory(protocol: str, batch_size: int) -> None:
-    """Prints the peak memory of this process, which has to be new, for 2000x1500 pixels, K = 150, six scales and flip."""
+    """Prints the peak memory of this process, which must be a new one, for 2000x1500 pixels, K = 150, six scales and flip."""
     crop, sizes = ((512, 512), MMSEG_ADE20K) if protocol == "mmseg" else (ADE20K_CROP, (ADE20K_SIZE, 0))
     predictor = Predictor(trivial_network, settings(protocol, crop, *sizes, batch_size=batch_size), 150)
     bias = predictor.place(np.zeros(150, np.float32))
@@ -144,7 +144,7 @@ class Semseg:
 
 
 def compare_labels(semseg: str, folder: str, count: int, scales: tuple[float, ...]) -> None:
-    """Prints the share of pixels with the same class per image, and semseg's largest probability gap for the others."""
+    """Prints the share of pixels with the same class per image, and semseg's largest gap between its best classes elsewhere."""
     paths = list(find_images(folder).values())
     images = [image_files.read(paths[i]) for i in range(0, len(paths), max(1, len(paths) // count))][:count]
     config = settings("semseg", (241, 241), 480, 0, scales=scales)

@@ -5,7 +5,7 @@ python -m benchmarks.fidelity peer --mmseg --out DIR         # with mmsegmentati
 python -m benchmarks.fidelity ours DIR                       # with pspnet_jax and torch
 
 The step `peer` writes NAME.pth, and NAME.npz with the image, the peer's logits, and its logits computed in float64. The steps
-can use different environments: `peer` does not import our code, nor `ours` the peers'.
+can run in different environments: `peer` does not import our code, and `ours` does not import theirs.
 """
 
 import argparse

@@ -3,8 +3,8 @@
 python -m benchmarks.input [--semseg DIR] [--base DIR] [--repeats 12] [--seconds 8]
 python -m benchmarks.input --python
 
-Every measurement runs in its own process and excludes its first batches. Each repeat measures every method once, and a ratio
-is the median of the ratios within each repeat, so that it holds even if the machine's speed drifts.
+Every measurement runs in its own process and excludes the first batches. Each repeat measures every method once. A ratio is the
+median of the ratios within each repeat, so that it is still valid if the speed of the machine changes over time.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Speed and memory of inference and training steps, for any recipe and device, optionally against semseg's PSPNet in PyTorch.
+"""Speed and memory of inference and training steps for any recipe and device, optionally compared with semseg's PyTorch code.
 
 python -m benchmarks.model --config configs/ade20k.py --batch 16 32 --dtype float32 bfloat16 [--config.field=value ...]
-python -m benchmarks.model --config configs/ade20k.py --semseg PATH    # alternating with a clone of hszhao/semseg; needs torch
-python -m benchmarks.model --config configs/ade20k.py --check          # one train step against the same step on the CPU
+python -m benchmarks.model --config configs/ade20k.py --semseg PATH    # also times a clone of hszhao/semseg; needs torch
+python -m benchmarks.model --config configs/ade20k.py --check          # compares one train step with the same step on the CPU
 
 Needs neither TensorFlow nor data: images and labels are random and stay on the device.
 """

@@ -3,8 +3,9 @@
 git clone https://github.com/hszhao/PSPNet
 python -m benchmarks.prototxt --prototxt PSPNet/evaluation/prototxt/*.prototxt
 
-This program does not know PSPNet: it runs the layers in the file's order, with their names, bottoms, tops and options, and
-fails on unknown ones. Each layer gets random weights when it runs, and the import reads them from a .caffemodel.
+This program contains nothing specific to PSPNet: it runs the layers in the order of the file, with the names, bottoms, tops and
+options given there, and fails on a layer or option that it does not know. Each layer gets random weights when it runs; they are
+written to a .caffemodel, which is then imported.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """ADE20K scene parsing, 150 classes: python -m pspnet_jax.main --config configs/ade20k.py --config.dataset.root=DIR
 
-`configs/ade20k.py:101` trains depth 101. Target mIoU on the 2,000 validation images with flip, at one scale / six scales: depth
-50: 41.68 / 42.78, 101: 41.96 / 43.29, 152: 42.62 / 43.51, 269: 43.81 / 44.94 (paper, depth ablation).
-All start from ImageNet weights of the backbone.
+`configs/ade20k.py:101` trains depth 101. Published mIoU on the 2,000 validation images with flip, at one scale / six scales:
+depth 50: 41.68 / 42.78, 101: 41.96 / 43.29, 152: 42.62 / 43.51, 269: 43.81 / 44.94 (paper, depth ablation).
+All start from a backbone pretrained on ImageNet: add --config.init_from=FILE.
 Six scales: --mode evaluate --config.eval.scales=0.5,0.75,1.0,1.25,1.5,1.75
 """
 

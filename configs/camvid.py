@@ -1,8 +1,9 @@
-"""CamVid, 11 classes, on a CPU: trains a PSPNet-18 from scratch on crops, and evaluates whole images.
+"""CamVid, 11 classes, on a CPU: trains a PSPNet with ResNet-18 from scratch on crops, and evaluates whole images.
 
 python -m pspnet_jax.main --config configs/camvid.py --config.dataset.root=DIR
 
-DIR holds images/{train,val} and labels/{train,val} at 480x360 (the SegNet tutorial's version, with 255 for void).
+DIR holds images/{train,val} and labels/{train,val} at 480x360 (the SegNet tutorial's version, with 255 for void). The README
+has a script that writes it.
 """
 
 from ml_collections import ConfigDict
@@ -23,12 +24,12 @@ def get_config() -> ConfigDict:
     config.total_steps = 1100  # 24 epochs of 367 images
     config.optimizer.learning_rate = 0.05
     config.optimizer.head_multiplier = 1.0  # nothing is pretrained, so all layers learn at the same rate
-    config.augment.scale = (0.4, 1.0)  # relative to 480x360
+    config.augment.scale = (0.4, 1.0)  # relative to the original 480x360 pixels
     config.augment.rotate_probability = 0.0
     config.augment.blur_probability = 0.0
-    config.augment.crop = (181, 241)
+    config.augment.crop = (181, 241)  # height, width
     config.eval.inference = "whole"
-    config.eval.base_size = 361
+    config.eval.base_size = 361  # about 0.75 of the original 480
     config.every.log = 20
     config.every.eval = 275
     config.every.save = 275

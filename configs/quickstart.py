@@ -1,4 +1,4 @@
-"""Built-in synthetic scenes and a thin ResNet-18: minutes on a CPU. python -m pspnet_jax.main --config configs/quickstart.py
+"""A narrow ResNet-18 on built-in synthetic scenes: minutes on a CPU. python -m pspnet_jax.main --config configs/quickstart.py
 
 `configs/quickstart.py:1` trains with a single 1x1 level, `configs/quickstart.py:none` without a pyramid; see
 benchmarks/pyramid.md.
@@ -25,7 +25,7 @@ def get_config(pyramid: str = "1236") -> ConfigDict:
     config.model.factored_head = True
     config.batch_size = 16
     config.total_steps = 300
-    config.loss.class_weights = (0.5, 1, 0.5, 1, 0.5, 3, 3, 4, 4, 3, 4)  # so that small things are learned in a short run
+    config.loss.class_weights = (0.5, 1, 0.5, 1, 0.5, 3, 3, 4, 4, 3, 4)  # so that small objects are learned in a short run
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 0.003
     config.optimizer.weight_decay = 0.01

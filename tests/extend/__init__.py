@@ -1,4 +1,4 @@
-"""Extensions that users can write without changing the package: one complete file each, whose length `test_sizes` limits.
+"""Examples of extensions that leave the package unchanged. Each is one complete file, whose length `test_sizes` limits.
 
 This module has the data and settings that they share.
 """
@@ -16,7 +16,7 @@ CLASSES = ("dark", "gray", "light")
 
 
 def small_config(steps: int) -> ConfigDict:
-    """33x33 crops, 8 images per step, metrics logged at each step."""
+    """Returns a config for a small network: 33x33 crops, 8 images per step, metrics logged at each step."""
     config = base_config()
     config.model.update(depth=18, width=8, bins=(1, 2))
     config.dataset.class_names = CLASSES

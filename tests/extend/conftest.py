@@ -7,7 +7,7 @@ EXAMPLES = pathlib.Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items):
-    """The examples stay free of it: each trains a network."""
+    """Marks all examples as slow, since each trains a network; they stay short because the mark is set here."""
     for item in items:
         if item.path.parent == EXAMPLES:
             item.add_marker(pytest.mark.slow)

@@ -1,4 +1,4 @@
-"""Another loss: soft Dice with squares (Milletari et al. 2016), averaged over the images, with two parts per step."""
+"""Another loss: soft Dice with squares (Milletari et al. 2016), a mean over images, with gradient accumulation over 2 parts."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Another loss: cross-entropy over the harder half of each image's pixels, with two parts per step."""
+"""Another loss: cross-entropy over the harder half of each image's pixels, with gradient accumulation over 2 parts."""
 
 import jax
 import jax.numpy as jnp

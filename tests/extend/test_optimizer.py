@@ -1,4 +1,4 @@
-"""Another optimizer: Adam with layer-wise learning rates, halved from each stage to the one before it."""
+"""Another optimizer: Adam with layer-wise learning rates, half as high in each stage as in the next."""
 
 import numpy as np
 import optax

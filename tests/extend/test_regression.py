@@ -1,4 +1,4 @@
-"""Another task: depth estimation on the built-in scenes, with the pyramid and its own loss, metric and evaluation."""
+"""Another task: depth estimation on the built-in scenes, with the pyramid but its own loss, metric and evaluation."""
 
 import json
 
