@@ -65,7 +65,7 @@ def predict(
 
     Raises:
       UserError: the submission has other classes; the output cannot be written to, has files that would be overwritten, or
-        would be continued with another origin; or some images could not be predicted, reported after all others are done.
+        has results of another origin to continue; or some images could not be predicted, once all others are done.
     """
     server, output = submission.choose(form, info) if form else None, files.absolute(output)
     results = {name: _result_paths(output, name, server) for name in images}
@@ -191,7 +191,7 @@ def _result_paths(output: epath.Path, name: str, server: submission.Submission |
 
 
 def _digest(variables: Any) -> str:
-    """Returns a checksum of the weights, because a run that was repeated has other weights at the same step."""
+    """Returns a checksum of the weights, because repeating a run may give other weights at the same step."""
     checksum = 0
     for leaf in jax.tree.leaves(variables):
         array = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
