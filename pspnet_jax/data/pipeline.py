@@ -41,7 +41,7 @@ class TrainingData:
       order: the dataset and index of the example at each position.
       sources: the datasets.
       reads: a function for each dataset: index -> image uint8[H,W,3], label uint8[H,W]; `source.read`, possibly cached.
-      examples_per_epoch: number of examples in which the first dataset is shown once.
+      examples_per_epoch: number of examples after which each example of the first dataset has been used once.
       fingerprint: digest of the names and sizes of all files, the same on all hosts; "" without files.
     """
 
@@ -108,13 +108,13 @@ def train_dataset(
 
     Args:
       config: the whole config.
-      start_step: the first step; a late step takes no longer to reach.
+      start_step: the first step; starting at a late step takes no longer.
       host: index of this host, which makes the examples host * b, ..., (host + 1) * b - 1, where b = batch_size / hosts.
       hosts: number of hosts that share each batch.
       data: from `open_training`, which is called if this is None.
 
     Returns:
-      a dataset of {"image": uint8[b,h,w,3], "label": uint8[b,h,w]}, where (h, w) is the crop; see `as_numpy`.
+      A dataset of {"image": uint8[b,h,w,3], "label": uint8[b,h,w]}, where (h, w) is the crop; see `as_numpy`.
 
     Raises:
       UserError: batch_size is not a multiple of hosts; or see `open_training`.
@@ -169,7 +169,7 @@ def eval_dataset(
       source: an opened split or a custom source.
 
     Returns:
-      a dataset of {"image": uint8[H,W,3], "label": uint8[H,W], "name": string}; see `as_numpy`.
+      A dataset of {"image": uint8[H,W,3], "label": uint8[H,W], "name": string}; see `as_numpy`.
 
     Raises:
       UserError: see open_source.
@@ -258,7 +258,8 @@ def _keep_alive(dataset: tf.data.Dataset, *python: object, read_again: Callable[
 def _map(numbers: tf.data.Dataset, element: Callable[[tf.Tensor], Any], in_graph: bool) -> tf.data.Dataset:
     """Maps numbers to elements, in parallel and in order.
 
-    Python sources call TensorFlow and wait for it. In TensorFlow's shared threads that could deadlock, so they get their own.
+    Python sources call TensorFlow and wait for it. They get threads of their own, because TensorFlow's shared threads could
+    deadlock.
     """
     options = tf.data.Options()
     options.deterministic = True

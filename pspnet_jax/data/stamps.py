@@ -68,7 +68,7 @@ def compute_once(
     cache_dir: str,
     name: str,
     files: Sequence[str],
-    also: object,
+    key: object,
     compute: Callable[[], bytes],
     known: Sequence[tuple[int, ...]] | None = None,
 ) -> bytes:
@@ -81,7 +81,7 @@ def compute_once(
       cache_dir: config.dataset.cache_dir, which keeps the result.
       name: of the result.
       files: the files that the result depends on; without files, it is not cached.
-      also: a value that the result depends on too, identified by its repr.
+      key: other values that the result depends on, compared by their repr.
       compute: computes the result.
       known: `stats(files)`, if the caller has it.
     """
@@ -91,7 +91,7 @@ def compute_once(
     if not files or now - newest < MIN_AGE * 1e9:
         return compute()
     try:
-        path = directory(cache_dir) / f"{name}_{digest((also, list(zip(files, known, strict=True))))}"
+        path = directory(cache_dir) / f"{name}_{digest((key, list(zip(files, known, strict=True))))}"
     except UserError as error:
         logger.warning(f"{error}; the next start has to compute {name!r} again")
         return compute()
