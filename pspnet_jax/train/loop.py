@@ -94,7 +94,9 @@ def fit(
         feed = iter(batches(min(newest, total - 1)))
         with parallel.fail_together("reading the first batch"):
             first = _check_batch(config, next(feed, None))  # read before the state is made, which depends on the images' shape
-        state = resume.start(config, model, optimizer, mesh, first["image"].shape[1:], checkpoints, workdir, fingerprint)
+        state = resume.initial_state(
+            config, model, optimizer, mesh, first["image"].shape[1:], checkpoints, workdir, fingerprint
+        )
         start = int(state.step)
         unscored = evaluate is not None and _lacks_score(checkpoints, start)
         if start == total and not unscored:
@@ -284,9 +286,8 @@ class Run:
         if best_metric not in found:
             raise UserError(f"eval.best_metric={best_metric!r}: the evaluation has {', '.join(found)}; choose one of these")
         self.log.exclude_time(seconds)
-        self.log.log_evaluation(
-            step, metrics, pictures
-        )  # before the score, since a checkpoint without a score is evaluated again
+        # Before the score is saved, since a checkpoint without a score is evaluated again.
+        self.log.log_evaluation(step, metrics, pictures)
         if parallel.max_over_processes(self.checkpoints.save_failed(wait=True)):
             self.save(step, state)
         settings = resume.evaluation_settings(self.config) | {"data": metrics.get("data")}

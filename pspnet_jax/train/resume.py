@@ -20,7 +20,7 @@ from pspnet_jax import parallel, weights
 from pspnet_jax.errors import UserError
 from pspnet_jax.optimizers import Optimizer
 from pspnet_jax.train import checkpoint
-from pspnet_jax.train.step import TrainState, Variables, init_state
+from pspnet_jax.train.step import TrainState, Variables, make_init_state
 
 logger = logging.getLogger(__name__)
 # Config fields that must not change when a run is resumed, and exceptions, which do not change what the parameters mean.
@@ -30,7 +30,7 @@ MAY_CHANGE = ("model.dtype", "model.dropout", "model.norm", "model.factored_head
 MAY_DIFFER_AT_START = (*MAY_CHANGE, "model.auxiliary", "model.output_stride")
 
 
-def start(
+def initial_state(
     config: ConfigDict,
     model: nn.Module,
     optimizer: Optimizer,
@@ -47,7 +47,7 @@ def start(
     Raises:
       UserError: the run in workdir has an incompatible config or is beyond config.total_steps; see also `initial_weights`.
     """
-    init = init_state(config, model, optimizer, mesh, image_shape)
+    init = make_init_state(config, model, optimizer, mesh, image_shape)
     if checkpoints.steps:
         saved_config, saved_fingerprint = checkpoints.read_config() or (None, "")
         if saved_config:

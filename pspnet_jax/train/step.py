@@ -57,7 +57,7 @@ def random_key(seed: int) -> jax.Array:
     return jax.random.key(seed, impl="threefry2x32")
 
 
-def init_state(
+def make_init_state(
     config: ConfigDict, model: nn.Module, optimizer: Optimizer, mesh: Mesh, image_shape: tuple[int, ...]
 ) -> Callable[[], TrainState]:
     """Returns a compiled function that initializes the state from config.seed, replicated over the mesh.
