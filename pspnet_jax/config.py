@@ -34,9 +34,7 @@ def base_config() -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.depth = 50  # ResNet depth: 18, 34, 50, 101, 152 or 269
-    model.width = (
-        64  # channels in the first stage's bottlenecks; 64 is the standard ResNet, smaller values make every stage thinner
-    )
+    model.width = 64  # channels in the first stage's bottlenecks; 64 is the standard ResNet, a smaller value a thinner one
     model.stem = "deep"  # first convolutions: deep (three 3x3 with 64, 64, 128 channels: Caffe, semseg), deep32 (three 3x3 with
     # 32, 32, 64: mmseg V1c) or conv7 (one 7x7 with 64: torchvision)
     model.stride_in = "conv3x3"  # strided convolution of a bottleneck: conv3x3 (semseg, Caffe's R101) or conv1x1 (Caffe's R50)
@@ -111,9 +109,7 @@ def base_config() -> ConfigDict:
 
     config.eval = evaluation = ConfigDict()
     evaluation.split = "val"  # the split to evaluate
-    evaluation.protocol = (
-        "semseg"  # the code whose resizing, padding, flipping and averaging to reproduce: semseg, caffe or mmseg
-    )
+    evaluation.protocol = "semseg"  # reproduces the resizing, padding, flipping and averaging of semseg, caffe or mmseg
     evaluation.inference = "windows"  # windows (overlapping crops) or whole (the whole image at once)
     evaluation.crop = (473, 473)  # window height, width
     evaluation.stride = (0, 0)  # height, width from one window to the next; 0: two thirds of the crop, rounded up

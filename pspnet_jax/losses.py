@@ -89,9 +89,7 @@ def pixel_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float =
     """
     labeled = labels != IGNORE
     targets = jnp.where(labeled, labels, 0).astype(jnp.int32)
-    targets = jnp.where(
-        targets < 0, logits.shape[-1], targets
-    )  # a negative label gives NaN, instead of counting from the last class
+    targets = jnp.where(targets < 0, logits.shape[-1], targets)  # negative labels give NaN, not a class from the end
     pixels = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     if smoothing:
         uniform = jax.nn.logsumexp(logits, -1) - jnp.mean(logits, -1)  # cross-entropy with 1/K for each class

@@ -21,7 +21,7 @@ def find_images(source: epath.PathLike, flat: bool = False, output: epath.PathLi
 
     Args:
       source: the file or folder.
-      flat: whether names are only file names; otherwise, they are paths relative to the folder, such as "a/b" for a/b.png.
+      flat: names are those of the files alone, such as "b" for a/b.png; otherwise, they are relative paths, such as "a/b".
       output: the folder for the results; "" skips the check that it lies outside the input.
 
     Raises:

@@ -153,9 +153,7 @@ def _batches(
     """Divides all windows among the devices, in batches of one window size."""
     shares = [slice(i * per_device, (i + 1) * per_device) for i in range(devices)]
     for size in dict.fromkeys(view.window for of_images in zip(*views, strict=True) for view in of_images):
-        most = max(
-            count_windows(itertools.chain(*views[share]))[size] for share in shares
-        )  # windows of this size on one device
+        most = max(count_windows(itertools.chain(*views[share]))[size] for share in shares)  # windows on one device
         n = min(ceil_div(protocol.settings.batch_size, devices), power_of_two(most))
         frame = _frame(size, protocol)
         queues = [_windows(images[share], views[share], size, protocol) for share in shares]
