@@ -187,13 +187,15 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         )
     config, step, variables, workdir, _ = runs.restore(arguments, overrides)
     info = datasets.describe(config.dataset)
-    form = arguments.format or ""
-    paths = inputs.find_images(arguments.input, bool(form), arguments.output) if arguments.input else _split_images(config)
+    server_format = arguments.format or ""
+    paths = (
+        inputs.find_images(arguments.input, bool(server_format), arguments.output) if arguments.input else _split_images(config)
+    )
     predictor = _predictor(config)
     logger.info(f"predicting {len(paths)} image(s) with step {step} of {workdir} on {predictor.device}")
     split = {field: config.dataset[field] for field in ("name", "root")} | {"split": config.eval.split}
     origin = {"checkpoint": str(workdir), "step": step, "input": str(arguments.input) if arguments.input else split}
-    prediction.predict(predictor, variables, paths, arguments.output, info, form, arguments.skip_existing, origin)
+    prediction.predict(predictor, variables, paths, arguments.output, info, server_format, arguments.skip_existing, origin)
 
 
 def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:

@@ -43,14 +43,14 @@ def predict(
     images: Mapping[str, epath.PathLike],
     output: epath.PathLike,
     info: DatasetInfo,
-    form: str = "",
+    server_format: str = "",
     skip_existing: bool = False,
     origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Predicts images, each at its own size.
 
     Writes output/index/NAME.png (gray, the values are class indices), output/color/NAME.png (the same values with a palette of
-    class colors) and output/overlay/NAME.jpg (half color, half image); or, if `form` is given, only the submission.
+    class colors) and output/overlay/NAME.jpg (half color, half image); or, if `server_format` is given, only the submission.
 
     Args:
       predictor: predicts the classes of `info`.
@@ -58,7 +58,7 @@ def predict(
       images: files keyed by the names of their results, see `inputs.find_images`.
       output: a folder, created if missing.
       info: the classes.
-      form: "cityscapes", "ade20k" or "voc" for a submission to that benchmark's server.
+      server_format: "cityscapes", "ade20k" or "voc" for a submission to that benchmark's server.
       skip_existing: skips images that already have all their results, to continue an interrupted run.
       origin: identifies the weights and the images, such as the run, its step and the "input"; saved with the settings in
         output/.origin.json.
@@ -67,9 +67,9 @@ def predict(
       UserError: the submission has other classes; the output cannot be written to, has files that would be overwritten, or
         has results of another origin to continue; or some images could not be predicted, once all others are done.
     """
-    server, output = submission.choose(form, info) if form else None, files.absolute(output)
+    server, output = submission.choose(server_format, info) if server_format else None, files.absolute(output)
     results = {name: _result_paths(output, name, server) for name in images}
-    origin = {**(origin or {}), **predictor.description, "format": form, "weights": _digest(variables)}
+    origin = {**(origin or {}), **predictor.description, "format": server_format, "weights": _digest(variables)}
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; expected a folder, which is created if missing")
     with locked(output):
