@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from pspnet_jax import datasets, losses, models, optimizers, parallel
-from pspnet_jax.train.step import TrainState, init_state, make_train_step
+from pspnet_jax.train.step import TrainState, make_init_state, make_train_step
 
 JOBS, DTYPES = ("inference", "train"), ("float32", "bfloat16")
 HEADS = {"plain": False, "factored": True}  # model.factored_head
@@ -78,7 +78,7 @@ def job_functions(config: ConfigDict, num_classes: int, job: str, mesh: Mesh) ->
     """
     model = models.build(config.model, num_classes)
     optimizer = optimizers.build(config.optimizer, config.total_steps)
-    init = init_state(config, model, optimizer, mesh, (*config.augment.crop, 3))
+    init = make_init_state(config, model, optimizer, mesh, (*config.augment.crop, 3))
     if job == "train":
         return make_train_step(config, model, losses.build(config.loss, config.total_steps), optimizer, mesh), init
 

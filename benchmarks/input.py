@@ -116,7 +116,7 @@ def python_milliseconds(name: str, root: pathlib.Path) -> float:
         start = time.thread_time()
         dataset, index = data.order[position]
         params = augment.sample_augmentation(generator(config.seed, AUGMENT, position), config.augment)
-        augment.apply_augmentation(*data.reads[dataset](index), params, config.augment.crop, config.normalize.mean)
+        augment.apply_augmentation(*data.readers[dataset](index), params, config.augment.crop, config.normalize.mean)
         times.append(time.thread_time() - start)
     return 1e3 * statistics.median(times)
 

@@ -34,7 +34,7 @@ def base_config() -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.depth = 50  # ResNet depth: 18, 34, 50, 101, 152 or 269
-    model.width = 64  # channels in the bottlenecks of the first stage; 64 is the standard ResNet, less makes it thinner
+    model.width = 64  # channels in the first stage's bottlenecks; 64 is the standard ResNet, a smaller value a thinner one
     model.stem = "deep"  # first convolutions: deep (three 3x3 with 64, 64, 128 channels: Caffe, semseg), deep32 (three 3x3 with
     # 32, 32, 64: mmseg V1c) or conv7 (one 7x7 with 64: torchvision)
     model.stride_in = "conv3x3"  # strided convolution of a bottleneck: conv3x3 (semseg, Caffe's R101) or conv1x1 (Caffe's R50)
@@ -75,7 +75,7 @@ def base_config() -> ConfigDict:
 
     config.augment = augment = ConfigDict()  # applied in this order; scale (1.0, 1.0) or a probability of 0.0 turns a step off
     augment.scale = (0.5, 2.0)  # range of the scale, sampled uniformly
-    augment.rotate_degrees = 10.0  # angle sampled uniformly from [-this, this], about the center
+    augment.rotate_degrees = 10.0  # the angle is sampled uniformly from -rotate_degrees to rotate_degrees, about the center
     augment.rotate_probability = 0.5  # that an image is rotated
     augment.blur_probability = 0.5  # that an image is blurred, with (1, 4, 6, 4, 1) / 16 along both axes
     augment.flip_probability = 0.5  # that an image is flipped horizontally
@@ -85,8 +85,8 @@ def base_config() -> ConfigDict:
     loss.terms = "cross_entropy"  # cross_entropy, ohem, focal or dice; "cross_entropy+dice" is their sum
     loss.class_weights = ()  # one per class, for all terms but dice; empty: equal weights
     loss.class_weighting = ""  # computes class_weights from the training data: inverse or median (frequency); empty: off
-    loss.label_smoothing = 0.0  # cross_entropy, ohem: share of the target probability that all classes split evenly
-    loss.ohem_threshold = 0.7  # ohem: keeps pixels whose true class has a lower probability
+    loss.label_smoothing = 0.0  # cross_entropy, ohem: share of the target probability that is spread evenly over all classes
+    loss.ohem_threshold = 0.7  # ohem: keeps pixels whose true class has a lower probability than this
     loss.ohem_min_kept = 100_000  # ohem: keeps at least this many pixels of each image
     loss.focal_gamma = 2.0  # focal: the exponent that reduces the loss of well-classified pixels
     loss.auxiliary_weight = 0.4  # weight of the auxiliary head's loss; the main head's is 1
@@ -109,7 +109,7 @@ def base_config() -> ConfigDict:
 
     config.eval = evaluation = ConfigDict()
     evaluation.split = "val"  # the split to evaluate
-    evaluation.protocol = "semseg"  # the code to reproduce in resizing, padding, flipping and averaging: semseg, caffe or mmseg
+    evaluation.protocol = "semseg"  # reproduces the resizing, padding, flipping and averaging of semseg, caffe or mmseg
     evaluation.inference = "windows"  # windows (overlapping crops) or whole (the whole image at once)
     evaluation.crop = (473, 473)  # window height, width
     evaluation.stride = (0, 0)  # height, width from one window to the next; 0: two thirds of the crop, rounded up
@@ -172,7 +172,7 @@ def load_recipe(path: str) -> ConfigDict:
 
 
 def _same_type(value: object, default: object) -> bool:
-    """Whether a value has the type of its default. NumPy numbers never do, since JSON cannot hold them."""
+    """Returns whether a value has the type of its default. NumPy numbers never do, because JSON cannot hold them."""
     if isinstance(value, tuple | list):
         return isinstance(default, tuple) and all(type(v) in (bool, int, float, str) or _same_type(v, ()) for v in value)
     return type(value) is type(default) or (type(value) is int and isinstance(default, float))

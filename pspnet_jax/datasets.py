@@ -97,7 +97,7 @@ def describe(dataset: ConfigDict) -> DatasetInfo:
       dataset: config.dataset.
 
     Raises:
-      UserError: the classes are not named anywhere, or see DatasetInfo.
+      UserError: the classes are not named anywhere, or are not valid (see `DatasetInfo`).
     """
     own = None if dataset.class_names else _listed_classes(dataset)
     names = dataset.class_names or (own and own[0])

@@ -29,12 +29,12 @@ def read(path: epath.PathLike) -> np.ndarray:
     """Returns uint8[H,W,3], RGB, turned upright by its orientation tag.
 
     Raises:
-      UserError: the file is not an image, is damaged or too large, or has a pixel format that `kind_problem` rejects.
+      UserError: the file is not an image, is damaged or too large, or has a pixel format that `pixel_format_problem` rejects.
     """
     try:
         contents = epath.Path(path).read_bytes()
         with Image.open(io.BytesIO(contents)) as image:
-            if problem := kind_problem(image):
+            if problem := pixel_format_problem(image):
                 raise ValueError(f"it {problem}")
             if image.format == "PNG" and not is_whole_png(contents):
                 raise ValueError(CUT_SHORT)
@@ -63,8 +63,8 @@ def _warn_once(remark: str, path: epath.PathLike) -> None:
         logger.warning(f"{path}: {remark} (logged only for the first such image)")
 
 
-def kind_problem(image: ImageFile.ImageFile) -> str | None:
-    """Returns a sentence if the image has a pixel format that is not supported, or None."""
+def pixel_format_problem(image: ImageFile.ImageFile) -> str | None:
+    """Returns what is wrong with an image's pixel format, or None if it is supported."""
     if image.mode == "CMYK":
         return "is a CMYK image; convert it to RGB"
     if image.mode.startswith(("I", "F")) or (image.format in ("PNG", "TIFF") and ";16" in raw_mode(image)):

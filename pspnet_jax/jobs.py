@@ -109,7 +109,7 @@ def _profile(folder: epath.Path, steps: int) -> Callable[[int], None]:
 
 
 def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """--mode check: reads all images and labels of a recipe, lists problems, and draws samples."""
+    """--mode check: reads all images and labels of a recipe, lists problems, and writes pictures of examples."""
     from pspnet_jax.data import overlap, palettes, sources, survey
 
     config = runs.from_recipe(arguments, overrides)
@@ -147,13 +147,13 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def _write_pictures(pictures: Mapping[str, Any], output: epath.Path, opened: Sequence[Any]) -> None:
-    """Writes the pictures of --mode check, but never into the dataset or over a file of the user."""
+    """Writes the pictures of --mode check, but never into the dataset or over the user's files."""
     from pspnet_jax.data import overlap
 
     overlap.refuse_inside(output, opened)
     with files.writing(output, "the pictures are missing"):
         for name, picture in pictures.items():
-            draw.save_over_own(picture, output / name)
+            draw.save_replacing_own(picture, output / name)
     logger.info(f"pictures of the labels and of the class frequencies are in {output}")
 
 
@@ -187,13 +187,15 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         )
     config, step, variables, workdir, _ = runs.restore(arguments, overrides)
     info = datasets.describe(config.dataset)
-    form = arguments.format or ""
-    paths = inputs.find_images(arguments.input, bool(form), arguments.output) if arguments.input else _split_images(config)
+    server_format = arguments.format or ""
+    paths = (
+        inputs.find_images(arguments.input, bool(server_format), arguments.output) if arguments.input else _split_images(config)
+    )
     predictor = _predictor(config)
     logger.info(f"predicting {len(paths)} image(s) with step {step} of {workdir} on {predictor.device}")
     split = {field: config.dataset[field] for field in ("name", "root")} | {"split": config.eval.split}
     origin = {"checkpoint": str(workdir), "step": step, "input": str(arguments.input) if arguments.input else split}
-    prediction.predict(predictor, variables, paths, arguments.output, info, form, arguments.skip_existing, origin)
+    prediction.predict(predictor, variables, paths, arguments.output, info, server_format, arguments.skip_existing, origin)
 
 
 def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -219,7 +221,7 @@ def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
     if source.class_names:
         variables = resume.match_classes(variables, None, source.class_names, info.class_names, source.path)
     state = new_state(config, optimizers.build(config.optimizer, config.total_steps), variables)
-    checkpoint.write_weights(workdir, config, jax.device_put(state, parallel.replicated(parallel.make_mesh())))
+    checkpoint.create_run(workdir, config, jax.device_put(state, parallel.replicated(parallel.make_mesh())))
     logger.info("\n".join(filter(None, (str(source), weights.assumptions(config, source)))))
     logger.info(f"written to {workdir}; use it in --mode evaluate, predict and export with --workdir {workdir}")
 

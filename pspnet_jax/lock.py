@@ -127,5 +127,5 @@ def _update_time(descriptor: int, finished: threading.Event) -> None:
 
 
 def _in_use(path: str, owner: dict[str, object]) -> str:
-    who = f"process {owner['pid']} on {owner['host']}, since {owner['since']}" if owner else "the lock does not name it"
+    who = f"process {owner['pid']} on {owner['host']}, since {owner['since']}" if owner else "the lock file does not say which"
     return f"another process writes to {os.path.dirname(path)} ({who}); wait until it ends, stop it or choose another directory"

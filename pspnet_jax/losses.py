@@ -1,6 +1,6 @@
 """Segmentation losses over labeled pixels, and the interface of a loss for `fit`.
 
-A loss is a function (outputs, batch, step) -> (terms, metrics) of the model's outputs in training, the batch and the step
+A loss is a function (outputs, batch, step) -> (terms, metrics), where `outputs` are the model's training outputs and `step` is
 int32[]. Each term is a mean, given as a sum and a weight that can be added up over the parts of a batch. The loss is the sum of
 `scale * sum / weight` over the terms, with sums and weights of the whole batch. Metrics are clu.metrics.Metric objects.
 """
@@ -63,7 +63,7 @@ def build(loss: ConfigDict, total_steps: int) -> Loss:
 
 
 def problems(loss: ConfigDict) -> list[str]:
-    """Returns one sentence per field of `config.loss` whose value is invalid in itself."""
+    """Returns one message for each field of `config.loss` with an invalid value."""
     found = []
     if unknown := [kind for kind in loss.terms.split("+") if kind not in LOSSES]:
         choices = f"one of {', '.join(LOSSES)}, or several in the form 'cross_entropy+dice'"
@@ -89,7 +89,7 @@ def pixel_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float =
     """
     labeled = labels != IGNORE
     targets = jnp.where(labeled, labels, 0).astype(jnp.int32)
-    targets = jnp.where(targets < 0, logits.shape[-1], targets)  # invalid, so NaN, instead of an index from the end
+    targets = jnp.where(targets < 0, logits.shape[-1], targets)  # negative labels give NaN, not a class from the end
     pixels = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     if smoothing:
         uniform = jax.nn.logsumexp(logits, -1) - jnp.mean(logits, -1)  # cross-entropy with 1/K for each class

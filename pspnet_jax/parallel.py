@@ -1,7 +1,7 @@
 """The device mesh, its shardings, the transfer of host batches to devices, and coordination between processes.
 
-Programs are written as if for one device and compiled for the mesh. The batch is sharded over its "data" axis. Its "spatial"
-axis, for sharding each image, has size 1.
+Programs are written as if for one device and compiled for the mesh. The batch is sharded over the mesh's "data" axis. The
+"spatial" axis, for sharding each image, has size 1.
 """
 
 import collections

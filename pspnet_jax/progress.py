@@ -1,4 +1,4 @@
-"""Progress of a job over many images, on stderr."""
+"""The progress of a job over many images: a bar on stderr or, if that is not a terminal, log lines."""
 
 import contextlib
 import datetime
@@ -12,7 +12,7 @@ from rich import progress as bars
 from rich.console import Console
 
 logger = logging.getLogger(__name__)
-SECONDS_A_LINE = 30  # between log lines, when stderr is not a terminal
+SECONDS_PER_LINE = 30  # between log lines, when stderr is not a terminal
 
 
 @contextlib.contextmanager
@@ -33,14 +33,14 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def _line_logger(title: str, total: int) -> Callable[[int], None]:
     done, began = 0, time.monotonic()
-    due = began + SECONDS_A_LINE
+    due = began + SECONDS_PER_LINE
 
     def advance(images: int) -> None:
         nonlocal done, due
         done += images
         now = time.monotonic()
         if now >= due:
-            due = now + SECONDS_A_LINE
+            due = now + SECONDS_PER_LINE
             rate = done / (now - began)
             left = datetime.timedelta(seconds=round((total - done) / rate))
             logger.info(f"{title}: {done}/{total} images, {rate:.3g} images/s, {left} left")

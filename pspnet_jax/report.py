@@ -83,7 +83,7 @@ class Report:
         }
 
     def save(self, folder: epath.PathLike, origin: Mapping[str, Any]) -> epath.Path:
-        """Writes `to_json` and the origin to a file of their own, and returns its path.
+        """Writes `to_json` and the origin to a file, and returns its path.
 
         The name is like "voc2012_val_step30000_base_size512_crop473-473_flipTrue_windows_semseg_scales1.0_..._DIGEST.json",
         shortened if necessary. The digest covers everything on which the score depends.

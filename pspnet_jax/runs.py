@@ -1,4 +1,4 @@
-"""What a job starts from: a recipe and its data, or a run and one of its checkpoints."""
+"""The inputs of a job: a recipe with its data, or a run with one of its checkpoints."""
 
 import argparse
 import contextlib

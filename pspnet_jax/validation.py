@@ -107,7 +107,7 @@ def _tuple_problems(config: ConfigDict) -> list[str]:
 
 
 def _is_part(part: object) -> bool:
-    """Whether `part` is a valid entry of dataset.mixture."""
+    """Returns whether `part` is a valid entry of dataset.mixture."""
     match part:
         case (str(name), str(), str(), float() | int() as weight) if isinstance(part, tuple):
             return name in CHOICES["dataset.name"] and 0 < weight < 1000
@@ -177,7 +177,9 @@ def _range_problems(config: ConfigDict) -> list[str]:
     if config.eval.short_size > config.eval.base_size > 0:
         problems.append(f"eval.short_size={config.eval.short_size}: expected at most eval.base_size={config.eval.base_size}")
     if config.eval.short_size and config.eval.protocol != "mmseg":
-        problems.append(f"eval.short_size={config.eval.short_size}: expected 0, or eval.protocol='mmseg', which alone uses it")
+        problems.append(
+            f"eval.short_size={config.eval.short_size}: expected 0, or eval.protocol='mmseg', the only one that uses it"
+        )
     return problems
 
 

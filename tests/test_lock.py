@@ -68,9 +68,9 @@ def test_a_running_process_keeps_the_lock_and_a_killed_one_loses_it(run, holder)
         assert json.loads((run / "lock").read_text())["pid"] == os.getpid()
 
 
-def test_write_weights_respects_the_lock(run, holder):
+def test_create_run_respects_the_lock(run, holder):
     with pytest.raises(UserError, match="another process writes to"):
-        checkpoint.write_weights(run, tiny_config(), filled_state(tiny_config(), 1))
+        checkpoint.create_run(run, tiny_config(), filled_state(tiny_config(), 1))
     assert not (run / "checkpoints").exists()
 
 

@@ -132,7 +132,7 @@ def test_fields_without_effect_cause_warnings(run, capsys, tmp_path):
     assert "optimizer.beta2=0.9 has no effect: it is used only with adamw" in output
     assert "loss.ohem_min_kept=100000: a crop has 1920 pixels, so ohem keeps all" in output
     assert "loss.class_weights: pixels of " in output
-    assert "they have their initial values, mean 0 and variance 1; use model.norm='frozen' with init_from" in output
+    assert "the running statistics have their initial values, mean 0 and variance 1; use model.norm='frozen' only" in output
 
 
 def test_labels_with_another_palette_are_not_scored(tmp_path, capsys):

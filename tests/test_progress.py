@@ -35,7 +35,7 @@ def test_a_title_with_brackets_is_shown_unchanged(monkeypatch):
 
 def test_a_closed_stderr_is_not_a_terminal(monkeypatch, caplog):
     monkeypatch.setattr(sys, "stderr", None)
-    monkeypatch.setattr(progress, "SECONDS_A_LINE", 0)
+    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0)
     caplog.set_level(logging.INFO)
     with progress.progress("evaluating", 2) as advance:
         advance(2)

@@ -33,7 +33,7 @@ def test_an_unknown_choice_is_refused_with_all_choices(field):
         ("seed", -(2**31) - 1, "a whole number from -2147483648 to 4294967295"),
         ("model.width", 12, "a multiple of 8"),
         ("model.output_stride", 0, "one of 8, 16, 32"),
-        ("model.bins", (0, 1), "different numbers from 1 to 100"),
+        ("model.bins", (0, 1), "distinct numbers from 1 to 100"),
         ("model.bins", (1.5, 2), "values of type int"),
         ("model.dropout", 1.0, "a value from 0 up to, not including, 1"),
         ("augment.scale", (2.0, 0.5), "1/16 <= low <= high <= 16"),

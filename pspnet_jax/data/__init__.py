@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def _without_startup_notes() -> Iterator[None]:
-    """Removes TensorFlow's start-up notes, which no setting turns off, from stderr. The filter is a separate process, so that
+def _without_startup_messages() -> Iterator[None]:
+    """Removes TensorFlow's startup messages, which no setting turns off, from stderr. The filter is a separate process, so that
     the output of a crash still gets through."""
     try:
         stderr = os.dup(2) if shutil.which("grep") else None
@@ -31,8 +31,8 @@ def _without_startup_notes() -> Iterator[None]:
         os.close(stderr)
 
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides later notes; errors are raised anyway
-with _without_startup_notes():
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides later messages; errors are raised anyway
+with _without_startup_messages():
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")  # TensorFlow would reserve the memory that training needs

@@ -1,9 +1,9 @@
 """Random scale, rotation, blur, horizontal flip and crop of an image and its label, in NumPy and OpenCV.
 
-The definition, step by step (as hszhao/semseg, util/transform.py, but with exact half-pixel centers):
+The definition, step by step (as in hszhao/semseg, util/transform.py, but with exact half-pixel centers):
   1. Scale by s: the canvas is round(H*s) x round(W*s), and its pixel x shows the source at (x + 0.5)/s - 0.5. Images are
-     bilinear without antialiasing, labels nearest; edges are replicated.
-  2. Rotate the canvas about its center. Outside the source, the image is the mean and the label IGNORE.
+     interpolated bilinearly without antialiasing, labels by nearest neighbor; edges are replicated.
+  2. Rotate the canvas about its center. Outside the source, the image is filled with the mean and the label with IGNORE.
   3. Blur the canvas with the kernel (1, 4, 6, 4, 1)/16 in both directions, reflected at its border.
   4. Flip it horizontally.
   5. Pad a canvas smaller than the crop with the mean and IGNORE on both sides (an odd pixel goes below or right), and crop.

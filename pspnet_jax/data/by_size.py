@@ -9,7 +9,7 @@ from pspnet_jax.data.sources import Example, Source
 
 
 class BySize(Source):
-    """Another source's examples, smallest image first; examples without an image file (scenes, TFDS) keep their order.
+    """Another source's examples, sorted by image size; examples without an image file (scenes, TFDS) keep their order.
 
     Attributes:
       sizes: height and width of each image from its file's header; (0, 0) if unknown.

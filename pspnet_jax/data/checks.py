@@ -27,23 +27,23 @@ class CheckedPair(NamedTuple):
 
     Attributes:
       orientation: of the image, see `image_files.orientation`.
-      values: int64[256], the number of the label's pixels of each class and of 255; None if only the headers were read.
+      pixels: int64[256], the label's number of pixels of each class and of 255; None if only the headers were read.
       palette: (R, G, B) of the values that occur in a palette label.
     """
 
     orientation: int
-    values: np.ndarray | None = None
+    pixels: np.ndarray | None = None
     palette: Mapping[int, tuple[int, ...]] = {}
 
 
-def check_pair(image_file: str, label_file: str, num_classes: int, pixels: bool, benchmark: str | None) -> CheckedPair:
+def check_pair(image_file: str, label_file: str, num_classes: int, read_pixels: bool, benchmark: str | None) -> CheckedPair:
     """Checks a pair, and raises an error about its first fault.
 
     Args:
       image_file: a JPEG or PNG.
       label_file: a PNG, or a .mat file of SBD.
       num_classes: K.
-      pixels: whether to read all pixels, or only the headers.
+      read_pixels: whether to read all pixels, or only the headers.
       benchmark: the benchmark whose raw values the label has; None if it has class indices.
 
     Raises:
@@ -51,15 +51,15 @@ def check_pair(image_file: str, label_file: str, num_classes: int, pixels: bool,
       UserError: anything else is wrong.
     """
     with _opened(image_file, label_file) as file:
-        contents = file.read() if pixels else b""
-        size, tag = _check_image(io.BytesIO(contents) if pixels else file, contents)
+        contents = file.read() if read_pixels else b""
+        size, tag = _check_image(io.BytesIO(contents) if read_pixels else file, contents)
     upright = size[::-1] if tag >= 5 else size
     with _opened(label_file, image_file) as file:
-        label_contents = file.read() if pixels else b""
+        label_contents = file.read() if read_pixels else b""
         if contents and contents == label_contents:
             raise UserError("is a copy of its image; replace it with the label")
         check = _check_mat if label_file.endswith(".mat") else _check_label
-        label_size, statistics = check(io.BytesIO(label_contents) if pixels else file, label_contents)
+        label_size, statistics = check(io.BytesIO(label_contents) if read_pixels else file, label_contents)
         if label_size != upright:
             raise UserError(_size_problem(label_size, image_file, size, tag))
         if not statistics:
@@ -67,12 +67,12 @@ def check_pair(image_file: str, label_file: str, num_classes: int, pixels: bool,
         histogram, palette = statistics
         if benchmark:
             problem = datasets.raw_label_problem(benchmark, histogram)
-            values = np.bincount(datasets.classes_of_raw_values(benchmark), histogram, 256).astype(np.int64)
+            pixels = np.bincount(datasets.classes_of_raw_values(benchmark), histogram, 256).astype(np.int64)
         else:
-            problem, values = datasets.label_problem(histogram, num_classes), np.asarray(histogram)
+            problem, pixels = datasets.label_problem(histogram, num_classes), np.asarray(histogram)
         if problem:
             raise WrongValues(problem)
-    return CheckedPair(tag, values, palette)
+    return CheckedPair(tag, pixels, palette)
 
 
 def example_problem(image: np.ndarray, label: np.ndarray, num_classes: int) -> str | None:
@@ -98,7 +98,7 @@ def decode_label(contents: bytes) -> np.ndarray:
     """
     if contents.startswith(b"\x89PNG"):
         with Image.open(io.BytesIO(contents)) as label:
-            if problem := _kind_problem(label):
+            if problem := _pixel_format_problem(label):
                 raise ValueError(problem)
             return np.asarray(label)
     try:
@@ -135,7 +135,7 @@ def _check_image(file: BinaryIO, contents: bytes) -> tuple[tuple[int, int], int]
     with Image.open(file) as image:
         if image.format not in ("JPEG", "MPO", "PNG"):  # MPO: a phone's JPEG with further images behind the first
             raise UserError(f"is a {image.format} file despite its name; convert it to JPEG or PNG")
-        if problem := image_files.kind_problem(image):
+        if problem := image_files.pixel_format_problem(image):
             raise UserError(problem)
         size, kind, tag = image.size, image.format, image_files.orientation(image)
     if contents and kind == "PNG" and not image_files.is_whole_png(contents):
@@ -152,7 +152,7 @@ def _check_label(file: BinaryIO, contents: bytes) -> tuple[tuple[int, ...], Labe
     with Image.open(file) as label:
         if label.format != "PNG":
             raise UserError(f"is a {label.format} file despite its name; labels must be PNGs of class indices")
-        if problem := _kind_problem(label):
+        if problem := _pixel_format_problem(label):
             raise UserError(problem)
         if (tag := image_files.orientation(label)) != 1:
             raise UserError(
@@ -167,12 +167,12 @@ def _check_label(file: BinaryIO, contents: bytes) -> tuple[tuple[int, ...], Labe
 
 
 def _check_mat(file: BinaryIO, contents: bytes) -> tuple[tuple[int, ...], LabelStatistics | None]:
-    """Does the same for a .mat file, whose pixels are always read."""
+    """Returns the same as `_check_label` for a .mat file, whose pixels are always read."""
     label = decode_label(contents or file.read())
     return label.shape[::-1], (np.bincount(label.ravel(), minlength=256).tolist(), {})
 
 
-def _kind_problem(label: ImageFile.ImageFile) -> str | None:
+def _pixel_format_problem(label: ImageFile.ImageFile) -> str | None:
     """Returns why a label PNG's pixel format cannot hold class indices, or None for 8-bit gray and palettes."""
     if label.mode in ("RGB", "RGBA"):
         return _color_problem(label)

@@ -39,7 +39,7 @@ class Pair(NamedTuple):
 def list_pairs(name: str, root: str, split: str, extra_root: str = "") -> list[Pair]:
     """Lists a split, or several in the form "train+train_extra", each sorted by name. Names are unique.
 
-    A pair's name is that of its image file without the extension; with several splits of a folder, prefixed by the split.
+    A pair's name is that of its image file without the extension. With several splits of "folder", the split is prefixed.
 
     Args:
       name: config.dataset.name.
@@ -125,11 +125,11 @@ def _voc2012(root: str, split: str, extra_root: str) -> list[Pair]:
 
 
 def _voc2012_augmented(root: str, extra_root: str) -> list[Pair]:
-    """VOC's train, and SBD's train and val without VOC's val: 10,582 images in total.
+    """VOC's train split and SBD's train and val splits, without VOC's val split: 10,582 images in total.
 
     The labels of SBD (Hariharan et al. 2011) are read from its .mat files, or from a folder SegmentationClassAug with PNG
-    versions of them, as third parties distribute it (with or without VOC's train). Images of VOC's train keep VOC's better
-    labels, unless that folder has its own.
+    versions of them, as third parties distribute them (with or without VOC's train split). Images of VOC's train split keep
+    VOC's labels, which are better, unless that folder has its own.
     """
     train, val = (set(_names(f"{root}/ImageSets/Segmentation/{split}.txt")) for split in ("train", "val"))
     ready = f"{root}/SegmentationClassAug"
@@ -157,7 +157,7 @@ def _voc2012_augmented(root: str, extra_root: str) -> list[Pair]:
 def _cityscapes(root: str, split: str, extra_root: str) -> list[Pair]:
     """leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png with gtFine (train_extra: gtCoarse) .../NAME_*_labelIds.png.
 
-    Without labelIds, the class indices are read from files *_labelTrainIds.png.
+    If there are no labelIds files, the class indices are read from *_labelTrainIds.png.
     """
     ground_truth = "gtCoarse" if split == "train_extra" else "gtFine"
     found = _files(f"{root}/leftImg8bit/{split}", (".png",))
@@ -231,7 +231,8 @@ def _files(directory: str, extensions: Sequence[str]) -> dict[str, str]:
 def _walk(directory: str, above: tuple[str, ...] = ()) -> Iterator[str]:
     """Yields the files below a directory, except hidden ones; `above` are the real paths of its parent directories.
 
-    Buckets list folders with a trailing "/", so other entries with a "." are assumed to be files; queries would take minutes.
+    Buckets list folders with a trailing "/", so other entries with a "." are assumed to be files.
+    Asking the server would take minutes.
     """
     remote = "://" in directory
     if not remote:

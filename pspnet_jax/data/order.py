@@ -49,7 +49,7 @@ class Order:
         """
         self._seed, self._counts, self._balance = seed, counts, balance
         self._quotas = _apportion(weights)
-        self._holders = [[np.flatnonzero(column) for column in table.T if column.any()] for table in presence]
+        self._examples_by_class = [[np.flatnonzero(column) for column in table.T if column.any()] for table in presence]
 
     def __getitem__(self, position: int) -> tuple[int, int]:
         block, offset = divmod(position, BLOCK)
@@ -58,8 +58,8 @@ class Order:
         if self._balance:
             random = generator(self._seed, BALANCE, position)
             if random.random() < self._balance:
-                holders = self._holders[dataset]
-                return dataset, int(random.choice(holders[random.integers(len(holders))]))
+                by_class = self._examples_by_class[dataset]
+                return dataset, int(random.choice(by_class[random.integers(len(by_class))]))
         earlier = block * self._quotas[dataset] + int(np.count_nonzero(datasets[:offset] == dataset))
         epoch, offset = divmod(earlier, self._counts[dataset])
         return dataset, int(_epoch_indices(self._seed, dataset, epoch, self._counts[dataset])[offset])

@@ -21,11 +21,11 @@ Key = tuple[object, ...]
 def warn_shared(training: Sequence[Source], evaluation: Source) -> int:
     """Warns if images of the evaluation split are training images too.
 
-    Two files are the same image if their paths are equal, or their size and their first and last 64 KiB. Examples without
-    image files are the same if their names and sources are equal.
+    Two files are the same image if their paths are equal, or if their sizes and their first and last 64 KiB are equal.
+    Examples without image files are the same if their names and sources are equal.
 
     Returns:
-      the number of shared images.
+      The number of shared images.
     """
     training_names = {key: name for source in training for name, key in _keys(source, [evaluation])}
     shared = [(name, training_names[key]) for name, key in _keys(evaluation, training) if key in training_names]
@@ -39,9 +39,9 @@ def warn_shared(training: Sequence[Source], evaluation: Source) -> int:
     return len(shared)
 
 
-def refuse_inside(path: epath.Path, training: Sequence[Source]) -> None:
+def refuse_inside(path: epath.Path, sources: Sequence[Source]) -> None:
     """Raises a UserError if an output path is inside a directory of the data."""
-    for directory in {os.path.dirname(file) for source in training for i in range(len(source)) for file in source.files(i)}:
+    for directory in {os.path.dirname(file) for source in sources for i in range(len(source)) for file in source.files(i)}:
         if f"{path}/".startswith(f"{directory}/"):
             raise UserError(f"{path}: is inside {directory}, which holds images or labels; choose another directory")
 

@@ -43,15 +43,15 @@ class Palettes:
             )
         return [remark for remark in (self._difference, self._grays, mixed) if remark]
 
-    def add(self, file: str, values: np.ndarray, palette: Mapping[int, Color]) -> None:
-        """Compares a label file, given its number of pixels of each class and of 255 and the colors of values that occur."""
-        if self._num_classes == 2 and bool(values[1]) != bool(values[IGNORE]):
-            self._masks.setdefault(1 if values[1] else IGNORE, file)
+    def add(self, file: str, pixels: np.ndarray, palette: Mapping[int, Color]) -> None:
+        """Compares a label file with those before it, given its pixels per value and the colors of the values in it."""
+        if self._num_classes == 2 and bool(pixels[1]) != bool(pixels[IGNORE]):
+            self._masks.setdefault(1 if pixels[1] else IGNORE, file)
         colors = [color for value, color in palette.items() if value != IGNORE]
         used: ValueColors = {v: (color, file) for v, color in palette.items() if v != IGNORE and colors.count(color) == 1}
         if all(color == (value,) * 3 for value, (color, _) in used.items()):
             return
-        # A single color may match another class in the list by chance, as many palettes use 0, 64 and 128. Not all can.
+        # One color may match another class in the list by chance, as many palettes use 0, 64 and 128, but not all colors.
         self._compare(used, self._listed, set(colors) <= {color for color, _ in self._listed.values()})
         self._compare(used, self.seen, True)
         self._compare_grays(used)

@@ -1,4 +1,4 @@
-"""From sources to tf.data datasets: positions -> examples -> augmented examples -> the batches of one host."""
+"""From sources to tf.data datasets: positions -> examples -> augmented examples -> the batches of one process."""
 
 import atexit
 import contextlib
@@ -40,14 +40,14 @@ class TrainingData:
     Attributes:
       order: the dataset and index of the example at each position.
       sources: the datasets.
-      reads: a function for each dataset: index -> image uint8[H,W,3], label uint8[H,W]; `source.read`, possibly cached.
-      examples_per_epoch: number of examples in which the first dataset is shown once.
+      readers: a function for each dataset: index -> image uint8[H,W,3], label uint8[H,W]; `source.read`, possibly cached.
+      examples_per_epoch: number of examples after which each example of the first dataset has been used once.
       fingerprint: digest of the names and sizes of all files, the same on all hosts; "" without files.
     """
 
     order: Order
     sources: Sequence[Source]
-    reads: Sequence[Read]
+    readers: Sequence[Read]
     examples_per_epoch: int
     fingerprint: str = ""
 
@@ -67,7 +67,7 @@ def open_training(config: ConfigDict, source: Source | None = None) -> TrainingD
     if source is not None and source.num_classes != num_classes:
         raise UserError(f"this source has {source.num_classes} classes, but dataset.class_names has {num_classes}")
     sources: list[Source] = []
-    reads, presence, budget = [], [], CacheBudget(config.dataset)
+    readers, presence, budget = [], [], CacheBudget(config.dataset)
     for dataset, split in training_parts(config.dataset):
         part = open_source(dataset, split) if source is None or sources else source
         if not len(part):
@@ -80,13 +80,15 @@ def open_training(config: ConfigDict, source: Source | None = None) -> TrainingD
                     f"dataset.balance={dataset.balance}: no label of {dataset.root} contains a class; set dataset.balance=0"
                 )
         sources.append(part)
-        reads.append(read)
+        readers.append(read)
     weights = (1.0, *(weight for *_, weight in config.dataset.mixture))
     order = Order(config.seed, list(map(len, sources)), weights, config.dataset.balance, presence)
-    _check_totals([part.totals or survey.sample_totals(part, read) for part, read in zip(sources, reads, strict=True)], config)
+    _check_totals(
+        [part.totals or survey.sample_totals(part, read) for part, read in zip(sources, readers, strict=True)], config
+    )
     fingerprints = [part.fingerprint for part in sources]
     fingerprint = stamps.digest(fingerprints) if any(fingerprints) else ""
-    return TrainingData(order, sources, reads, round(len(sources[0]) * sum(weights)), fingerprint)
+    return TrainingData(order, sources, readers, round(len(sources[0]) * sum(weights)), fingerprint)
 
 
 def _check_totals(parts: Sequence[Totals], config: ConfigDict) -> None:
@@ -104,17 +106,17 @@ def train_dataset(
     """Returns the augmented training batches of steps start_step, ..., total_steps - 1.
 
     Example i of step s has position p = s * batch_size + i in the endless sequence of `Order`. Its image and its augmentation
-    depend only on (seed, p), so the batches stay the same after resuming and with another number of hosts.
+    depend only on (seed, p), so the batches stay the same after resuming and with another number of processes.
 
     Args:
       config: the whole config.
-      start_step: the first step; a late step takes no longer to reach.
-      host: index of this host, which makes the examples host * b, ..., (host + 1) * b - 1, where b = batch_size / hosts.
-      hosts: number of hosts that share each batch.
+      start_step: the first step; starting at a late step takes no longer.
+      host: index of this process, which makes the examples host * b, ..., (host + 1) * b - 1, where b = batch_size / hosts.
+      hosts: number of processes that share each batch.
       data: from `open_training`, which is called if this is None.
 
     Returns:
-      a dataset of {"image": uint8[b,h,w,3], "label": uint8[b,h,w]}, where (h, w) is the crop; see `as_numpy`.
+      A dataset of {"image": uint8[b,h,w,3], "label": uint8[b,h,w]}, where (h, w) is the crop; see `as_numpy`.
 
     Raises:
       UserError: batch_size is not a multiple of hosts; or see `open_training`.
@@ -138,9 +140,9 @@ def train_dataset(
     def read_again(batch: int) -> None:
         for number in range((start_step + batch) * share, (start_step + batch + 1) * share):
             dataset, index = example_at(number)
-            crop_of(number, *opened.reads[dataset](index))
+            crop_of(number, *opened.readers[dataset](index))
 
-    loads = [_load(source, read) for source, read in zip(opened.sources, opened.reads, strict=True)]
+    loads = [_load(source, read) for source, read in zip(opened.sources, opened.readers, strict=True)]
     image_spec, label_spec = tf.TensorSpec((*crop, 3), tf.uint8), tf.TensorSpec(crop, tf.uint8)
 
     def element(number: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -151,7 +153,7 @@ def train_dataset(
         return {"image": image, "label": label}
 
     numbers = tf.data.Dataset.range(start_step * share, config.total_steps * share)
-    mapped = _map(numbers, element, all(map(_in_graph, opened.sources, opened.reads)))
+    mapped = _map(numbers, element, all(map(_in_graph, opened.sources, opened.readers)))
     dataset = mapped.batch(share, drop_remainder=True).prefetch(PREFETCH)
     return _keep_alive(dataset, example_at, crop_of, loads, read_again=read_again)
 
@@ -159,17 +161,17 @@ def train_dataset(
 def eval_dataset(
     config: ConfigDict, split: str = "", *, host: int = 0, hosts: int = 1, source: Source | None = None
 ) -> tf.data.Dataset:
-    """Returns every example of a split once, without augmentation; host h of H gets the examples h, h + H, h + 2H, ...
+    """Returns every example of a split once, without augmentation; process h of H gets the examples h, h + H, ...
 
     Args:
       config: the whole config.
       split: see `open_source`; unused if a source is given.
-      host: index of this host.
-      hosts: number of hosts that share the split.
+      host: index of this process.
+      hosts: number of processes that share the split.
       source: an opened split or a custom source.
 
     Returns:
-      a dataset of {"image": uint8[H,W,3], "label": uint8[H,W], "name": string}; see `as_numpy`.
+      A dataset of {"image": uint8[H,W,3], "label": uint8[H,W], "name": string}; see `as_numpy`.
 
     Raises:
       UserError: see open_source.
@@ -258,7 +260,8 @@ def _keep_alive(dataset: tf.data.Dataset, *python: object, read_again: Callable[
 def _map(numbers: tf.data.Dataset, element: Callable[[tf.Tensor], Any], in_graph: bool) -> tf.data.Dataset:
     """Maps numbers to elements, in parallel and in order.
 
-    Python sources call TensorFlow and wait for it. In TensorFlow's shared threads that could deadlock, so they get their own.
+    Python sources call TensorFlow and wait for it. They get threads of their own, because TensorFlow's shared threads could
+    deadlock.
     """
     options = tf.data.Options()
     options.deterministic = True

@@ -1,6 +1,6 @@
-"""`Source`, the base class of everything that reads examples by index. Derive your own from it as `sources.Source`.
+"""`Source`, the base class of everything that reads examples by index.
 
-A subclass has names and loads an example; nothing needs to be registered::
+To read data of your own, subclass it as `sources.Source`; nothing needs to be registered::
 
     class Archive(sources.Source):
         num_classes = 3

@@ -27,7 +27,7 @@ from pspnet_jax.progress import progress
 logger = logging.getLogger(__name__)
 CHECK_ALL = 5000  # up to this many pairs, all pixels of all labels are checked before training starts
 CHECK_SOME = 1000  # size of the random sample checked in a larger folder; the rest is checked as it is loaded
-VERSION = 4  # of the checks; cached findings of another version are not used
+VERSION = 5  # of the checks; cached findings of another version are not used
 ATTEMPTS = 3  # if reads fail temporarily
 MAX_WARNINGS = 5  # about skipped pairs
 TIMEOUT_MS = 24 * 3600 * 1000  # for the slowest process; a process that has died is noticed much earlier
@@ -51,8 +51,8 @@ class Findings(NamedTuple):
       pairs: number of pairs.
       problems: the pairs that cannot be used.
       orientations: {pair index: EXIF orientation} of the images that are not upright.
-      looked_at: number of labels whose pixels were counted.
-      values: int[256], the number of their pixels of each class and of 255.
+      counted: number of labels whose pixels were counted.
+      pixels: int[256], number of pixels of each class and of 255 in these labels.
       contradiction, remarks, seen: see `Palettes`.
       error: why the split cannot be listed, or "".
     """
@@ -62,8 +62,8 @@ class Findings(NamedTuple):
     pairs: int = 0
     problems: Sequence[Problem] = ()
     orientations: Mapping[str, int] = {}
-    looked_at: int = 0
-    values: Sequence[int] = (0,) * 256
+    counted: int = 0
+    pixels: Sequence[int] = (0,) * 256
     contradiction: str = ""
     remarks: Sequence[str] = ()
     seen: Mapping[str, tuple[Sequence[int], str]] = {}
@@ -94,8 +94,8 @@ def screen(list_pairs: Callable[[], list[Pair]], dataset: ConfigDict, names: Seq
       split: name of the split, for messages.
 
     Raises:
-      UserError: the split cannot be listed; hosts have different images; a pair is wrong (with on_error="skip": most are, or
-        a label has wrong values); palettes contradict each other; or nothing can be learned from the labels.
+      UserError: the split cannot be listed; hosts have different images; a pair is wrong (with on_error="skip": more than half
+        of them are, or a label has wrong values); palettes contradict each other; or nothing can be learned from the labels.
     """
     start = time.monotonic()
     sizes: list[int] = []
@@ -108,8 +108,8 @@ def screen(list_pairs: Callable[[], list[Pair]], dataset: ConfigDict, names: Seq
         mine = Findings(error=str(error))
     all_findings = _exchange(mine)
     problems, first = _merge_problems(all_findings, split), all_findings[0]
-    _report(problems, len(pairs), dataset.on_error == "skip")
-    totals = Totals(split, first.looked_at, len(pairs) - len(problems), np.array(first.values))
+    _skip_or_raise(problems, len(pairs), dataset.on_error == "skip")
+    totals = Totals(split, first.counted, len(pairs) - len(problems), np.array(first.pixels))
     if sentence := first.contradiction or totals.problem(names, train=False):
         raise UserError(sentence)
     logger.info(f"{split}: checked {totals.total} pairs of files in {time.monotonic() - start:.1f} s")
@@ -123,8 +123,8 @@ def screen(list_pairs: Callable[[], list[Pair]], dataset: ConfigDict, names: Seq
     return Screened([pairs[i] for i in used], [sizes[i] for i in used], orientations, totals, palette, first.fingerprint)
 
 
-def _report(problems: list[Problem], pairs: int, skip: bool) -> None:
-    """Logs the first problems if the pairs may be skipped, or else raises the first one, wrong values before others."""
+def _skip_or_raise(problems: list[Problem], pairs: int, skip: bool) -> None:
+    """Logs the first problems if the pairs may be skipped; otherwise raises the first one, wrong label values before others."""
     problems.sort(key=lambda problem: not problem.wrong_values)
     if problems and not (skip and len(problems) <= pairs // 2 and not problems[0].wrong_values):
         more = f" (and {len(problems) - 1} more wrong pairs)" if problems[1:] else ""
@@ -175,7 +175,7 @@ def _check_files(pairs: list[Pair], dataset: ConfigDict, names: Sequence[str], s
         return found
 
     found = find(len(pairs) if dataset.on_error == "skip" or len(pairs) <= CHECK_ALL else CHECK_SOME)
-    if found.looked_at < len(pairs) and Totals(split, found.looked_at, len(pairs), np.array(found.values)).problem(names):
+    if found.counted < len(pairs) and Totals(split, found.counted, len(pairs), np.array(found.pixels)).problem(names):
         found = find(len(pairs))  # a sample is not enough to reject the whole split
     return found, sizes[::2]
 
@@ -184,7 +184,7 @@ def _check_pairs(
     pairs: list[Pair], check: Callable[[int], checks.CheckedPair | Problem], palettes: Palettes, split: str
 ) -> bytes:
     """Checks all pairs, and returns fields of `Findings` as JSON."""
-    problems, orientations, values, looked_at, empty = [], {}, np.zeros(256, np.int64), 0, list[str]()
+    problems, orientations, pixels, counted, empty = [], {}, np.zeros(256, np.int64), 0, list[str]()
     with concurrent.futures.ThreadPoolExecutor(32) as pool, progress(f"checking {split}", len(pairs)) as advance:
         for index, found in enumerate(pool.map(check, range(len(pairs)))):
             advance(1)
@@ -193,19 +193,19 @@ def _check_pairs(
                 continue
             if found.orientation != 1:
                 orientations[index] = found.orientation
-            if found.values is not None:
-                looked_at, values = looked_at + 1, values + found.values
-                palettes.add(pairs[index].label, found.values, found.palette)
-                empty += [] if found.values[:IGNORE].any() else [pairs[index].label]
+            if found.pixels is not None:
+                counted, pixels = counted + 1, pixels + found.pixels
+                palettes.add(pairs[index].label, found.pixels, found.palette)
+                empty += [] if found.pixels[:IGNORE].any() else [pairs[index].label]
     remarks = palettes.remarks
     if empty:
-        remarks.append(f"{len(empty)} of {looked_at} labels have no labeled pixel (all are {IGNORE}), the first is {empty[0]}")
+        remarks.append(f"{len(empty)} of {counted} labels have no labeled pixel (all are {IGNORE}), the first is {empty[0]}")
     return json.dumps(
         {
             "problems": problems,
             "orientations": orientations,
-            "looked_at": looked_at,
-            "values": values.tolist(),
+            "counted": counted,
+            "pixels": pixels.tolist(),
             "contradiction": palettes.contradiction,
             "remarks": remarks,
             "seen": palettes.seen,

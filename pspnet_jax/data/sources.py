@@ -149,7 +149,7 @@ def _open_files(dataset: ConfigDict, split: str, check: bool) -> Files:
 
 
 class Scenes(Source):
-    """The built-in scenes of scenes.py, drawn as they are read."""
+    """The built-in scenes of scenes.py, rendered as they are read."""
 
     def __init__(self, dataset: ConfigDict, split: str, num_classes: int):
         if split not in scenes.SPLITS:

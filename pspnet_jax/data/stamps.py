@@ -68,9 +68,9 @@ def compute_once(
     cache_dir: str,
     name: str,
     files: Sequence[str],
-    also: object,
+    key: object,
     compute: Callable[[], bytes],
-    known: Sequence[tuple[int, ...]] | None = None,
+    file_stats: Sequence[tuple[int, ...]] | None = None,
 ) -> bytes:
     """Returns the result of `compute`, from the cache if the files are unchanged.
 
@@ -81,17 +81,17 @@ def compute_once(
       cache_dir: config.dataset.cache_dir, which keeps the result.
       name: of the result.
       files: the files that the result depends on; without files, it is not cached.
-      also: a value that the result depends on too, identified by its repr.
+      key: other values that the result depends on, compared by their repr.
       compute: computes the result.
-      known: `stats(files)`, if the caller has it.
+      file_stats: `stats(files)`, if the caller has it.
     """
     now = time.time_ns()
-    known = stats(files) if known is None else known
-    newest = max((ns for times in known for ns in times[1:3]), default=0)
+    file_stats = stats(files) if file_stats is None else file_stats
+    newest = max((ns for values in file_stats for ns in values[1:3]), default=0)
     if not files or now - newest < MIN_AGE * 1e9:
         return compute()
     try:
-        path = directory(cache_dir) / f"{name}_{digest((also, list(zip(files, known, strict=True))))}"
+        path = directory(cache_dir) / f"{name}_{digest((key, list(zip(files, file_stats, strict=True))))}"
     except UserError as error:
         logger.warning(f"{error}; the next start has to compute {name!r} again")
         return compute()

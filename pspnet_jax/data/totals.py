@@ -20,36 +20,36 @@ class Totals:
       split: its name, for messages.
       counted: number of labels that were counted.
       total: number of labels in the split.
-      values: int64[256], number of pixels of each class and of 255, which is ignored.
+      pixels: int64[256], number of pixels of each class and of 255, which is ignored.
     """
 
     split: str
     counted: int
     total: int
-    values: np.ndarray
+    pixels: np.ndarray
 
     def __add__(self, other: "Totals") -> "Totals":
         split = f"{self.split} and {other.split}"
-        return Totals(split, self.counted + other.counted, self.total + other.total, self.values + other.values)
+        return Totals(split, self.counted + other.counted, self.total + other.total, self.pixels + other.pixels)
 
     def problem(self, names: Sequence[str], train: bool = True) -> str | None:
         """Returns why the labels cannot be used for training or, without `train`, for evaluation; None if they can.
 
         A single class is enough for evaluation.
         """
-        present = np.flatnonzero(self.values[: len(names)])
+        present = np.flatnonzero(self.pixels[: len(names)])
         if len(present) > 1 or not self.counted:
             return None
         if not len(present):
             return f"{self._where}: every pixel is {IGNORE}, which is ignored, so there is nothing to learn or to evaluate"
-        if present[0] == 0 and len(names) == 2 and self.values[IGNORE]:
+        if present[0] == 0 and len(names) == 2 and self.pixels[IGNORE]:
             return (
                 f"{self._where}: the only values are 0 and {IGNORE}, and {IGNORE} is ignored; change {IGNORE} to 1 if it means "
                 f"{names[1]!r}"
             )
         if not train:
             return None
-        share = self.values[IGNORE] / self.values.sum()
+        share = self.pixels[IGNORE] / self.pixels.sum()
         return (
             f"{self._where}: {names[present[0]]!r} ({present[0]}) is the only one of {len(names)} classes that occurs, so "
             f"there is nothing to learn; {share:.0%} of the pixels are {IGNORE}, which is ignored; check the labels' values"
@@ -57,14 +57,14 @@ class Totals:
 
     def warn(self, names: Sequence[str]) -> None:
         """Warns about classes that never occur."""
-        missing = [value for value in range(len(names)) if not self.values[value]]
+        missing = [value for value in range(len(names)) if not self.pixels[value]]
         if not missing or len(missing) >= len(names):
             return
         listed = ", ".join(f"{names[value]!r} ({value})" for value in missing[:MAX_LISTED])
         more = f" and {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
-        hint = "; if the labels count from 1, subtract 1" if missing[0] == 0 and self.values[len(names) - 1] else ""
-        if ignored := self.values[IGNORE]:
-            hint += f"; {ignored / self.values.sum():.1%} of the pixels are {IGNORE}, which is ignored"
+        hint = "; if the labels count from 1, subtract 1" if missing[0] == 0 and self.pixels[len(names) - 1] else ""
+        if ignored := self.pixels[IGNORE]:
+            hint += f"; {ignored / self.pixels.sum():.1%} of the pixels are {IGNORE}, which is ignored"
         logger.warning(f"{self._where}: no pixel has class {listed}{more}{hint}")
 
     @property

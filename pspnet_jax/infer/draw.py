@@ -40,7 +40,7 @@ def overlay(image: np.ndarray, label: np.ndarray, colors: Sequence[Color], alpha
 
 
 def side_by_side(image: np.ndarray, labels: Mapping[str, np.ndarray], info: DatasetInfo) -> Image.Image:
-    """Returns panels of an image and of its label maps under their captions (255 is black), above a legend of their classes."""
+    """Returns an image and its label maps side by side under captions, above a legend of their classes; 255 is black."""
     height, width = image.shape[:2]
     zoom = max(1, math.ceil(MIN_PANEL_WIDTH / width))
     size = zoom * width, zoom * height
@@ -68,7 +68,7 @@ def contact_sheet(examples: Sequence[Mapping[str, Any]], info: DatasetInfo, colu
 
 
 def class_frequencies(pixels: np.ndarray, info: DatasetInfo) -> Image.Image:
-    """Returns a bar chart of each class's share of the labeled pixels, in class colors, logarithmic, most frequent first.
+    """Returns a bar chart of each class's share of the labeled pixels, on a logarithmic axis, most frequent first.
 
     Args:
       pixels: int[K], number of pixels of each class.
@@ -95,8 +95,8 @@ def save(picture: Image.Image, path: epath.PathLike, kind: str = "PNG", **option
         picture.save(file, kind, **options)
 
 
-def save_over_own(picture: Image.Image, path: epath.PathLike) -> None:
-    """Writes a PNG, replacing only a file that this function wrote.
+def save_replacing_own(picture: Image.Image, path: epath.PathLike) -> None:
+    """Writes a PNG; replaces an existing file only if this function wrote it.
 
     Raises:
       UserError: the path holds another file.

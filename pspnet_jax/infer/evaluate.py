@@ -39,7 +39,7 @@ def evaluate(
       info: the classes.
       num_examples: total over all processes.
       split: its name, for the report.
-      pictures: number of examples for which to return image, truth and prediction side by side, keyed by name.
+      pictures: number of examples whose image, label and prediction to return side by side, keyed by name.
 
     Raises:
       UserError: the number of examples is 0 or not `num_examples`; an example lacks a field; a label has the wrong size, type
@@ -102,25 +102,25 @@ def _checked(examples: Iterable[Example], num_classes: int) -> Iterator[Example]
 def _stack_labels(group: Sequence[Example], shape: tuple[int, ...]) -> np.ndarray:
     """Returns the labels in one array of the predictions' shape, padded with 255."""
     truth = np.full(shape, IGNORE, np.uint8)
-    for place, example in zip(truth, group, strict=False):
+    for row, example in zip(truth, group, strict=False):
         height, width = example["label"].shape
-        place[:height, :width] = example["label"]
+        row[:height, :width] = example["label"]
     return truth
 
 
 @jax.jit(static_argnums=2)
 def _count(truth: jax.Array, labels: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
     """Returns the confusion matrix and, for each image, whether any labeled pixel has no predicted class."""
-    without = (labels == IGNORE) & (truth != IGNORE)
-    return confusion_matrix(truth, jax.numpy.where(without, 0, labels), num_classes), without.any((1, 2))
+    unpredicted = (labels == IGNORE) & (truth != IGNORE)
+    return confusion_matrix(truth, jax.numpy.where(unpredicted, 0, labels), num_classes), unpredicted.any((1, 2))
 
 
 def _fetch_counts(group: Sequence[Example], counts: tuple[jax.Array, jax.Array], predictor: Predictor) -> np.ndarray:
     """Waits for a group's confusion matrix and returns it."""
     with memory.explain_out_of_memory([example["image"] for example in group], predictor.settings):
-        matrix, without = map(np.asarray, counts)
-    for example, any_without in zip(group, without, strict=False):
-        if any_without:
+        matrix, unpredicted = map(np.asarray, counts)
+    for example, any_unpredicted in zip(group, unpredicted, strict=False):
+        if any_unpredicted:
             raise UserError(
                 f"{example['name']}: the network's scores are not finite (NaN), so the image cannot be evaluated; "
                 "the weights may be damaged, or training may have diverged"

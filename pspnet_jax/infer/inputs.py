@@ -21,8 +21,8 @@ def find_images(source: epath.PathLike, flat: bool = False, output: epath.PathLi
 
     Args:
       source: the file or folder.
-      flat: names are file names without extension; otherwise, paths relative to the folder, such as "a/b" for a/b.png.
-      output: the folder for the results; empty if not yet known.
+      flat: names are those of the files alone, such as "b" for a/b.png; otherwise, they are relative paths, such as "a/b".
+      output: the folder for the results; "" skips the check that it lies outside the input.
 
     Raises:
       MissingFileError: the file or folder does not exist, or the folder has no images.

@@ -1,8 +1,9 @@
 """The inference plan of a batch of images: windows, batches, resampling weights.
 
 A canvas is a scaled image with its padding: windows are cut from it, and the network's scores are added up on it. Sizes and
-places are passed as data, and only their upper bounds (see `bucket`) become compiled shapes. The network is an exception in
-whole-image inference, which compiles it for each size; each window then lies at the top left of a frame of rounded-up size.
+positions are passed as data, and only upper bounds of the sizes (see `bucket`) become compiled shapes. In whole-image
+inference, the network alone is compiled for each exact size; each window then lies at the top left of a larger frame, whose
+size is such a bound.
 """
 
 import collections
@@ -47,20 +48,20 @@ class View(NamedTuple):
         return len(self.rows.starts) * len(self.columns.starts)
 
 
-Window = tuple[int, tuple[int, int, int], np.ndarray]  # index of the view, place, pixels [h, w, 3] in gray levels
+Window = tuple[int, tuple[int, int, int], np.ndarray]  # index of the view, position as in Batch, pixels [h, w, 3], 0..255
 
 
 class Batch(NamedTuple):
-    """Windows of one size. Each of D devices has N / D windows of its own images, ordered by view and padded with zeros."""
+    """Windows of one size. Each of D devices has N / D windows of its own images, ordered by view; missing windows are 0."""
 
     window: tuple[int, int]  # h, w
-    pixels: np.ndarray  # f32[N, y, x, 3], in gray levels: the windows in frames
-    places: np.ndarray  # int32[N, 3]: index of the image on its device, first row and first column on the canvas
-    parts: list[tuple[int, np.ndarray]]  # index of a view, and the range of its windows on each device, int32[D, 2]
+    pixels: np.ndarray  # f32[N, y, x, 3], values 0..255: the windows in frames
+    positions: np.ndarray  # int32[N, 3]: index of the image on its device, first row and first column on the canvas
+    parts: list[tuple[int, np.ndarray]]  # for each view: its index, and the range of its windows on each device, int32[D, 2]
 
 
 class Canvas(NamedTuple):
-    """The canvases of all images in one view."""
+    """The canvases of one view of all images, which form one array."""
 
     size: tuple[int, int]  # large enough for every image
     num_windows: int
@@ -107,7 +108,7 @@ def _axis(source: int, scaled: int, flipped: bool, crop: int, stride: int, proto
 
 
 def window_starts(size: int, window: int, stride: int = 0) -> list[int]:
-    """Returns the first pixel of each window, `stride` apart, the last window flush with the end; requires size >= window.
+    """Returns the first pixel of each window. Windows are `stride` apart, and the last one ends at `size` (>= window).
 
     Stride 0 means two thirds of the window, rounded up, as in the authors' code.
     """
@@ -127,7 +128,7 @@ def _canvas(views: Sequence[View], shape: tuple[int, int, int], protocol: Protoc
 
 
 def canvas_to_image(axis: Axis, protocol: Protocol) -> ResamplingWeights:
-    """Returns the weights that resample sums over windows on the canvas to means over windows on the image."""
+    """Returns weights that resample sums over windows on the canvas to averages over windows at the image's size."""
     indices, weight = protocol.weights_to_image(axis.source, axis.scaled)
     indices = axis.before + (axis.scaled - 1 - indices if axis.flipped else indices)
     num_covering = np.zeros(axis.canvas, np.float32)
@@ -152,7 +153,7 @@ def _batches(
     """Divides all windows among the devices, in batches of one window size."""
     shares = [slice(i * per_device, (i + 1) * per_device) for i in range(devices)]
     for size in dict.fromkeys(view.window for of_images in zip(*views, strict=True) for view in of_images):
-        most = max(count_windows(itertools.chain(*views[share]))[size] for share in shares)  # windows on any device
+        most = max(count_windows(itertools.chain(*views[share]))[size] for share in shares)  # windows on one device
         n = min(ceil_div(protocol.settings.batch_size, devices), power_of_two(most))
         frame = _frame(size, protocol)
         queues = [_windows(images[share], views[share], size, protocol) for share in shares]
@@ -173,7 +174,7 @@ def _windows(
 
 
 def image_to_canvas(image: np.ndarray, view: View, protocol: Protocol) -> np.ndarray:
-    """Returns a view's canvas [h, w, 3] in gray levels: float32 or, if nothing is padded, possibly uint8."""
+    """Returns a view's canvas [h, w, 3] with values 0..255: float32 or, if nothing is padded, possibly uint8."""
     rows, columns = view
     scaled = protocol.scale(image, rows.scaled, columns.scaled)
     if columns.flipped:
@@ -197,20 +198,20 @@ def count_windows(views: Iterable[View]) -> collections.Counter[tuple[int, int]]
 def _batch(by_device: list[list[Window]], n: int, size: tuple[int, int], frame: tuple[int, int]) -> Batch:
     """Stacks up to n windows per device."""
     pixels = np.zeros((len(by_device) * n, *frame, 3), np.float32)
-    places = np.zeros((len(by_device) * n, 3), np.int32)
+    positions = np.zeros((len(by_device) * n, 3), np.int32)
     for device, windows in enumerate(by_device):
-        for i, (_, place, window) in enumerate(windows, device * n):
-            pixels[i, : size[0], : size[1]], places[i] = window, place
+        for i, (_, position, window) in enumerate(windows, device * n):
+            pixels[i, : size[0], : size[1]], positions[i] = window, position
     views = [[view for view, _, _ in windows] for windows in by_device]
     parts = [
         (view, np.array([np.searchsorted(own, (view, view + 1)) for own in views], np.int32))
         for view in sorted(set(itertools.chain(*views)))
     ]
-    return Batch(size, pixels, places, parts)
+    return Batch(size, pixels, positions, parts)
 
 
 def _frame(window: tuple[int, int], protocol: Protocol) -> tuple[int, int]:
-    """Returns the size of the frame for a window: the window's own or, in whole-image inference, that size rounded up."""
+    """Returns the size of a window's frame: that of the window, rounded up in whole-image inference."""
     return _round_up(*window) if protocol.settings.inference == "whole" else window
 
 

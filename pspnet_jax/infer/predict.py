@@ -43,14 +43,14 @@ def predict(
     images: Mapping[str, epath.PathLike],
     output: epath.PathLike,
     info: DatasetInfo,
-    form: str = "",
+    server_format: str = "",
     skip_existing: bool = False,
     origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Predicts images, each at its own size.
 
     Writes output/index/NAME.png (gray, the values are class indices), output/color/NAME.png (the same values with a palette of
-    class colors) and output/overlay/NAME.jpg (half color, half image); or, if `form` is given, only the submission.
+    class colors) and output/overlay/NAME.jpg (half color, half image); or, if `server_format` is given, only the submission.
 
     Args:
       predictor: predicts the classes of `info`.
@@ -58,18 +58,18 @@ def predict(
       images: files keyed by the names of their results, see `inputs.find_images`.
       output: a folder, created if missing.
       info: the classes.
-      form: "cityscapes", "ade20k" or "voc" for a submission to that benchmark's server.
-      skip_existing: skips images that already have all their results, to continue an interrupted job.
+      server_format: "cityscapes", "ade20k" or "voc" for a submission to that benchmark's server.
+      skip_existing: skips images that already have all their results, to continue an interrupted run.
       origin: identifies the weights and the images, such as the run, its step and the "input"; saved with the settings in
         output/.origin.json.
 
     Raises:
       UserError: the submission has other classes; the output cannot be written to, has files that would be overwritten, or
-        would be continued with another origin; or some images could not be predicted, reported after all others are done.
+        has results of another origin to continue; or some images could not be predicted, once all others are done.
     """
-    server, output = submission.choose(form, info) if form else None, files.absolute(output)
+    server, output = submission.choose(server_format, info) if server_format else None, files.absolute(output)
     results = {name: _result_paths(output, name, server) for name in images}
-    origin = {**(origin or {}), **predictor.description, "format": form, "weights": _digest(variables)}
+    origin = {**(origin or {}), **predictor.description, "format": server_format, "weights": _digest(variables)}
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; expected a folder, which is created if missing")
     with locked(output):
@@ -80,24 +80,22 @@ def predict(
         todo = _by_size(new, predictor)
         began, variables = time.perf_counter(), predictor.place(variables)
         with ThreadPoolExecutor(THREADS) as pool, progress("predicting", len(todo)) as advance:
-            job = _Job(pool, advance)
-            for group in predictor.groups(job.read(todo, predictor.check, sign)):
-                for example, labels, i in _predict_group(group, predictor, variables, job.fail):
+            io = _FileIO(pool, advance)
+            for group in predictor.groups(io.read(todo, predictor.check, sign)):
+                for example, labels, i in _predict_group(group, predictor, variables, io.fail):
                     fetch_label = functools.partial(_fetch_label, labels, i, example["image"], predictor.settings)
-                    job.write(example["name"], _write, results[example["name"]], example, fetch_label, info, server)
-                if job.stopped_by:
+                    io.write(example["name"], _write, results[example["name"]], example, fetch_label, info, server)
+                if io.stopped_by:
                     break
-            job.wait()
+            io.wait()
     existing = len(images) - len(todo)
-    kept = f"{existing + job.done} of {len(images)} images have their results in {output}"
-    if job.stopped_by:
-        raise UserError(
-            "\n".join((*job.failed, f"{output}: {job.stopped_by}; {kept}, and --skip_existing continues from there"))
-        )
-    rate = job.done / (time.perf_counter() - began)
+    kept = f"{existing + io.done} of {len(images)} images have their results in {output}"
+    if io.stopped_by:
+        raise UserError("\n".join((*io.failed, f"{output}: {io.stopped_by}; {kept}, and --skip_existing continues from there")))
+    rate = io.done / (time.perf_counter() - began)
     logger.info(f"{kept}, {existing} from earlier runs; {rate:.3g} images/s on {predictor.device}, including I/O")
-    if job.failed:
-        raise UserError("\n".join((*job.failed, f"{len(job.failed)} of {len(images)} images could not be predicted")))
+    if io.failed:
+        raise UserError("\n".join((*io.failed, f"{len(io.failed)} of {len(images)} images could not be predicted")))
 
 
 def _predict_group(
@@ -116,7 +114,7 @@ def _predict_group(
     return [(example, labels, i) for i, example in enumerate(group)]
 
 
-class _Job:
+class _FileIO:
     """Reads images and writes results in threads, with bounded queues, and counts what is done and what failed.
 
     Attributes:
@@ -191,7 +189,7 @@ def _result_paths(output: epath.Path, name: str, server: submission.Submission |
 
 
 def _digest(variables: Any) -> str:
-    """Returns a checksum of the weights, because a run that was repeated has other weights at the same step."""
+    """Returns a checksum of the weights, because repeating a run may give other weights at the same step."""
     checksum = 0
     for leaf in jax.tree.leaves(variables):
         array = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
@@ -290,7 +288,7 @@ def _write_origin(output: epath.Path, origin: Mapping[str, Any], continued: bool
     """Writes .origin.json before anything is computed.
 
     Raises:
-      UserError: the folder cannot be written to, or the job to continue has another origin.
+      UserError: the folder cannot be written to, or the results to add to have another origin.
     """
     path = output / ORIGIN
     if continued and path.exists() and _read_origin(output) != json.loads(json.dumps(origin)):

@@ -1,4 +1,6 @@
-"""Prediction of whole images on the devices: scales, overlapping windows and flips. Start here. The path of an image:
+"""Prediction of whole images on the devices: scales, overlapping windows and flips. Read this module first.
+
+The path of an image:
 
     image                    uint8[H, W, 3]
       |  protocol.scale        resampled (and flipped, if the protocol makes the flipped image a view of its own)
@@ -11,7 +13,7 @@
       |  network                                                                                 on the devices: here
     logits                   [N, y, x, K], and those of the flipped windows
       |  protocol.combine_flip
-      |  _accumulate_windows   added at the windows' places on the canvas
+      |  _accumulate_windows   added at the windows' positions on the canvas
     sums                     f32[M, h, w, K], one for each view; M images share the devices
       |  canvas.to_image       resampled to the image's size, divided by the number of windows over each pixel
       |  protocol.finalize_scores
@@ -20,8 +22,8 @@
 
 `Predictor.groups` groups images, and `Predictor.labels` runs all of the above. protocols.py, based on resample.py, defines what
 depends on the protocol; plan.py computes what depends on the image sizes. The network is compiled once, for one batch of
-windows, whatever the images, scales or weights (in whole-image inference, once for each image size and scale). The steps around
-it compile a few programs for each bucket of sizes.
+windows, whatever the images, scales or weights (in whole-image inference, once for each image size and scale). The other steps
+are compiled a few times for each bucket of sizes.
 """
 
 import functools
@@ -144,8 +146,8 @@ class Predictor:
           images: uint8[H, W, 3] each.
 
         Returns:
-          uint8[M, S, T] on the devices. Image i has [i, :H, :W], all 255 if its scores are not finite (NaN); the rest is
-          meaningless padding up to compiled sizes.
+          uint8[M, S, T] on the devices. The labels of image i are [i, :H, :W], or all 255 if its scores are not finite (NaN).
+          The rest is padding with arbitrary values.
 
         Raises:
           UserError: see `check`; or the network does not return logits [N, H, W, K].
@@ -180,7 +182,7 @@ class Predictor:
         return plan_images(images, self._protocol, self._mesh.size)
 
     def _add_views(self, variables: Any, plan: Plan, held: int) -> tuple[jax.Array | None, list[ViewSums]]:
-        """Sums the views at the images' size, f32[M, H, W, K], all but the last `held`, which it returns separately."""
+        """Returns the sum of all but the last `held` views at the images' size, f32[M, H, W, K], and those last views."""
         remaining = len(plan.canvases) - held
         total = self._zeros(plan.shape) if remaining else None
         last: list[ViewSums] = []
@@ -197,14 +199,14 @@ class Predictor:
         sums: dict[int, jax.Array] = {}
         missing = [canvas.num_windows for canvas in plan.canvases]
         for batch in plan.batches:
-            places, parts, logits = batch.places, batch.parts, self._logits(variables, batch)
+            positions, parts, logits = batch.positions, batch.parts, self._logits(variables, batch)
             del batch  # frees its pixels, which the devices now have
             for view, bounds in parts:
                 if view not in sums:
                     sums[view] = self._zeros((plan.shape[0], *plan.canvases[view].size))
-                sums[view] = self._accumulate_windows(sums[view], logits, places, bounds)
+                sums[view] = self._accumulate_windows(sums[view], logits, positions, bounds)
                 missing[view] -= np.diff(bounds).sum()
-                if not missing[view]:  # at once, before the next view takes as much memory
+                if not missing[view]:  # yielded at once, before the next view takes as much memory
                     yield sums.pop(view), plan.canvases[view].to_image
             del logits  # frees their memory before the next batch
 
@@ -246,7 +248,7 @@ def _prepare(statistics: ConfigDict, flip: bool, windows: jax.Array) -> list[jax
 
 
 def _accumulate_windows(
-    protocol: Protocol, sums: jax.Array, logits: list[jax.Array], places: jax.Array, bounds: jax.Array
+    protocol: Protocol, sums: jax.Array, logits: list[jax.Array], positions: jax.Array, bounds: jax.Array
 ) -> jax.Array:
     """Adds the scores of one view's windows to its sums, where they were cut out; in strips, to save memory."""
     _, height, width, num_classes = logits[0].shape
@@ -259,10 +261,10 @@ def _accumulate_windows(
         slices = [jax.lax.dynamic_slice(x, (window, first, 0, 0), shape).astype(sums.dtype) for x in logits]
         new = protocol.combine_flip(*slices)
         fresh = first + jnp.arange(shape[1]) >= strip * shape[1]  # the last strip may overlap the one before
-        image, top, left = places[window]
-        place = (image, top + first, left, 0)
-        new = jax.lax.dynamic_slice(sums, place, shape) + jnp.where(fresh[:, None, None], new, 0)
-        return jax.lax.dynamic_update_slice(sums, new, place)
+        image, top, left = positions[window]
+        corner = (image, top + first, left, 0)
+        new = jax.lax.dynamic_slice(sums, corner, shape) + jnp.where(fresh[:, None, None], new, 0)
+        return jax.lax.dynamic_update_slice(sums, new, corner)
 
     return jax.lax.fori_loop(bounds[0, 0] * strips, bounds[0, 1] * strips, add, sums)
 
@@ -291,8 +293,8 @@ def _most_probable(protocol: Protocol, total: jax.Array | None, views: list[View
 
     found = jax.lax.map(labels, jnp.arange(count * height // STRIP)).reshape(count, height, width)
     accumulated = [*([] if total is None else [total]), *(sums for sums, _ in views)]
-    defined = jnp.all(jnp.array([(x < jnp.inf).all((1, 2, 3)) for x in accumulated]), 0)  # argmax of NaN is a class
-    return jnp.where(defined[:, None, None], found, IGNORE).astype(jnp.uint8)
+    finite = jnp.all(jnp.array([(x < jnp.inf).all((1, 2, 3)) for x in accumulated]), 0)  # argmax returns a class even for NaN
+    return jnp.where(finite[:, None, None], found, IGNORE).astype(jnp.uint8)
 
 
 def _strip(sums: jax.Array, to_image: ToImage, i: jax.Array) -> jax.Array:

@@ -31,11 +31,11 @@ class Protocol:
         raise NotImplementedError
 
     def scale(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
-        """Resamples uint8[H, W, 3] to uint8 or float32 [height, width, 3], in gray levels."""
+        """Resamples uint8[H, W, 3] to uint8 or float32 [height, width, 3], with values 0..255."""
         raise NotImplementedError
 
     def window(self, crop: int, scaled: int) -> tuple[int, int]:
-        """Returns the window's side, to which smaller images are padded, and the padding on the top (left)."""
+        """Returns, for one axis, the window's size, to which smaller images are padded, and the padding before the image."""
         return crop, 0
 
     def padding(self, exceeds: bool) -> np.ndarray:
@@ -90,7 +90,7 @@ class Caffe(Protocol):
 
     def scale(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
         """Resizes 8-bit images as imresize does: first the axis that shrinks most; rounds half up after each axis."""
-        tie = 2.0**-15  # gray levels; more than the float32 error of a weighted sum, so that an exact half is rounded up
+        tie = 2.0**-15  # more than the float32 error of a weighted sum, so that an exact half is rounded up
         sizes = (height, width)
         for axis in sorted((0, 1), key=lambda axis: sizes[axis] / image.shape[axis]):
             weights = bilinear_antialiased(sizes[axis], image.shape[axis])
@@ -120,8 +120,8 @@ class MMSeg(Protocol):
     def scaled_size(self, height: int, width: int, scale: float) -> tuple[int, int]:
         """Fits the image within base_size and short_size, times the scale; without base_size, scales its own sides.
 
-        Given bounds are truncated to whole pixels, as in versions before 1.0. Later versions can only scale the image's own
-        sides in test-time augmentation; these are rounded.
+        Given bounds are truncated to whole pixels, as in versions before 1.0. In test-time augmentation, later versions can
+        only scale the image's own sides, and round the result.
         """
         base_size, short_size = self.settings.base_size, self.settings.short_size
         long, short = max(height, width), min(height, width)

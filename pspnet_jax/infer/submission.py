@@ -38,26 +38,26 @@ SUBMISSIONS = {
 }
 
 
-def choose(form: str, info: datasets.DatasetInfo) -> Submission:
+def choose(server_format: str, info: datasets.DatasetInfo) -> Submission:
     """Returns the server's format; warns if the network's classes have other names.
 
     Raises:
       UserError: the format is unknown, or the network's classes differ in number or order.
     """
-    if form not in SUBMISSIONS:
-        raise UserError(f"--format {form}: expected one of {', '.join(SUBMISSIONS)}")
-    expected = datasets.table(SUBMISSIONS[form].dataset).class_names
+    if server_format not in SUBMISSIONS:
+        raise UserError(f"--format {server_format}: expected one of {', '.join(SUBMISSIONS)}")
+    expected = datasets.table(SUBMISSIONS[server_format].dataset).class_names
     if info.num_classes != len(expected):
         raise UserError(
-            f"--format {form}: its server scores {len(expected)} classes, but this network predicts the {info.num_classes} of "
-            f"{info.name!r}"
+            f"--format {server_format}: its server scores {len(expected)} classes, but this network predicts the "
+            f"{info.num_classes} of {info.name!r}"
         )
     differing = datasets.differing_classes(expected, info.class_names)
     known = {name.lower() for name in expected}
     for index, server_name, own_name in sorted(differing, key=lambda each: each[2].lower() not in known):
-        message = f"--format {form}: class {index} is {server_name!r} on its server, but {own_name!r} in this network"
+        message = f"--format {server_format}: class {index} is {server_name!r} on its server, but {own_name!r} in this network"
         if own_name.lower() in known:
             raise UserError(f"{message}, whose classes have another order; the server cannot score its predictions")
         logger.warning(f"{message}; classes are submitted by index, whatever their names")
         break
-    return SUBMISSIONS[form]
+    return SUBMISSIONS[server_format]

@@ -1,4 +1,4 @@
-"""The network, as Flax linen modules: normalized images f32[N, H, W, 3] to logits f32[N, H, W, K].
+"""The network, as Flax linen modules that map normalized images f32[N, H, W, 3] to logits f32[N, H, W, K].
 
 model = models.build(config.model, num_classes=150)                               # from the config
 model = models.PSPNet(backbone=MyBackbone(), head=models.PyramidHead(num_classes=150), pyramid=models.Pyramid())

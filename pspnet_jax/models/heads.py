@@ -11,7 +11,7 @@ from pspnet_jax.models.pyramid import PyramidConv
 
 
 class Classifier(nn.Module):
-    """Dropout of whole channels, then a 1x1 convolution with bias: [N, h, w, C] -> f32[N, h, w, K]."""
+    """Channel dropout, then a 1x1 convolution with bias: [N, h, w, C] -> f32[N, h, w, K]."""
 
     num_classes: int
     dropout: float
@@ -27,14 +27,15 @@ class Classifier(nn.Module):
 class PyramidHead(nn.Module):
     """Classifies backbone features and pyramid levels: [N, h, w, C], levels [N, b, b, C'] -> scores f32[N, h, w, K].
 
-    A convolution over their concatenation to C/4 channels, batch normalization, ReLU and the classifier.
+    Concatenates the features and the upsampled levels, then applies a convolution to C/4 channels, batch normalization, ReLU
+    and the classifier.
 
     Attributes:
       num_classes: K.
       kernel_size: size of the convolution, an odd number.
       factored: compute the same function without building the concatenation.
       align_corners: how the levels are upsampled; use the same value as in `PSPNet`.
-      dropout: rate at which the classifier drops whole channels.
+      dropout: rate of the classifier's channel dropout.
       frozen_norm: as in `ConvNorm`.
     """
 

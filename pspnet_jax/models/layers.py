@@ -38,9 +38,9 @@ BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
 def convolve(
     x: jax.Array, kernel: jax.Array, strides: Sequence[int] = (1, 1), padding: Any = "SAME", **options: Any
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated` in NHWC and HWIO; 1x1 convolutions become matrix products, without padding.
+    """`jax.lax.conv_general_dilated` in NHWC with HWIO kernels; 1x1 convolutions are matrix products and ignore `padding`.
 
-    On CPUs, XLA computes the gradients of these products several times faster.
+    On CPUs, XLA computes the gradients of matrix products several times faster than those of convolutions.
     """
     if kernel.shape[:2] == (1, 1):
         return x[:, :: strides[0], :: strides[1]] @ kernel[0, 0]
@@ -57,7 +57,7 @@ class ConvNorm(nn.Module):
       features: C'.
       kernel_size: an odd number.
       relu: False omits the ReLU.
-      frozen_norm: in training, too, normalize with the running statistics, and do not update them.
+      frozen_norm: normalize with the running statistics in training as well, without updating them.
 
     Raises:
       UserError: in training, if each channel has a single value, whose variance is 0.
@@ -107,10 +107,10 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 def resize_matrix(size: int, new_size: int, align_corners: bool) -> np.ndarray:
-    """Bilinear interpolation along one axis as a matrix f32[new_size, size]; a row has at most two weights, which sum to 1.
+    """Bilinear interpolation along one axis as a matrix f32[new_size, size]; each row has at most two weights, which sum to 1.
 
-    With align_corners, the first and last samples coincide (Caffe's Interp, semseg). Otherwise, pixel centers lie at
-    half-integers and the borders are replicated (mmseg). Neither antialiases when downsampling.
+    With align_corners, the first and last pixels of input and output coincide (Caffe's Interp, semseg). Otherwise, pixel
+    centers lie at half-integers and the borders are replicated (mmseg). Neither antialiases when downsampling.
     """
     target = np.arange(new_size, dtype=np.float64)
     if align_corners:

@@ -25,7 +25,7 @@ CHOICES = {  # allowed values of the fields of config.model
 }
 
 
-MAX_BINS = 100  # more than any feature map needs: that of the largest published crop, 713 pixels, is 90 x 90
+MAX_BINS = 100  # more than any network needs: the largest published crop, 713 pixels, has a 90 x 90 feature map
 
 
 class PSPNet(nn.Module):
@@ -36,7 +36,7 @@ class PSPNet(nn.Module):
       head: (fourth, levels, train) -> scores f32[N, h, w, K], such as `PyramidHead`; `levels` is [] without a pyramid.
       pyramid: (fourth, train) -> a list of levels [N, b, b, C'], such as `Pyramid`, or None.
       auxiliary_head: (third, train) -> scores f32[N, h', w', K], such as `AuxiliaryHead`, or None; it runs in training only.
-      align_corners: how the scores are upsampled to the images' size, bilinearly: True as Caffe and semseg, False as mmseg.
+      align_corners: convention for upsampling the scores bilinearly: True as in Caffe and semseg, False as in mmseg.
 
     Parameters are stored under the field names, such as "backbone/...". Those of `PyramidHead` and `AuxiliaryHead` are stored
     at the top level: "head_conv", "head_bn", "classifier", "auxiliary_conv", "auxiliary_classifier".
@@ -49,7 +49,7 @@ class PSPNet(nn.Module):
     align_corners: bool = True
 
     def setup(self) -> None:
-        # Checkpoints store the default heads' parameters at the top level; initial values and dropout depend on the paths.
+        # Checkpoints hold the default heads' parameters at the top level; initial values and dropout also depend on the paths.
         for head in (self.head, self.auxiliary_head):
             if isinstance(head, PyramidHead | AuxiliaryHead):
                 nn.share_scope(self, head)
@@ -62,7 +62,7 @@ class PSPNet(nn.Module):
           train: use batch statistics unless frozen (needs mutable "batch_stats") and dropout (needs rng "dropout").
 
         Returns:
-          Logits f32[N, H, W, K]; in training, a pair of these and the auxiliary head's, f32[N, H, W, K] or None without one.
+          Logits f32[N, H, W, K]. In training, (logits, auxiliary logits); the latter are None without an auxiliary head.
         """
 
         def upsample(scores: jax.Array) -> jax.Array:
@@ -77,7 +77,7 @@ class PSPNet(nn.Module):
 
 
 def build(model: ConfigDict, num_classes: int) -> PSPNet:
-    """Builds the network of `config.model` for K = num_classes.
+    """Builds the network that `config.model` describes, with K = num_classes.
 
     Raises:
       UserError: lists every field with an invalid value.
@@ -105,12 +105,12 @@ def build(model: ConfigDict, num_classes: int) -> PSPNet:
 
 
 def problems(model: ConfigDict) -> list[str]:
-    """Returns one sentence per field of `config.model` whose value is invalid in itself."""
+    """Returns one message for each field of `config.model` with an invalid value."""
     found = [not_a_choice(choices, f"model.{f}", model[f]) for f, choices in CHOICES.items() if model[f] not in choices]
     if model.width < 8 or model.width % 8:
-        found.append(f"model.width={model.width}: expected a multiple of 8 (64 is ResNet's)")
+        found.append(f"model.width={model.width}: expected a multiple of 8 (the standard ResNet has 64)")
     if len({b for b in model.bins if 1 <= b <= MAX_BINS}) < len(model.bins) or len(model.bins) > 16:
-        found.append(f"model.bins={model.bins}: expected at most 16 different numbers from 1 to {MAX_BINS}")
+        found.append(f"model.bins={model.bins}: expected at most 16 distinct numbers from 1 to {MAX_BINS}")
     if not 0 <= model.dropout < 1:
         found.append(f"model.dropout={model.dropout}: expected a value from 0 up to, not including, 1")
     return found

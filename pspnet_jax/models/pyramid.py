@@ -16,7 +16,7 @@ POOLS = {"average": layers.adaptive_average_pool, "max": layers.adaptive_max_poo
 class Pyramid(nn.Module):
     """Pools features to b x b for each bin b: [N, h, w, C] -> one [N, b, b, C/len(bins)] per bin (C without reduction).
 
-    Each level is a 1x1 convolution with batch normalization and ReLU over the pooled features.
+    Each level applies a 1x1 convolution, batch normalization and ReLU to the pooled features.
 
     Attributes:
       bins, pool, reduce_channels: as in `config.model`, where each is explained.
@@ -72,8 +72,8 @@ class PyramidConv(nn.Module):
 def convolve_upsampled(level: jax.Array, kernel: jax.Array, height: int, width: int, align_corners: bool) -> jax.Array:
     """convolve(resize(level, height, width), kernel) without the resized tensor: [N, b, b, I], [k, k, I, O] -> f32[N, h, w, O].
 
-    Both steps are linear. So the b x b grid is first multiplied by the kernel's matrix at each of its k x k positions; each
-    product is then upsampled by the resize matrices, shifted by that position and zero outside.
+    Both steps are linear, so their order can change: the level is first multiplied by the kernel's matrix [I, O] at each of
+    the k x k positions. Each product is then upsampled by resize matrices that are shifted by that position and zero outside.
     """
     size = kernel.shape[0]
     products = jnp.einsum("nijc,uvco->nuvijo", level, kernel, preferred_element_type=jnp.float32)

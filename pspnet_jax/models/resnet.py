@@ -32,7 +32,7 @@ STAGES = {
     16: ((1, 1), (2, 1), (2, 1), (1, 2)),
     32: ((1, 1), (2, 1), (2, 1), (2, 1)),
 }
-# Which convolution of a bottleneck has its stride: stride -> (stride of the first 1x1, stride of the 3x3).
+# Which convolution of a bottleneck has the stride: stride -> (stride of the first 1x1, stride of the 3x3).
 STRIDE_IN = {"conv3x3": lambda stride: (1, stride), "conv1x1": lambda stride: (stride, 1)}
 # Divisor of a stage's dilation in its first block.
 FIRST_BLOCK_DILATION = {"full": 1, "half": 2}

@@ -33,7 +33,7 @@ SETTINGS = "settings"  # the evaluation settings in score.json; scores are only 
 
 
 def _quiet_orbax() -> None:
-    """Silences the tracebacks that orbax and its event loop log, once per array, for an error that is also raised."""
+    """Silences the tracebacks that orbax and its event loop log once per array for an error that they also raise."""
     logging.getLogger("absl").addFilter(lambda record: not ("orbax" in record.pathname and record.levelno >= logging.ERROR))
     logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
     hook = sys.unraisablehook
@@ -44,7 +44,7 @@ _quiet_orbax()
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager without its reading of scores, which fails if a score of an older run is damaged."""
+    """Orbax's manager, except that it does not read scores, which would fail if a score of an older run is damaged."""
 
     def metrics(self, step: int) -> Any:
         return None
@@ -62,7 +62,7 @@ class Checkpoints:
         self._directory = files.absolute(workdir) / "checkpoints"
         if read_only and not files.is_there(self._directory):
             run = self._directory.parents[2]
-            hint = f"it is inside the run {run}" if self._directory.parents[1].name == "checkpoints" else "train there first"
+            hint = f"use {run}, which contains it" if self._directory.parents[1].name == "checkpoints" else "train there first"
             raise MissingFileError(
                 f"{workdir}: is not a run with checkpoints; {hint}, copy the run with its checkpoints/ directory, or choose "
                 "another directory"
@@ -93,7 +93,7 @@ class Checkpoints:
         return self._directory / str(step)
 
     def reached_preemption(self, step: int) -> bool:
-        """Returns whether any process of the job was asked to stop; the answer for a step is the same in all of them."""
+        """Returns whether any process of the job was asked to stop. For a given step, all processes get the same answer."""
         return self._manager.reached_preemption(step)
 
     def save(self, step: int, state: TrainState, config: ConfigDict, fingerprint: str = "") -> None:
@@ -154,7 +154,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             if self._scores and (self._scores[max(self._scores)].get(SETTINGS) or {}).get("data", data) != data:
                 logger.warning(
-                    "the evaluation data has changed: the best checkpoint is one of those scored since step %s", step
+                    "the evaluation data has changed: the best checkpoint is chosen among those scored from step %s on", step
                 )
             self._scores[step] = json.loads(json.dumps({**metrics, SETTINGS: settings}))
             self.unreadable.discard(step)
@@ -185,22 +185,24 @@ class Checkpoints:
             return None
 
     def best(self) -> int | None:
-        """Returns the step with the largest score among those scored with the newest one's settings; None if none is scored."""
+        """Returns the step with the largest score among those with the newest score's settings; None if there are no scores."""
         scores = {step: score for step, score in self._scores.items() if step in self.steps and not math.isnan(score[SCORE])}
         if not scores:
             return None
         newest = scores[max(scores)].get(SETTINGS)
         return max((score[SCORE], step) for step, score in scores.items() if score.get(SETTINGS) == newest)[1]
 
-    def origin(self) -> tuple[ConfigDict, str] | None:
-        """Returns the newest readable config of a checkpoint and its data fingerprint, which is empty if unknown.
+    def read_config(self) -> tuple[ConfigDict, str] | None:
+        """Returns the config and data fingerprint of the newest checkpoint whose config can be read, or None.
+
+        The fingerprint is "" if it is unknown.
 
         Raises:
           UserError: storage is unavailable.
         """
         for step in reversed(self.steps):
             directory = self.path(step)
-            read = functools.partial(layout.read_origin, directory)
+            read = functools.partial(layout.read_config, directory)
             if found := integrity.read_checked(directory, lambda: ["config"], read)[2]:
                 return found
         return None
@@ -231,16 +233,18 @@ class Checkpoints:
           The state, or None if there are no checkpoints.
 
         Raises:
-          UserError: no checkpoint is usable, one is of another network, or storage is unavailable.
+          UserError: no checkpoint is usable, one belongs to another network, or storage is unavailable.
         """
         problems: dict[int, str] = {}
         for step in reversed(self.steps):
             read = functools.partial(layout.read_state, self.path(step), target)
-            items = functools.partial(layout.items_of, self.path(step), target)
+            items = functools.partial(layout.item_names, self.path(step), target)
             verdict, problem, state = integrity.read_checked(self.path(step), items, read)
             if verdict is Verdict.GOOD:
                 for bad, description in problems.items():
-                    logger.warning("checkpoint %s %s; moved to %s, using %s", bad, description, self._set_aside(bad), step)
+                    logger.warning(
+                        "checkpoint %s %s; moved to %s; using checkpoint %s", bad, description, self._set_aside(bad), step
+                    )
                 return state
             if verdict is Verdict.OTHER_NETWORK:
                 raise UserError(f"checkpoint {step} in {self._directory} {problem}; use the saved config, or another --workdir")
@@ -305,14 +309,14 @@ def load(workdir: epath.PathLike, which: str | int, mesh: Mesh) -> tuple[ConfigD
         directory = checkpoints.path(step)
 
         def read_all() -> tuple[ConfigDict, Variables]:
-            return layout.read_origin(directory)[0], layout.read_variables(directory, mesh)
+            return layout.read_config(directory)[0], layout.read_variables(directory, mesh)
 
         verdict, problem, read = integrity.read_checked(
             directory, lambda: ["config", layout.evaluated_item(directory)], read_all
         )
     if verdict is not Verdict.GOOD or read is None:
         if str(which) != str(step) and not files.is_there(directory) and exists(files.absolute(workdir)):
-            return load(workdir, which, mesh)  # a running training has replaced it by a newer one
+            return load(workdir, which, mesh)  # a run in progress has replaced it with a newer checkpoint
         raise UserError(
             f"checkpoint {step} in {workdir} {problem}; to evaluate, predict or export, choose another with --checkpoint; "
             f"to use init_from with the checkpoint before it, move {directory} away"
@@ -327,8 +331,8 @@ def load(workdir: epath.PathLike, which: str | int, mesh: Mesh) -> tuple[ConfigD
     return config, step, variables
 
 
-def write_weights(workdir: epath.PathLike, config: ConfigDict, state: TrainState) -> None:
-    """Creates a run from a complete set of weights, saved as checkpoint 0, to evaluate, predict with, export or train further.
+def create_run(workdir: epath.PathLike, config: ConfigDict, state: TrainState) -> None:
+    """Creates a run with the given state as checkpoint 0, for evaluation, prediction, export or further training.
 
     Raises:
       UserError: the directory already holds a run, is locked by another process, or cannot be written.

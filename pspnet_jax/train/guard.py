@@ -1,4 +1,4 @@
-"""Detection of a diverging run."""
+"""Detects a diverging run."""
 
 import logging
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteGuard:
-    """Stops a run whose loss or gradient is not finite. It checks one step late, so that the device never waits for the check.
+    """Stops a run whose loss or gradient is not finite. Each step is checked one step later, so that the devices never wait.
 
     The gradient is checked too: if only the gradient is not finite, the step still destroys the weights.
     """
@@ -45,8 +45,8 @@ class NonFiniteGuard:
                 newest = f"the newest checkpoint is step {steps[-1]}; if it fails again from there, go back to an earlier one"
             raise DivergedError(
                 f"the loss is {loss} and its gradient norm {norm} at step {step}; {newest}; try a lower "
-                "optimizer.learning_rate, more optimizer.warmup_steps, or optimizer.clip_norm; if the "
-                "batches are your own, check that all labels are 0 to K-1 (for K classes) or 255 (ignored)"
+                "optimizer.learning_rate, more optimizer.warmup_steps, or optimizer.clip_norm; if you "
+                "supply the batches, check that all labels are 0 to K-1 (for K classes) or 255 (ignored)"
             )
         if norm == 0 and not self._warned:
             self._warned = True

@@ -1,4 +1,4 @@
-"""Checks of checkpoints: damaged (only if proven), unreachable, of another network, or not finite."""
+"""Checks whether a checkpoint is usable, not finite, damaged (only if that is certain), of another network, or unreachable."""
 
 import collections
 import contextlib
@@ -38,9 +38,9 @@ class Verdict(enum.IntEnum):
 
 
 DESCRIPTIONS = {
-    Verdict.NOT_FINITE: "is not finite",
+    Verdict.NOT_FINITE: "has values that are not finite",
     Verdict.DAMAGED: "is damaged",
-    Verdict.OTHER_NETWORK: "holds another network",
+    Verdict.OTHER_NETWORK: "belongs to another network",
     Verdict.UNREACHABLE: "could not be read",
 }
 
@@ -67,7 +67,7 @@ def classify(error: Exception) -> Verdict:
 
 
 def reason(error: Exception) -> str:
-    """Returns the first line of an exception without tensorstore's details; the middle of a long line is left out."""
+    """Returns the first line of an exception's message, without tensorstore's details and without the middle of a long line."""
     line = re.split(r"\n| \[(?:tensorstore_spec|source locations|os_error_code)", str(error))[0] or type(error).__name__
     return line if len(line) <= 300 else f"{line[:150]} ... {line[-150:]}"
 
@@ -76,7 +76,7 @@ Items = Callable[[], Sequence[str]]
 
 
 def read_checked(directory: epath.Path, items: Items, read: Callable[[], T]) -> tuple[Verdict, str, T | None]:
-    """Reads and checks a checkpoint, in step with the other processes, and retries if it is unreachable.
+    """Reads and checks a checkpoint together with the other processes, and retries if it is unreachable.
 
     Args:
       directory: directory of the checkpoint.
@@ -136,7 +136,7 @@ def write_checksums(directory: epath.Path) -> None:
 
 
 def compare_checksums(directory: epath.Path, items: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the missing files and the changed files of some items of a checkpoint.
+    """Returns the missing and the changed files of some of a checkpoint's items.
 
     Without checksums, only missing items are found.
     """

@@ -18,24 +18,24 @@ logger = logging.getLogger(__name__)
 class JsonLines:
     """Appends lines to a file. Lines that cannot be written are kept until the next write, and training goes on."""
 
-    def __init__(self, path: epath.Path, start: int, without: str = ""):
+    def __init__(self, path: epath.Path, start: int, drop_kind: str = ""):
         """Prepares the file for a run that continues after `start` steps.
 
-        Lines of later steps are dropped, and so are lines of kind `without` at step `start`. Damaged lines are moved to a
+        Lines of later steps are dropped, and so are lines of kind `drop_kind` at step `start`. Damaged lines are moved to a
         separate file, and so are all lines if the run starts over.
         """
         self._path, self._pending, self._failed = path, "", False
         with files.writing(path, "free some space, or move it away"):
-            self._prepare(start, without)
+            self._prepare(start, drop_kind)
 
-    def _prepare(self, start: int, without: str) -> None:
+    def _prepare(self, start: int, drop_kind: str) -> None:
         path = self._path
         content = path.read_bytes() if path.exists() else b""
         lines = [line for line in content.split(b"\n") if line.strip()]
         steps = [_step(line) for line in lines]
         good = [(line, step) for line, step in zip(lines, steps, strict=True) if step is not None and step <= start]
         kept = b"".join(
-            line + b"\n" for line, step in good if step < start or not without or json.loads(line).get("kind") != without
+            line + b"\n" for line, step in good if step < start or not drop_kind or json.loads(line).get("kind") != drop_kind
         )
         if damaged := [line for line, step in zip(lines, steps, strict=True) if step is None]:
             aside = self._set_aside("damaged", damaged)

@@ -1,4 +1,4 @@
-"""Contents of a checkpoint, and functions that read it.
+"""Contents of a checkpoint, and functions that read them.
 
 WORKDIR/checkpoints/STEP contains the items weights, ema, optimizer, config and data; checksums.json; and score.json, if the
 checkpoint was evaluated. Evaluation reads only the config and either the weights or their moving average. Checkpoints of
@@ -29,7 +29,7 @@ def items(state: TrainState) -> dict[str, Any]:
     return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}  # orbax cannot save empty trees
 
 
-def items_of(directory: epath.Path, target: TrainState) -> Sequence[str]:
+def item_names(directory: epath.Path, target: TrainState) -> Sequence[str]:
     """Returns the names of the items that `read_state` reads, and "config"."""
     return ("config", "state") if files.is_there(directory / "state") else ("config", *items(target))
 
@@ -39,7 +39,7 @@ def evaluated_item(directory: epath.Path) -> str:
     if files.is_there(directory / "state"):
         return "state"
     has_config = files.is_there(directory / "config")
-    return "ema" if has_config and read_origin(directory)[0].optimizer.ema_decay else "weights"
+    return "ema" if has_config and read_config(directory)[0].optimizer.ema_decay else "weights"
 
 
 def read_state(directory: epath.Path, target: TrainState) -> TrainState:
@@ -69,7 +69,7 @@ def read_variables(directory: epath.Path, mesh: Mesh) -> Variables:
     return average or _read_tree(directory / item, everywhere)
 
 
-def read_origin(directory: epath.Path) -> tuple[ConfigDict, str]:
+def read_config(directory: epath.Path) -> tuple[ConfigDict, str]:
     """Reads the config and the training data fingerprint of a checkpoint. The fingerprint is empty if unknown.
 
     Raises:

@@ -61,25 +61,25 @@ class TrainingLog:
         self._pictures, self._config = workdir / "pictures", config
         self._examples_per_epoch = examples_per_epoch
         self._interval: Metrics | None = None
-        self.stalls, self._paused = InputStallTimer(), 0.0
+        self.stalls, self._excluded = InputStallTimer(), 0.0
         self.restart_clocks(start)
         if self._active:
-            self._lines = JsonLines(workdir / "metrics.jsonl", start, without="eval" if unscored else "")
+            self._lines = JsonLines(workdir / "metrics.jsonl", start, drop_kind="eval" if unscored else "")
 
     def restart_clocks(self, step: int) -> None:
-        """Measures rates from now on, after `step` steps."""
+        """Restarts the measurement of rates, after `step` steps."""
         self._last_line = self._last_epoch = self._now(step)
 
     def _now(self, step: int) -> np.ndarray:
         """Returns the number of steps, the seconds of training, and the seconds spent waiting for data."""
-        return np.array([step, time.perf_counter() - self._paused, self.stalls.seconds])
+        return np.array([step, time.perf_counter() - self._excluded, self.stalls.seconds])
 
     def _rates(self, since: np.ndarray, now: np.ndarray) -> dict[str, float]:
         steps, seconds, stalled = (now - since).tolist()
         return {"data_wait": stalled / seconds, "images_per_second": self._config.batch_size * steps / seconds}
 
     def add_step(self, metrics: Metrics) -> None:
-        """Adds the metrics of a step that was just dispatched to the next progress line."""
+        """Adds to the next progress line the metrics of a step that was just dispatched."""
         self.stalls.step_started(metrics)
         self._interval = metrics if self._interval is None else _merge(self._interval, metrics)
 
@@ -97,18 +97,18 @@ class TrainingLog:
         self._write("train", step, values)
 
     def end_of_epoch(self, step: int) -> None:
-        """Writes the rates of an epoch if this step completes one."""
+        """Writes the rates of the epoch that this step completes, if any."""
         seen, epoch = step * self._config.batch_size, self._examples_per_epoch
         if not epoch or seen // epoch == (seen - self._config.batch_size) // epoch:
             return
         self._write("epoch", step, {"epoch": seen // epoch} | self._rates(self._last_epoch, now := self._now(step)))
         self._last_epoch = now
 
-    def pause(self, seconds: float) -> None:
+    def exclude_time(self, seconds: float) -> None:
         """Excludes the last `seconds` from the rates."""
-        self._paused += seconds
+        self._excluded += seconds
 
-    def evaluation(self, step: int, metrics: Mapping[str, Any], pictures: Mapping[str, Any]) -> None:
+    def log_evaluation(self, step: int, metrics: Mapping[str, Any], pictures: Mapping[str, Any]) -> None:
         """Writes the metrics of an evaluation, and its pictures, which are uint8[H, W, 3] or PIL images."""
         self._write("eval", step, metrics)
         for name, picture in pictures.items() if self._active else ():
@@ -133,7 +133,7 @@ class TrainingLog:
             if self._writer:
                 self._writer.write_scalars(step, scalars)
         about = {"step": step, "kind": kind}
-        self._lines.write(about | dict(values) | about)  # so that metrics with these names do not replace them
+        self._lines.write(about | dict(values) | about)  # first in the line, and not replaced by metrics of the same names
 
     @contextlib.contextmanager
     def _tolerating_writer_errors(self) -> Iterator[None]:

@@ -60,13 +60,13 @@ def fit(
         use the random stream "dropout".
       loss: function of the model's training outputs, see `losses`.
       optimizer: see `optimizers`.
-      batches: called with the number of steps already made; returns this process's batches from there on. A batch is a dict of
+      batches: called with the number of steps already made; returns this process's batches from then on. A batch is a dict of
         arrays with examples along the first axis: "image" is uint8[N, H, W, 3], where N is this process's share of
         config.batch_size; "label", if present, has integers; other arrays are for the loss. The first batch is checked.
       evaluate: called with {"params", "batch_stats"} every config.every.eval steps, after the state is saved. Returns metrics,
-        serializable as JSON and including the number config.eval.best_metric, and pictures by name. Scores are only compared
-        if their metric "data", which identifies the data, is the same. Exceptions are logged, and training goes on; if one
-        process raises, all have to. None: no evaluation.
+        serializable as JSON and including the one named by config.eval.best_metric, a number, and pictures by name. Scores
+        are only compared if their metric "data", which identifies the data, is the same. Exceptions are logged, and training
+        goes on; if one process raises, all must. None: no evaluation.
       workdir: directory for checkpoints, metrics and pictures.
       examples_per_epoch: number of training examples in an epoch, after which rates are written; 0: never.
       fingerprint: identifies the training data. It is saved with each checkpoint, and a resumed run warns if it has changed.
@@ -76,7 +76,7 @@ def fit(
 
     Raises:
       UserError: the workdir holds a run with another model or classes, or beyond total_steps; it is locked by another process
-        or cannot be written; or a batch could not be made, in which case the steps before it are saved.
+        or cannot be written; or a batch could not be made, in which case the state before it is saved.
       DivergedError: the loss or gradient is not finite.
       SystemExit: SIGTERM (143) or Ctrl-C (130) was received, and the state is saved.
     """
@@ -93,8 +93,10 @@ def fit(
             _refuse_foreign_files(workdir, newest)
         feed = iter(batches(min(newest, total - 1)))
         with parallel.fail_together("reading the first batch"):
-            first = _check_batch(config, next(feed, None))  # first, since the state depends on the images' shape
-        state = resume.start(config, model, optimizer, mesh, first["image"].shape[1:], checkpoints, workdir, fingerprint)
+            first = _check_batch(config, next(feed, None))  # read before the state is made, which depends on the images' shape
+        state = resume.initial_state(
+            config, model, optimizer, mesh, first["image"].shape[1:], checkpoints, workdir, fingerprint
+        )
         start = int(state.step)
         unscored = evaluate is not None and _lacks_score(checkpoints, start)
         if start == total and not unscored:
@@ -123,14 +125,14 @@ def _newest_step(checkpoints: Checkpoints, workdir: epath.Path) -> int:
     newest = checkpoints.steps[-1] if checkpoints.steps else 0
     if (most := parallel.max_over_processes(newest)) != (least := -parallel.max_over_processes(-newest)):
         raise UserError(
-            f"{workdir}: one process finds step {most} as the newest checkpoint, another step {least}; all processes need to "
-            "share the same directory"
+            f"{workdir}: the newest checkpoint is step {most} in one process and step {least} in another; all processes need "
+            "to share the same directory"
         )
     return newest
 
 
 def _check_batch(config: ConfigDict, batch: HostBatch | None) -> HostBatch:
-    """Returns the first batch after checking its arrays, as JAX would misinterpret wrong ones or fail with an unclear error."""
+    """Returns the first batch after checking it, because JAX would misinterpret wrong arrays or fail with an unclear error."""
     if batch is None:
         raise UserError("there is no batch to train on")
     if not isinstance(batch, Mapping):
@@ -157,7 +159,7 @@ def _check_batch(config: ConfigDict, batch: HostBatch | None) -> HostBatch:
 
 
 def _refuse_foreign_files(workdir: epath.Path, newest: int) -> None:
-    """Raises if a workdir without checkpoints has files that a run would overwrite, unless a killed run left them."""
+    """Refuses a workdir that has no checkpoints, but files that a run would overwrite and that no earlier run wrote."""
     if newest:
         return
     path = workdir / "config.json"
@@ -242,7 +244,7 @@ class Run:
 
     @contextlib.contextmanager
     def save_on_failure(self, state: TrainState, guard: NonFiniteGuard) -> Iterator[None]:
-        """Saves the state if the block fails, so that a bad example does not lose the steps before it.
+        """Saves the state if the block fails, so that a bad example does not cost the progress made before it.
 
         With several processes nothing is saved, because saving needs all of them.
         """
@@ -279,12 +281,13 @@ class Run:
             if step == self.config.total_steps:
                 raise UserError(f"{problem}; run the same command to evaluate it again")
             logger.warning(f"{problem}, and training goes on")
-            return self.log.pause(seconds)
+            return self.log.exclude_time(seconds)
         best_metric = self.config.eval.best_metric
         if best_metric not in found:
             raise UserError(f"eval.best_metric={best_metric!r}: the evaluation has {', '.join(found)}; choose one of these")
-        self.log.pause(seconds)
-        self.log.evaluation(step, metrics, pictures)  # before the score, since a checkpoint without a score is evaluated again
+        self.log.exclude_time(seconds)
+        # Before the score is saved, since a checkpoint without a score is evaluated again.
+        self.log.log_evaluation(step, metrics, pictures)
         if parallel.max_over_processes(self.checkpoints.save_failed(wait=True)):
             self.save(step, state)
         settings = resume.evaluation_settings(self.config) | {"data": metrics.get("data")}
@@ -302,9 +305,9 @@ def due(step: int, every: int, total: int) -> bool:
 
 def _lacks_score(checkpoints: Checkpoints, step: int) -> bool:
     """Returns whether a checkpoint has no score although, by its own config, it should have been evaluated."""
-    if step == 0 or (origin := checkpoints.origin()) is None:
+    if step == 0 or (saved := checkpoints.read_config()) is None:
         return False
-    config, _ = origin
+    config, _ = saved
     lacks_score = due(step, config.every.eval, config.total_steps) and checkpoints.score(step) is None
     return bool(parallel.max_over_processes(lacks_score))
 
@@ -320,7 +323,10 @@ def _log_summary(config: ConfigDict, state: TrainState, mesh: Mesh, workdir: epa
     if config.model.norm == "frozen":
         logger.info("BatchNorm uses its running statistics and does not update them")
         if start == 0 and not config.init_from:
-            logger.warning("they have their initial values, mean 0 and variance 1; use model.norm='frozen' with init_from")
+            logger.warning(
+                "the running statistics have their initial values, mean 0 and variance 1; use model.norm='frozen' only with "
+                "init_from"
+            )
     elif (images := configs.bn_images(config)) < 16:
         logger.warning(
             f"BatchNorm sees {images} images, and fewer than 16 give worse results: raise batch_size (the published runs had "

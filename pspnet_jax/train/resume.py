@@ -20,17 +20,17 @@ from pspnet_jax import parallel, weights
 from pspnet_jax.errors import UserError
 from pspnet_jax.optimizers import Optimizer
 from pspnet_jax.train import checkpoint
-from pspnet_jax.train.step import TrainState, Variables, init_state
+from pspnet_jax.train.step import TrainState, Variables, make_init_state
 
 logger = logging.getLogger(__name__)
-# Config fields that must not change when a run is resumed, and those that may, as the parameters keep their meaning.
+# Config fields that must not change when a run is resumed, and exceptions, which do not change what the parameters mean.
 MUST_MATCH = ("model.", "normalize.", "dataset.name", "dataset.class_names", "optimizer.name")
 MAY_CHANGE = ("model.dtype", "model.dropout", "model.norm", "model.factored_head")
 # Fields that may differ from those of the run named by init_from.
 MAY_DIFFER_AT_START = (*MAY_CHANGE, "model.auxiliary", "model.output_stride")
 
 
-def start(
+def initial_state(
     config: ConfigDict,
     model: nn.Module,
     optimizer: Optimizer,
@@ -47,10 +47,11 @@ def start(
     Raises:
       UserError: the run in workdir has an incompatible config or is beyond config.total_steps; see also `initial_weights`.
     """
-    init = init_state(config, model, optimizer, mesh, image_shape)
+    init = make_init_state(config, model, optimizer, mesh, image_shape)
     if checkpoints.steps:
-        if origin := checkpoints.origin():
-            check_resumable(origin[0], config)
+        saved_config, saved_fingerprint = checkpoints.read_config() or (None, "")
+        if saved_config:
+            check_resumable(saved_config, config)
         if checkpoints.steps[-1] > config.total_steps:
             raise UserError(
                 f"total_steps={config.total_steps}: the run in {workdir} is already at step {checkpoints.steps[-1]}"
@@ -60,12 +61,12 @@ def start(
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
         state = checkpoints.restore_newest(target)
         assert state is not None, "there were checkpoints a moment ago"
-        if origin and origin[1] and fingerprint and origin[1] != fingerprint:
+        if saved_fingerprint and fingerprint and saved_fingerprint != fingerprint:
             logger.warning(
                 "training data has changed since step %s: files were added, removed or modified (fingerprint %s -> %s); "
                 "the next steps differ from those of an uninterrupted run",
                 int(state.step),
-                origin[1],
+                saved_fingerprint,
                 fingerprint,
             )
         _check_comparable(checkpoints, config)
@@ -86,7 +87,7 @@ def _check_comparable(checkpoints: checkpoint.Checkpoints, config: ConfigDict) -
     before, now = scored[-1].get(checkpoint.SETTINGS) or {}, evaluation_settings(config)
     if changed := [f"{k}: {before.get(k, 'unknown')!r} -> {v!r}" for k, v in now.items() if before.get(k) != v]:
         logger.warning(
-            "new evaluations cannot be compared with earlier ones (%s); the best checkpoint is one of the new ones",
+            "new evaluations cannot be compared with earlier ones (%s); the best checkpoint is chosen among the new ones",
             "; ".join(changed) if before else "whose settings are unknown",
         )
 
@@ -106,7 +107,7 @@ def initial_weights(config: ConfigDict, model: nn.Module, mesh: Mesh) -> tuple[V
 
     Raises:
       MissingFileError: there is no such run or file.
-      UserError: it cannot be read, is of another network, or was trained on differently normalized images.
+      UserError: it cannot be read, belongs to another network, or was trained on differently normalized images.
     """
     if epath.Path(config.init_from).is_dir():
         saved, step, variables = checkpoint.load(config.init_from, "latest", mesh)

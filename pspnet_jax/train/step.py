@@ -57,7 +57,7 @@ def random_key(seed: int) -> jax.Array:
     return jax.random.key(seed, impl="threefry2x32")
 
 
-def init_state(
+def make_init_state(
     config: ConfigDict, model: nn.Module, optimizer: Optimizer, mesh: Mesh, image_shape: tuple[int, ...]
 ) -> Callable[[], TrainState]:
     """Returns a compiled function that initializes the state from config.seed, replicated over the mesh.
@@ -74,7 +74,7 @@ def init_state(
         variables = model.init(random_key(config.seed), jnp.zeros((1, *image_shape)), train=False)
         return new_state(config, optimizer, dict(variables))
 
-    # Most of the time is spent compiling a random generator per kernel. On CPUs this is four times faster unoptimized.
+    # Compiling one random generator per kernel takes most of the time. On CPUs, that is four times faster unoptimized.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
     return jax.jit(init, out_shardings=parallel.replicated(mesh), compiler_options=options)
@@ -120,7 +120,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(random_key(config.seed), state.step)
-        # Avoids a scan of length 1: on CPUs, XLA runs convolutions inside loops many times slower.
+        # Avoids a scan of length 1: on CPUs, XLA runs convolutions many times slower inside loops.
         if config.optimizer.accumulate == 1:
             grads, aux = jax.grad(loss_fn, has_aux=True)(state.params, state.batch_stats, state.step, batch, key)
         else:
@@ -146,7 +146,7 @@ def _accumulated(
     The loss terms of every part are divided by the weights of the whole batch, which a first pass computes. If the weights
     depend only on the batch, as with cross-entropy, the compiler removes the model from this pass.
     """
-    # [N, ...] -> [parts, N / parts, ...]; each part has some examples of every device, so no example moves between devices
+    # [N, ...] -> [parts, N / parts, ...]; each part has examples from every device, so no example moves between devices
     split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
     each = split, jax.random.split(key, parts)
 

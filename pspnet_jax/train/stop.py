@@ -21,7 +21,7 @@ class Stopped(BaseException):
 
 
 class StopSignal:
-    """Requests a stop after SIGTERM, SIGHUP (unless nohup ignores it) or Ctrl-C. A second signal ends the process.
+    """Requests a stop after SIGTERM, SIGHUP (unless it is ignored, as under nohup) or Ctrl-C. A second signal ends the process.
 
     A second signal within `SAME_SIGNAL_SECONDS` is ignored, as some launchers signal both a process and its group.
 
@@ -37,7 +37,9 @@ class StopSignal:
         self._alone = jax.process_count() == 1  # with several processes, JAX catches SIGTERM
         can_catch = threading.current_thread() is threading.main_thread()
         if self._alone and not can_catch:
-            logger.info("training runs in a thread, where Python catches no signals: SIGTERM and Ctrl-C save no checkpoint")
+            logger.info(
+                "training does not run in the main thread, so it cannot catch signals: SIGTERM and Ctrl-C save no checkpoint"
+            )
         caught = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if self._alone and can_catch else ()
         handled = [number for number in caught if signal.getsignal(number) is not signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self._receive) for number in handled}

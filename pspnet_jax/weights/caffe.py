@@ -18,7 +18,7 @@ from etils import epath
 from pspnet_jax.errors import UserError
 from pspnet_jax.models.resnet import BLOCKS
 
-# The convolution of conv3_1 that has the stride, by depth, from evaluation/prototxt/*.prototxt; no weights show it.
+# The convolution of conv3_1 that has the stride, by depth, from evaluation/prototxt/*.prototxt; the weights do not show it.
 STRIDE_IN = {50: "conv1x1", 101: "conv3x3"}
 STEM = {"stem_conv1": "conv1_1_3x3_s2", "stem_conv2": "conv1_2_3x3", "stem_conv3": "conv1_3_3x3"}
 BLOCK = {"conv1": "1x1_reduce", "conv2": "3x3", "conv3": "1x1_increase", "projection": "1x1_proj"}

@@ -32,7 +32,7 @@ ZOO = {  # patterns of file names in the model zoo, and the settings they imply;
     r"-d32.*\d{3}x\d{3}": {"align_corners": "False", "strides": "1,2,2,2", "dilations": "1,1,2,4"},
     r"\d{3}x\d{3}": {"align_corners": "False"},
 }
-# Field of config.model -> the setting, and the field's value for each of its values.
+# Field of config.model -> the setting, and the field's value for each value of the setting.
 FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
     "align_corners": ("align_corners", {"True": True, "False": False}),
     "first_block_dilation": ("contract_dilation", {"True": "half", "False": "full"}),
@@ -62,7 +62,11 @@ def settings(metadata: Mapping[str, Any]) -> Settings:
 
 
 def model_fields(path: str, settings: Settings) -> dict[str, Any]:
-    """Returns the fields of config.model that the settings specify; a value that is not supported is a UserError."""
+    """Returns the fields of config.model that the settings specify.
+
+    Raises:
+      UserError: a value is not supported.
+    """
     fields: dict[str, Any] = {}
     if settings.get("eps", EPSILONS[0]) not in EPSILONS:
         raise UserError(f"{path}: its config has eps={settings['eps']} in norm_cfg; only {EPSILONS[0]} can be imported")

@@ -34,7 +34,7 @@ IGNORED_TYPES = (
     "numpy.ndarray",
     *("pathlib.PosixPath", "pathlib._local.PosixPath"),
 )
-DICT_TYPES = (  # types of Lightning's hyper_parameters in its versions, read as dicts
+DICT_TYPES = (  # types of hyper_parameters in different versions of Lightning, read as dicts
     *("pytorch_lightning.utilities.parsing.AttributeDict", "lightning.pytorch.utilities.parsing.AttributeDict"),
     *("lightning_fabric.utilities.data.AttributeDict", "lightning.fabric.utilities.data.AttributeDict"),
 )
@@ -117,7 +117,7 @@ def read_torch(path: epath.Path, entry: str = "") -> Content:
 
 
 def _has_tensors(value: object) -> bool:
-    """Whether `value` is a state_dict or contains one."""
+    """Returns whether `value` is a state_dict or contains one."""
     if not isinstance(value, Mapping):
         return False
     return any(hasattr(t, "detach") for t in value.values()) or any(_has_tensors(value.get(name)) for name in ENTRIES)

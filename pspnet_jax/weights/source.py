@@ -52,7 +52,7 @@ class Source:
 
 
 def inspect(path: str | os.PathLike) -> Source:
-    """Recognizes a checkpoint.
+    """Detects the network in a weights file.
 
     Args:
       path: a weights file, local or gs://; FILE:NAME selects the entry NAME of a checkpoint.
@@ -65,7 +65,7 @@ def inspect(path: str | os.PathLike) -> Source:
 
 
 def read(path: str | os.PathLike) -> tuple[Source, pytorch.Arrays]:
-    """Recognizes a checkpoint as `inspect` does, and returns its arrays too."""
+    """Detects the network in a weights file, as `inspect` does, and returns the arrays, too."""
     content = container.read(path)
     return _describe(str(files.absolute(path)), content), content.arrays
 
@@ -140,8 +140,8 @@ def _detect_family(path: str, arrays: pytorch.Arrays) -> Family:
             return family
     modules = list(dict.fromkeys(re.split(r"[.:]", key)[0] for key in arrays))
     raise UserError(
-        f"{path}: has no network that can be imported: ResNets of torchvision, timm (but not ResNet-C, -D, -T) "
-        f"and semseg; PSPNets of semseg, mmsegmentation and Caffe. It has {len(arrays)} arrays in "
+        f"{path}: has no network that can be imported; expected a ResNet of torchvision, timm (but not ResNet-C, -D, -T) "
+        f"or semseg, or a PSPNet of semseg, mmsegmentation or Caffe. It has {len(arrays)} arrays in "
         f"{', '.join(modules[:6])}{', ...' * (len(modules) > 6)}, such as {min(arrays, default='none')}"
     )
 

@@ -37,7 +37,7 @@ def load(path: str | os.PathLike, model: nn.Module, partial: bool = False) -> di
     """Returns the variables of a checkpoint for a network.
 
     Args:
-      path: a file that `inspect` recognizes.
+      path: a file whose network `inspect` detects.
       model: a PSPNet made by `models.build` with the structure of the file's network. For a file with only a backbone, any
         module with a `models.ResNet` as its `backbone`.
       partial: skip classifiers with another number of classes, and an auxiliary head that the file lacks.
@@ -111,7 +111,7 @@ def _expected_shapes(source: Source, model: Any) -> Shapes:
 
 
 def _is_skipped(variable: str, source: Source, fields: Mapping[str, Any]) -> bool:
-    """Whether a variable is in an auxiliary head that only one side has, or in a classifier with other classes."""
+    """Returns whether a variable is in an auxiliary head that only one side has, or in a classifier with other classes."""
     unpaired = "/auxiliary" in variable and not (fields["auxiliary"] and source.model["auxiliary"])
     return unpaired or ("classifier/" in variable and source.num_classes != fields["num_classes"])
 
@@ -188,7 +188,7 @@ def save(path: str | os.PathLike, variables: Any, model: nn.Module, fmt: str) ->
     if differing := sorted(path for path in wanted | given if wanted.get(path) != given.get(path)):
         path = differing[0]
         raise UserError(
-            f"{file}: the variables do not fit the network: {len(differing)} differ, such as {path}, whose shape is "
+            f"{file}: the variables do not fit the network: {len(differing)} differ, such as {path}: "
             f"{given.get(path, 'missing')}; expected {wanted.get(path, 'none')}"
         )
     try:

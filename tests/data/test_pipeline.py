@@ -376,8 +376,8 @@ def test_an_iterator_that_is_closed_or_dropped_leaves_no_thread(root, end):
 
 def test_deleting_the_iterator_frees_its_objects(root):
     data = pipeline.open_training(recipe(root))
-    reader = Reader(data.reads[0])
-    data, reader = dataclasses.replace(data, reads=[reader]), weakref.ref(reader)
+    reader = Reader(data.readers[0])
+    data, reader = dataclasses.replace(data, readers=[reader]), weakref.ref(reader)
     batches = batches_of(recipe(root), data=data)
     next(batches)
     del data, batches
@@ -400,8 +400,8 @@ def test_a_ready_batch_does_not_wait_for_the_next(root):
     config = recipe(root, batch_size=1)
     data = pipeline.open_training(config)
     shown = [data.order[position][1] for position in range(COUNT)]
-    reader = Reader(data.reads[0], slow={shown[2]})
-    batches = batches_of(config, data=dataclasses.replace(data, reads=[reader]))
+    reader = Reader(data.readers[0], slow={shown[2]})
+    batches = batches_of(config, data=dataclasses.replace(data, readers=[reader]))
     began = time.monotonic()
     next(batches), next(batches)
     assert time.monotonic() - began < 30  # the third takes a minute

@@ -32,8 +32,8 @@ def file(tmp_path):
     return path
 
 
-def ask(tmp_path, file, work, also="", cache_dir="cache"):
-    assert stamps.compute_once(str(tmp_path / cache_dir), "work", [str(file)], also, work) == b"result"
+def ask(tmp_path, file, work, key="", cache_dir="cache"):
+    assert stamps.compute_once(str(tmp_path / cache_dir), "work", [str(file)], key, work) == b"result"
     return work.times
 
 
@@ -46,7 +46,7 @@ def test_concurrent_callers_compute_once(tmp_path, file):
 
 def test_the_result_depends_on_the_arguments_and_the_paths(tmp_path, file):
     work = Work()
-    assert [ask(tmp_path, file, work, also) for also in (("a", 1), ("a", 2), ("a", 1))] == [1, 2, 2]
+    assert [ask(tmp_path, file, work, key) for key in (("a", 1), ("a", 2), ("a", 1))] == [1, 2, 2]
     os.rename(file, tmp_path / "other")
     assert ask(tmp_path, tmp_path / "other", work, ("a", 1)) == 3
     assert ask(tmp_path, file, work, ("a", 1)) == 4  # the file is missing now

@@ -102,7 +102,7 @@ def test_raw_values_are_counted_as_classes(tmp_path):
     dataset.update(name="cityscapes", root=str(root))
     labels = [fakes.pair("train", index, num_classes=19)[1] for index in range(2)]
     totals = sources.open_source(dataset, "train").totals
-    np.testing.assert_array_equal(totals.values, np.bincount(np.ravel(labels), minlength=256))
+    np.testing.assert_array_equal(totals.pixels, np.bincount(np.ravel(labels), minlength=256))
     assert (totals.counted, totals.total) == (2, 2)
 
 

@@ -95,12 +95,12 @@ def test_each_window_is_in_one_batch(protocol):
     plan = plan_images(images, protocol, devices=2)
     found = []
     for batch in plan.batches:
-        pixels, places = (x.reshape(2, -1, *x.shape[1:]) for x in (batch.pixels, batch.places))
-        assert places.shape[1] <= 3
+        pixels, positions = (x.reshape(2, -1, *x.shape[1:]) for x in (batch.pixels, batch.positions))
+        assert positions.shape[1] <= 3
         for view, bounds in batch.parts:
             for device in range(2):
                 for i in range(*bounds[device]):
-                    slot, y, x = places[device, i]
+                    slot, y, x = positions[device, i]
                     found.append((view, 2 * device + slot, (y, x), pixels[device, i]))
     expected = [
         (v, i, (y, x), image_to_canvas(image, view, protocol)[y : y + view.window[0], x : x + view.window[1]])

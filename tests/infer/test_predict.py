@@ -46,7 +46,7 @@ def write(folder, **sizes):
 
 def run(tmp_path, paths=None, network=None, **fields):
     """Predicts tmp_path/in into tmp_path/out."""
-    options = {key: fields.pop(key) for key in ("skip_existing", "form", "origin") if key in fields}
+    options = {key: fields.pop(key) for key in ("skip_existing", "server_format", "origin") if key in fields}
     paths = find_images(tmp_path / "in") if paths is None else paths
     predict(network or predictor(**fields), STRONGEST, paths, tmp_path / "out", INFO, **options)
 

@@ -13,36 +13,36 @@ from pspnet_jax.infer.inputs import find_images
 from pspnet_jax.infer.predict import predict
 from tests.infer.test_evaluate import INFO, STRONGEST, predictor
 
-FORMS = {form: datasets.table(server.dataset) for form, server in submission.SUBMISSIONS.items()}
+FORMS = {server_format: datasets.table(server.dataset) for server_format, server in submission.SUBMISSIONS.items()}
 
 
-def sent(tmp_path, form, label):
+def sent(tmp_path, server_format, label):
     """Returns the mode and pixels of a submission, as a server reads them from the file."""
     path = tmp_path / "sent.png"
-    submission.choose(form, FORMS[form]).encode(label).save(path)
+    submission.choose(server_format, FORMS[server_format]).encode(label).save(path)
     with Image.open(path) as image:
         return image.mode, np.asarray(image)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_class_can_be_recovered_from_a_submission(tmp_path, form):
-    label = np.arange(FORMS[form].num_classes, dtype=np.uint8).reshape(1, -1)
-    mode, raw = sent(tmp_path, form, label)
-    assert mode == ("P" if form == "voc" else "L")
-    np.testing.assert_array_equal(datasets.classes_of_raw_values(submission.SUBMISSIONS[form].dataset)[raw], label)
+@pytest.mark.parametrize("server_format", FORMS)
+def test_every_class_can_be_recovered_from_a_submission(tmp_path, server_format):
+    label = np.arange(FORMS[server_format].num_classes, dtype=np.uint8).reshape(1, -1)
+    mode, raw = sent(tmp_path, server_format, label)
+    assert mode == ("P" if server_format == "voc" else "L")
+    np.testing.assert_array_equal(datasets.classes_of_raw_values(submission.SUBMISSIONS[server_format].dataset)[raw], label)
 
 
 @pytest.mark.parametrize(
-    ("form", "classes", "values"),
+    ("server_format", "classes", "values"),
     [
         ("cityscapes", ["road", "sidewalk", "rider", "train", "bicycle"], [7, 8, 25, 31, 33]),  # cityscapesScripts, labels.py
         ("ade20k", ["wall", "sky", "flag"], [1, 3, 150]),  # objectInfo150.txt
         ("voc", ["background", "person", "tvmonitor"], [0, 15, 20]),
     ],
 )
-def test_values_that_the_servers_document(tmp_path, form, classes, values):
-    label = np.array([[FORMS[form].class_names.index(name) for name in classes]], np.uint8)
-    np.testing.assert_array_equal(sent(tmp_path, form, label)[1], [values])
+def test_values_that_the_servers_document(tmp_path, server_format, classes, values):
+    label = np.array([[FORMS[server_format].class_names.index(name) for name in classes]], np.uint8)
+    np.testing.assert_array_equal(sent(tmp_path, server_format, label)[1], [values])
 
 
 def test_voc_submissions_have_the_voc_palette(tmp_path):

@@ -223,7 +223,7 @@ def test_a_value_that_is_not_a_choice_is_refused_with_all_choices(field):
 
 @pytest.mark.parametrize("bins", [(0, 1), (-2,), (1, 2, 2), (1, 101), (10**9,), tuple(range(1, 18))])
 def test_impossible_bins_are_refused(bins):
-    with pytest.raises(UserError, match=r"^model\.bins=.*: expected at most 16 different numbers from 1 to 100$"):
+    with pytest.raises(UserError, match=r"^model\.bins=.*: expected at most 16 distinct numbers from 1 to 100$"):
         small(bins=bins)
 
 

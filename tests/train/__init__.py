@@ -14,7 +14,7 @@ from pspnet_jax import losses, models, optimizers, parallel
 from pspnet_jax.config import base_config
 from pspnet_jax.models import Classifier, ConvNorm
 from pspnet_jax.train import loop
-from pspnet_jax.train.step import TrainState, init_state
+from pspnet_jax.train.step import TrainState, make_init_state
 
 CLASSES = ("sky", "road", "car")
 
@@ -84,7 +84,7 @@ def mesh_of(devices: int) -> Mesh:
 def filled_state(config: ConfigDict, value: float) -> TrainState:
     """Returns the train state of a config, filled with `value`, and with twice the value in the moving average."""
     parts, everywhere = parts_of(config), parallel.replicated(mesh_of(1))
-    init = init_state(config, parts["model"], parts["optimizer"], mesh_of(1), (33, 33, 3))
+    init = make_init_state(config, parts["model"], parts["optimizer"], mesh_of(1), (33, 33, 3))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(init))
 
     def fill(tree, value):

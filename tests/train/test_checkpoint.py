@@ -91,7 +91,7 @@ def test_the_config_is_saved_with_the_checkpoint(tmp_path):
     config = tiny_config()
     config.eval.scales = (0.5, 1.75)
     save(tmp_path, {1: None}, config)
-    restored = layout.read_origin(Checkpoints(tmp_path, read_only=True).path(1))[0]
+    restored = layout.read_config(Checkpoints(tmp_path, read_only=True).path(1))[0]
     assert restored.to_dict() == config.to_dict()  # tuples, not lists
 
 
@@ -143,7 +143,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_previous_one_used(tmp_
     assert_equal(restored, small_state(2))
     (warning,) = [r.message for r in caplog.records if "moved to" in r.message]
     assert "checkpoint 3 is damaged" in warning
-    assert warning.endswith(f"moved to {tmp_path}/set_aside/3, using 2")
+    assert warning.endswith(f"moved to {tmp_path}/set_aside/3; using checkpoint 2")
     assert (tmp_path / "set_aside" / "3").is_dir()
     assert checkpoints.steps == [2]
     checkpoints.save(3, small_state(3), tiny_config())  # training reaches this step again
@@ -227,16 +227,16 @@ def test_evaluating_a_directory_without_a_run_is_a_user_error(tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_write_weights_creates_a_run_and_never_overwrites_one(tmp_path):
+def test_create_run_creates_a_run_and_never_overwrites_one(tmp_path):
     config = tiny_config()
     state = filled_state(config, 5)
-    checkpoint.write_weights(tmp_path / "run", config, state.replace(step=jnp.int32(0)))
+    checkpoint.create_run(tmp_path / "run", config, state.replace(step=jnp.int32(0)))
     saved, step, variables = checkpoint.load(tmp_path / "run", "latest", mesh_of(2))
     assert (saved.to_dict(), step) == (config.to_dict(), 0)
     for leaf in jax.tree.leaves(variables):
         np.testing.assert_array_equal(leaf, 10)  # the moving average
     with pytest.raises(ValueError, match=r"run: already holds a run; choose another --workdir"):
-        checkpoint.write_weights(tmp_path / "run", config, state)
+        checkpoint.create_run(tmp_path / "run", config, state)
 
 
 def test_evaluation_reads_only_the_moving_average(trained, tmp_path):
@@ -281,7 +281,7 @@ def test_a_run_of_version_0_1_is_evaluated_with_its_own_config(old_run, caplog):
 def test_a_run_of_version_0_1_resumes(old_run):
     """Its momentum, schedule count and moving average are restored, and new checkpoints have the current layout."""
     checkpoints = Checkpoints(old_run)
-    assert checkpoints.origin()[0].to_dict() == tiny_config().to_dict()
+    assert checkpoints.read_config()[0].to_dict() == tiny_config().to_dict()
     state = checkpoints.restore_newest(filled_state(tiny_config(), 0))
     assert int(state.step) == 4
     (count,) = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.dtype == jnp.int32]
@@ -368,9 +368,9 @@ def test_arrays_of_another_network_are_listed_and_no_checkpoint_is_moved(tmp_pat
     wanted = target()
     wider = jax.ShapeDtypeStruct((2, 5), np.float32, sharding=wanted.step.sharding)
     checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(UserError, match=r"checkpoint 3 .* holds another network \(.*params/a/kernel \(2, 3\) -> \(2, 5\)"):
+    with pytest.raises(UserError, match=r"checkpoint 3 .* belongs to another network \(.*params/a/kernel \(2, 3\) -> \(2, 5\)"):
         checkpoints.restore_newest(wanted.replace(params={"a": {"kernel": wider}}))
-    with pytest.raises(UserError, match=r"holds another network \(the optimizer state has different arrays\)"):
+    with pytest.raises(UserError, match=r"belongs to another network \(the optimizer state has different arrays\)"):
         checkpoints.restore_newest(wanted.replace(opt_state=(wider,)))
     assert checkpoints.steps == [2, 3]
 
@@ -425,11 +425,12 @@ def test_weights_that_are_not_finite_are_neither_evaluated_nor_trained_further(t
     checkpoints.save(3, broken.replace(params={"a": {"kernel": jax.device_put(kernel, broken.step.sharding)}}), config)
     checkpoints.close()
     with pytest.raises(
-        UserError, match=r"checkpoint 3 .* is not finite \(1 of 6 values of .*params/a/kernel are NaN or infinite\)"
+        UserError,
+        match=r"checkpoint 3 .* has values that are not finite \(1 of 6 values of .*params/a/kernel are NaN or infinite\)",
     ):
         checkpoint.load(tmp_path, "latest", mesh_of(1))
     assert_equal(Checkpoints(tmp_path).restore_newest(target()), small_state(2))
-    assert "checkpoint 3 is not finite" in caplog.text
+    assert "checkpoint 3 has values that are not finite" in caplog.text
     assert (tmp_path / "set_aside" / "3").is_dir()
 
 
@@ -437,7 +438,7 @@ def test_weights_whose_number_of_classes_contradicts_the_config_are_refused(tmp_
     config = tiny_config()
     state = filled_state(config, 5)
     config.dataset.class_names = ("sky", "road")
-    checkpoint.write_weights(tmp_path / "run", config, state)
+    checkpoint.create_run(tmp_path / "run", config, state)
     with pytest.raises(UserError, match="has 3 classes, but its config names 2"):
         checkpoint.load(tmp_path / "run", "latest", mesh_of(1))
 
@@ -467,7 +468,7 @@ def _raise(code):
 
 def test_the_error_for_a_directory_inside_a_run_names_the_run(trained, monkeypatch):
     with pytest.raises(
-        UserError, match=rf"is not a run with checkpoints; it is inside the run {re.escape(str(trained))}, copy"
+        UserError, match=rf"is not a run with checkpoints; use {re.escape(str(trained))}, which contains it, copy"
     ):
         Checkpoints(trained / "checkpoints" / "4", read_only=True)
     monkeypatch.setattr(os, "stat", lambda path, **_: _raise(errno.EACCES))

@@ -76,8 +76,8 @@ def test_rates_at_the_end_of_each_epoch(tmp_path, clock):
         log.stalls.seconds += 0.5 if step < 4 else 1.5
         if step == 2:
             clock[0] += 50.0
-            log.pause(50.0)
-            log.evaluation(step, *score(WEIGHTS))
+            log.exclude_time(50.0)
+            log.log_evaluation(step, *score(WEIGHTS))
         log.end_of_epoch(step)
     log.close()
     assert [line for line in lines(tmp_path) if line["kind"] == "epoch"] == [
@@ -91,8 +91,8 @@ def test_rates_exclude_the_time_of_an_evaluation(tmp_path, clock):
     clock[0] += 1.0
     log_step(log, 5)
     clock[0] += 31.0  # 30 of them for the evaluation
-    log.pause(30.0)
-    log.evaluation(5, *score(WEIGHTS))
+    log.exclude_time(30.0)
+    log.log_evaluation(5, *score(WEIGHTS))
     log_step(log, 6)
     log.close()
     assert [line.get("images_per_second") for line in lines(tmp_path) if line["kind"] == "train"] == [8.0, 8.0]
@@ -111,7 +111,7 @@ def test_rates_exclude_the_step_that_includes_compilation(tmp_path, clock):
 def test_an_evaluation_is_written_with_its_pictures(tmp_path):
     metrics, pictures = score(WEIGHTS)
     log = open_log(tmp_path)
-    log.evaluation(4, metrics, pictures)
+    log.log_evaluation(4, metrics, pictures)
     log.close()
     (line,) = lines(tmp_path)
     assert line == {"step": 4, "kind": "eval", **metrics}

@@ -195,7 +195,7 @@ def test_nan_stops_the_run_and_is_never_saved(tmp_path):
 
     message = (
         "the loss is nan and .* at step 4; the newest checkpoint is step 2; .*; try a lower optimizer.learning_rate, .*; "
-        r"if the batches are your own, check that all labels are 0 to K-1 \(for K classes\) or 255"
+        r"if you supply the batches, check that all labels are 0 to K-1 \(for K classes\) or 255"
     )
     with pytest.raises(FloatingPointError, match=message):
         fit(config, batches, None, tmp_path)

@@ -6,7 +6,7 @@ import pytest
 from flax import traverse_util
 
 from pspnet_jax.train import resume
-from pspnet_jax.train.checkpoint import write_weights
+from pspnet_jax.train.checkpoint import create_run
 from tests.train import CLASSES, filled_state, mesh_of, parts_of, tiny_config
 
 pytestmark = pytest.mark.slow
@@ -124,7 +124,7 @@ def run_with_numbered_rows(trained, tmp_path, names):
 
     state = state.replace(ema=jax.tree_util.tree_map_with_path(number, state.ema))
     config.dataset.class_names = names
-    write_weights(tmp_path / "run", config, state)
+    create_run(tmp_path / "run", config, state)
     return tmp_path / "run"
 
 

@@ -9,7 +9,7 @@ import pytest
 from pspnet_jax import losses, models, parallel
 from pspnet_jax.metrics import MeanIoU
 from pspnet_jax.models.layers import convolve
-from pspnet_jax.train.step import init_state, make_train_step
+from pspnet_jax.train.step import make_init_state, make_train_step
 from tests.train import OneLayer, make_batch, parts_of, tiny_config
 
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ def mesh_of(devices):
 def prepare(config, devices=8, **changed):
     """Returns the train step and its initial state for a mesh of `devices` devices."""
     mesh, parts = mesh_of(devices), parts_of(config) | changed
-    state = init_state(config, parts["model"], parts["optimizer"], mesh, (33, 33, 3))()
+    state = make_init_state(config, parts["model"], parts["optimizer"], mesh, (33, 33, 3))()
     return make_train_step(config, **parts, mesh=mesh), state
 
 
