@@ -1,4 +1,4 @@
-"""The input pipeline, which yields tf.data datasets of uint8 images and labels. Only this package needs TensorFlow."""
+"""The input pipeline: tf.data datasets of uint8 images and labels. Only this package and jobs.py need TensorFlow."""
 
 import contextlib
 import os

@@ -10,7 +10,7 @@ The definition, step by step (as in hszhao/semseg, util/transform.py, but with e
 The implementation composes scale, rotation, flip and crop into one affine map and evaluates it only inside the crop. The image
 is rounded once, at the end. Coordinates are float32, so values before rounding are exact to a few hundredths of a gray level.
 
-The kernel is the one that semseg's cv2.GaussianBlur(image, (5, 5), 0) uses, in float32 as in uint8: for sigma 0, OpenCV has a
+The kernel is the one that semseg's cv2.GaussianBlur(image, (5, 5), 0) uses, for float32 and uint8: for sigma 0, OpenCV has a
 fixed table of kernels up to size 7. Its formula (sigma 1.1 at size 5) would give (0.071, 0.244, 0.370, 0.244, 0.071).
 """
 
@@ -139,7 +139,7 @@ def _source_box(
 def _warp(
     source: np.ndarray, a: np.ndarray, b: np.ndarray, out: np.ndarray, interpolation: int, border: int, value: int = 0
 ) -> None:
-    """Writes the source at a p + b to each pixel p of `out`. OpenCV 5 computes a p + b in float32; 4 rounds to 1/32 pixel."""
+    """Writes the source at q = a p + b to each pixel p of `out`. OpenCV 5 computes q in float32; OpenCV 4 rounds q to 1/32."""
     matrix = np.column_stack([a[::-1, ::-1], b[::-1]])  # OpenCV's points are (horizontal, vertical)
     flags = interpolation | cv2.WARP_INVERSE_MAP
     cv2.warpAffine(source, matrix, out.shape[1::-1], dst=out, flags=flags, borderMode=border, borderValue=value)

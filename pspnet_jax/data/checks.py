@@ -19,7 +19,7 @@ class WrongValues(UserError):
     """A label has values that are not class indices. If one file has them, probably all do."""
 
 
-LabelStatistics = tuple[list[int], dict[int, tuple[int, ...]]]  # histogram of a label, and the palette's colors of its values
+LabelStatistics = tuple[list[int], dict[int, tuple[int, ...]]]  # a label's histogram, and the palette colors of its values
 
 
 class CheckedPair(NamedTuple):
@@ -148,7 +148,7 @@ def _check_image(file: BinaryIO, contents: bytes) -> tuple[tuple[int, int], int]
 
 
 def _check_label(file: BinaryIO, contents: bytes) -> tuple[tuple[int, ...], LabelStatistics | None]:
-    """Returns (width, height) and, if the contents are given, the histogram and the palette's colors of its values."""
+    """Returns (width, height) and, if the contents are given, the histogram and the palette colors of the values in it."""
     with Image.open(file) as label:
         if label.format != "PNG":
             raise UserError(f"is a {label.format} file despite its name; labels must be PNGs of class indices")

@@ -39,7 +39,7 @@ class Pair(NamedTuple):
 def list_pairs(name: str, root: str, split: str, extra_root: str = "") -> list[Pair]:
     """Lists a split, or several in the form "train+train_extra", each sorted by name. Names are unique.
 
-    A pair's name is that of its image file without the extension. With several splits of "folder", the split is prefixed.
+    A pair's name is that of its image file without the extension, preceded by "SPLIT/" if "folder" has several splits.
 
     Args:
       name: config.dataset.name.
@@ -231,8 +231,8 @@ def _files(directory: str, extensions: Sequence[str]) -> dict[str, str]:
 def _walk(directory: str, above: tuple[str, ...] = ()) -> Iterator[str]:
     """Yields the files below a directory, except hidden ones; `above` are the real paths of its parent directories.
 
-    Buckets list folders with a trailing "/", so other entries with a "." are assumed to be files.
-    Asking the server would take minutes.
+    In a bucket, a name with a "." and without a trailing "/" is assumed to be a file. Asking the server about each would take
+    minutes.
     """
     remote = "://" in directory
     if not remote:

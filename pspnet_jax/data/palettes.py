@@ -51,14 +51,15 @@ class Palettes:
         used: ValueColors = {v: (color, file) for v, color in palette.items() if v != IGNORE and colors.count(color) == 1}
         if all(color == (value,) * 3 for value, (color, _) in used.items()):
             return
-        # One color may match another class in the list by chance, as many palettes use 0, 64 and 128, but not all colors.
+        # Many palettes use 0, 64 and 128, so a single color may match another class in the list by chance. A contradiction is
+        # certain only if all colors are in the list.
         self._compare(used, self._listed, set(colors) <= {color for color, _ in self._listed.values()})
         self._compare(used, self.seen, True)
         self._compare_grays(used)
         self.seen = used | self.seen
 
     def add_split(self, seen: ValueColors) -> None:
-        """Compares the `seen` of another split or dataset, where a single color may match another value by chance, too."""
+        """Compares the `seen` of another split or dataset. As in `add`, a single color may match another value by chance."""
         self._compare(seen, self.seen, {color for color, _ in seen.values()} <= {color for color, _ in self.seen.values()})
         self.seen = seen | self.seen
 
@@ -76,7 +77,7 @@ class Palettes:
                 self._difference = self._difference or sentence
 
     def _compare_grays(self, used: ValueColors) -> None:
-        """Detects a gray image converted to a palette, whose grays were the class indices and whose values are arbitrary."""
+        """Detects gray images converted to a palette: the grays were the class indices, and the new values are arbitrary."""
         grays = {value: color[0] for value, (color, _) in sorted(used.items()) if len(set(color)) == 1}
         if len(grays) < max(2, len(used)) or all(self._listed.get(value, ("",))[0] == used[value][0] for value in used):
             return

@@ -111,7 +111,7 @@ def train_dataset(
     Args:
       config: the whole config.
       start_step: the first step; starting at a late step takes no longer.
-      host: index of this process, which makes the examples host * b, ..., (host + 1) * b - 1, where b = batch_size / hosts.
+      host: index of this process; it makes examples host * b to (host + 1) * b - 1 of each batch, b = batch_size / hosts.
       hosts: number of processes that share each batch.
       data: from `open_training`, which is called if this is None.
 

@@ -91,7 +91,7 @@ class Source:
             return tf.identity(image), tf.identity(label)
 
     def check(self, index: int) -> checks.CheckedPair | None:
-        """Checks an example more thoroughly than `load`, and raises a UserError if it finds out what is wrong."""
+        """Checks an example more thoroughly than `load` does, and raises a UserError if it finds a fault."""
         return None
 
     def where(self, index: int) -> str:

@@ -124,7 +124,7 @@ def screen(list_pairs: Callable[[], list[Pair]], dataset: ConfigDict, names: Seq
 
 
 def _skip_or_raise(problems: list[Problem], pairs: int, skip: bool) -> None:
-    """Logs the first problems if the pairs may be skipped; otherwise raises the first one, wrong label values before others."""
+    """Logs the first problems if the pairs may be skipped; otherwise raises the first, preferably wrong label values."""
     problems.sort(key=lambda problem: not problem.wrong_values)
     if problems and not (skip and len(problems) <= pairs // 2 and not problems[0].wrong_values):
         more = f" (and {len(problems) - 1} more wrong pairs)" if problems[1:] else ""
@@ -171,7 +171,7 @@ def _check_files(pairs: list[Pair], dataset: ConfigDict, names: Sequence[str], s
             compute = functools.partial(_check_pairs, pairs, check_chosen, Palettes(colors, len(names)), split)
             found = mine._replace(**json.loads(stamps.compute_once(dataset.cache_dir, "checked", files, key, compute, stats)))
             if all(isinstance(check_chosen(index), Problem) for index, *_ in found.problems):
-                break  # otherwise a read failed temporarily, and the findings lack that pair's pixels and orientation
+                break  # if a pair passes now, its first read failed temporarily; the findings lack its pixels and orientation
         return found
 
     found = find(len(pairs) if dataset.on_error == "skip" or len(pairs) <= CHECK_ALL else CHECK_SOME)

@@ -138,12 +138,12 @@ def sample_totals(source: Source, read: Read) -> Totals:
 
 
 class ClassPixels(NamedTuple):
-    """Class frequencies of the training data; pixels.sum() / pixels and labeled / pixels are inverse frequencies.
+    """Pixel counts of the training data, for two inverse frequencies: pixels.sum() / pixels and labeled / pixels.
 
     Attributes:
       pixels: int64[K], number of pixels of each class.
-      labeled: int64[K], number of labeled pixels in the images that contain the class, so that pixels / labeled is the
-        frequency of median-frequency balancing.
+      labeled: int64[K], number of labeled pixels in the images that contain the class; pixels / labeled is the frequency
+        that median-frequency balancing uses.
     """
 
     pixels: np.ndarray

@@ -39,7 +39,7 @@ def evaluate(
       info: the classes.
       num_examples: total over all processes.
       split: its name, for the report.
-      pictures: number of examples whose image, label and prediction to return side by side, keyed by name.
+      pictures: number of examples to return as pictures (image, label and prediction side by side), keyed by name.
 
     Raises:
       UserError: the number of examples is 0 or not `num_examples`; an example lacks a field; a label has the wrong size, type

@@ -2,8 +2,8 @@
 
 A canvas is a scaled image with its padding: windows are cut from it, and the network's scores are added up on it. Sizes and
 positions are passed as data, and only upper bounds of the sizes (see `bucket`) become compiled shapes. In whole-image
-inference, the network alone is compiled for each exact size; each window then lies at the top left of a larger frame, whose
-size is such a bound.
+inference, a window is a whole canvas. Only the network is compiled for its exact size; for all other steps, the window lies at
+the top left of a frame, whose size is an upper bound.
 """
 
 import collections
@@ -61,7 +61,7 @@ class Batch(NamedTuple):
 
 
 class Canvas(NamedTuple):
-    """The canvases of one view of all images, which form one array."""
+    """The array that holds the canvases of all images for one view."""
 
     size: tuple[int, int]  # large enough for every image
     num_windows: int
@@ -74,7 +74,7 @@ class Plan(NamedTuple):
     shape: tuple[int, int, int]  # number M, height H and width W of the images, rounded up
     canvases: list[Canvas]  # by view
     batches: Iterator[Batch]  # made lazily
-    held: int  # number of views kept until the end: all, if that takes less memory than adding them up one by one, else 1
+    held: int  # number of views kept until the end: all, if they take no more memory than a running sum, else 1
 
 
 def plan_images(images: Sequence[np.ndarray], protocol: Protocol, devices: int) -> Plan:
@@ -211,12 +211,12 @@ def _batch(by_device: list[list[Window]], n: int, size: tuple[int, int], frame: 
 
 
 def _frame(window: tuple[int, int], protocol: Protocol) -> tuple[int, int]:
-    """Returns the size of a window's frame: that of the window, rounded up in whole-image inference."""
+    """Returns the size of a window's frame: the window's size, which is rounded up in whole-image inference."""
     return _round_up(*window) if protocol.settings.inference == "whole" else window
 
 
 def _round_up(height: int, width: int) -> tuple[int, int]:
-    """Rounds a canvas up to 1 more than a bucket, because Caffe's scaled sizes are 1 more than round numbers."""
+    """Rounds a canvas's size up to a bucket plus 1, because Caffe's scaled sizes are round numbers plus 1."""
     height, width = bucket(max(1, height - 1), max(1, width - 1))
     return height + 1, width + 1
 

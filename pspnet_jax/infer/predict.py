@@ -64,8 +64,9 @@ def predict(
         output/.origin.json.
 
     Raises:
-      UserError: the submission has other classes; the output cannot be written to, has files that would be overwritten, or
-        has results of another origin to continue; or some images could not be predicted, once all others are done.
+      UserError: the network's classes do not fit the submission; the output cannot be written to, has files that would be
+        overwritten, or, with `skip_existing`, has results of another origin; or, raised when all others are done, some images
+        could not be predicted.
     """
     server, output = submission.choose(server_format, info) if server_format else None, files.absolute(output)
     results = {name: _result_paths(output, name, server) for name in images}
@@ -101,7 +102,7 @@ def predict(
 def _predict_group(
     group: Sequence[Example], predictor: Predictor, variables: Any, fail: Callable[[str], None]
 ) -> list[tuple[Example, jax.Array, int]]:
-    """Returns each example with labels uint8[M, S, T] on the devices and its index in them; passes errors to `fail`."""
+    """Returns (example, labels uint8[M, S, T] of the group, its index in them) for each example; passes errors to `fail`."""
     images = [example["image"] for example in group]
     try:
         with memory.explain_out_of_memory(images, predictor.settings):
@@ -288,7 +289,7 @@ def _write_origin(output: epath.Path, origin: Mapping[str, Any], continued: bool
     """Writes .origin.json before anything is computed.
 
     Raises:
-      UserError: the folder cannot be written to, or the results to add to have another origin.
+      UserError: the folder cannot be written to, or has results of another origin that should be continued.
     """
     path = output / ORIGIN
     if continued and path.exists() and _read_origin(output) != json.loads(json.dumps(origin)):

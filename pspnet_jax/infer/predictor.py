@@ -206,7 +206,7 @@ class Predictor:
                     sums[view] = self._zeros((plan.shape[0], *plan.canvases[view].size))
                 sums[view] = self._accumulate_windows(sums[view], logits, positions, bounds)
                 missing[view] -= np.diff(bounds).sum()
-                if not missing[view]:  # yielded at once, before the next view takes as much memory
+                if not missing[view]:  # yielded at once, so that its memory is free before the next view needs as much
                     yield sums.pop(view), plan.canvases[view].to_image
             del logits  # frees their memory before the next batch
 

@@ -118,10 +118,10 @@ class MMSeg(Protocol):
     flips_views = True
 
     def scaled_size(self, height: int, width: int, scale: float) -> tuple[int, int]:
-        """Fits the image within base_size and short_size, times the scale; without base_size, scales its own sides.
+        """Fits the image within base_size and short_size, both times the scale; without base_size, scales the image's sides.
 
-        Given bounds are truncated to whole pixels, as in versions before 1.0. In test-time augmentation, later versions can
-        only scale the image's own sides, and round the result.
+        Bounds set in the config are truncated to whole pixels, as in mmsegmentation before 1.0. In test-time augmentation,
+        later versions scale only the image's sides, and round the result.
         """
         base_size, short_size = self.settings.base_size, self.settings.short_size
         long, short = max(height, width), min(height, width)

@@ -1,6 +1,6 @@
 """Bilinear resampling along one axis, as indices and weights of the source pixels that make up each new pixel.
 
-These are data rather than code, so that images of many sizes share one compiled program.
+Indices and weights are passed as data, so that images of many sizes share one compiled program.
 """
 
 import functools

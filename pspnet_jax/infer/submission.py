@@ -1,7 +1,7 @@
 """Submission formats of the benchmarks' evaluation servers: one PNG per image.
 
 Cityscapes expects its label ids, in files named like the images. ADE20K expects class indices that start at 1. VOC expects
-palette PNGs in the folder of competition 6 (any training data), uploaded as an archive of results/.
+palette PNGs in the folder of its competition 6, which allows any training data; upload an archive of results/.
 """
 
 import dataclasses

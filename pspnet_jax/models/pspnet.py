@@ -49,7 +49,8 @@ class PSPNet(nn.Module):
     align_corners: bool = True
 
     def setup(self) -> None:
-        # Checkpoints hold the default heads' parameters at the top level; initial values and dropout also depend on the paths.
+        # Puts the default heads' parameters at the top level, where existing checkpoints have them. Their initial values and
+        # dropout depend on these paths as well.
         for head in (self.head, self.auxiliary_head):
             if isinstance(head, PyramidHead | AuxiliaryHead):
                 nn.share_scope(self, head)

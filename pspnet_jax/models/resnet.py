@@ -32,14 +32,14 @@ STAGES = {
     16: ((1, 1), (2, 1), (2, 1), (1, 2)),
     32: ((1, 1), (2, 1), (2, 1), (2, 1)),
 }
-# Which convolution of a bottleneck has the stride: stride -> (stride of the first 1x1, stride of the 3x3).
+# Strides of a bottleneck's first 1x1 convolution and of its 3x3 convolution, given the stride of the block.
 STRIDE_IN = {"conv3x3": lambda stride: (1, stride), "conv1x1": lambda stride: (stride, 1)}
 # Divisor of a stage's dilation in its first block.
 FIRST_BLOCK_DILATION = {"full": 1, "half": 2}
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; only the first is dilated, as in mmseg, the only published PSPNet with basic blocks."""
+    """Two 3x3 convolutions; only the first is dilated, as in mmseg's R18, the only published PSPNet with them."""
 
     channels: int
     stride: int

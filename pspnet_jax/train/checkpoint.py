@@ -44,7 +44,7 @@ _quiet_orbax()
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, except that it does not read scores, which would fail if a score of an older run is damaged."""
+    """Orbax's manager, except that it reads no scores: a damaged score written by version 0.1 would raise an error."""
 
     def metrics(self, step: int) -> Any:
         return None

@@ -108,7 +108,7 @@ def read_checked(directory: epath.Path, items: Items, read: Callable[[], T]) -> 
 def _read_once(directory: epath.Path, items: Items, read: Callable[[], T]) -> tuple[Verdict, str, T | None]:
     try:
         missing, differing = compare_checksums(directory, items())
-        if missing:  # even files that are not essential: if orbax finds them missing, it logs long errors
+        if missing:  # orbax would log long errors, even about files that are not essential
             return Verdict.DAMAGED, f"is damaged or incomplete (missing: {_listed(missing)})", None
         if differing:
             return Verdict.DAMAGED, f"is damaged (content has changed since it was saved: {_listed(differing)})", None
@@ -128,7 +128,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def write_checksums(directory: epath.Path) -> None:
-    """Writes the size and CRC-32 of each file of a checkpoint's items. Buckets have their own checksums."""
+    """Writes the size and CRC-32 of each file of a checkpoint's items, except in buckets, which have their own checksums."""
     if not files.is_remote(directory):
         paths = [path for path in sorted(pathlib.Path(directory).rglob("*/*")) if path.is_file()]
         found = {str(path.relative_to(directory)): _checksum(epath.Path(path)) for path in paths}

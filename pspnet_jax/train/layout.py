@@ -35,7 +35,7 @@ def item_names(directory: epath.Path, target: TrainState) -> Sequence[str]:
 
 
 def evaluated_item(directory: epath.Path) -> str:
-    """Returns the item that `read_variables` reads. The config determines it, so that a lost moving average is noticed."""
+    """Returns the item that `read_variables` reads: with a moving average in the config, "ema", even if it is missing."""
     if files.is_there(directory / "state"):
         return "state"
     has_config = files.is_there(directory / "config")

@@ -79,7 +79,7 @@ class TrainingLog:
         return {"data_wait": stalled / seconds, "images_per_second": self._config.batch_size * steps / seconds}
 
     def add_step(self, metrics: Metrics) -> None:
-        """Adds to the next progress line the metrics of a step that was just dispatched."""
+        """Adds the metrics of the step just dispatched to the next progress line."""
         self.stalls.step_started(metrics)
         self._interval = metrics if self._interval is None else _merge(self._interval, metrics)
 
@@ -133,7 +133,7 @@ class TrainingLog:
             if self._writer:
                 self._writer.write_scalars(step, scalars)
         about = {"step": step, "kind": kind}
-        self._lines.write(about | dict(values) | about)  # first in the line, and not replaced by metrics of the same names
+        self._lines.write(about | dict(values) | about)  # `about` comes first and takes precedence over metrics
 
     @contextlib.contextmanager
     def _tolerating_writer_errors(self) -> Iterator[None]:

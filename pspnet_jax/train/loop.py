@@ -63,10 +63,10 @@ def fit(
       batches: called with the number of steps already made; returns this process's batches from then on. A batch is a dict of
         arrays with examples along the first axis: "image" is uint8[N, H, W, 3], where N is this process's share of
         config.batch_size; "label", if present, has integers; other arrays are for the loss. The first batch is checked.
-      evaluate: called with {"params", "batch_stats"} every config.every.eval steps, after the state is saved. Returns metrics,
-        serializable as JSON and including the one named by config.eval.best_metric, a number, and pictures by name. Scores
-        are only compared if their metric "data", which identifies the data, is the same. Exceptions are logged, and training
-        goes on; if one process raises, all must. None: no evaluation.
+      evaluate: called with {"params", "batch_stats"} every config.every.eval steps, after the state is saved. Returns
+        metrics and pictures, both by name. The metrics must be serializable as JSON and include a number named
+        config.eval.best_metric. Two scores are compared only if their metric "data", which identifies the data, is the same.
+        Exceptions are logged, and training goes on; if one process raises, all must. None: no evaluation.
       workdir: directory for checkpoints, metrics and pictures.
       examples_per_epoch: number of training examples in an epoch, after which rates are written; 0: never.
       fingerprint: identifies the training data. It is saved with each checkpoint, and a resumed run warns if it has changed.
@@ -286,7 +286,7 @@ class Run:
         if best_metric not in found:
             raise UserError(f"eval.best_metric={best_metric!r}: the evaluation has {', '.join(found)}; choose one of these")
         self.log.exclude_time(seconds)
-        # Before the score is saved, since a checkpoint without a score is evaluated again.
+        # Logged before the score is saved: a run that is killed in between repeats the evaluation when it is resumed.
         self.log.log_evaluation(step, metrics, pictures)
         if parallel.max_over_processes(self.checkpoints.save_failed(wait=True)):
             self.save(step, state)

@@ -23,7 +23,7 @@ from pspnet_jax.train import checkpoint
 from pspnet_jax.train.step import TrainState, Variables, make_init_state
 
 logger = logging.getLogger(__name__)
-# Config fields that must not change when a run is resumed, and exceptions, which do not change what the parameters mean.
+# Fields that must not change when a run is resumed, except for MAY_CHANGE, which does not affect the parameters' meaning.
 MUST_MATCH = ("model.", "normalize.", "dataset.name", "dataset.class_names", "optimizer.name")
 MAY_CHANGE = ("model.dtype", "model.dropout", "model.norm", "model.factored_head")
 # Fields that may differ from those of the run named by init_from.

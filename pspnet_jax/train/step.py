@@ -74,7 +74,8 @@ def make_init_state(
         variables = model.init(random_key(config.seed), jnp.zeros((1, *image_shape)), train=False)
         return new_state(config, optimizer, dict(variables))
 
-    # Compiling one random generator per kernel takes most of the time. On CPUs, that is four times faster unoptimized.
+    # Most of the time goes into compiling a random generator for each kernel; on CPUs, this is four times faster without
+    # optimization.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
     return jax.jit(init, out_shardings=parallel.replicated(mesh), compiler_options=options)
