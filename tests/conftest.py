@@ -1,4 +1,4 @@
-"""Tests run on 8 CPU devices; XLA has to be told before JAX starts. It compiles without optimizing, which takes half the time."""
+"""Tests run on 8 CPU devices; XLA has to be told before JAX starts. It compiles without optimizing, in half the time."""
 
 import atexit
 import contextlib
