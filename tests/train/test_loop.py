@@ -71,10 +71,10 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def interrupted(tmp_path_factory, compilation_cache, uninterrupted):
+def interrupted(tmp_path_factory, uninterrupted):
     """The same run, killed after step 5 (saved: 4), resumed, stopped by SIGTERM in step 6 or 7, resumed and finished."""
     workdir = tmp_path_factory.mktemp("interrupted")
-    environment = os.environ | compilation_cache | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", SCRIPT, str(workdir)]
     history = SimpleNamespace(workdir=workdir)
 
