@@ -21,7 +21,7 @@ from pspnet_jax.models import Classifier, ConvNorm
 from tests import fakes
 from tests.test_main import ROOT, SMALL, error
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 SIZE = (60, 80)
 LAYOUTS = {

@@ -22,7 +22,7 @@ from pspnet_jax.main import main
 from pspnet_jax.train import checkpoint
 from tests import fakes
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -219,7 +219,7 @@ def test_another_network_in_the_same_workdir_is_refused(run, capsys):
         (["--config=configs/camvid.py", "--config.model.dept=50"], "did you mean model.depth"),
         (["--config=configs/camvid.py", "--config.model.depth=fifty"], "--config.model.depth=fifty"),
         (["--config=configs/camvid.py", "--config.model.depth=51"], "model.depth=51: expected one of 18, 34, 50"),
-        (["--config=configs/camvid.py", "--config.batch_size=9"], "batch_size=9: expected a multiple of 8"),
+        (["--config=configs/camvid.py", "--config.optimizer.accumulate=3"], "batch_size=8: expected a multiple of 3"),
         (["--config=configs/camvid.py", "--config.augment.crop=(20, 20)"], "augment.crop=(20, 20): expected"),
         (["--config=configs/camvid.py"], "dataset.root"),
         (["--config=configs/ade20k.py:7"], "model.depth=7: expected one of"),

@@ -19,7 +19,7 @@ from tests.test_main import SMALL, error, recipe
 torch = pytest.importorskip("torch")
 from tests.weights import reference_torch as reference  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 MEAN, STD = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
 SIZE = (97, 113)

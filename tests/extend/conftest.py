@@ -13,6 +13,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_device(one_device):
+    pass
+
+
 @pytest.fixture
 def logged(tmp_path):
     """Reads one metric from all training lines of the run in tmp_path."""

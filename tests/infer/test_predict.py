@@ -20,7 +20,7 @@ from pspnet_jax.infer.predict import AHEAD, predict
 from pspnet_jax.infer.predictor import Predictor
 from tests.infer.test_evaluate import INFO, STRONGEST, predictor
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 
 def picture(height, width, seed=0):

@@ -9,7 +9,7 @@ from pspnet_jax.train import resume
 from pspnet_jax.train.checkpoint import create_run
 from tests.train import CLASSES, filled_state, mesh_of, parts_of, tiny_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 
 @pytest.mark.parametrize(
