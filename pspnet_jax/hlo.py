@@ -1,0 +1,175 @@
+"""Reads optimized HLO text, `jax.jit(f).lower(...).compile().as_text()`: memory traffic and collectives of a program."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\](\{[^{}]*\})?")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_BITS = re.compile(r"[0-9]+")
+# These move nothing themselves: they name a value, or end what another instruction began.
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "iota"}
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+class Array(NamedTuple):
+    bytes: int
+    in_hbm: bool  # rather than in the chip's vector memory, which layouts mark by S(1)
+
+
+class Instruction(NamedTuple):
+    name: str
+    opcode: str
+    arrays: list[Array]  # of the result; several if it is a tuple
+    operands: list[str]
+    text: str
+
+    def called(self, attribute: str) -> str:
+        """Returns the name of the computation that an attribute such as `body` or `calls` names."""
+        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
+        return found[1] if found else ""
+
+
+Computation = dict[str, Instruction]
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """Returns the computations of a module by name, and the name of its entry."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", {}
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith((" ", "HloModule")):
+            name = re.match(r"(ENTRY )?%?([\w.\-]+)", line)
+            assert name
+            current = computations.setdefault(name[2], {})
+            entry = name[2] if name[1] else entry
+        elif found := _INSTRUCTION.match(line):
+            current[found[1]] = _instruction(found[1], found[2])
+    return computations, entry
+
+
+def _instruction(name: str, text: str) -> Instruction:
+    """Parses what follows `name = `: the type, then `opcode(operands), attributes`."""
+    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    arrays = [_array(*found) for found in _ARRAY.findall(text[:end])]
+    rest = text[end:].strip()
+    start = rest.index("(")
+    inside = rest[start + 1 : _closing(rest, start)]
+    return Instruction(name, rest[:start], arrays, re.findall(r"%([\w.\-]+)", inside), rest)
+
+
+def _closing(text: str, start: int) -> int:
+    depth = 0
+    for i in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[i], 0)
+        if depth == 0:
+            return i
+    raise ValueError(f"unbalanced parentheses in HLO: {text[:100]}")
+
+
+def _array(kind: str, shape: str, layout: str) -> Array:
+    bits = 8 if kind == "pred" else int(found[0]) if (found := _BITS.search(kind)) else 0
+    return Array(math.prod(int(n) for n in shape.split(",") if n) * bits // 8, "S(1)" not in layout)
+
+
+def hbm_bytes(text: str) -> int:
+    """Estimates the bytes that a program reads from and writes to a TPU's main memory (HBM).
+
+    XLA's own "bytes accessed" also counts the chip's vector memory and whole operands of slices. Counted here are, in the entry
+    and in the loops it runs, the results and operands that are in HBM; of an asynchronous copy or slice, what it moves; of
+    an operand of which a fusion reads or updates only slices, these. Of a conditional, the cheapest branch counts. Padding to
+    tiles is not counted.
+    """
+    computations, entry = parse(text)
+    return _traffic(computations, entry)
+
+
+def _traffic(computations: dict[str, Computation], name: str) -> int:
+    computation = computations[name]
+    return sum(_moved(computations, computation, instruction) for instruction in computation.values())
+
+
+def _moved(computations: dict[str, Computation], computation: Computation, instruction: Instruction) -> int:
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith("-done"):
+        return 0
+    if opcode == "while":
+        return _trips(computations, instruction) * _traffic(computations, instruction.called("body"))
+    if opcode == "call":
+        return _traffic(computations, instruction.called("to_apply"))
+    if opcode == "conditional":
+        found = re.search(r"branch_computations=\{([^}]*)\}", instruction.text)
+        names = ("true_computation", "false_computation")
+        branches = re.findall(r"%?([\w.\-]+)", found[1]) if found else [instruction.called(name) for name in names]
+        return min(_traffic(computations, branch) for branch in branches)
+    operands = [computation[operand].arrays for operand in instruction.operands if operand in computation]
+    if opcode in ("copy-start", "slice-start"):  # result: the target, the source again, and a context
+        target = instruction.arrays[0 if opcode == "copy-start" else -2]
+        return target.bytes * (operands[0][0].in_hbm + target.in_hbm)
+    if opcode.endswith("-start") and instruction.called("calls"):
+        return _traffic(computations, instruction.called("calls"))
+    read = sum(array.bytes for arrays in operands for array in arrays if array.in_hbm)
+    written = sum(array.bytes for array in instruction.arrays if array.in_hbm)
+    if opcode == "fusion":
+        return read + written - _untouched(computations[instruction.called("calls")], operands, instruction)
+    if opcode in ("dynamic-slice", "slice", "gather"):
+        return 2 * written
+    if opcode == "dynamic-update-slice":
+        return 2 * sum(array.bytes for array in operands[1])
+    return read + written
+
+
+def _trips(computations: dict[str, Computation], loop: Instruction) -> int:
+    """Returns how often a loop runs, if XLA says so or its condition compares with a constant; otherwise 1."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
+        return int(known[1])
+    constants = [re.search(r"constant\((\d+)\)", i.text) for i in computations[loop.called("condition")].values()]
+    return max((int(found[1]) for found in constants if found), default=1)
+
+
+def _untouched(fused: Computation, operands: list[list[Array]], instruction: Instruction) -> int:
+    """Returns the bytes of operands and of the result that a fusion passes by, because it reads or updates only slices."""
+    uses: dict[str, list[Instruction]] = {}
+    for inner in fused.values():
+        for operand in inner.operands:
+            uses.setdefault(operand, []).append(inner)
+    untouched = 0
+    parameters = sorted((p for p in fused.values() if p.opcode == "parameter"), key=_parameter_number)
+    for parameter, arrays in zip(parameters, operands, strict=False):
+        users = list(_through_bitcasts(parameter.name, uses))
+        if not users or not arrays[0].in_hbm:
+            continue
+        if all(user.opcode in ("dynamic-slice", "slice") for user in users):
+            untouched += max(arrays[0].bytes - sum(user.arrays[0].bytes for user in users), 0)
+        elif all(user.opcode == "dynamic-update-slice" for user in users):
+            update = sum(fused[user.operands[1]].arrays[0].bytes for user in users)
+            untouched += arrays[0].bytes  # the buffer is updated in place and not read
+            untouched += max(arrays[0].bytes - update, 0)  # and written only where it is updated
+    return untouched
+
+
+def _parameter_number(parameter: Instruction) -> int:
+    found = re.search(r"parameter\((\d+)\)", parameter.text)
+    return int(found[1]) if found else 0
+
+
+def _through_bitcasts(name: str, uses: dict[str, list[Instruction]]) -> Iterator[Instruction]:
+    for user in uses.get(name, []):
+        if user.opcode == "bitcast":
+            yield from _through_bitcasts(user.name, uses)
+        else:
+            yield user
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """Returns the number of collectives by kind, and the bytes of their results, outside and inside of loops alike."""
+    count, size = Counter[str](), Counter[str]()
+    for computation in parse(text)[0].values():
+        for instruction in computation.values():
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                count[kind] += 1
+                size[kind] += sum(array.bytes for array in instruction.arrays)
+    return {kind: (count[kind], size[kind]) for kind in COLLECTIVES if count[kind]}
