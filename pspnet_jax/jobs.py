@@ -6,11 +6,13 @@ Each function takes the parsed arguments (see `main`) and the overrides of the c
 import argparse
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import psutil
 import rich
 from etils import epath
 from ml_collections import ConfigDict
@@ -39,6 +41,8 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     from clu import metric_writers  # isort: skip
 
+    logger.info(f"Python and its packages were ready after {time.time() - psutil.Process().create_time():.1f} s")
+    began = time.perf_counter()
     config = runs.from_recipe(arguments, overrides, jax.device_count())
     workdir = runs.workdir_of(arguments, config.name)
     if config.init_from:
@@ -51,6 +55,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     config.dataset.palette = tuple((value, *color) for value, (color, _) in sorted(palette.items()))
     config.loss.class_weights = runs.class_weights(config, data.sources)
     parallel.require_same("their configs", runs.comparable(config))
+    logger.info(f"the data was checked in {time.perf_counter() - began:.1f} s")
     model = models.build(config.model, len(config.dataset.class_names))
     host, hosts = jax.process_index(), jax.process_count()
 
@@ -61,7 +66,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     loop.fit(
         config,
         model=model,
-        loss=losses.build(config.loss, config.total_steps),
+        loss=losses.build(config),
         optimizer=optimizers.build(config.optimizer, config.total_steps),
         batches=batches,
         evaluate=evaluator(config, model, validation_source),
@@ -69,7 +74,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         examples_per_epoch=data.examples_per_epoch,
         fingerprint=data.fingerprint,
         writer=metric_writers.SummaryWriter,
-        hooks=[_profile(workdir / "profile", config.profile_steps)] if config.profile_steps and host == 0 else (),
+        hooks=[_profile(workdir / "profile", *arguments.profile)] if arguments.profile and host == 0 else (),
     )
     logger.info(f"{workdir} has checkpoints/, metrics.jsonl, pictures/ and tensorboard/")
 
@@ -93,19 +98,13 @@ def evaluator(config: ConfigDict, model: nn.Module, source: Any) -> Callable[[An
     return evaluate
 
 
-def _profile(folder: epath.Path, steps: int) -> Callable[[int], None]:
-    """Returns a hook, called after each step, that makes JAX's profiler trace `steps` steps after the first ten."""
+def _profile(folder: epath.Path, first: int, count: int) -> Callable[[int], None]:
+    """Returns a hook, called after each step, that makes JAX's profiler trace `count` steps, beginning with step `first`."""
     from clu import periodic_actions
 
-    actions: list[periodic_actions.Profile] = []
-
-    def hook(step: int) -> None:
-        if not actions:
-            options = {"num_profile_steps": steps, "profile_duration_ms": None, "every_secs": None}
-            actions.append(periodic_actions.Profile(logdir=folder, first_profile=step + 9, **options))
-        actions[0](step)
-
-    return hook
+    return periodic_actions.Profile(
+        logdir=folder, first_profile=first - 1, num_profile_steps=count, profile_duration_ms=None, every_secs=None
+    )
 
 
 def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:

@@ -5,9 +5,11 @@ import contextlib
 import io
 import logging
 import os
+import pathlib
 import signal
 import sys
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -35,6 +37,13 @@ def _path(given: str) -> epath.Path:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _steps(given: str) -> tuple[int, int]:
+    step, _, count = given.partition(":")
+    if not (step.isdecimal() and count.isdecimal() and int(step) > 1 and int(count) > 0):
+        raise argparse.ArgumentTypeError(f"{given!r}: expected STEP:COUNT, such as 20:5 for steps 20 to 24, from step 2 on")
+    return int(step), int(count)
+
+
 OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the modes that use it, and how it is parsed
     "config": (
         [*jobs.JOBS],
@@ -56,6 +65,10 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
     "format": (
         ["predict", "export"],
         {"type": _nonempty, "help": "format of a benchmark server: cityscapes, ade20k or voc; export: torch or safetensors"},
+    ),
+    "profile": (
+        ["train"],
+        {"type": _steps, "metavar": "STEP:COUNT", "help": "trace COUNT steps from step STEP on into WORKDIR/profile"},
     ),
     "skip_existing": (
         ["predict"],
@@ -123,6 +136,8 @@ def _start_jax() -> None:
     if jax.config.read("jax_enable_x64"):
         logger.warning("JAX_ENABLE_X64 is set; this program computes in float32 and int32, so it is turned off")
         jax.config.update("jax_enable_x64", False)
+    _tune_cpu()
+    _keep_programs()
     logging.getLogger("jax._src.xla_bridge").addFilter(_without_traceback)
     try:
         jax.devices()
@@ -132,6 +147,41 @@ def _start_jax() -> None:
             f"JAX finds no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}{reason}; install the JAX build "
             "for it (pip install -e '.[cuda]'), or unset JAX_PLATFORMS"
         ) from error
+
+
+def _tune_cpu() -> None:
+    """Sets the flag with which XLA computes bfloat16 convolutions 1.6 times as fast on CPUs that have such products.
+
+    Not where the user has set it, and not where it was not measured: before JAX 0.11 and on other CPUs.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if jax.__version_info__ >= (0, 11) and "avx512_bf16" in _cpu_features().split() and ONEDNN not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --{ONEDNN}=true".strip()
+
+
+ONEDNN = "xla_cpu_experimental_onednn_custom_call"
+
+
+def _keep_programs() -> None:
+    """Makes JAX keep compiled programs for later runs, unless the user has chosen a directory for them.
+
+    Programs for a CPU can use all its instructions, so each kind of CPU has a directory of its own.
+    """
+    if jax.config.jax_compilation_cache_dir or not (features := _cpu_features()):  # type: ignore[attr-defined]
+        return
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(cache / "pspnet_jax" / f"{zlib.crc32(features.encode()):08x}"))
+    jax.config.update("jax_compilation_cache_max_size", 2**32)  # 4 GiB; beyond it, the programs used least recently are removed
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a folder of many sizes has many small programs
+
+
+def _cpu_features() -> str:
+    """Returns the instruction sets of this machine's CPU as Linux lists them; empty elsewhere."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:

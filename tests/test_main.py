@@ -9,13 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from pspnet_jax import jobs, runs
+from pspnet_jax import main as entry
 from pspnet_jax.config import base_config, leaves, load_recipe, to_json
 from pspnet_jax.errors import UserError
 from pspnet_jax.main import main
@@ -333,12 +336,47 @@ def test_help_lists_every_field_with_its_default_and_its_comment(capsys):
     assert all(comment for _, _, comment in fields)
 
 
-def test_the_profile_skips_the_first_ten_steps_after_each_start(tmp_path):
-    hook = jobs._profile(tmp_path, 2)
-    for step in range(501, 511):
+def test_programs_are_kept_in_the_cache_of_the_user_unless_another_place_is_set(tmp_path, monkeypatch):
+    changed = {}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(jax.config, "update", changed.__setitem__)
+    entry._keep_programs()  # conftest has set a directory
+    assert changed == {}
+    config = types.SimpleNamespace(update=changed.__setitem__, jax_compilation_cache_dir=None)
+    monkeypatch.setattr(entry, "jax", types.SimpleNamespace(config=config))
+    entry._keep_programs()
+    assert Path(changed["jax_compilation_cache_dir"]).parent == tmp_path / "pspnet_jax"
+
+
+@pytest.mark.parametrize(
+    ("version", "features", "given", "expected"),
+    [
+        ((0, 12, 0), "flags: avx2 avx512_bf16", "", "--xla_cpu_experimental_onednn_custom_call=true"),
+        ((0, 12, 0), "flags: avx2 avx512_bf16", "--a=1", "--a=1 --xla_cpu_experimental_onednn_custom_call=true"),
+        ((0, 12, 0), "flags: avx512_bf16", *["--xla_cpu_experimental_onednn_custom_call=false"] * 2),
+        ((0, 12, 0), "flags: avx2", "", ""),
+        ((0, 10, 2), "flags: avx2 avx512_bf16", "", ""),
+    ],
+)
+def test_the_flag_for_bfloat16_is_set_only_where_it_was_measured(monkeypatch, version, features, given, expected):
+    monkeypatch.setenv("XLA_FLAGS", given)
+    monkeypatch.setattr(jax, "__version_info__", version)
+    monkeypatch.setattr(entry, "_cpu_features", lambda: features)
+    entry._tune_cpu()
+    assert os.environ["XLA_FLAGS"] == expected
+
+
+@pytest.mark.parametrize("given", ["5", "1:3", "x:2", "5:0", "5:", "-2:4"])
+def test_a_wrong_range_of_steps_to_profile_is_refused(given, capsys):
+    assert "expected STEP:COUNT, such as 20:5" in error(capsys, "--config=configs/camvid.py", f"--profile={given}")
+
+
+def test_the_profile_has_the_steps_asked_for(tmp_path):
+    hook = jobs._profile(tmp_path, 511, 2)
+    for step in range(501, 512):
         hook(step)
     assert not list(tmp_path.rglob("*.xplane.pb"))
-    for step in range(511, 514):
+    for step in range(512, 514):
         hook(step)
     assert list(tmp_path.rglob("*.xplane.pb"))
 

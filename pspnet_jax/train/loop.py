@@ -94,9 +94,11 @@ def fit(
         feed = iter(batches(min(newest, total - 1)))
         with parallel.fail_together("reading the first batch"):
             first = _check_batch(config, next(feed, None))  # read before the state is made, which depends on the images' shape
+        began = time.perf_counter()
         state = resume.initial_state(
             config, model, optimizer, mesh, first["image"].shape[1:], checkpoints, workdir, fingerprint
         )
+        logger.info(f"the state was {'restored' if newest else 'initialized'} in {time.perf_counter() - began:.1f} s")
         start = int(state.step)
         unscored = evaluate is not None and _lacks_score(checkpoints, start)
         if start == total and not unscored:
@@ -206,6 +208,7 @@ class Run:
         start, total, every, alone = int(state.step), self.config.total_steps, self.config.every, jax.process_count() == 1
         self.exit_if_requested(start)
         guard = NonFiniteGuard(self.checkpoints)
+        began = time.perf_counter()
         for step in range(start + 1, total + 1):
             with self.save_on_failure(state, guard):
                 if (batch := next(batches, None)) is None:
@@ -223,6 +226,7 @@ class Run:
                 self.log.log_progress(step)
             if step == start + 1:  # this step included compilation, so it is excluded from the rates
                 jax.block_until_ready(metrics)
+                logger.info(f"the first step, with compilation, took {time.perf_counter() - began:.1f} s")
                 self.log.restart_clocks(step)
                 _write_description(self.config, state, self.workdir)
             else:
