@@ -1,0 +1,49 @@
+"""Convolutions with fewer multiplications agree with direct ones, in values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pspnet_jax.models import layers, winograd
+
+
+def direct(x, kernel, dilation):
+    padding, dilations = [(dilation, dilation)] * 2, (dilation, dilation)
+    options = {"rhs_dilation": dilations, "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, **options)
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 4])
+@pytest.mark.parametrize("size", [(12, 16), (13, 7), (1, 2)])
+def test_winograd_equals_the_direct_convolution(size, dilation):
+    rng = np.random.default_rng(0)
+    x, kernel, weights = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, *size, 5), (3, 3, 5, 4), (2, *size, 4)))
+
+    def value_and_gradients(function):
+        total, pullback = jax.vjp(lambda x, kernel: function(x, kernel, dilation), x, kernel)
+        return total, *pullback(weights)
+
+    both = zip(value_and_gradients(winograd.convolve), value_and_gradients(direct), strict=True)
+    errors = [float(jnp.abs(a - b).max() / b.std()) for a, b in both]
+    print("values and gradients differ by", *(f"{error:.1e}" for error in errors), "standard deviations")
+    assert max(errors) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("channels", "stride", "padding", "uses"),
+    [
+        (363, 1, "SAME", True),
+        (363, 1, [(2, 2)] * 2, True),
+        (362, 1, "SAME", False),
+        (363, 2, "SAME", False),
+        (363, 1, "VALID", False),
+    ],
+)
+def test_only_large_convolutions_that_keep_the_size_use_it_and_only_on_cpus(channels, stride, padding, uses):
+    x, kernel = jnp.zeros((1, 8, 8, channels)), jnp.zeros((3, 3, channels, channels))
+    dilation = (2, 2) if padding != "SAME" else (1, 1)
+    compute = jax.jit(lambda x, kernel: layers.convolve(x, kernel, (stride, stride), padding, rhs_dilation=dilation))
+    for platform, expected in {"cpu": uses, "tpu": False, "cuda": False}.items():
+        text = compute.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+        assert ("convolution" not in text) == expected, platform
