@@ -15,6 +15,7 @@ def get_config(depth: str = "50") -> ConfigDict:
     config = base_config()
     config.name = f"ade20k_{depth}"
     config.model.depth = int(depth)
+    config.model.remat = "norm"  # less memory, and on TPUs less time, see benchmarks/model.md
     config.dataset.name = "ade20k"
     config.dataset.train_split = "training"
     config.eval.split = "validation"

@@ -19,7 +19,6 @@ def get_config() -> ConfigDict:
     config.dataset.class_names, config.dataset.colors = camvid.class_names, camvid.colors
     config.model.depth = 18
     config.model.stem = "deep32"
-    config.model.factored_head = True
     config.batch_size = 8
     config.total_steps = 1100  # 24 epochs of 367 images
     config.optimizer.learning_rate = 0.05

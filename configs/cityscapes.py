@@ -15,6 +15,7 @@ def get_config(depth: str = "101") -> ConfigDict:
     config = base_config()
     config.name = f"cityscapes_{depth}"
     config.model.depth = int(depth)
+    config.model.remat = "norm"  # less memory, and on TPUs less time, see benchmarks/model.md
     config.dataset.name = "cityscapes"
     config.eval.split = "val"
     config.batch_size = 16

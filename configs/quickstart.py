@@ -22,7 +22,6 @@ def get_config(pyramid: str = "1236") -> ConfigDict:
     config.model.width = 32
     config.model.stem = "deep32"
     config.model.bins = BINS[pyramid]
-    config.model.factored_head = True
     config.batch_size = 16
     config.total_steps = 160
     config.loss.class_weights = (0.5, 1, 0.5, 1, 0.5, 3, 3, 4, 4, 3, 4)  # so that small objects are learned in a short run

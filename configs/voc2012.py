@@ -15,6 +15,7 @@ def get_config(depth: str = "101") -> ConfigDict:
     config = base_config()
     config.name = f"voc2012_{depth}"
     config.model.depth = int(depth)
+    config.model.remat = "norm"  # less memory, and on TPUs less time, see benchmarks/model.md
     config.dataset.name = "voc2012"
     config.dataset.train_split = "train_aug"
     config.eval.split = "val"

@@ -44,10 +44,11 @@ def base_config() -> ConfigDict:
     model.pool = "average"  # pooling in the pyramid: average or max
     model.reduce_channels = True  # the paper's DR: a 1x1 convolution reduces each of N levels to C/N channels; False keeps C
     model.head_kernel = 3  # kernel size of the head's first convolution: 3 or 1
-    model.factored_head = False  # computes the same head without building the concatenated feature map
+    model.factored_head = True  # computes the same head faster, without the concatenated feature map
     model.align_corners = True  # bilinear resizing convention: True (Caffe, semseg), False (mmseg)
     model.auxiliary = True  # auxiliary head on the third stage, in training only
     model.dropout = 0.1  # rate of channel dropout before each classifier
+    model.remat = "none"  # stores less in training and computes it again: norm (BatchNorm and ReLU) or block (whole blocks)
     model.norm = "batch"  # batch: statistics of the global batch; frozen: running statistics, also in training
     model.dtype = "float32"  # of convolutions and activations: float32 or bfloat16; the loss and all else stay float32.
     # GPUs and TPUs multiply float32 in TF32 or bfloat16 unless JAX_DEFAULT_MATMUL_PRECISION=highest
@@ -125,7 +126,6 @@ def base_config() -> ConfigDict:
     every.log = 50  # logs the means since the previous log
     every.eval = 5_000  # evaluates; 0: only at the end
     every.save = 1_000  # saves a checkpoint
-    config.profile_steps = 0  # steps, after the first ten, that JAX's profiler traces into WORKDIR/profile; 0: none
 
     return config.lock()  # a misspelled field is an error, not a new field
 

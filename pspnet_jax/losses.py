@@ -18,8 +18,10 @@ from ml_collections import ConfigDict
 from pspnet_jax.datasets import IGNORE
 from pspnet_jax.errors import UserError
 from pspnet_jax.metrics import MeanIoU
+from pspnet_jax.models import CoarseLogits
 
 Batch = dict[str, jax.Array]
+Logits = jax.Array | CoarseLogits  # f32[N, H, W, K], upsampled or not
 
 
 class Term(NamedTuple):
@@ -37,18 +39,20 @@ class Term(NamedTuple):
 Loss = Callable[[Any, Batch, jax.Array], tuple[dict[str, Term], dict[str, Metric]]]
 
 
-def build(loss: ConfigDict, total_steps: int) -> Loss:
+def build(config: ConfigDict) -> Loss:
     """Builds the loss of `config.loss`, for models that return (logits, auxiliary logits or None) and batches with a "label".
 
-    Its terms are named after their kinds, such as "cross_entropy" and "auxiliary_cross_entropy"; its metric is "mean_iou".
+    The logits may be arrays or `models.CoarseLogits`. The terms are named after their kinds, such as "cross_entropy" and
+    "auxiliary_cross_entropy". The metric "mean_iou" counts the batches of the steps that are logged, by `config.every.log`.
 
     Raises:
-      UserError: lists every field with an invalid value.
+      UserError: lists every field of `config.loss` with an invalid value.
     """
+    loss = config.loss
     if wrong := problems(loss):
         raise UserError("\n".join(wrong))
     kinds = loss.terms.split("+")
-    auxiliary_scale = SCHEDULES[loss.auxiliary_schedule](loss.auxiliary_weight, total_steps)
+    auxiliary_scale = SCHEDULES[loss.auxiliary_schedule](loss.auxiliary_weight, config.total_steps)
 
     def compute(outputs: Any, batch: Batch, step: jax.Array) -> tuple[dict[str, Term], dict[str, Metric]]:
         logits, auxiliary = outputs
@@ -57,7 +61,10 @@ def build(loss: ConfigDict, total_steps: int) -> Loss:
         if auxiliary is not None:
             scale = auxiliary_scale(step)
             terms |= {f"auxiliary_{kind}": Term(*LOSSES[kind](auxiliary, labels, loss), scale) for kind in kinds}
-        return terms, {"mean_iou": MeanIoU.from_logits(logits, labels)}
+        logged = step + 1 == config.total_steps
+        if config.every.log:
+            logged |= (step + 1) % config.every.log == 0
+        return terms, {"mean_iou": MeanIoU.from_logits(logits, labels, logged)}
 
     return compute
 
@@ -79,7 +86,12 @@ SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {  # for the weig
 }
 
 
-def pixel_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+def by_rows(function: Callable[[jax.Array, jax.Array], jax.Array], logits: Logits, labels: jax.Array) -> jax.Array:
+    """Returns function(logits, labels) for upsampled logits, see `CoarseLogits.by_rows`."""
+    return logits.by_rows(function, labels) if isinstance(logits, CoarseLogits) else function(logits, labels)
+
+
+def pixel_cross_entropy(logits: Logits, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """Cross-entropy of each pixel, 0 where the label is 255: f32[N, H, W, K], uint8[N, H, W] -> f32[N, H, W].
 
     Args:
@@ -87,32 +99,36 @@ def pixel_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float =
       labels: 0..K-1, or 255.
       smoothing: share of each target that is distributed over all K classes (Szegedy et al. 2016, section 7).
     """
-    labeled = labels != IGNORE
-    targets = jnp.where(labeled, labels, 0).astype(jnp.int32)
-    targets = jnp.where(targets < 0, logits.shape[-1], targets)  # negative labels give NaN, not a class from the end
-    pixels = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    if smoothing:
-        uniform = jax.nn.logsumexp(logits, -1) - jnp.mean(logits, -1)  # cross-entropy with 1/K for each class
-        pixels = (1 - smoothing) * pixels + smoothing * uniform
-    return jnp.where(labeled, pixels, 0)
+
+    def of_rows(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        labels = labels[..., None].astype(jnp.int32)
+        classes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        # Not indexing but a sum over the classes, whose gradient is no scatter. It is NaN for labels that are no class.
+        scores = jnp.sum(jnp.where(labels == classes, logits, 0), -1)
+        scores = jnp.where((labels[..., 0] >= 0) & (labels[..., 0] < logits.shape[-1]), scores, jnp.nan)
+        if smoothing:
+            scores = (1 - smoothing) * scores + smoothing * jnp.mean(logits, -1)
+        return jnp.where(labels[..., 0] != IGNORE, jax.nn.logsumexp(logits, -1) - scores, 0)
+
+    return by_rows(of_rows, logits, labels)
 
 
 def pixel_weights(labels: jax.Array, class_weights: tuple[float, ...]) -> jax.Array:
     """Weight of each pixel, f32[N, H, W]: that of its class (1 without class weights), or 0 where the label is 255."""
     if not class_weights:
         return (labels != IGNORE).astype(jnp.float32)
-    table = jnp.zeros(256).at[: len(class_weights)].set(jnp.asarray(class_weights))
-    return table[labels]
+    is_class = labels[..., None].astype(jnp.int32) == jnp.arange(len(class_weights))
+    return jnp.sum(jnp.where(is_class, jnp.asarray(class_weights, jnp.float32), 0), -1)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, loss: ConfigDict) -> tuple[jax.Array, jax.Array]:
+def cross_entropy(logits: Logits, labels: jax.Array, loss: ConfigDict) -> tuple[jax.Array, jax.Array]:
     """Softmax cross-entropy with `loss.class_weights` and `loss.label_smoothing`: sum over the pixels, sum of their weights."""
     weights = pixel_weights(labels, loss.class_weights)
     pixels = pixel_cross_entropy(logits, labels, loss.label_smoothing)
     return jnp.sum(pixels * weights if loss.class_weights else pixels), jnp.sum(weights)
 
 
-def ohem(logits: jax.Array, labels: jax.Array, loss: ConfigDict) -> tuple[jax.Array, jax.Array]:
+def ohem(logits: Logits, labels: jax.Array, loss: ConfigDict) -> tuple[jax.Array, jax.Array]:
     """Online hard example mining (Shrivastava et al. 2016): cross-entropy over only the hard pixels of each image.
 
     A pixel is hard if its class has a probability below `loss.ohem_threshold`, or if it is among the image's
@@ -126,7 +142,7 @@ def ohem(logits: jax.Array, labels: jax.Array, loss: ConfigDict) -> tuple[jax.Ar
     return jnp.sum(kept * pixel_cross_entropy(logits, labels, loss.label_smoothing)), jnp.sum(kept)
 
 
-def focal(logits: jax.Array, labels: jax.Array, loss: ConfigDict) -> tuple[jax.Array, jax.Array]:
+def focal(logits: Logits, labels: jax.Array, loss: ConfigDict) -> tuple[jax.Array, jax.Array]:
     """Focal loss (Lin et al. 2017): cross-entropy times (1 - p)^`loss.focal_gamma`; p is the probability of the true class."""
     weights = pixel_weights(labels, loss.class_weights)
     pixels = pixel_cross_entropy(logits, labels)
@@ -134,23 +150,26 @@ def focal(logits: jax.Array, labels: jax.Array, loss: ConfigDict) -> tuple[jax.A
     return jnp.sum(weights * wrong**loss.focal_gamma * pixels), jnp.sum(weights)
 
 
-def dice(logits: jax.Array, labels: jax.Array, loss: ConfigDict) -> tuple[jax.Array, jax.Array]:
+def dice(logits: Logits, labels: jax.Array, loss: ConfigDict) -> tuple[jax.Array, jax.Array]:
     """Soft Dice loss (Milletari et al. 2016): 1 - the mean over an image's classes of 2 |P Y| / (|P| + |Y|).
 
     P are the probabilities and Y the one-hot labels of the labeled pixels. Returns the sum over the images and the number of
     images with labeled pixels.
     """
-    labeled = labels != IGNORE
-    probabilities = jax.nn.softmax(logits) * labeled[..., None]
-    truth = jax.nn.one_hot(labels, logits.shape[-1])  # zeros for 255
-    overlap, size = (x.sum((1, 2)) for x in (probabilities * truth, probabilities + truth))
-    present = truth.any((1, 2))
+
+    def sums_of_rows(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        probabilities = jax.nn.softmax(logits) * (labels != IGNORE)[..., None]
+        truth = jax.nn.one_hot(labels, logits.shape[-1])  # zeros for 255
+        return jnp.stack([(probabilities * truth).sum(2), probabilities.sum(2), truth.sum(2)], 2)  # [N, R, 3, K]
+
+    overlap, predicted, pixels = jnp.moveaxis(by_rows(sums_of_rows, logits, labels).sum(1), 1, 0)
+    size, present = predicted + pixels, pixels > 0
     classes = present.sum(-1)
     scores = jnp.where(present, 2 * overlap / jnp.maximum(size, 1), 0).sum(-1) / jnp.maximum(classes, 1)
     return jnp.sum(jnp.where(classes > 0, 1 - scores, 0)), jnp.sum(classes > 0, dtype=jnp.float32)
 
 
-LOSSES: dict[str, Callable[[jax.Array, jax.Array, ConfigDict], tuple[jax.Array, jax.Array]]] = {
+LOSSES: dict[str, Callable[[Logits, jax.Array, ConfigDict], tuple[jax.Array, jax.Array]]] = {
     "cross_entropy": cross_entropy,
     "ohem": ohem,
     "focal": focal,

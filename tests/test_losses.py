@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from pspnet_jax import losses
+from pspnet_jax import losses, models, parallel
 from pspnet_jax.config import base_config
 from pspnet_jax.errors import UserError
 from pspnet_jax.losses import SCHEDULES, Term
@@ -20,6 +20,14 @@ def options(**changes) -> ConfigDict:
     loss = base_config().loss
     loss.update(changes)
     return loss
+
+
+def recipe(**changes) -> ConfigDict:
+    """A config with these fields of its loss, 10 steps, and a log line every 5."""
+    config = base_config()
+    config.loss.update(changes)
+    config.total_steps, config.every.log = 10, 5
+    return config
 
 
 def cross_entropy(logits, labels):
@@ -53,6 +61,46 @@ def test_batch_without_a_labeled_pixel_gives_zero_not_nan(logits):
         loss, gradient = jax.value_and_grad(mean)(logits, kind)
         assert loss == 0
         np.testing.assert_array_equal(gradient, np.zeros((1, 1, 3, 3)), err_msg=kind)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize(("height", "width", "classes"), [(53, 70, 5), (64, 9, 150), (1, 1, 2)])
+def test_losses_by_rows_equal_those_of_upsampled_logits(height, width, classes, align_corners, devices):
+    """All losses, with ignored pixels, class weights and smoothing: values and gradients agree to rounding."""
+    rng = np.random.default_rng(0)
+    scores = jnp.asarray(rng.normal(0, 3, (2, 7, 9, classes)), jnp.float32)
+    labels = rng.integers(-1, classes, (2, height, width)).astype(np.uint8)  # -1 becomes 255
+    labels[0, 0, 0] = 0
+    weights = tuple(rng.uniform(0.1, 2, classes).tolist())
+    choices = options(class_weights=weights, label_smoothing=0.1, ohem_min_kept=height * width // 3 + 1)
+    sharding = parallel.batch_sharding(parallel.make_mesh(jax.devices()[:devices]))
+    arrays = jax.device_put((scores, labels), sharding)
+
+    def total(scores, labels, upsampled):
+        logits = models.CoarseLogits(scores, height, width, align_corners)
+        pairs = [loss(logits.upsample() if upsampled else logits, labels, choices) for loss in losses.LOSSES.values()]
+        return sum(sum_ / weight for sum_, weight in pairs), pairs
+
+    compute = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=2)
+    ((_, plain), plain_gradient), ((_, by_rows), gradient) = (compute(*arrays, upsampled) for upsampled in (True, False))
+    worst = np.abs(gradient - plain_gradient).max() / np.abs(plain_gradient).max()
+    print(f"gradients of the losses by rows and of upsampled logits differ by {worst:.1e} of the largest")
+    np.testing.assert_allclose(by_rows, plain, rtol=2e-6)
+    assert worst < 1e-6
+
+
+def test_losses_by_rows_need_a_fraction_of_the_memory_of_upsampled_logits():
+    scores, labels = jnp.zeros((2, 20, 20, 150)), jnp.zeros((2, 160, 160), jnp.uint8)
+
+    def temporary_bytes(upsampled):
+        def total(scores):
+            logits = models.CoarseLogits(scores, 160, 160, align_corners=True)
+            return losses.cross_entropy(logits.upsample() if upsampled else logits, labels, options())[0]
+
+        return jax.jit(jax.grad(total)).lower(scores).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(False) < 0.25 * temporary_bytes(True)
 
 
 @pytest.mark.parametrize("kind", ["cross_entropy", "ohem", "focal"])
@@ -105,17 +153,19 @@ def test_dice_by_hand():
 
 def test_terms_are_added_up_for_head_and_auxiliary_head():
     labels = jnp.array([[[0, 2, 255]]], jnp.uint8)
-    loss = losses.build(options(terms="cross_entropy+dice", auxiliary_weight=0.25), total_steps=10)
-    terms, metrics = loss((LOGITS, 2 * LOGITS), {"label": labels}, jnp.int32(3))
+    loss = losses.build(recipe(terms="cross_entropy+dice", auxiliary_weight=0.25))
+    terms, metrics = loss((LOGITS, 2 * LOGITS), {"label": labels}, jnp.int32(4))
     assert list(terms) == ["cross_entropy", "dice", "auxiliary_cross_entropy", "auxiliary_dice"]
     assert [float(term.scale) for term in terms.values()] == [1, 1, 0.25, 0.25]
     np.testing.assert_allclose(terms["auxiliary_cross_entropy"].sum, cross_entropy(2 * LOGITS, labels), rtol=1e-6)
     # predictions are class 2 everywhere; truth 0, 2: IoU 0, 1/2 and none
     assert metrics["mean_iou"].compute() == 0.25
-    terms, _ = loss((LOGITS, None), {"label": labels}, jnp.int32(3))
-    assert list(terms) == ["cross_entropy", "dice"]
+    for step, counted in ((3, 0), (5, 0), (9, 2)):  # steps 5 and 10, counted from 1, are logged
+        terms, metrics = loss((LOGITS, None), {"label": labels}, jnp.int32(step))
+        assert list(terms) == ["cross_entropy", "dice"]
+        assert metrics["mean_iou"].matrix.sum() == counted
     with pytest.raises(UserError, match=r"'crossentropy' is unknown; expected one of cross_entropy, ohem, focal, dice"):
-        losses.build(options(terms="crossentropy"), 10)
+        losses.build(recipe(terms="crossentropy"))
 
 
 def test_class_weights_from_frequencies_by_hand():

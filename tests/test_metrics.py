@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from pspnet_jax import parallel
+from pspnet_jax import metrics, parallel
 from pspnet_jax.metrics import confusion_matrix, summarize
 
 COUNT = jax.jit(confusion_matrix, static_argnums=2)
@@ -17,32 +17,43 @@ def test_matrix_of_a_hand_worked_image():
 
 
 def test_metrics_of_that_matrix():
-    metrics = summarize(np.array([[1, 1, 0], [0, 2, 0], [1, 0, 2]]))
-    np.testing.assert_allclose(metrics.iou, [1 / 3, 2 / 3, 2 / 3])
-    np.testing.assert_allclose(metrics.accuracy, [1 / 2, 1, 2 / 3])
-    assert metrics.mean_iou == pytest.approx(5 / 9)
-    assert metrics.mean_accuracy == pytest.approx(13 / 18)
-    assert metrics.pixel_accuracy == pytest.approx(5 / 7)
+    found = summarize(np.array([[1, 1, 0], [0, 2, 0], [1, 0, 2]]))
+    np.testing.assert_allclose(found.iou, [1 / 3, 2 / 3, 2 / 3])
+    np.testing.assert_allclose(found.accuracy, [1 / 2, 1, 2 / 3])
+    assert found.mean_iou == pytest.approx(5 / 9)
+    assert found.mean_accuracy == pytest.approx(13 / 18)
+    assert found.pixel_accuracy == pytest.approx(5 / 7)
 
 
 def test_a_class_absent_from_truth_and_prediction_is_left_out_of_the_means():
-    metrics = summarize(np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]]))
-    assert metrics.mean_iou == pytest.approx((3 / 4 + 4 / 5) / 2)
-    assert metrics.mean_accuracy == pytest.approx((3 / 4 + 1) / 2)
-    assert np.isnan(metrics.iou[2])
-    assert np.isnan(metrics.accuracy[2])
+    found = summarize(np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]]))
+    assert found.mean_iou == pytest.approx((3 / 4 + 4 / 5) / 2)
+    assert found.mean_accuracy == pytest.approx((3 / 4 + 1) / 2)
+    assert np.isnan(found.iou[2])
+    assert np.isnan(found.accuracy[2])
 
 
 def test_a_class_that_is_only_predicted_lowers_mean_iou_but_has_no_accuracy():
-    metrics = summarize(np.array([[3, 1], [0, 0]]))
-    np.testing.assert_array_equal(metrics.iou, [3 / 4, 0])
-    assert metrics.mean_iou == 3 / 8
-    assert metrics.mean_accuracy == 3 / 4
+    found = summarize(np.array([[3, 1], [0, 0]]))
+    np.testing.assert_array_equal(found.iou, [3 / 4, 0])
+    assert found.mean_iou == 3 / 8
+    assert found.mean_accuracy == 3 / 4
 
 
 def test_metrics_without_labeled_pixels_are_nan():
-    metrics = summarize(np.zeros((2, 2), int))
-    assert np.isnan([metrics.mean_iou, metrics.mean_accuracy, metrics.pixel_accuracy]).all()
+    found = summarize(np.zeros((2, 2), int))
+    assert np.isnan([found.mean_iou, found.mean_accuracy, found.pixel_accuracy]).all()
+
+
+@pytest.mark.parametrize(("shape", "classes"), [((3, 41, 57), 19), ((2, 300, 400), 7), ((100,), 150), ((1, 1, 1), 2)])
+def test_products_of_one_hot_vectors_count_as_bincount_does(shape, classes):
+    """The two ways to count, of accelerators and of CPUs; more pixels than one block has, and labels to be ignored."""
+    rng = np.random.default_rng(0)
+    truth, prediction = rng.integers(0, classes + 2, shape), rng.integers(0, classes, shape)
+    expected = np.zeros((classes, classes), int)
+    np.add.at(expected, (truth[truth < classes], prediction[truth < classes]), 1)
+    for count in (metrics._count_by_products, metrics._count_by_bincount):
+        np.testing.assert_array_equal(jax.jit(count, static_argnums=2)(truth, prediction, classes), expected)
 
 
 def test_counts_beyond_float32_stay_exact():

@@ -41,7 +41,7 @@ class PyramidHead(nn.Module):
 
     num_classes: int
     kernel_size: int = 3
-    factored: bool = False
+    factored: bool = True
     align_corners: bool = True
     dropout: float = 0.1
     frozen_norm: bool = False

@@ -2,15 +2,19 @@
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
+from pspnet_jax.datasets import IGNORE
 from pspnet_jax.errors import UserError
+from pspnet_jax.models import winograd
 
 T = TypeVar("T")
 
@@ -40,12 +44,30 @@ def convolve(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` in NHWC with HWIO kernels; 1x1 convolutions are matrix products and ignore `padding`.
 
-    On CPUs, XLA computes the gradients of matrix products several times faster than those of convolutions.
+    On CPUs, XLA computes the gradients of matrix products several times faster than those of convolutions. There, large 3x3
+    convolutions are computed by `winograd`, which agrees to rounding.
     """
     if kernel.shape[:2] == (1, 1):
         return x[:, :: strides[0], :: strides[1]] @ kernel[0, 0]
     options.setdefault("dimension_numbers", ("NHWC", "HWIO", "NHWC"))
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+    def direct(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+    def in_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.concatenate([direct(x, part) for part in jnp.split(kernel, 2, axis=3)], axis=3)
+
+    dilation = (options.get("rhs_dilation") or (1,))[0]
+    keeps_size = tuple(strides) == (1, 1) and padding in ("SAME", [(dilation, dilation)] * 2)
+    on_cpu = direct
+    if kernel.shape == (3, 3, 64, 128):  # the third convolution of the stem, whose gradient takes a third of the time in parts
+        on_cpu = in_parts
+    elif kernel.shape[:2] == (3, 3) and math.prod(kernel.shape[2:]) >= WINOGRAD and x.dtype == jnp.float32 and keeps_size:
+        on_cpu = functools.partial(winograd.convolve, dilation=dilation)
+    return direct(x, kernel) if on_cpu is direct else jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=direct)
+
+
+WINOGRAD = 2**17  # product of the channels from which it is faster, see benchmarks/model.md
 
 
 class ConvNorm(nn.Module):
@@ -84,6 +106,7 @@ class ConvNorm(nn.Module):
             conv_general_dilated=convolve,
             name="conv",
         )(x)
+        x = checkpoint_name(x, "conv")
         batch_statistics = train and not self.frozen_norm
         if batch_statistics and x.size == x.shape[-1] and not self.is_initializing():
             raise UserError(
@@ -92,6 +115,30 @@ class ConvNorm(nn.Module):
             )
         x = BatchNorm(use_running_average=not batch_statistics, dtype=x.dtype, name="bn")(x)
         return nn.relu(x) if self.relu else x
+
+
+def recompute(module: type[nn.Module], remat: str) -> type[nn.Module]:
+    """Returns a module, called as `module(...)(x, train)`, that stores less for the gradient, by `config.model.remat`.
+
+    It stores its input ("block"), or also the outputs of its convolutions ("norm"), and computes everything else again.
+    Parameters, their names and results are unchanged.
+    """
+    policy = choose(REMAT, "remat", remat)
+    return module if remat == "none" else nn.remat(module, policy=policy, static_argnums=(2,))
+
+
+def _is_statistic(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Policy that stores the sums of batch normalization, one number per channel, so that devices add them up only once."""
+    return primitive.name == "reduce_sum"
+
+
+REMAT = {
+    "none": None,
+    "norm": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names("conv"), _is_statistic
+    ),
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -126,7 +173,7 @@ def resize_matrix(size: int, new_size: int, align_corners: bool) -> np.ndarray:
     return matrix.astype(np.float32)
 
 
-def apply_separable(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
+def apply_separable(x: jax.Array, rows: np.ndarray | jax.Array, columns: np.ndarray) -> jax.Array:
     """Applies one matrix along each axis, in float32: [N, H, W, C], [H', H], [W', W] -> f32[N, H', W', C]."""
     exact = jax.lax.Precision.HIGHEST  # TPUs and GPUs would round the weights to bfloat16 or TF32
     x = jnp.einsum("yh,nhwc->nywc", rows, x.astype(jnp.float32), precision=exact)
@@ -137,6 +184,58 @@ def resize(x: jax.Array, height: int, width: int, align_corners: bool) -> jax.Ar
     """Bilinear resize without antialiasing: [N, h, w, C] -> f32[N, height, width, C]."""
     rows = resize_matrix(x.shape[1], height, align_corners)
     return apply_separable(x, rows, resize_matrix(x.shape[2], width, align_corners))
+
+
+class CoarseLogits(flax.struct.PyTreeNode):
+    """Logits before they are upsampled to the size of the images.
+
+    Upsampled logits f32[N, height, width, K] are the largest array of a train step. Losses use only a few of their rows at a
+    time, see `by_rows`.
+
+    Attributes:
+      scores: f32[N, h, w, K].
+      height, width: size to which they are upsampled bilinearly, in pixels.
+      align_corners: as in `resize_matrix`.
+    """
+
+    scores: jax.Array
+    height: int = flax.struct.field(pytree_node=False)
+    width: int = flax.struct.field(pytree_node=False)
+    align_corners: bool = flax.struct.field(pytree_node=False)
+
+    def upsample(self) -> jax.Array:
+        """Returns the logits f32[N, height, width, K]."""
+        return resize(self.scores, self.height, self.width, self.align_corners)
+
+    def by_rows(self, function: Callable[..., jax.Array], labels: jax.Array) -> jax.Array:
+        """Returns function(self.upsample(), labels) without building the upsampled logits.
+
+        They are computed for a few rows at a time, and again for the gradient.
+
+        Args:
+          function: (f32[N, R, width, K], [N, R, width]) -> [N, R, ...], which treats each row separately.
+          labels: uint8[N, height, width].
+        """
+        blocks = -(-self.height // ROWS)
+        missing = blocks * ROWS - self.height
+        rows = np.pad(resize_matrix(self.scores.shape[1], self.height, self.align_corners), ((0, missing), (0, 0)))
+        columns = resize_matrix(self.scores.shape[2], self.width, self.align_corners)
+        labels = jnp.pad(labels, ((0, 0), (0, missing), (0, 0)), constant_values=IGNORE)
+
+        @jax.checkpoint
+        def of_block(scores: jax.Array, rows: jax.Array, labels: jax.Array) -> jax.Array:
+            return function(apply_separable(scores, rows, columns), labels)
+
+        def one(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+            return of_block(self.scores, *block)
+
+        split = jnp.moveaxis(labels.reshape(len(labels), blocks, ROWS, self.width), 1, 0)
+        values = jax.lax.map(one, (rows.reshape(blocks, ROWS, -1), split))  # [blocks, N, ROWS, ...]
+        values = jnp.moveaxis(values, 0, 1).reshape(len(labels), blocks * ROWS, *values.shape[3:])
+        return values[:, : self.height]
+
+
+ROWS = 16  # rows of upsampled logits at a time
 
 
 def pool_cells(size: int, bins: int) -> list[tuple[int, int]]:

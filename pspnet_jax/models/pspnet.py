@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from pspnet_jax.errors import UserError
 from pspnet_jax.models.heads import AuxiliaryHead, PyramidHead
-from pspnet_jax.models.layers import not_a_choice, resize
+from pspnet_jax.models.layers import REMAT, CoarseLogits, not_a_choice
 from pspnet_jax.models.pyramid import POOLS, Pyramid
 from pspnet_jax.models.resnet import BLOCKS, FIRST_BLOCK_DILATION, STAGES, STEMS, STRIDE_IN, ResNet
 
@@ -21,6 +21,7 @@ CHOICES = {  # allowed values of the fields of config.model
     "pool": tuple(POOLS),
     "head_kernel": (3, 1),
     "norm": ("batch", "frozen"),
+    "remat": tuple(REMAT),
     "dtype": ("float32", "bfloat16"),
 }
 
@@ -55,7 +56,7 @@ class PSPNet(nn.Module):
             if isinstance(head, PyramidHead | AuxiliaryHead):
                 nn.share_scope(self, head)
 
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array | tuple[jax.Array, jax.Array | None]:
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array | tuple[CoarseLogits, CoarseLogits | None]:
         """Segments normalized images of any size.
 
         Args:
@@ -63,18 +64,19 @@ class PSPNet(nn.Module):
           train: use batch statistics unless frozen (needs mutable "batch_stats") and dropout (needs rng "dropout").
 
         Returns:
-          Logits f32[N, H, W, K]. In training, (logits, auxiliary logits); the latter are None without an auxiliary head.
+          Logits f32[N, H, W, K]. In training, (logits, auxiliary logits) before upsampling; the latter are None without an
+          auxiliary head.
         """
 
-        def upsample(scores: jax.Array) -> jax.Array:
-            return resize(scores, images.shape[1], images.shape[2], self.align_corners)
+        def logits_of(scores: jax.Array) -> CoarseLogits:
+            return CoarseLogits(scores, images.shape[1], images.shape[2], self.align_corners)
 
         third, fourth = self.backbone(images, train)
         levels = self.pyramid(fourth, train) if self.pyramid else []
-        logits, auxiliary = upsample(self.head(fourth, levels, train)), None
+        logits, auxiliary = logits_of(self.head(fourth, levels, train)), None
         if self.auxiliary_head and (train or self.is_initializing()):
-            auxiliary = upsample(self.auxiliary_head(third, train))
-        return (logits, auxiliary) if train else logits
+            auxiliary = logits_of(self.auxiliary_head(third, train))
+        return (logits, auxiliary) if train else logits.upsample()
 
 
 def build(model: ConfigDict, num_classes: int) -> PSPNet:
@@ -89,7 +91,10 @@ def build(model: ConfigDict, num_classes: int) -> PSPNet:
     frozen_norm = model.norm == "frozen"
     return PSPNet(
         backbone=ResNet(
-            **{field: model[field] for field in RESNET_FIELDS}, frozen_norm=frozen_norm, dtype=jnp.dtype(model.dtype)
+            **{field: model[field] for field in RESNET_FIELDS},
+            frozen_norm=frozen_norm,
+            remat=model.remat,
+            dtype=jnp.dtype(model.dtype),
         ),
         pyramid=Pyramid(model.bins, model.pool, model.reduce_channels, frozen_norm),
         head=PyramidHead(

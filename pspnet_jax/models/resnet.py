@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pspnet_jax.errors import UserError
-from pspnet_jax.models.layers import ConvNorm, choose, max_pool
+from pspnet_jax.models.layers import ConvNorm, choose, max_pool, recompute
 
 BLOCKS = {  # number of blocks in each stage, by depth
     18: (2, 2, 2, 2),
@@ -85,7 +85,7 @@ class ResNet(nn.Module):
     32, layer3 has stride 16.
 
     Attributes:
-      depth, width, stem, stride_in, first_block_dilation, output_stride: as in `config.model`, where each is explained.
+      depth, width, stem, stride_in, first_block_dilation, output_stride, remat: as in `config.model`, where each is explained.
       frozen_norm: as in `ConvNorm`.
       dtype: of the activations and features; parameters and statistics stay float32.
 
@@ -100,6 +100,7 @@ class ResNet(nn.Module):
     first_block_dilation: str = "full"
     output_stride: int = 8
     frozen_norm: bool = False
+    remat: str = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -110,11 +111,12 @@ class ResNet(nn.Module):
             )
         conv_norm = functools.partial(ConvNorm, frozen_norm=self.frozen_norm)
         x = images.astype(self.dtype)
+        stem_conv = functools.partial(recompute(ConvNorm, self.remat), frozen_norm=self.frozen_norm)
         for i, (kernel_size, multiple) in enumerate(choose(STEMS, "stem", self.stem)):
-            x = conv_norm(int(multiple * self.width), kernel_size, 2 if i == 0 else 1, name=f"stem_conv{i + 1}")(x, train)
+            x = stem_conv(int(multiple * self.width), kernel_size, 2 if i == 0 else 1, name=f"stem_conv{i + 1}")(x, train)
         x = max_pool(x)
-        bottleneck = functools.partial(Bottleneck, stride_in=self.stride_in)
-        block = BasicBlock if self.depth in BASIC_DEPTHS else bottleneck
+        bottleneck = functools.partial(recompute(Bottleneck, self.remat), stride_in=self.stride_in)
+        block = recompute(BasicBlock, self.remat) if self.depth in BASIC_DEPTHS else bottleneck
         blocks = choose(BLOCKS, "depth", self.depth)
         divisor = choose(FIRST_BLOCK_DILATION, "first_block_dilation", self.first_block_dilation)
         features = []

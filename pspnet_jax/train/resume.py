@@ -25,7 +25,7 @@ from pspnet_jax.train.step import TrainState, Variables, make_init_state
 logger = logging.getLogger(__name__)
 # Fields that must not change when a run is resumed, except for MAY_CHANGE, which does not affect the parameters' meaning.
 MUST_MATCH = ("model.", "normalize.", "dataset.name", "dataset.class_names", "optimizer.name")
-MAY_CHANGE = ("model.dtype", "model.dropout", "model.norm", "model.factored_head")
+MAY_CHANGE = ("model.dtype", "model.dropout", "model.norm", "model.factored_head", "model.remat")
 # Fields that may differ from those of the run named by init_from.
 MAY_DIFFER_AT_START = (*MAY_CHANGE, "model.auxiliary", "model.output_stride")
 

@@ -43,7 +43,7 @@ def test_convnext_under_the_pyramid_learns(tmp_path, logged):
         head=models.PyramidHead(num_classes=3),
         auxiliary_head=models.AuxiliaryHead(num_classes=3),
     )
-    loss = losses.build(config.loss, config.total_steps)
+    loss = losses.build(config)
     optimizer = optimizers.build(config.optimizer, config.total_steps)
     state = fit(config, model=model, loss=loss, optimizer=optimizer, batches=noise, evaluate=None, workdir=tmp_path)
     assert state.params["backbone"]["stage2_block1"]["depthwise"]["kernel"].shape == (7, 7, 1, 24)

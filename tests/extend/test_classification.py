@@ -72,7 +72,7 @@ def test_a_backbone_is_pretrained_and_then_segments(tmp_path, logged):
     config = small_config(steps=1)
     config.init_from = str(tmp_path)
     config.optimizer.learning_rate = 1e-30  # weights stay as they are
-    parts = {"model": models.build(config.model, 3), "loss": losses.build(config.loss, 1)}
+    parts = {"model": models.build(config.model, 3), "loss": losses.build(config)}
     optimizer = optimizers.build(config.optimizer, 1)
     state = fit(config, **parts, optimizer=optimizer, batches=noise, evaluate=None, workdir=tmp_path / "segmentation")
     jax.tree.map(np.testing.assert_array_equal, state.params["backbone"], trained.params["backbone"])

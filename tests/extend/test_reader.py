@@ -27,7 +27,7 @@ def test_an_archive_is_trained_on_and_read_in_full(tmp_path, logged):
     fit(
         config,
         model=small_model(),
-        loss=losses.build(config.loss, config.total_steps),
+        loss=losses.build(config),
         optimizer=optimizers.build(config.optimizer, config.total_steps),
         batches=lambda start: pipeline.as_numpy(pipeline.train_dataset(config, start_step=start, data=data)),
         evaluate=None,

@@ -42,7 +42,7 @@ class Rmse(Metric):
 
 
 def l1(outputs, batch, step):
-    errors = outputs[0][..., 0] - batch["depth"]
+    errors = outputs[0].upsample()[..., 0] - batch["depth"]
     count = jnp.float32(errors.size)
     return {"l1": Term(jnp.sum(jnp.abs(errors)), count)}, {"rmse": Rmse(jnp.sum(errors**2), count)}
 

@@ -110,9 +110,9 @@ def test_users_can_replace_every_part():
     scores = MeanHead(3).apply({"params": params["head"]}, fourth, [], train=True)
     auxiliary_scores = DenseHead(3).apply({"params": params["auxiliary_head"]}, third, train=True)
     logits, auxiliary = model.apply(variables, images, train=True)
-    np.testing.assert_array_equal(logits, models.resize(scores, 32, 40, align_corners=True))
-    np.testing.assert_array_equal(auxiliary, models.resize(auxiliary_scores, 32, 40, align_corners=True))
-    np.testing.assert_array_equal(model.apply(variables, images, train=False), logits)
+    np.testing.assert_array_equal(logits.upsample(), models.resize(scores, 32, 40, align_corners=True))
+    np.testing.assert_array_equal(auxiliary.upsample(), models.resize(auxiliary_scores, 32, 40, align_corners=True))
+    np.testing.assert_array_equal(model.apply(variables, images, train=False), logits.upsample())
 
 
 def test_our_pyramid_and_heads_work_on_another_backbone():

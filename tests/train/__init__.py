@@ -67,7 +67,7 @@ def parts_of(config: ConfigDict) -> dict[str, Any]:
     """Builds the model, loss and optimizer of a config."""
     return {
         "model": models.build(config.model, len(config.dataset.class_names)),
-        "loss": losses.build(config.loss, config.total_steps),
+        "loss": losses.build(config),
         "optimizer": optimizers.build(config.optimizer, config.total_steps),
     }
 

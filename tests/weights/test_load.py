@@ -170,6 +170,7 @@ def test_the_fields_of_a_network_are_those_it_was_built_from():
     assert built == {field: config.model[field] for field in built}
     assert set(base_config().model) - built.keys() == {
         "factored_head",
+        "remat",
         "dropout",
         "norm",
         "dtype",
