@@ -226,11 +226,8 @@ class CoarseLogits(flax.struct.PyTreeNode):
         def of_block(scores: jax.Array, rows: jax.Array, labels: jax.Array) -> jax.Array:
             return function(apply_separable(scores, rows, columns), labels)
 
-        def one(block: tuple[jax.Array, jax.Array]) -> jax.Array:
-            return of_block(self.scores, *block)
-
-        split = jnp.moveaxis(labels.reshape(len(labels), blocks, ROWS, self.width), 1, 0)
-        values = jax.lax.map(one, (rows.reshape(blocks, ROWS, -1), split))  # [blocks, N, ROWS, ...]
+        split = rows.reshape(blocks, ROWS, -1), jnp.moveaxis(labels.reshape(len(labels), blocks, ROWS, self.width), 1, 0)
+        values = jax.lax.map(lambda block: of_block(self.scores, *block), split)  # [blocks, N, ROWS, ...]
         values = jnp.moveaxis(values, 0, 1).reshape(len(labels), blocks * ROWS, *values.shape[3:])
         return values[:, : self.height]
 
