@@ -164,7 +164,7 @@ def test_results_of_every_job_as_json(tiny_recipe, tmp_path, capsys):
     output = tmp_path / "model.json"
     model.main(f"--config {tiny_recipe} --dtype float32 --rounds 2 --output {output}".split())
     rows = json.loads(output.read_text())["rows"]
-    assert [(row["job"], row["network"]) for row in rows] == [(job, "ours, plain") for job in candidates.JOBS]
+    assert [(row["job"], row["network"]) for row in rows] == [(job, "ours, factored") for job in candidates.JOBS]
     for row in rows:
         assert row["images_per_second"] == pytest.approx(8 / row["median_seconds"])
         assert row["compile_seconds"] > 0 < row["program_bytes"]

@@ -255,9 +255,16 @@ def old_run(tmp_path):
     return tmp_path
 
 
+def config_of_0_1():
+    """tiny_config as version 0.1.0 saved it, whose default was the plain head."""
+    config = tiny_config()
+    config.model.factored_head = False
+    return config.to_dict()
+
+
 def test_a_run_of_version_0_1_is_evaluated_with_its_own_config(old_run, caplog):
     config, step, variables = checkpoint.load(old_run, "best", mesh_of(2))
-    assert (step, config.to_dict()) == (4, tiny_config().to_dict())  # including renamed fields
+    assert (step, config.to_dict()) == (4, config_of_0_1())  # including renamed fields
     assert not [r for r in caplog.records if r.name.startswith("pspnet_jax")]
     number = {}  # index of each leaf in the old state: step, params, batch_stats, opt_state, average
     shapes = filled_state(tiny_config(), 0)
@@ -281,7 +288,7 @@ def test_a_run_of_version_0_1_is_evaluated_with_its_own_config(old_run, caplog):
 def test_a_run_of_version_0_1_resumes(old_run):
     """Its momentum, schedule count and moving average are restored, and new checkpoints have the current layout."""
     checkpoints = Checkpoints(old_run)
-    assert checkpoints.read_config()[0].to_dict() == tiny_config().to_dict()
+    assert checkpoints.read_config()[0].to_dict() == config_of_0_1()
     state = checkpoints.restore_newest(filled_state(tiny_config(), 0))
     assert int(state.step) == 4
     (count,) = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.dtype == jnp.int32]
