@@ -7,7 +7,7 @@ BIN := .venv/bin
 quickstart: .venv/runtime
 	$(BIN)/python -m pspnet_jax.main --config configs/quickstart.py
 
-WORKERS := -n 3 --dist loadfile --no-loadscope-reorder  # three processes, because some tests wait for files and other processes
+WORKERS := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: .venv/dev
 	$(BIN)/python -m pytest $(WORKERS)

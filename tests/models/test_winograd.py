@@ -7,6 +7,8 @@ import pytest
 
 from pspnet_jax.models import layers, winograd
 
+pytestmark = pytest.mark.slow
+
 
 def direct(x, kernel, dilation):
     padding, dilations = [(dilation, dilation)] * 2, (dilation, dilation)
