@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from pspnet_jax.datasets import IGNORE
 from pspnet_jax.errors import UserError
 from pspnet_jax.metrics import MeanIoU
-from pspnet_jax.models import CoarseLogits
+from pspnet_jax.models import CoarseLogits, by_rows
 
 Batch = dict[str, jax.Array]
 Logits = jax.Array | CoarseLogits  # f32[N, H, W, K], upsampled or not
@@ -84,11 +84,6 @@ SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {  # for the weig
     "constant": lambda weight, total_steps: optax.constant_schedule(weight),
     "linear": lambda weight, total_steps: optax.linear_schedule(weight, 0.0, total_steps),
 }
-
-
-def by_rows(function: Callable[[jax.Array, jax.Array], jax.Array], logits: Logits, labels: jax.Array) -> jax.Array:
-    """Returns function(logits, labels) for upsampled logits, see `CoarseLogits.by_rows`."""
-    return logits.by_rows(function, labels) if isinstance(logits, CoarseLogits) else function(logits, labels)
 
 
 def pixel_cross_entropy(logits: Logits, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from clu.metrics import Metric
 
-from pspnet_jax.models import CoarseLogits
+from pspnet_jax.models import CoarseLogits, by_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +104,7 @@ class MeanIoU(Metric):
         num_classes = (logits.scores if isinstance(logits, CoarseLogits) else logits).shape[-1]
 
         def count() -> jax.Array:
-            def classes(logits: jax.Array, labels: jax.Array) -> jax.Array:
-                return jnp.argmax(logits, -1)
-
-            predictions = logits.by_rows(classes, labels) if isinstance(logits, CoarseLogits) else classes(logits, labels)
+            predictions = by_rows(lambda rows, _: jnp.argmax(rows, -1), logits, labels)
             return confusion_matrix(labels, predictions, num_classes).astype(jnp.float32)
 
         return cls(jax.lax.cond(counted, count, lambda: jnp.zeros((num_classes, num_classes))))

@@ -5,7 +5,7 @@ model = models.PSPNet(backbone=MyBackbone(), head=models.PyramidHead(num_classes
 """
 
 from pspnet_jax.models.heads import AuxiliaryHead, Classifier, PyramidHead
-from pspnet_jax.models.layers import CoarseLogits, ConvNorm, resize
+from pspnet_jax.models.layers import CoarseLogits, ConvNorm, by_rows, resize
 from pspnet_jax.models.pspnet import CHOICES, PSPNet, build, normalize, problems
 from pspnet_jax.models.pyramid import Pyramid
 from pspnet_jax.models.resnet import ResNet
@@ -21,6 +21,7 @@ __all__ = [
     "PyramidHead",
     "ResNet",
     "build",
+    "by_rows",
     "normalize",
     "problems",
     "resize",

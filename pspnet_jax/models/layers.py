@@ -235,6 +235,13 @@ class CoarseLogits(flax.struct.PyTreeNode):
 ROWS = 16  # rows of upsampled logits at a time
 
 
+def by_rows(
+    function: Callable[[jax.Array, jax.Array], jax.Array], logits: jax.Array | CoarseLogits, labels: jax.Array
+) -> jax.Array:
+    """Returns function(logits, labels) for upsampled logits, see `CoarseLogits.by_rows`."""
+    return logits.by_rows(function, labels) if isinstance(logits, CoarseLogits) else function(logits, labels)
+
+
 def pool_cells(size: int, bins: int) -> list[tuple[int, int]]:
     """Cells of adaptive pooling along one axis: cell i covers floor(i * size / bins) up to ceil((i + 1) * size / bins)."""
     return [(i * size // bins, math.ceil((i + 1) * size / bins)) for i in range(bins)]
