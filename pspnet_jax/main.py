@@ -165,12 +165,22 @@ ONEDNN = "xla_cpu_experimental_onednn_custom_call"
 def _keep_programs() -> None:
     """Makes JAX keep compiled programs for later runs, unless the user has chosen a directory for them.
 
-    Programs for a CPU can use all its instructions, so each kind of CPU has a directory of its own.
+    Programs for a CPU can use all its instructions, so each kind of CPU has a directory of its own. Nothing is kept where the
+    user's cache cannot be written, as in some containers.
     """
     if jax.config.jax_compilation_cache_dir or not (features := _cpu_features()):  # type: ignore[attr-defined]
         return
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(cache / "pspnet_jax" / f"{zlib.crc32(features.encode()):08x}"))
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    programs = cache / "pspnet_jax" / f"{zlib.crc32(features.encode()):08x}"
+    if not cache.is_absolute():  # no home directory is known
+        return
+    try:
+        programs.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if not os.access(programs, os.W_OK):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(programs))
     jax.config.update("jax_compilation_cache_max_size", 2**32)  # 4 GiB; beyond it, the programs used least recently are removed
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a folder of many sizes has many small programs
 

@@ -344,6 +344,11 @@ def test_programs_are_kept_in_the_cache_of_the_user_unless_another_place_is_set(
     assert changed == {}
     config = types.SimpleNamespace(update=changed.__setitem__, jax_compilation_cache_dir=None)
     monkeypatch.setattr(entry, "jax", types.SimpleNamespace(config=config))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no directory can be made there
+    entry._keep_programs()
+    assert changed == {}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     entry._keep_programs()
     assert Path(changed["jax_compilation_cache_dir"]).parent == tmp_path / "pspnet_jax"
 
