@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pspnet_jax.models.layers import BatchNorm, ConvNorm
+from pspnet_jax.models.layers import ConvNorm
+from pspnet_jax.models.norm import BatchNorm
 from pspnet_jax.models.pyramid import PyramidConv
 
 
@@ -49,7 +50,7 @@ class PyramidHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, levels: Sequence[jax.Array], train: bool) -> jax.Array:
         conv = PyramidConv(x.shape[-1] // 4, self.kernel_size, self.align_corners, self.factored, name="head_conv")
-        norm = BatchNorm(use_running_average=not train or self.frozen_norm, dtype=x.dtype, name="head_bn")
+        norm = BatchNorm(not train or self.frozen_norm, name="head_bn")
         return Classifier(self.num_classes, self.dropout, name="classifier")(nn.relu(norm(conv(x, levels))), train)
 
 

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pspnet_jax.datasets import IGNORE
 from pspnet_jax.errors import UserError
 from pspnet_jax.models import winograd
+from pspnet_jax.models.norm import BatchNorm
 
 T = TypeVar("T")
 
@@ -33,11 +34,6 @@ def not_a_choice(choices: Iterable[object], field: str, value: object) -> str:
 
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
-# Statistics are float32. Under jit with a batch sharded over a mesh, they are computed over the global batch. Running variances
-# are biased (torch stores n/(n-1) times as much). Variances are computed in one pass, as the mean of squares minus the squared
-# mean, which loses precision if the mean is far larger than the standard deviation.
-BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
-
 
 def convolve(
     x: jax.Array, kernel: jax.Array, strides: Sequence[int] = (1, 1), padding: Any = "SAME", **options: Any
@@ -47,27 +43,23 @@ def convolve(
     On CPUs, XLA computes the gradients of matrix products several times faster than those of convolutions. There, large 3x3
     convolutions are computed by `winograd`, which agrees to rounding.
     """
-    if kernel.shape[:2] == (1, 1):
-        return x[:, :: strides[0], :: strides[1]] @ kernel[0, 0]
     options.setdefault("dimension_numbers", ("NHWC", "HWIO", "NHWC"))
+    dilation = (options.get("rhs_dilation") or (1,))[0]
+    keeps_size = tuple(strides) == (1, 1) and padding in ("SAME", [(dilation, dilation)] * 2)
 
     def direct(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
-    def in_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jnp.concatenate([direct(x, part) for part in jnp.split(kernel, 2, axis=3)], axis=3)
-
-    dilation = (options.get("rhs_dilation") or (1,))[0]
-    keeps_size = tuple(strides) == (1, 1) and padding in ("SAME", [(dilation, dilation)] * 2)
-    on_cpu = direct
-    if kernel.shape == (3, 3, 64, 128):  # the third convolution of the stem, whose gradient takes a third of the time in parts
-        on_cpu = in_parts
-    elif kernel.shape[:2] == (3, 3) and math.prod(kernel.shape[2:]) >= WINOGRAD and x.dtype == jnp.float32 and keeps_size:
+    if kernel.shape[:2] == (1, 1):
+        x, kernel, direct, on_cpu = x[:, :: strides[0], :: strides[1]], kernel[0, 0], jnp.matmul, winograd.matmul
+    elif kernel.shape[:2] == (3, 3) and math.prod(kernel.shape[2:]) >= WINOGRAD and keeps_size:
         on_cpu = functools.partial(winograd.convolve, dilation=dilation)
-    return direct(x, kernel) if on_cpu is direct else jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=direct)
+    else:
+        return direct(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=direct)
 
 
-WINOGRAD = 2**17  # product of the channels from which it is faster, see benchmarks/model.md
+WINOGRAD = 2**13  # product of the channels from which it is faster, see benchmarks/model.md
 
 
 class ConvNorm(nn.Module):
@@ -113,7 +105,7 @@ class ConvNorm(nn.Module):
                 f"BatchNorm at {'/'.join(self.path)}/bn sees one value per channel, whose variance is 0: "
                 "train on 2 or more images, with frozen statistics, or without the 1x1 pyramid bin"
             )
-        x = BatchNorm(use_running_average=not batch_statistics, dtype=x.dtype, name="bn")(x)
+        x = BatchNorm(not batch_statistics, name="bn")(x)
         return nn.relu(x) if self.relu else x
 
 

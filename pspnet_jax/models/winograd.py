@@ -7,28 +7,37 @@ are those of the same products. A dilated convolution is a plain one on each of 
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-_KERNEL = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
 
 
 def convolve(x: jax.Array, kernel: jax.Array, dilation: int = 1) -> jax.Array:
     """Convolution with stride 1 and padding that keeps the size: [N, H, W, C], [3, 3, C, O] -> [N, H, W, O]."""
     n, height, width, _ = x.shape
+    dtype, x, kernel = x.dtype, x.astype(jnp.float32), kernel.astype(jnp.float32)
     d, grid = dilation, 2 * dilation  # each grid needs an even number of rows and columns
     x = jnp.pad(x, ((0, 0), (0, -height % grid), (0, -width % grid), (0, 0)))
     rows, columns = x.shape[1] // d, x.shape[2] // d
     x = x.reshape(n, rows, d, columns, d, -1).transpose(2, 4, 0, 1, 3, 5).reshape(d * d * n, rows, columns, -1)
     y = _convolve_dense(x, kernel).reshape(d, d, n, rows, columns, -1).transpose(2, 3, 0, 4, 1, 5)
-    return y.reshape(n, rows * d, columns * d, -1)[:, :height, :width]
+    return y.reshape(n, rows * d, columns * d, -1)[:, :height, :width].astype(dtype)
 
 
 def _convolve_dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    kernels = jnp.einsum("ai,bj,ijco->abco", _KERNEL, _KERNEL, kernel)
+    kernels = [_expand(row) for row in _expand(kernel)]
     tiles = [_split(part, 2) for part in _split(x, 1)]
-    products = [[tiles[a][b] @ kernels[a, b] for b in range(4)] for a in range(4)]
+    products = [[matmul(tiles[a][b], kernels[a][b]) for b in range(4)] for a in range(4)]
     return _join([_join(row, 2) for row in products], 1)
+
+
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns x @ kernel, [..., C] by [C, O]. With all pixels along one axis, XLA's gradients need no transposed copies."""
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+
+
+def _expand(kernel: jax.Array) -> list[jax.Array]:
+    """Transforms the 3 taps of a kernel along its first axis to 4."""
+    a, b, c = kernel
+    return [a, (a + b + c) / 2, (a - b + c) / 2, c]
 
 
 def _split(x: jax.Array, axis: int) -> list[jax.Array]:

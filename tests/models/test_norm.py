@@ -1,0 +1,58 @@
+"""Batch normalization compared with Flax's and with float64."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pspnet_jax.models.norm import BatchNorm
+
+
+def random(*shape: int, mean: float = 0.0) -> np.ndarray:
+    return np.random.default_rng(0).normal(mean, 1, shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_agrees_with_flax(dtype: str) -> None:
+    """Outputs, running statistics and gradients, in training and in inference; the variables have the same names."""
+    x, target = random(4, 5, 6, 8, mean=0.3).astype(dtype), random(4, 5, 6, 8)
+
+    def step(module: nn.Module) -> tuple:
+        variables = module.init(jax.random.key(0), x)
+        params = jax.tree.map(lambda p: p + random(8), variables["params"])
+
+        def loss(params: dict, x: jax.Array) -> tuple:
+            y, new = module.apply({"params": params, "batch_stats": variables["batch_stats"]}, x, mutable=["batch_stats"])
+            return jnp.sum(y * target), (y, new["batch_stats"])
+
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
+
+    for running in (False, True):
+        ours = step(BatchNorm(running))
+        flax = step(nn.BatchNorm(running, momentum=0.9, epsilon=1e-5, dtype=dtype))
+        assert jax.tree.map(lambda a: (a.shape, a.dtype), ours) == jax.tree.map(lambda a: (a.shape, a.dtype), flax)
+        difference = max(float(abs(a.astype("f4") - b.astype("f4")).max()) for a, b in zip(*map(jax.tree.leaves, (ours, flax))))
+        print(f"largest difference, running={running}: {difference:.1e}")
+        assert difference < (1e-4 if dtype == "float32" else 0.1)
+
+
+def test_mean_far_larger_than_deviation() -> None:
+    """With a mean of 100 standard deviations, the running mean soon makes the variance precise, which Flax's never is."""
+    x = random(16, 32, 32, 4, mean=100)
+    exact = x.astype(np.float64).var((0, 1, 2))
+
+    def error(module: nn.Module, steps: int) -> float:
+        variables = module.init(jax.random.key(0), x)
+        update = jax.jit(lambda variables: variables | module.apply(variables, x, mutable=["batch_stats"])[1])
+        for _ in range(steps):
+            variables = update(variables)
+        before = variables["batch_stats"]["var"]
+        batch_var = (update(variables)["batch_stats"]["var"] - 0.9 * before) / 0.1
+        return float(abs(batch_var / exact - 1).max())
+
+    ours, flax = error(BatchNorm(False), 50), error(nn.BatchNorm(False, momentum=0.9), 50)
+    print(
+        f"relative error of the variance after 50 steps: {ours:.1e}, Flax {flax:.1e}; at the first: {error(BatchNorm(False), 0):.1e}"
+    )
+    assert ours < 1e-5 < flax
