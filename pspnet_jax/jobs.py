@@ -5,6 +5,7 @@ Each function takes the parsed arguments (see `main`) and the overrides of the c
 
 import argparse
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -45,6 +46,8 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     began = time.perf_counter()
     config = runs.from_recipe(arguments, overrides, jax.device_count())
     workdir = runs.workdir_of(arguments, config.name)
+    if arguments.profile and (last := sum(arguments.profile) - 1) > config.total_steps:
+        raise UserError(f"--profile: step {last} cannot be traced, because total_steps={config.total_steps}; choose earlier steps")
     if config.init_from:
         runs.check_init_from(config, workdir)
     validation_source = sources.open_source(config.dataset, config.eval.split)
@@ -99,12 +102,27 @@ def evaluator(config: ConfigDict, model: nn.Module, source: Any) -> Callable[[An
 
 
 def _profile(folder: epath.Path, first: int, count: int) -> Callable[[int], None]:
-    """Returns a hook, called after each step, that makes JAX's profiler trace `count` steps, beginning with step `first`."""
+    """Returns a hook, called after each step, that makes JAX's profiler trace `count` steps, beginning with step `first`.
+
+    The devices may still be busy with a step when its hook is called, so the trace begins and ends after they have finished.
+    A run that is resumed after step `first` - 1 logs that nothing is traced.
+    """
     from clu import periodic_actions
 
-    return periodic_actions.Profile(
+    profile = periodic_actions.Profile(
         logdir=folder, first_profile=first - 1, num_profile_steps=count, profile_duration_ms=None, every_secs=None
     )
+
+    calls = itertools.count()
+
+    def hook(step: int) -> None:
+        if next(calls) == 0 and step >= first:
+            logger.warning(f"--profile: training began at step {step}, so tracing could begin at step {step + 1}, not {first}")
+        if step in (first - 1, first + count - 1):
+            jax.block_until_ready(jax.live_arrays())
+        profile(step)
+
+    return hook
 
 
 def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:

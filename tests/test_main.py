@@ -64,7 +64,8 @@ def run(tmp_path_factory) -> tuple[Path, Path]:
     directory = tmp_path_factory.mktemp("main")
     root, workdir = directory / "data", directory / "run"
     fakes.write_folder(root, {"train": 9, "val": 3}, size=(60, 50), num_classes=3)
-    assert main(["--config", str(recipe(directory / "own.py", root)), "--workdir", str(workdir), *SMALL]) == 0
+    own = recipe(directory / "own.py", root)
+    assert main(["--config", str(own), "--workdir", str(workdir), "--profile=3:1", *SMALL]) == 0
     return workdir, root
 
 
@@ -95,6 +96,7 @@ def test_training_writes_checkpoints_metrics_pictures_and_config(run):
     assert json.loads((workdir / "config.json").read_text())["dataset"]["root"] == str(root)
     assert len(list((workdir / "pictures").glob("*.png"))) == 3
     assert list((workdir / "tensorboard").glob("events*"))
+    assert list((workdir / "profile" / "plugins" / "profile").glob("*/*.xplane.pb"))
 
 
 def test_evaluate_reproduces_the_final_score_of_training(run, capsys):
@@ -371,19 +373,20 @@ def test_the_flag_for_bfloat16_is_set_only_where_it_was_measured(monkeypatch, ve
     assert os.environ["XLA_FLAGS"] == expected
 
 
-@pytest.mark.parametrize("given", ["5", "1:3", "x:2", "5:0", "5:", "-2:4"])
+@pytest.mark.parametrize("given", ["abc", "5", "0:3", "1:3", "x:2", "5:0", "5:", "-2:4"])
 def test_a_wrong_range_of_steps_to_profile_is_refused(given, capsys):
     assert "expected STEP:COUNT, such as 20:5" in error(capsys, "--config=configs/camvid.py", f"--profile={given}")
 
 
-def test_the_profile_has_the_steps_asked_for(tmp_path):
-    hook = jobs._profile(tmp_path, 511, 2)
-    for step in range(501, 512):
-        hook(step)
-    assert not list(tmp_path.rglob("*.xplane.pb"))
-    for step in range(512, 514):
-        hook(step)
-    assert list(tmp_path.rglob("*.xplane.pb"))
+def test_a_profile_beyond_the_last_step_is_refused(capsys, tmp_path):
+    output = error(capsys, "--config=configs/quickstart.py", "--profile=160:2", f"--workdir={tmp_path}")
+    assert "--profile: step 161 cannot be traced, because total_steps=160; choose earlier steps" in output
+
+
+def test_a_run_resumed_too_late_for_its_profile_says_so(tmp_path, caplog):
+    for first in (12, 11):
+        jobs._profile(tmp_path, first, 1)(11)
+    assert caplog.messages == ["--profile: training began at step 11, so tracing could begin at step 12, not 11"]
 
 
 @pytest.mark.parametrize(
