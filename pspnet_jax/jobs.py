@@ -47,7 +47,9 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     config = runs.from_recipe(arguments, overrides, jax.device_count())
     workdir = runs.workdir_of(arguments, config.name)
     if arguments.profile and (last := sum(arguments.profile) - 1) > config.total_steps:
-        raise UserError(f"--profile: step {last} cannot be traced, because total_steps={config.total_steps}; choose earlier steps")
+        raise UserError(
+            f"--profile: step {last} cannot be traced, because total_steps={config.total_steps}; choose earlier steps"
+        )
     if config.init_from:
         runs.check_init_from(config, workdir)
     validation_source = sources.open_source(config.dataset, config.eval.split)

@@ -55,7 +55,8 @@ def fit(
 
     Args:
       config: fields used here: seed, batch_size, total_steps, init_from, normalize, every, optimizer.accumulate,
-        optimizer.ema_decay, model.norm and eval.best_metric. The whole config is saved, and compared when a run is resumed.
+        optimizer.ema_decay, model.norm, model.dtype and eval.best_metric. The whole config is saved, and compared when a run is
+        resumed.
       model: Flax module, called with normalized images f32[N, H, W, 3] and `train`. It may have variables in "batch_stats" and
         use the random stream "dropout".
       loss: function of the model's training outputs, see `losses`.
