@@ -5,7 +5,6 @@ Each function takes the parsed arguments (see `main`) and the overrides of the c
 
 import argparse
 import contextlib
-import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,7 +37,7 @@ PANELS = 12  # images of each split in the contact sheet of --mode check
 def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode train: trains a recipe, or resumes the run in its workdir."""
     from pspnet_jax.data import overlap, palettes, pipeline, sources  # imports TensorFlow, as does clu.metric_writers after it
-    from pspnet_jax.train import loop
+    from pspnet_jax.train import loop, profile
 
     from clu import metric_writers  # isort: skip
 
@@ -79,7 +78,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         examples_per_epoch=data.examples_per_epoch,
         fingerprint=data.fingerprint,
         writer=metric_writers.SummaryWriter,
-        hooks=[_profile(workdir / "profile", *arguments.profile)] if arguments.profile and host == 0 else (),
+        hooks=[profile.hook(workdir / "profile", *arguments.profile)] if arguments.profile and host == 0 else (),
     )
     logger.info(f"{workdir} has checkpoints/, metrics.jsonl, pictures/ and tensorboard/")
 
@@ -101,30 +100,6 @@ def evaluator(config: ConfigDict, model: nn.Module, source: Any) -> Callable[[An
         return report.to_json() | {"data": source.fingerprint}, pictures
 
     return evaluate
-
-
-def _profile(folder: epath.Path, first: int, count: int) -> Callable[[int], None]:
-    """Returns a hook, called after each step, that makes JAX's profiler trace `count` steps, beginning with step `first`.
-
-    The devices may still be busy with a step when its hook is called, so the trace begins and ends after they have finished.
-    A run that is resumed after step `first` - 1 logs that nothing is traced.
-    """
-    from clu import periodic_actions
-
-    profile = periodic_actions.Profile(
-        logdir=folder, first_profile=first - 1, num_profile_steps=count, profile_duration_ms=None, every_secs=None
-    )
-
-    calls = itertools.count()
-
-    def hook(step: int) -> None:
-        if next(calls) == 0 and step >= first:
-            logger.warning(f"--profile: training began at step {step}, so tracing could begin at step {step + 1}, not {first}")
-        if step in (first - 1, first + count - 1):
-            jax.block_until_ready(jax.live_arrays())
-        profile(step)
-
-    return hook
 
 
 def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:

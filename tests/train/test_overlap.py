@@ -1,5 +1,7 @@
 """Host, copies and devices work at the same time, and the profile of a training run shows it."""
 
+import gzip
+import json
 import time
 
 import jax
@@ -8,21 +10,21 @@ import numpy as np
 import pytest
 from clu.metrics import Average
 
-from pspnet_jax import jobs, losses, parallel
-from pspnet_jax.train import loop
+from pspnet_jax import losses, parallel
+from pspnet_jax.train import loop, profile
 from tests.train import OneLayer, fit, make_batches, tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
 
 def slow_loss(config):
-    """Returns the config's loss, with a metric that takes the device 0.1 s: products of matrices, one after the other."""
+    """Returns the config's loss, with a metric that takes the device 0.2 s: products of matrices, one after the other."""
     loss = losses.build(config)
 
     def slow(outputs, batch, step):
         terms, metrics = loss(outputs, batch, step)
         matrix = jnp.full((256, 256), 1e-3) * (step + 1)
-        product = jax.lax.fori_loop(0, 200, lambda _, x: x @ matrix, matrix)
+        product = jax.lax.fori_loop(0, 400, lambda _, x: x @ matrix, matrix)
         return terms, metrics | {"product": Average(product.sum(), jnp.int32(1))}
 
     return slow
@@ -62,7 +64,7 @@ def run(tmp_path_factory):
         for name in ("start_trace", "stop_trace"):
             call = getattr(jax.profiler, name)
             patch.setattr(jax.profiler, name, lambda *given, call=call: (at_profiler.append(ended()), call(*given)))
-        hooks = [hook, jobs._profile(folder / "profile", 3, 2)]
+        hooks = [hook, profile.hook(folder / "profile", 3, 2)]
         try:
             fit(config, make_batches, None, folder, model=OneLayer(), loss=slow_loss(config), hooks=hooks)
         finally:
@@ -79,20 +81,26 @@ def test_the_profile_has_all_work_of_the_steps_asked_for_and_no_other(run):
     """It begins when step 2 has ended on the device, and ends when step 4 has."""
     folder, _, at_profiler = run
     assert at_profiler == [[True, True]] * 2
-    assert [dict(event.stats)["step_num"] for event in events(folder, "train")] == [3, 4]
+    assert [event["args"]["step_num"] for event in events(folder, "train")] == ["3", "4"]
 
 
 def events(folder, name):
-    (file,) = folder.glob("plugins/profile/*/*.xplane.pb")
-    lines = [line for plane in jax.profiler.ProfileData.from_file(str(file)).planes for line in plane.lines]
-    return [event for line in lines for event in line.events if event.name == name]
+    (file,) = folder.glob("plugins/profile/*/*.trace.json.gz")
+    return [event for event in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"] if event.get("name") == name]
 
 
 def test_the_profile_shows_copies_to_the_device_during_steps(run):
     """Within the time of step 4, in which the host waits for the device to end step 3."""
-    step = events(run[0], "train")[1]
-    copies = events(run[0], "copy to devices")
-    assert any(step.start_ns < copy.start_ns and copy.end_ns < step.end_ns for copy in copies)
+    step, copies = events(run[0], "train")[1], events(run[0], "copy to devices")
+    assert any(step["ts"] < copy["ts"] and copy["ts"] + copy["dur"] < step["ts"] + step["dur"] for copy in copies)
+    assert step["tid"] not in {copy["tid"] for copy in copies}
+
+
+def test_a_run_resumed_too_late_for_its_profile_says_so(tmp_path, caplog):
+    for first in (12, 11):
+        profile.hook(tmp_path, first, 1)(11)
+    jax.profiler.stop_trace()
+    assert caplog.messages == ["--profile: nothing is traced, because training began at step 11; choose a step after it"]
 
 
 @pytest.mark.parametrize("slow", ["loading", "copying"])
