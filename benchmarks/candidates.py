@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from pspnet_jax import datasets, losses, models, optimizers, parallel
+from pspnet_jax import datasets, losses, models, optimizers, parallel, programs
 from pspnet_jax.models import layers
 from pspnet_jax.train.step import TrainState, make_init_state, make_train_step
 
@@ -88,8 +88,9 @@ def job_functions(config: ConfigDict, num_classes: int, job: str, mesh: Mesh) ->
     def infer(state: TrainState, images: jax.Array) -> jax.Array:
         return model.apply(state.variables, images, train=False)
 
-    shared = parallel.batch_sharding(mesh)
-    return jax.jit(infer, in_shardings=(parallel.replicated(mesh), shared), out_shardings=shared), init
+    everywhere, shared = parallel.replicated(mesh), parallel.batch_sharding(mesh)
+    options = programs.options(config.model.dtype, mesh)
+    return jax.jit(infer, in_shardings=(everywhere, shared), out_shardings=shared, compiler_options=options), init
 
 
 def functions_and_data(task: Task, head: str) -> tuple[Any, Any, Any]:

@@ -37,7 +37,7 @@ PANELS = 12  # images of each split in the contact sheet of --mode check
 def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode train: trains a recipe, or resumes the run in its workdir."""
     from pspnet_jax.data import overlap, palettes, pipeline, sources  # imports TensorFlow, as does clu.metric_writers after it
-    from pspnet_jax.train import loop
+    from pspnet_jax.train import loop, profile
 
     from clu import metric_writers  # isort: skip
 
@@ -45,6 +45,10 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     began = time.perf_counter()
     config = runs.from_recipe(arguments, overrides, jax.device_count())
     workdir = runs.workdir_of(arguments, config.name)
+    if arguments.profile and (last := sum(arguments.profile) - 1) > config.total_steps:
+        raise UserError(
+            f"--profile: step {last} cannot be traced, because total_steps={config.total_steps}; choose earlier steps"
+        )
     if config.init_from:
         runs.check_init_from(config, workdir)
     validation_source = sources.open_source(config.dataset, config.eval.split)
@@ -74,7 +78,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         examples_per_epoch=data.examples_per_epoch,
         fingerprint=data.fingerprint,
         writer=metric_writers.SummaryWriter,
-        hooks=[_profile(workdir / "profile", *arguments.profile)] if arguments.profile and host == 0 else (),
+        hooks=[profile.hook(workdir / "profile", *arguments.profile)] if arguments.profile and host == 0 else (),
     )
     logger.info(f"{workdir} has checkpoints/, metrics.jsonl, pictures/ and tensorboard/")
 
@@ -96,15 +100,6 @@ def evaluator(config: ConfigDict, model: nn.Module, source: Any) -> Callable[[An
         return report.to_json() | {"data": source.fingerprint}, pictures
 
     return evaluate
-
-
-def _profile(folder: epath.Path, first: int, count: int) -> Callable[[int], None]:
-    """Returns a hook, called after each step, that makes JAX's profiler trace `count` steps, beginning with step `first`."""
-    from clu import periodic_actions
-
-    return periodic_actions.Profile(
-        logdir=folder, first_profile=first - 1, num_profile_steps=count, profile_duration_ms=None, every_secs=None
-    )
 
 
 def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:

@@ -5,11 +5,9 @@ import contextlib
 import io
 import logging
 import os
-import pathlib
 import signal
 import sys
 import threading
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -19,7 +17,7 @@ from etils import epath
 
 import pspnet_jax
 from pspnet_jax import config as configs
-from pspnet_jax import errors, files, jobs, parallel
+from pspnet_jax import errors, files, jobs, parallel, programs
 
 logger = logging.getLogger("pspnet_jax")
 
@@ -136,8 +134,7 @@ def _start_jax() -> None:
     if jax.config.read("jax_enable_x64"):
         logger.warning("JAX_ENABLE_X64 is set; this program computes in float32 and int32, so it is turned off")
         jax.config.update("jax_enable_x64", False)
-    _tune_cpu()
-    _keep_programs()
+    programs.keep()
     logging.getLogger("jax._src.xla_bridge").addFilter(_without_traceback)
     try:
         jax.devices()
@@ -147,51 +144,6 @@ def _start_jax() -> None:
             f"JAX finds no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}{reason}; install the JAX build "
             "for it (pip install -e '.[cuda]'), or unset JAX_PLATFORMS"
         ) from error
-
-
-def _tune_cpu() -> None:
-    """Sets the flag with which XLA computes bfloat16 convolutions 1.6 times as fast on CPUs that have such products.
-
-    Not where the user has set it, and not where it was not measured: before JAX 0.11 and on other CPUs.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if jax.__version_info__ >= (0, 11) and "avx512_bf16" in _cpu_features().split() and ONEDNN not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --{ONEDNN}=true".strip()
-
-
-ONEDNN = "xla_cpu_experimental_onednn_custom_call"
-
-
-def _keep_programs() -> None:
-    """Makes JAX keep compiled programs for later runs, unless the user has chosen a directory for them.
-
-    Programs for a CPU can use all its instructions, so each kind of CPU has a directory of its own. Nothing is kept where the
-    user's cache cannot be written, as in some containers.
-    """
-    if jax.config.jax_compilation_cache_dir or not (features := _cpu_features()):  # type: ignore[attr-defined]
-        return
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    programs = cache / "pspnet_jax" / f"{zlib.crc32(features.encode()):08x}"
-    if not cache.is_absolute():  # no home directory is known
-        return
-    try:
-        programs.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return
-    if not os.access(programs, os.W_OK):
-        return
-    jax.config.update("jax_compilation_cache_dir", str(programs))
-    jax.config.update("jax_compilation_cache_max_size", 2**32)  # 4 GiB; beyond it, the programs used least recently are removed
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a folder of many sizes has many small programs
-
-
-def _cpu_features() -> str:
-    """Returns the instruction sets of this machine's CPU as Linux lists them; empty elsewhere."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:

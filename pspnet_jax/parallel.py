@@ -104,7 +104,8 @@ def to_devices(batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, ahead: i
     def put_next() -> dict[str, jax.Array] | None:
         if (batch := next(iterator, None)) is None:
             return None
-        return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+        with jax.profiler.TraceAnnotation("copy to devices"):
+            return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 
     with ThreadPoolExecutor(1, "to devices") as thread:
         futures = collections.deque(thread.submit(put_next) for _ in range(ahead + 1))

@@ -9,16 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from pspnet_jax import jobs, runs
-from pspnet_jax import main as entry
 from pspnet_jax.config import base_config, leaves, load_recipe, to_json
 from pspnet_jax.errors import UserError
 from pspnet_jax.main import main
@@ -64,7 +61,8 @@ def run(tmp_path_factory) -> tuple[Path, Path]:
     directory = tmp_path_factory.mktemp("main")
     root, workdir = directory / "data", directory / "run"
     fakes.write_folder(root, {"train": 9, "val": 3}, size=(60, 50), num_classes=3)
-    assert main(["--config", str(recipe(directory / "own.py", root)), "--workdir", str(workdir), *SMALL]) == 0
+    own = recipe(directory / "own.py", root)
+    assert main(["--config", str(own), "--workdir", str(workdir), "--profile=3:1", *SMALL]) == 0
     return workdir, root
 
 
@@ -95,6 +93,7 @@ def test_training_writes_checkpoints_metrics_pictures_and_config(run):
     assert json.loads((workdir / "config.json").read_text())["dataset"]["root"] == str(root)
     assert len(list((workdir / "pictures").glob("*.png"))) == 3
     assert list((workdir / "tensorboard").glob("events*"))
+    assert list((workdir / "profile" / "plugins" / "profile").glob("*/*.xplane.pb"))
 
 
 def test_evaluate_reproduces_the_final_score_of_training(run, capsys):
@@ -336,54 +335,45 @@ def test_help_lists_every_field_with_its_default_and_its_comment(capsys):
     assert all(comment for _, _, comment in fields)
 
 
-def test_programs_are_kept_in_the_cache_of_the_user_unless_another_place_is_set(tmp_path, monkeypatch):
-    changed = {}
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(jax.config, "update", changed.__setitem__)
-    entry._keep_programs()  # conftest has set a directory
-    assert changed == {}
-    config = types.SimpleNamespace(update=changed.__setitem__, jax_compilation_cache_dir=None)
-    monkeypatch.setattr(entry, "jax", types.SimpleNamespace(config=config))
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no directory can be made there
-    entry._keep_programs()
-    assert changed == {}
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    entry._keep_programs()
-    assert Path(changed["jax_compilation_cache_dir"]).parent == tmp_path / "pspnet_jax"
+# Predicts a folder as windows and as whole images, and prints how many programs it needed and how many of them were kept.
+PREDICT = """
+import sys
+import jax
+from pspnet_jax.main import main
+
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+for inference in ("windows", "whole"):
+    given = [f"--workdir={sys.argv[1]}", f"--input={sys.argv[2]}", f"--output={sys.argv[3]}/{inference}"]
+    assert main(["--mode=predict", *given, f"--config.eval.inference={inference}"]) == 0
+print(*(events.count(f"/jax/compilation_cache/{kind}") for kind in ("compile_requests_use_cache", "cache_hits")))
+"""
 
 
-@pytest.mark.parametrize(
-    ("version", "features", "given", "expected"),
-    [
-        ((0, 12, 0), "flags: avx2 avx512_bf16", "", "--xla_cpu_experimental_onednn_custom_call=true"),
-        ((0, 12, 0), "flags: avx2 avx512_bf16", "--a=1", "--a=1 --xla_cpu_experimental_onednn_custom_call=true"),
-        ((0, 12, 0), "flags: avx512_bf16", *["--xla_cpu_experimental_onednn_custom_call=false"] * 2),
-        ((0, 12, 0), "flags: avx2", "", ""),
-        ((0, 10, 2), "flags: avx2 avx512_bf16", "", ""),
-    ],
-)
-def test_the_flag_for_bfloat16_is_set_only_where_it_was_measured(monkeypatch, version, features, given, expected):
-    monkeypatch.setenv("XLA_FLAGS", given)
-    monkeypatch.setattr(jax, "__version_info__", version)
-    monkeypatch.setattr(entry, "_cpu_features", lambda: features)
-    entry._tune_cpu()
-    assert os.environ["XLA_FLAGS"] == expected
+def test_a_second_prediction_of_images_of_many_sizes_compiles_nothing(run, tmp_path):
+    for size in ((30, 41), (97, 50)):
+        fakes.write_image(tmp_path / f"images/{size}.png", np.zeros((*size, 3), np.uint8))
+    command = [sys.executable, "-c", PREDICT, str(run[0]), str(tmp_path / "images"), str(tmp_path / "output")]
+    chosen = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"  # by conftest, for the other tests
+    environment = {name: value for name, value in os.environ.items() if name not in chosen} | {"XDG_CACHE_HOME": str(tmp_path)}
+    counts = []
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        counts.append([int(count) for count in done.stdout.splitlines()[-1].split()])
+    (needed, kept), second = counts
+    assert kept < needed
+    assert second == [needed, needed]
 
 
-@pytest.mark.parametrize("given", ["5", "1:3", "x:2", "5:0", "5:", "-2:4"])
+@pytest.mark.parametrize("given", ["abc", "5", "0:3", "1:3", "x:2", "5:0", "5:", "-2:4"])
 def test_a_wrong_range_of_steps_to_profile_is_refused(given, capsys):
     assert "expected STEP:COUNT, such as 20:5" in error(capsys, "--config=configs/camvid.py", f"--profile={given}")
 
 
-def test_the_profile_has_the_steps_asked_for(tmp_path):
-    hook = jobs._profile(tmp_path, 511, 2)
-    for step in range(501, 512):
-        hook(step)
-    assert not list(tmp_path.rglob("*.xplane.pb"))
-    for step in range(512, 514):
-        hook(step)
-    assert list(tmp_path.rglob("*.xplane.pb"))
+def test_a_profile_beyond_the_last_step_is_refused(capsys, tmp_path):
+    output = error(capsys, "--config=configs/quickstart.py", "--profile=160:2", f"--workdir={tmp_path}")
+    assert "--profile: step 161 cannot be traced, because total_steps=160; choose earlier steps" in output
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
-from pspnet_jax import models, parallel
+from pspnet_jax import models, parallel, programs
 from pspnet_jax.datasets import IGNORE
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer import memory
@@ -72,7 +72,7 @@ class Predictor:
 
         Args:
           apply: (variables, normalized images f32[N, H, W, 3]) -> logits [N, H, W, K], at any H and W.
-          config: its eval, normalize and model.align_corners are used.
+          config: its eval, normalize, model.align_corners and model.dtype are used.
           num_classes: K.
           devices: devices of this process; None means all of them.
         """
@@ -81,7 +81,8 @@ class Predictor:
         self._sharding = parallel.batch_sharding(self._mesh)
         self._num_classes = num_classes
         self._protocol = protocol = PROTOCOLS[config.eval.protocol](config)
-        compile_network = functools.partial(_compile_network, apply, num_classes, self._sharding)
+        options = programs.options(config.model.dtype, self._mesh)
+        compile_network = functools.partial(_compile_network, apply, num_classes, self._sharding, options)
         self._network = functools.lru_cache(MAX_NETWORKS)(compile_network)  # by window size
         self._prepare = self._on_each_device(_prepare, config.normalize, config.eval.flip and not protocol.flips_views)
         self._accumulate_windows = self._on_each_device(_accumulate_windows, protocol, donate_argnums=0)
@@ -221,7 +222,9 @@ class Predictor:
         return jnp.zeros((*shape, self._num_classes), device=self._sharding)
 
 
-def _compile_network(apply: Callable, num_classes: int, sharding: jax.NamedSharding, window: tuple[int, int]) -> Callable:
+def _compile_network(
+    apply: Callable, num_classes: int, sharding: jax.NamedSharding, options: Any, window: tuple[int, int]
+) -> Callable:
     """Returns (variables, frames f32[N, y, x, 3], column) -> logits [N, y, x, K] of the windows that start at that column."""
 
     def network(variables: Any, frames: jax.Array, column: jax.Array) -> jax.Array:
@@ -238,7 +241,7 @@ def _compile_network(apply: Callable, num_classes: int, sharding: jax.NamedShard
         zeros = jnp.zeros((*frames.shape[:3], num_classes), logits.dtype)
         return jax.lax.dynamic_update_slice(zeros, logits, (0, 0, column, 0))
 
-    return jax.jit(network, out_shardings=sharding)
+    return jax.jit(network, out_shardings=sharding, compiler_options=options)
 
 
 def _prepare(statistics: ConfigDict, flip: bool, windows: jax.Array) -> list[jax.Array]:

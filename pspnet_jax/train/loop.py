@@ -55,7 +55,8 @@ def fit(
 
     Args:
       config: fields used here: seed, batch_size, total_steps, init_from, normalize, every, optimizer.accumulate,
-        optimizer.ema_decay, model.norm and eval.best_metric. The whole config is saved, and compared when a run is resumed.
+        optimizer.ema_decay, model.norm, model.dtype and eval.best_metric. The whole config is saved, and compared when a run is
+        resumed.
       model: Flax module, called with normalized images f32[N, H, W, 3] and `train`. It may have variables in "batch_stats" and
         use the random stream "dropout".
       loss: function of the model's training outputs, see `losses`.
@@ -210,13 +211,13 @@ class Run:
         guard = NonFiniteGuard(self.checkpoints)
         began = time.perf_counter()
         for step in range(start + 1, total + 1):
-            with self.save_on_failure(state, guard):
-                if (batch := next(batches, None)) is None:
-                    raise UserError(f"the batches ended after step {step - 1}, before total_steps={total}")
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                with self.save_on_failure(state, guard):
+                    if (batch := next(batches, None)) is None:
+                        raise UserError(f"the batches ended after step {step - 1}, before total_steps={total}")
                 state, metrics = train_step(state, batch)
-            self.log.add_step(metrics)
-            guard.record(step, metrics)
+                self.log.add_step(metrics)
+                guard.record(step, metrics)  # waits for the step before this one
             stopping = step < total and self.stop.requested(self.checkpoints, step)
             log_due, save_due = due(step, every.log, total), stopping or due(step, every.save, total)
             score_due = self.evaluate is not None and not stopping and due(step, every.eval, total)
