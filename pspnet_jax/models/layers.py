@@ -14,10 +14,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pspnet_jax.datasets import IGNORE
 from pspnet_jax.errors import UserError
-from pspnet_jax.models import winograd
+from pspnet_jax.models import cpu
 from pspnet_jax.models.norm import BatchNorm
 
 T = TypeVar("T")
+Convolve = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def choose(choices: Mapping[Any, T], field: str, value: object) -> T:
@@ -40,26 +41,20 @@ def convolve(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` in NHWC with HWIO kernels; 1x1 convolutions are matrix products and ignore `padding`.
 
-    On CPUs, XLA computes the gradients of matrix products several times faster than those of convolutions. There, large 3x3
-    convolutions are computed by `winograd`, which agrees to rounding.
+    On CPUs, where XLA computes matrix products and their gradients faster than convolutions, 3x3 convolutions that keep the
+    size and have many channels are matrix products as well, see `cpu`; they agree to rounding.
     """
-    options.setdefault("dimension_numbers", ("NHWC", "HWIO", "NHWC"))
+    if kernel.shape[:2] == (1, 1):
+        x = x[:, :: strides[0], :: strides[1]]
+        return jax.lax.platform_dependent(x, kernel[0, 0], cpu=cpu.matmul, default=jnp.matmul)
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")} | options
+    direct: Convolve = functools.partial(jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **options)
     dilation = (options.get("rhs_dilation") or (1,))[0]
     keeps_size = tuple(strides) == (1, 1) and padding in ("SAME", [(dilation, dilation)] * 2)
-
-    def direct(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
-
-    if kernel.shape[:2] == (1, 1):
-        x, kernel, direct, on_cpu = x[:, :: strides[0], :: strides[1]], kernel[0, 0], jnp.matmul, winograd.matmul
-    elif kernel.shape[:2] == (3, 3) and math.prod(kernel.shape[2:]) >= WINOGRAD and keeps_size:
-        on_cpu = functools.partial(winograd.convolve, dilation=dilation)
-    else:
-        return direct(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=direct)
-
-
-WINOGRAD = 2**13  # product of the channels from which it is faster, see benchmarks/model.md
+    if kernel.shape[:2] == (3, 3) and math.prod(kernel.shape[2:]) >= cpu.WINOGRAD and keeps_size:
+        on_cpu = functools.partial(cpu.winograd, dilation=dilation)
+        return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=direct)
+    return direct(x, kernel)
 
 
 class ConvNorm(nn.Module):

@@ -1,4 +1,4 @@
-"""Batch normalization (Ioffe and Szegedy 2015). Under jit with a batch sharded over devices, statistics are of the whole batch."""
+"""Batch normalization (Ioffe and Szegedy 2015). Under jit, statistics are those of the whole batch, over all devices."""
 
 import flax.linen as nn
 import jax

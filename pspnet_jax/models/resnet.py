@@ -1,7 +1,7 @@
 """The dilated ResNet, PSPNet's backbone (He et al. 2016, with the dilation of Chen et al. 2015)."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -121,13 +121,32 @@ class ResNet(nn.Module):
         divisor = choose(FIRST_BLOCK_DILATION, "first_block_dilation", self.first_block_dilation)
         features = []
         for stage, (stride, dilation) in enumerate(choose(STAGES, "output_stride", self.output_stride)):
-            for i in range(blocks[stage]):
-                x = block(
-                    channels=self.width * 2**stage,
-                    stride=stride if i == 0 else 1,
-                    dilation=max(1, dilation // divisor) if i == 0 else dilation,
-                    conv_norm=conv_norm,
-                    name=f"layer{stage + 1}_block{i}",
-                )(x, train)
+            first, *others = (f"layer{stage + 1}_block{i}" for i in range(blocks[stage]))
+            of_stage = functools.partial(block, channels=self.width * 2**stage, conv_norm=conv_norm)
+            x = of_stage(stride=stride, dilation=max(1, dilation // divisor), name=first)(x, train)
+            equal = functools.partial(of_stage, stride=1, dilation=dilation)
+            if len(others) < LOOP or self.is_initializing():
+                for name in others:
+                    x = equal(name=name)(x, train)
+            else:
+                x = _in_a_loop(self, equal(parent=None), others, x, train)
             features.append(x)
         return features[2], features[3]
+
+
+LOOP = 25  # number of equal blocks from which they are compiled only once
+
+
+def _in_a_loop(parent: nn.Module, block: nn.Module, names: Sequence[str], x: jax.Array, train: bool) -> jax.Array:
+    """Applies a block repeatedly, with the variables of the parent's equal blocks of these names."""
+    variables = [{kind: tree[name] for kind, tree in parent.variables.items()} for name in names]
+    mutable = ["batch_stats"] if parent.is_mutable_collection("batch_stats") else []
+
+    def apply(x: jax.Array, variables: Any) -> tuple[jax.Array, Any]:
+        return block.apply(variables, x, train, mutable=mutable)
+
+    x, updates = jax.lax.scan(apply, x, jax.tree.map(lambda *arrays: jnp.stack(arrays), *variables))
+    for kind, tree in updates.items():
+        for i, name in enumerate(names):
+            parent.put_variable(kind, name, jax.tree.map(lambda array, i=i: array[i], tree))
+    return x

@@ -128,3 +128,29 @@ def test_every_stride_halves_the_size_and_rounds_up(stem, output_stride, sizes):
 def test_a_wrong_field_is_refused_with_the_choices(field, value, choices):
     with pytest.raises(UserError, match=re.escape(f"{field}={value!r}: expected one of {choices}")):
         jax.eval_shape(lambda: backbone(**{field: value}).init(jax.random.key(0), jnp.ones((1, 33, 33, 3)), False))
+
+
+@pytest.mark.parametrize(("remat", "frozen_norm"), [("norm", False), ("none", True)])
+def test_equal_blocks_in_a_loop_compute_the_same(monkeypatch, remat, frozen_norm):
+    """Features, running statistics and gradients of ResNet-34 are those of separate blocks, and variables keep their names."""
+    module = backbone(depth=34, remat=remat, frozen_norm=frozen_norm)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 33, 33, 3)), jnp.float32)
+
+    def run() -> tuple:
+        variables = module.init(jax.random.key(0), x, False)
+
+        def total(params: dict) -> tuple:
+            features, updates = module.apply(variables | {"params": params}, x, True, mutable=["batch_stats"])
+            return sum(jnp.square(y).mean() for y in features), (features, updates)
+
+        step = jax.jit(jax.grad(total, has_aux=True))
+        return step(variables["params"]), step.lower(variables["params"]).as_text().count("stablehlo.while")
+
+    separate, without_loops = run()
+    monkeypatch.setattr(resnet, "LOOP", 3)
+    together, loops = run()
+    assert jax.tree.structure(together) == jax.tree.structure(separate)
+    errors = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max() / (jnp.abs(b).max() + 1e-6)), together, separate)
+    print(f"relative differences up to {max(jax.tree.leaves(errors)):.1e}; {loops} loops")
+    assert max(jax.tree.leaves(errors)) < 1e-4
+    assert (without_loops, loops) == (0, 4)  # forward and backward in layer2 and layer3

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pspnet_jax.models import layers, winograd
+from pspnet_jax.models import cpu, layers
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ def test_winograd_equals_the_direct_convolution(size, dilation):
         total, pullback = jax.vjp(lambda x, kernel: function(x, kernel, dilation), x, kernel)
         return total, *pullback(weights)
 
-    both = zip(value_and_gradients(winograd.convolve), value_and_gradients(direct), strict=True)
+    both = zip(value_and_gradients(cpu.winograd), value_and_gradients(direct), strict=True)
     errors = [float(jnp.abs(a - b).max() / b.std()) for a, b in both]
     print("values and gradients differ by", *(f"{error:.1e}" for error in errors), "standard deviations")
     assert max(errors) < 1e-5
@@ -35,11 +35,11 @@ def test_winograd_equals_the_direct_convolution(size, dilation):
 @pytest.mark.parametrize(
     ("channels", "stride", "padding", "uses"),
     [
-        (363, 1, "SAME", True),
-        (363, 1, [(2, 2)] * 2, True),
-        (362, 1, "SAME", False),
-        (363, 2, "SAME", False),
-        (363, 1, "VALID", False),
+        (91, 1, "SAME", True),
+        (91, 1, [(2, 2)] * 2, True),
+        (90, 1, "SAME", False),
+        (91, 2, "SAME", False),
+        (91, 1, "VALID", False),
     ],
 )
 def test_only_large_convolutions_that_keep_the_size_use_it_and_only_on_cpus(channels, stride, padding, uses):
