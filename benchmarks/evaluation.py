@@ -101,14 +101,14 @@ def peak_memory(protocol: str, batch_size: int) -> None:
     print(f"| {protocol} | {batch_size} | {peak:.2f} |", flush=True)
 
 
-def balance(count: int) -> None:
+def balance(count: int, protocol: str) -> None:
     """Prints the share of window slots in use for images of ADE20K-like sizes, with a trivial network for two classes."""
     rng = np.random.default_rng(0)
     shorts = rng.integers(448, 577, count)
     longs = np.minimum(2048, shorts * 4 ** rng.uniform(size=count)).astype(int)
     images = [random_image(*rng.permutation(sides)) for sides in zip(shorts, longs, strict=True)]
-    for scales, protocol, windows in itertools.product(((1.0,), SIX), ("semseg", "mmseg"), (1, 4, 8)):
-        sizes = MMSEG_ADE20K if protocol == "mmseg" else (ADE20K_SIZE, 0)
+    sizes = MMSEG_ADE20K if protocol == "mmseg" else (ADE20K_SIZE, 0)
+    for scales, windows in itertools.product(((1.0,), SIX), (1, 4, 8)):
         config = settings(protocol, ADE20K_CROP, *sizes, scales=scales, batch_size=windows * jax.device_count())
         predictor = Predictor(trivial_network, config, 2)
         for _, labels in predictor.stream(predictor.place(np.zeros(2, np.float32)), ({"image": image} for image in images)):
@@ -198,7 +198,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     steps = parser.add_subparsers(dest="step", required=True)
     steps.add_parser("time").add_argument("--protocols", nargs="+", default=list(PROTOCOLS))
-    steps.add_parser("balance").add_argument("--images", type=int, default=60)
+    used = steps.add_parser("balance")
+    used.add_argument("--images", type=int, default=60)
+    used.add_argument("--protocol", choices=PROTOCOLS, default="semseg")
     memory = steps.add_parser("memory")
     memory.add_argument("--protocol", choices=PROTOCOLS, help="measure only this one, in this process")
     memory.add_argument("--batch_size", type=int, default=8)
@@ -213,7 +215,7 @@ def main() -> None:
             for protocol in arguments.protocols:
                 share_outside(protocol, case, repeat)
     elif arguments.step == "balance":
-        balance(arguments.images)
+        balance(arguments.images, arguments.protocol)
     elif arguments.step == "labels":
         compare_labels(arguments.semseg, arguments.images, arguments.count, tuple(arguments.scales))
     elif arguments.protocol:

@@ -63,13 +63,14 @@ def test_several_devices_get_images_of_the_same_window_sizes_if_there_are_any():
     assert list(grouped(counts, 2, 1)) == [[0, 2], [1, 3], [4, 6], [5, 7]]
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("max_windows", [1, 4, 8])
-def test_most_slots_are_used_whatever_the_sizes(devices, max_windows):
+@pytest.mark.parametrize(
+    ("devices", "max_windows", "room"), [(1, 4, 64), (1, 8, 64), (8, 1, 1), (8, 1, 64), (8, 4, 64), (8, 8, 64)]
+)
+def test_most_slots_are_used_whatever_the_sizes(devices, max_windows, room):
     """Images with 11 to 23 windows, as in ADE20K at six scales. In order, 8 devices would use less than 70% of the slots."""
     counts = one_size(*np.random.default_rng(0).choice([11, 14, 16, 18, 21, 23], 800).tolist())
     read, found, slots = [], [], 0
-    for group in grouped(counts, devices, max_windows, read=read):
+    for group in grouped(counts, devices, max_windows, room, read):
         assert len(read) - len(found) <= devices * max(AHEAD, 4 * max_windows)
         windows = [counts[i] for i in group]
         slots += sum(

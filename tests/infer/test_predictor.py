@@ -199,8 +199,8 @@ def test_the_default_batch_size_follows_from_the_memory_of_a_device(monkeypatch)
 def test_whole_image_inference_measures_one_size_for_all(monkeypatch):
     predictor, traced = measuring(monkeypatch, 2**40, inference="whole")
     for height, width in ((40, 40), (50, 40), (50, 60)):
-        predictor.labels(ONE, [picture(height, width)])
-    assert traced == [(2, 40, 40, 3), (2, 50, 40, 3), (2, 50, 60, 3)]
+        predictor.labels(ONE, [picture(height, width)] * 3)  # two on one device
+    assert traced == [(2, 40, 40, 3), (4, 40, 40, 3), (4, 50, 40, 3), (4, 50, 60, 3)]
 
 
 def test_an_explicit_batch_size_measures_nothing(monkeypatch):
