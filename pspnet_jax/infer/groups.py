@@ -24,7 +24,7 @@ def form_groups(
     One device gets consecutive examples with the same window sizes. With several, a group consists of the oldest example that
     is waiting and of those with the most similar numbers of windows of each size, so that no device has much less to do than
     another; only a few examples per device wait. A group is large enough to fill a forward pass, and up to four times as large
-    if more of its slots are used then.
+    if more of its slots are used then. Up to `devices` - 1 of its examples are left for a later group for the same reason.
 
     Args:
       examples: read only as far as necessary.
@@ -44,9 +44,11 @@ def form_groups(
                 break
             ahead = devices * (max(per_device, AHEAD) if devices > 1 else per_device)
             waiting += itertools.islice(source, max(0, ahead - len(waiting)))
-            larger = list(itertools.islice(_alike(waiting, devices), devices * per_device))
-            if (share := _used(larger, max_windows, devices)) * GOOD > used:
-                group, used = larger, share
+            alike = list(itertools.islice(_alike(waiting, devices), devices * per_device))
+            larger = [alike[: len(alike) - left] for left in range(min(devices, len(alike)))]
+            shares = [_used(candidate, max_windows, devices) for candidate in larger]
+            if max(shares) * GOOD > used:
+                used, group = max(shares), larger[shares.index(max(shares))]
         yield [example for example, _ in group]
         chosen = set(map(id, group))
         waiting = [item for item in waiting if id(item) not in chosen] or list(itertools.islice(source, 1))
@@ -65,4 +67,4 @@ def _used(group: Sequence[tuple[Example, WindowCounts]], max_windows: MaxWindows
     """Returns the share of slots that hold a window."""
     windows = [counts for _, counts in group]
     slots = sum(devices * n * passes for _, n, passes in schedule(windows, divide(windows, devices), max_windows))
-    return sum(sum(counts.values()) for counts in windows) / slots
+    return sum(counts.total() for counts in windows) / slots

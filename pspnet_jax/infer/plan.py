@@ -101,11 +101,12 @@ def divide(windows: Sequence[WindowCounts], devices: int) -> list[list[int]]:
     Returns:
       The indices of each device's images. No device has more than ceil(images / devices), rounded up to a power of two.
     """
-    totals, room = [sum(counts.values()) for counts in windows], power_of_two(ceil_div(len(windows), devices))
-    shares: list[list[int]] = [[] for _ in range(devices)]
+    totals, room = [counts.total() for counts in windows], power_of_two(ceil_div(len(windows), devices))
+    shares, loads = [list[int]() for _ in range(devices)], [0] * devices
     for image in sorted(range(len(totals)), key=lambda image: -totals[image]):
-        free = (share for share in shares if len(share) < room)
-        min(free, key=lambda share: sum(totals[i] for i in share)).append(image)
+        device = min((i for i in range(devices) if len(shares[i]) < room), key=lambda i: loads[i])
+        shares[device].append(image)
+        loads[device] += totals[image]
     return [sorted(share) for share in shares]
 
 

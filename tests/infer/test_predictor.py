@@ -190,10 +190,11 @@ def test_the_default_batch_size_follows_from_the_memory_of_a_device(monkeypatch)
     needed = predictor._measure(ONE, (40, 40)) * 40 * 40
     scores, pixels = 4 * 40 * 40 * CLASSES, 4 * 40 * 40 * 3
     assert 2 * scores + 3 * pixels < needed < 50 * (2 * scores + 3 * pixels)  # with flip; the network's own memory is small
-    for windows, expected in ((1.01, 1), (3.99, 2), (4.01, 4)):
-        predictor, traced = measuring(monkeypatch, 2 * windows * needed)
-        predictor.labels(ONE, [picture(60, 60), picture(60, 60)])  # 4 windows each
-        assert traced == [(2, 40, 40, 3), (2 * expected, 40, 40, 3)][: 1 if expected == 1 else 2]
+    for windows, expected in ((0.5, 1), (1.99, 1), (3.99, 2), (4.01, 4)):
+        monkeypatch.setattr(memory, "_device_limit", lambda device, windows=windows: 2 * windows * needed)
+        assert predictor._max_windows(ONE, (40, 40)) == expected
+    predictor.labels(ONE, [picture(60, 60)] * 2)  # 4 windows each
+    assert traced == [(2, 40, 40, 3), (2 * 4, 40, 40, 3)]
 
 
 def test_whole_image_inference_measures_one_size_for_all(monkeypatch):
