@@ -2,6 +2,7 @@
 
 python -m benchmarks.evaluation time                                    # share of time spent outside the network
 python -m benchmarks.evaluation memory                                  # peak host memory
+XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m benchmarks.evaluation balance    # share of window slots used
 python -m benchmarks.evaluation labels --semseg PATH --images FOLDER    # against tool/test.py of a clone of hszhao/semseg
 
 The last command needs torch, opencv-python and pyyaml.
@@ -9,6 +10,7 @@ The last command needs torch, opencv-python and pyyaml.
 
 import argparse
 import importlib
+import itertools
 import pathlib
 import resource
 import subprocess
@@ -27,6 +29,7 @@ from benchmarks.fidelity import random_image, randomize
 from pspnet_jax import image_files, models, weights
 from pspnet_jax.config import base_config
 from pspnet_jax.infer.inputs import find_images
+from pspnet_jax.infer.memory import WINDOWS
 from pspnet_jax.infer.plan import plan_images
 from pspnet_jax.infer.predictor import Predictor
 from pspnet_jax.infer.protocols import PROTOCOLS
@@ -75,7 +78,7 @@ def share_outside(protocol: str, case: tuple, repeat: int) -> None:
     variables = jax.jit(model.init, static_argnames="train")(jax.random.key(0), jnp.zeros((1, 65, 65, 3)), train=False)
     network = jax.jit(model.apply, static_argnames="train")
     inside, calls = 0.0, {}
-    for batch in plan_images([image], PROTOCOLS[protocol](config), devices=1).batches:
+    for batch in plan_images([image], PROTOCOLS[protocol](config), 1, lambda size: WINDOWS).batches:
         calls[batch.pixels.shape] = calls.get(batch.pixels.shape, 0) + (1 if PROTOCOLS[protocol].flips_views else 2)
     for shape, times in calls.items():
         x = jnp.zeros(shape)
@@ -96,6 +99,24 @@ def peak_memory(protocol: str, batch_size: int) -> None:
         predictor.labels(bias, [random_image(1500, 2000)]).block_until_ready()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # from KiB to GiB
     print(f"| {protocol} | {batch_size} | {peak:.2f} |", flush=True)
+
+
+def balance(count: int, protocol: str) -> None:
+    """Prints the share of window slots in use for images of ADE20K-like sizes, with a trivial network for two classes."""
+    rng = np.random.default_rng(0)
+    shorts = rng.integers(448, 577, count)
+    longs = np.minimum(2048, shorts * 4 ** rng.uniform(size=count)).astype(int)
+    images = [random_image(*rng.permutation(sides)) for sides in zip(shorts, longs, strict=True)]
+    sizes = MMSEG_ADE20K if protocol == "mmseg" else (ADE20K_SIZE, 0)
+    for scales, windows in itertools.product(((1.0,), SIX), (1, 4, 8)):
+        config = settings(protocol, ADE20K_CROP, *sizes, scales=scales, batch_size=windows * jax.device_count())
+        predictor = Predictor(trivial_network, config, 2)
+        for _, labels in predictor.stream(predictor.place(np.zeros(2, np.float32)), ({"image": image} for image in images)):
+            labels.block_until_ready()
+        print(
+            f"| {protocol} | {len(scales)} | {jax.device_count()} | {windows} | {predictor.windows / predictor.slots:.1%} |",
+            flush=True,
+        )
 
 
 class Semseg:
@@ -177,6 +198,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     steps = parser.add_subparsers(dest="step", required=True)
     steps.add_parser("time").add_argument("--protocols", nargs="+", default=list(PROTOCOLS))
+    used = steps.add_parser("balance")
+    used.add_argument("--images", type=int, default=60)
+    used.add_argument("--protocol", choices=PROTOCOLS, default="semseg")
     memory = steps.add_parser("memory")
     memory.add_argument("--protocol", choices=PROTOCOLS, help="measure only this one, in this process")
     memory.add_argument("--batch_size", type=int, default=8)
@@ -190,6 +214,8 @@ def main() -> None:
         for case, repeat in ((CAMVID, 5), (CITYSCAPES, 2)):
             for protocol in arguments.protocols:
                 share_outside(protocol, case, repeat)
+    elif arguments.step == "balance":
+        balance(arguments.images, arguments.protocol)
     elif arguments.step == "labels":
         compare_labels(arguments.semseg, arguments.images, arguments.count, tuple(arguments.scales))
     elif arguments.protocol:

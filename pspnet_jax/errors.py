@@ -47,7 +47,9 @@ def _message(error: BaseException) -> str:
     if isinstance(error, UnicodeEncodeError) and "surrogates" in str(error):
         return f"a name is not valid in the encoding of the locale: {error.object!r}; set LC_ALL=C.UTF-8"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return f"out of memory ({_first_line(error)}); lower batch_size, eval.batch_size, the crop or the scales"
+        return (
+            f"out of memory ({_first_line(error)}); lower batch_size, the crop or the scales, or set a smaller eval.batch_size"
+        )
     if isinstance(error, ImportError) and not (error.name or "").startswith("pspnet_jax"):
         return f"{error.name or 'a package'} cannot be imported ({_first_line(error)}); run pip install -r requirements.txt"
     return ""

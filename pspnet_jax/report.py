@@ -32,6 +32,7 @@ class Report:
     protocol: dict[str, Any]  # split, protocol, inference, crop, stride, base_size, short_size, scales, flip
     device: str  # number and kind of the devices
     images_per_second: float  # of the whole evaluation, including compilation
+    slots_used: float  # share of the slots for windows in all forward passes, on all devices, that held a window
 
     def __str__(self) -> str:
         """`mIoU 41.68%  mean accuracy 50.90%  pixel accuracy 80.04%`, and the protocol on a second line.
@@ -48,7 +49,8 @@ class Report:
             f"mean accuracy {metrics.mean_accuracy:.2%}{_over(metrics.accuracy)}  pixel accuracy {metrics.pixel_accuracy:.2%}\n"
             f"{self.images} images of {protocol['split']}, {_windows(protocol)}, {size}, scales {scales}, "
             f"flip {'on' if protocol['flip'] else 'off'}, protocol {protocol['protocol']}; "
-            f"{self.images_per_second:.2f} images/s on {self.device}"
+            f"{self.images_per_second:.2f} images/s on {self.device}, "
+            f"{self.slots_used:.1%} of window slots used"
         )
 
     def table(self) -> Table:
@@ -76,6 +78,7 @@ class Report:
             **self.protocol,
             "device": self.device,
             "images_per_second": self.images_per_second,
+            "slots_used": self.slots_used,
             "classes": [
                 {"name": name, "iou": _or_none(iou), "accuracy": _or_none(accuracy), "pixels": int(pixels)}
                 for name, iou, accuracy, pixels in zip(*columns, strict=True)

@@ -122,9 +122,9 @@ def _choice_problems(config: ConfigDict, prefix: str) -> list[str]:
     ]
 
 
-_POSITIVE = """batch_size total_steps every.log every.save eval.batch_size loss.ohem_min_kept
+_POSITIVE = """batch_size total_steps every.log every.save loss.ohem_min_kept
     optimizer.learning_rate optimizer.accumulate optimizer.trust_coefficient"""
-_NOT_NEGATIVE = """every.eval eval.base_size eval.short_size augment.rotate_degrees loss.focal_gamma
+_NOT_NEGATIVE = """every.eval eval.batch_size eval.base_size eval.short_size augment.rotate_degrees loss.focal_gamma
     loss.auxiliary_weight optimizer.power optimizer.weight_decay optimizer.clip_norm optimizer.warmup_steps
     optimizer.head_multiplier"""
 _PROBABILITIES = "augment.rotate_probability augment.blur_probability augment.flip_probability dataset.balance"

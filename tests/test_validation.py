@@ -119,7 +119,7 @@ def test_short_size_may_not_exceed_base_size():
 
 
 def test_all_problems_are_listed_at_once():
-    wrong = {"batch_size": 3, "model.depth": 51, "augment.crop": (1, 1), "eval.protocol": "other", "every.log": 0}
+    wrong = {"batch_size": 3, "model.depth": 51, "augment.crop": (1, 1), "eval.protocol": "other", "eval.batch_size": -1}
     with pytest.raises(ValueError) as error:
         validation.validate(changed(wrong), num_devices=2)
     assert {line.split("=")[0] for line in str(error.value).splitlines()} == set(wrong)

@@ -12,7 +12,6 @@ from PIL import Image
 from pspnet_jax import parallel
 from pspnet_jax.datasets import IGNORE, DatasetInfo
 from pspnet_jax.errors import UserError
-from pspnet_jax.infer import memory
 from pspnet_jax.infer.draw import side_by_side
 from pspnet_jax.infer.plan import ceil_div
 from pspnet_jax.infer.predictor import Example, Predictor
@@ -51,14 +50,17 @@ def evaluate(
     variables = predictor.place(variables)
     share = ceil_div(num_examples - jax.process_index(), jax.process_count())
     chosen = {round(i) for i in np.linspace(0, share - 1, pictures)}
+    before = predictor.windows, predictor.slots
     panels: dict[str, Image.Image] = {}
     total = np.zeros((info.num_classes, info.num_classes), np.int64)
     images, pending = 0, list[tuple[Sequence[Example], tuple[jax.Array, jax.Array]]]()
     with parallel.fail_together("evaluating"), progress(f"evaluating {split}", share) as advance:
-        for group, labels in predictor.stream(variables, _checked(examples, info.num_classes)):
+        checked = _checked(examples, info.num_classes)
+        numbered = ({**example, "number": i} for i, example in enumerate(checked))
+        for group, labels in predictor.stream(variables, numbered):
             pending.append((group, _count(_stack_labels(group, labels.shape), labels, info.num_classes)))
             for i, example in enumerate(group):
-                if images + i in chosen:
+                if example["number"] in chosen:
                     height, width = example["label"].shape
                     prediction = np.asarray(labels)[i, :height, :width]
                     panels[example["name"]] = side_by_side(
@@ -70,7 +72,8 @@ def evaluate(
             advance(len(group))
         for last in pending:
             total += _fetch_counts(*last, predictor)
-    total, images = _sum_over_processes(total, images)
+    slots = parallel.max_over_processes(predictor.slots - before[1]) * jax.process_count()  # the last one keeps all waiting
+    total, images, windows = _sum_over_processes(total, images, predictor.windows - before[0])
     if images != num_examples:
         raise UserError(f"split {split!r}: got {images} images, but expected {num_examples}; each must be scored exactly once")
     if not total.any():
@@ -80,7 +83,7 @@ def evaluate(
         )
     rate = images / (time.perf_counter() - began)
     protocol = {"split": split, **predictor.description}
-    return Report(summarize(total), total.sum(1), images, info, protocol, predictor.device, rate), panels
+    return Report(summarize(total), total.sum(1), images, info, protocol, predictor.device, rate, windows / slots), panels
 
 
 def _checked(examples: Iterable[Example], num_classes: int) -> Iterator[Example]:
@@ -117,7 +120,7 @@ def _count(truth: jax.Array, labels: jax.Array, num_classes: int) -> tuple[jax.A
 
 def _fetch_counts(group: Sequence[Example], counts: tuple[jax.Array, jax.Array], predictor: Predictor) -> np.ndarray:
     """Waits for a group's confusion matrix and returns it."""
-    with memory.explain_out_of_memory([example["image"] for example in group], predictor.settings):
+    with predictor.explain_out_of_memory([example["image"] for example in group]):
         matrix, unpredicted = map(np.asarray, counts)
     for example, any_unpredicted in zip(group, unpredicted, strict=False):
         if any_unpredicted:
@@ -128,11 +131,11 @@ def _fetch_counts(group: Sequence[Example], counts: tuple[jax.Array, jax.Array],
     return matrix
 
 
-def _sum_over_processes(total: np.ndarray, images: int) -> tuple[np.ndarray, int]:
-    """Returns the counts summed over all processes."""
+def _sum_over_processes(total: np.ndarray, *numbers: int) -> tuple[Any, ...]:
+    """Returns the matrix and the numbers, summed over all processes."""
     if jax.process_count() == 1:
-        return total, images
-    counts = np.append(total, images)
+        return total, *numbers
+    counts = np.append(total, numbers)
     halves = multihost_utils.process_allgather(counts.view(np.uint32))  # JAX would truncate int64 to 32 bits
     counts = np.ascontiguousarray(halves).view(np.int64).reshape(-1, counts.size).sum(0)
-    return counts[:-1].reshape(total.shape), int(counts[-1])
+    return counts[: total.size].reshape(total.shape), *map(int, counts[total.size :])

@@ -8,7 +8,7 @@ the top left of a frame, whose size is an upper bound.
 
 import collections
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,8 @@ from pspnet_jax.infer.resample import ResamplingWeights
 
 STRIP = 32  # rows of an image that are processed at a time, with K scores per pixel
 
+WindowCounts = collections.Counter[tuple[int, int]]  # number of windows by their size
+MaxWindows = Callable[[tuple[int, int]], int]  # window size -> maximum number of windows per device and forward pass
 ToImage = tuple[ResamplingWeights, ResamplingWeights]  # [M, H, T] and [M, W, T], see canvas_to_image
 
 
@@ -72,20 +74,50 @@ class Plan(NamedTuple):
     """The inference plan of a batch of images."""
 
     shape: tuple[int, int, int]  # number M, height H and width W of the images, rounded up
+    rows: np.ndarray  # int32[M]: where the images are in arrays [M, ...], and then the unused rows
     canvases: list[Canvas]  # by view
     batches: Iterator[Batch]  # made lazily
     held: int  # number of views kept until the end: all, if they take no more memory than a running sum, else 1
 
 
-def plan_images(images: Sequence[np.ndarray], protocol: Protocol, devices: int) -> Plan:
+def plan_images(images: Sequence[np.ndarray], protocol: Protocol, devices: int, max_windows: MaxWindows) -> Plan:
     """Plans the inference of images uint8[H, W, 3], which are divided among the devices."""
     per_device = power_of_two(ceil_div(len(images), devices))
     shape = (devices * per_device, *bucket(*(max(image.shape[i] for image in images) for i in (0, 1))))
     views = [views_of(image.shape[0], image.shape[1], protocol) for image in images]
-    canvases = [_canvas(of_images, shape, protocol) for of_images in zip(*views, strict=True)]
+    shares = divide([count_windows(of_image) for of_image in views], devices)
+    used = {image: i * per_device + j for i, share in enumerate(shares) for j, image in enumerate(share)}
+    rows = [used[image] for image in range(len(images))]
+    rows += [row for row in range(shape[0]) if row not in used.values()]
+    canvases = [_canvas(of_images, rows, shape, protocol) for of_images in zip(*views, strict=True)]
     areas = [canvas.size[0] * canvas.size[1] for canvas in canvases]
     held = len(areas) if sum(areas) <= shape[1] * shape[2] + max(areas) else 1
-    return Plan(shape, canvases, _batches(images, views, protocol, devices, per_device), held)
+    return Plan(shape, np.array(rows, np.int32), canvases, _batches(images, views, protocol, shares, max_windows), held)
+
+
+def divide(windows: Sequence[WindowCounts], devices: int) -> list[list[int]]:
+    """Divides images among the devices: the one with the most windows first, each to the device with the fewest so far.
+
+    Returns:
+      The indices of each device's images. No device has more than ceil(images / devices), rounded up to a power of two.
+    """
+    totals, room = [counts.total() for counts in windows], power_of_two(ceil_div(len(windows), devices))
+    shares, loads = [list[int]() for _ in range(devices)], [0] * devices
+    for image in sorted(range(len(totals)), key=lambda image: -totals[image]):
+        device = min((i for i in range(devices) if len(shares[i]) < room), key=lambda i: loads[i])
+        shares[device].append(image)
+        loads[device] += totals[image]
+    return [sorted(share) for share in shares]
+
+
+def schedule(
+    windows: Sequence[WindowCounts], shares: Sequence[Sequence[int]], max_windows: MaxWindows
+) -> Iterator[tuple[tuple[int, int], int, int]]:
+    """Yields, for each window size: the size, the number of windows per device and forward pass, and the number of passes."""
+    for size in dict.fromkeys(itertools.chain(*windows)):
+        most = max(sum(windows[i][size] for i in share) for share in shares)  # windows on one device
+        n = min(max_windows(size), power_of_two(most))
+        yield size, n, ceil_div(most, n)
 
 
 def views_of(height: int, width: int, protocol: Protocol) -> list[View]:
@@ -116,15 +148,15 @@ def window_starts(size: int, window: int, stride: int = 0) -> list[int]:
     return [min(start, size - window) for start in range(0, size - window + stride, stride)]
 
 
-def _canvas(views: Sequence[View], shape: tuple[int, int, int], protocol: Protocol) -> Canvas:
+def _canvas(views: Sequence[View], rows: Sequence[int], shape: tuple[int, int, int], protocol: Protocol) -> Canvas:
     axes = list(zip(*views, strict=True))  # all rows, all columns
     largest = _round_up(*(max(axis.canvas for axis in of_images) for of_images in axes))
-    size = tuple(map(max, largest, *(_frame(view.window, protocol) for view in views)))
-    rows, columns = (
-        _stack([canvas_to_image(axis, protocol) for axis in of_images], shape[0], size)
+    size = tuple(map(max, largest, *(frame_size(view.window, protocol) for view in views)))
+    to_rows, to_columns = (
+        _stack([canvas_to_image(axis, protocol) for axis in of_images], rows, size)
         for of_images, size in zip(axes, shape[1:], strict=True)
     )
-    return Canvas(size, sum(view.num_windows for view in views), (rows, columns))
+    return Canvas(size, sum(view.num_windows for view in views), (to_rows, to_columns))
 
 
 def canvas_to_image(axis: Axis, protocol: Protocol) -> ResamplingWeights:
@@ -137,28 +169,30 @@ def canvas_to_image(axis: Axis, protocol: Protocol) -> ResamplingWeights:
     return ResamplingWeights(indices, weight / num_covering[indices])
 
 
-def _stack(weights: Sequence[ResamplingWeights], count: int, size: int) -> ResamplingWeights:
-    """Stacks weights [n, T] of different n and T into [count, size, T], padded with 0; T is rounded up to a power of two."""
-    shape = (count, size, power_of_two(max(one.indices.shape[1] for one in weights)))
+def _stack(weights: Sequence[ResamplingWeights], rows: Sequence[int], size: int) -> ResamplingWeights:
+    """Stacks weights [n, T] of different n and T into [M, size, T], padded with 0; T is rounded up to a power of two."""
+    shape = (len(rows), size, power_of_two(max(one.indices.shape[1] for one in weights)))
     stacked = ResamplingWeights(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
-    for i, one in enumerate(weights):
+    for row, one in zip(rows, weights, strict=False):
         for target, source in zip(stacked, one, strict=True):
-            target[i, : source.shape[0], : source.shape[1]] = source
+            target[row, : source.shape[0], : source.shape[1]] = source
     return stacked
 
 
 def _batches(
-    images: Sequence[np.ndarray], views: list[list[View]], protocol: Protocol, devices: int, per_device: int
+    images: Sequence[np.ndarray],
+    views: list[list[View]],
+    protocol: Protocol,
+    shares: Sequence[Sequence[int]],
+    max_windows: MaxWindows,
 ) -> Iterator[Batch]:
-    """Divides all windows among the devices, in batches of one window size."""
-    shares = [slice(i * per_device, (i + 1) * per_device) for i in range(devices)]
-    for size in dict.fromkeys(view.window for of_images in zip(*views, strict=True) for view in of_images):
-        most = max(count_windows(itertools.chain(*views[share]))[size] for share in shares)  # windows on one device
-        n = min(ceil_div(protocol.settings.batch_size, devices), power_of_two(most))
-        frame = _frame(size, protocol)
-        queues = [_windows(images[share], views[share], size, protocol) for share in shares]
-        for _ in range(ceil_div(most, n)):
-            yield _batch([list(itertools.islice(queue, n)) for queue in queues], n, size, frame)
+    """Makes batches of one window size; each device gets windows of its own images."""
+    sizes = list(dict.fromkeys(view.window for of_images in zip(*views, strict=True) for view in of_images))  # by view
+    passes_by_size = schedule([count_windows(of_image) for of_image in views], shares, max_windows)
+    for size, n, passes in sorted(passes_by_size, key=lambda item: sizes.index(item[0])):
+        queues = [_windows([images[i] for i in share], [views[i] for i in share], size, protocol) for share in shares]
+        for _ in range(passes):
+            yield _batch([list(itertools.islice(queue, n)) for queue in queues], n, size, frame_size(size, protocol))
 
 
 def _windows(
@@ -187,9 +221,9 @@ def image_to_canvas(image: np.ndarray, view: View, protocol: Protocol) -> np.nda
     return canvas
 
 
-def count_windows(views: Iterable[View]) -> collections.Counter[tuple[int, int]]:
+def count_windows(views: Iterable[View]) -> WindowCounts:
     """Counts windows by their size."""
-    counts: collections.Counter[tuple[int, int]] = collections.Counter()
+    counts: WindowCounts = collections.Counter()
     for view in views:
         counts[view.window] += view.num_windows
     return counts
@@ -210,7 +244,7 @@ def _batch(by_device: list[list[Window]], n: int, size: tuple[int, int], frame: 
     return Batch(size, pixels, positions, parts)
 
 
-def _frame(window: tuple[int, int], protocol: Protocol) -> tuple[int, int]:
+def frame_size(window: tuple[int, int], protocol: Protocol) -> tuple[int, int]:
     """Returns the size of a window's frame: the window's size, which is rounded up in whole-image inference."""
     return _round_up(*window) if protocol.settings.inference == "whole" else window
 

@@ -17,13 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 from PIL import Image, PngImagePlugin
 
 from pspnet_jax import files, image_files
 from pspnet_jax.datasets import IGNORE, DatasetInfo
 from pspnet_jax.errors import UserError
-from pspnet_jax.infer import memory, submission
+from pspnet_jax.infer import submission
 from pspnet_jax.infer.draw import overlay, palette_image, save
 from pspnet_jax.infer.predictor import Example, Predictor
 from pspnet_jax.lock import locked
@@ -82,9 +81,9 @@ def predict(
         began, variables = time.perf_counter(), predictor.place(variables)
         with ThreadPoolExecutor(THREADS) as pool, progress("predicting", len(todo)) as advance:
             io = _FileIO(pool, advance)
-            for group in predictor.groups(io.read(todo, predictor.check, sign)):
+            for group in predictor.groups(variables, io.read(todo, predictor.check, sign)):
                 for example, labels, i in _predict_group(group, predictor, variables, io.fail):
-                    fetch_label = functools.partial(_fetch_label, labels, i, example["image"], predictor.settings)
+                    fetch_label = functools.partial(_fetch_label, labels, i, example["image"], predictor)
                     io.write(example["name"], _write, results[example["name"]], example, fetch_label, info, server)
                 if io.stopped_by:
                     break
@@ -105,7 +104,7 @@ def _predict_group(
     """Returns (example, labels uint8[M, S, T] of the group, its index in them) for each example; passes errors to `fail`."""
     images = [example["image"] for example in group]
     try:
-        with memory.explain_out_of_memory(images, predictor.settings):
+        with predictor.explain_out_of_memory(images):
             labels = predictor.labels(variables, images)
     except UserError as error:
         if len(group) > 1:  # a single image may be the cause
@@ -233,9 +232,9 @@ def _is_done(results: Sequence[epath.Path], signature: str) -> bool:
         return False
 
 
-def _fetch_label(labels: jax.Array, i: int, image: np.ndarray, settings: ConfigDict) -> np.ndarray:
+def _fetch_label(labels: jax.Array, i: int, image: np.ndarray, predictor: Predictor) -> np.ndarray:
     """Waits for the devices, and returns the i-th image's label uint8[H, W]."""
-    with memory.explain_out_of_memory([image], settings):
+    with predictor.explain_out_of_memory([image]):
         label = np.asarray(labels)[i, : image.shape[0], : image.shape[1]]
     if (label == IGNORE).any():
         raise UserError("the network's scores are not finite (NaN), so there is no most probable class")

@@ -9,56 +9,61 @@ The path of an image:
       |  plan.batches          cut into windows; a batch may hold several views and images
     windows                  f32[N, y, x, 3]
     ..........................................................................................................
-      |  _prepare              normalized (and flipped, if each window goes through the network twice)
-      |  network                                                                                 on the devices: here
+      |  prepare               normalized (and flipped, if each window goes through the network twice)
+      |  network                                                                              on the devices: steps.py
     logits                   [N, y, x, K], and those of the flipped windows
       |  protocol.combine_flip
-      |  _accumulate_windows   added at the windows' positions on the canvas
+      |  accumulate_windows    added at the windows' positions on the canvas
     sums                     f32[M, h, w, K], one for each view; M images share the devices
       |  canvas.to_image       resampled to the image's size, divided by the number of windows over each pixel
       |  protocol.finalize_scores
-      |  _accumulate_view, _most_probable
+      |  accumulate_view, most_probable
     labels                   uint8[M, H, W]
 
-`Predictor.groups` groups images, and `Predictor.labels` runs all of the above. protocols.py, based on resample.py, defines what
-depends on the protocol; plan.py computes what depends on the image sizes. The network is compiled once, for one batch of
-windows, whatever the images, scales or weights (in whole-image inference, once for each image size and scale). The other steps
-are compiled a few times for each bucket of sizes.
+`Predictor.groups` groups images (groups.py), and `Predictor.labels` runs all of the above. protocols.py, based on resample.py,
+defines what depends on the protocol; plan.py computes what depends on the image sizes. The network is compiled once, for one
+batch of windows, whatever the images, scales or weights (in whole-image inference, once for each image size and scale). The
+other steps are compiled a few times for each bucket of sizes.
 """
 
 import functools
-import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
+from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
-from pspnet_jax import models, parallel, programs
-from pspnet_jax.datasets import IGNORE
+from pspnet_jax import parallel, programs
 from pspnet_jax.errors import UserError
-from pspnet_jax.infer import memory
-from pspnet_jax.infer.plan import STRIP, Batch, Plan, ToImage, ceil_div, count_windows, plan_images, power_of_two, views_of
-from pspnet_jax.infer.protocols import PROTOCOLS, Protocol
-from pspnet_jax.infer.resample import ResamplingWeights, resample
+from pspnet_jax.infer import memory, steps
+from pspnet_jax.infer.groups import Example, form_groups
+from pspnet_jax.infer.plan import Batch, Plan, WindowCounts, ceil_div, count_windows, frame_size, plan_images, views_of
+from pspnet_jax.infer.protocols import PROTOCOLS
+from pspnet_jax.infer.steps import ViewSums
 
 logger = logging.getLogger(__name__)
 MAX_NETWORKS = 16  # compiled networks to keep, one per window size, least recently used dropped first
-Example = dict[str, Any]  # image uint8[H, W, 3] and any other fields of its source
-ViewSums = tuple[jax.Array, ToImage]  # sums over windows on the canvas, and the weights that resample them to the image
 
 
 class Predictor:
     """Runs a network on whole images, whose sizes may differ.
 
     Images are divided among the devices. Each device passes the windows of its images through the network, at most
-    ceil(eval.batch_size / devices) at a time. Each window size has its own batches and its own compiled network. All windows
-    have the size eval.crop, except with eval.inference="whole" and, in protocol "mmseg", in images smaller than the crop.
-    Scores and their sums are float32, whatever dtype the network computes in.
+    ceil(eval.batch_size / devices) at a time; 0 stands for the value from `memory.choose_batch_size`. Each window size has
+    its own batches and its own compiled network. All windows have the size eval.crop, except with eval.inference="whole" and,
+    in protocol "mmseg", in images smaller than the crop. Scores and their sums are float32, whatever dtype the network computes
+    in.
+
+    Attributes:
+      windows: number of windows that went through the network so far.
+      slots: number of windows for which there was room in these forward passes, on all devices of this process.
     """
 
     def __init__(
@@ -80,14 +85,17 @@ class Predictor:
         self._mesh = parallel.make_mesh(devices or jax.local_devices())
         self._sharding = parallel.batch_sharding(self._mesh)
         self._num_classes = num_classes
+        self._batch_size, self._bytes_per_pixel = config.eval.batch_size, 0.0  # until they are chosen and measured
+        self.windows = self.slots = 0
         self._protocol = protocol = PROTOCOLS[config.eval.protocol](config)
         options = programs.options(config.model.dtype, self._mesh)
         compile_network = functools.partial(_compile_network, apply, num_classes, self._sharding, options)
         self._network = functools.lru_cache(MAX_NETWORKS)(compile_network)  # by window size
-        self._prepare = self._on_each_device(_prepare, config.normalize, config.eval.flip and not protocol.flips_views)
-        self._accumulate_windows = self._on_each_device(_accumulate_windows, protocol, donate_argnums=0)
-        self._accumulate_view = self._on_each_device(_accumulate_view, protocol, donate_argnums=0)
-        self._most_probable = self._on_each_device(_most_probable, protocol)
+        self._reorder = jax.jit(lambda array, rows: array[rows], out_shardings=self._sharding)
+        self._prepare = self._on_each_device(steps.prepare, config.normalize, config.eval.flip and not protocol.flips_views)
+        self._accumulate_windows = self._on_each_device(steps.accumulate_windows, protocol, donate_argnums=0)
+        self._accumulate_view = self._on_each_device(steps.accumulate_view, protocol, donate_argnums=0)
+        self._most_probable = self._on_each_device(steps.most_probable, protocol)
 
     def _on_each_device(self, function: Callable, *static: Any, **jit_options: Any) -> Callable:
         """Compiles a function to run on each device's shard of arrays that are sharded along their leading axis."""
@@ -115,17 +123,17 @@ class Predictor:
         return jax.device_put(local, parallel.replicated(self._mesh))
 
     def stream(self, variables: Any, examples: Iterable[Example]) -> Iterator[tuple[list[Example], jax.Array]]:
-        """Yields the examples in order, in `groups`, each group with the `labels` of its images."""
-        for group in self.groups(examples):
+        """Yields all examples in `groups`, each group with the `labels` of its images."""
+        for group in self.groups(variables, examples):
             images = [example["image"] for example in group]
-            with memory.explain_out_of_memory(images, self.settings):
+            with self.explain_out_of_memory(images):
                 labels = self.labels(variables, images)
             yield group, labels
 
-    def groups(self, examples: Iterable[Example]) -> Iterator[list[Example]]:
-        """Yields the examples in order, in groups that have the same window sizes and fill the network's batch."""
+    def groups(self, variables: Any, examples: Iterable[Example]) -> Iterator[list[Example]]:
+        """Yields the examples, on one device in order, in groups for `labels`, see `form_groups`."""
 
-        def windows(example: Example) -> Mapping[tuple[int, int], int]:
+        def windows(example: Example) -> WindowCounts:
             try:
                 self.check(example["image"])
             except UserError as error:
@@ -133,11 +141,15 @@ class Predictor:
             height, width, _ = example["image"].shape
             return count_windows(views_of(height, width, self._protocol))
 
-        for _, run in itertools.groupby(examples, lambda example: windows(example).keys()):
-            same_windows = iter(run)
-            for first in same_windows:
-                per_device = ceil_div(self.settings.batch_size, self._mesh.size * max(windows(first).values()))
-                yield [first, *itertools.islice(same_windows, self._mesh.size * power_of_two(per_device) - 1)]
+        def room(example: Example) -> int:
+            height, width, _ = example["image"].shape
+            return memory.room_for_images(height, width, self._protocol, self._num_classes, self._devices)
+
+        return form_groups(examples, windows, room, functools.partial(self._max_windows, variables), self._mesh.size)
+
+    def explain_out_of_memory(self, images: Sequence[np.ndarray]) -> AbstractContextManager[None]:
+        """Turns an out-of-memory error into a UserError that names the images' sizes and the settings to lower."""
+        return memory.explain_out_of_memory(images, self.settings, self._batch_size)
 
     def labels(self, variables: Any, images: Sequence[np.ndarray]) -> jax.Array:
         """Predicts the most probable class of every pixel.
@@ -153,22 +165,22 @@ class Predictor:
         Raises:
           UserError: see `check`; or the network does not return logits [N, H, W, K].
         """
-        plan = self._plan(images)
-        return self._most_probable(*self._add_views(variables, plan, plan.held))
+        plan = self._plan(variables, images)
+        return self._in_order(self._most_probable(*self._add_views(variables, plan, plan.held)), plan)
 
     def probabilities(self, variables: Any, images: Sequence[np.ndarray]) -> jax.Array:
         """Returns probabilities f32[M, S, T, K]; otherwise like `labels`."""
-        plan = self._plan(images)
+        plan = self._plan(variables, images)
         total, _ = self._add_views(variables, plan, held=0)
         assert total is not None
-        return total / len(plan.canvases)
+        return self._in_order(total / len(plan.canvases), plan)
 
     def check(self, image: np.ndarray) -> None:
         """Raises a UserError if an image is not uint8[H, W, 3] or needs more memory than there is."""
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise UserError(f"an image is {image.dtype}{list(image.shape)}: expected uint8[height, width, 3] (RGB)")
         height, width, _ = image.shape
-        memory.check(height, width, self._protocol, self._num_classes, list(self._mesh.devices.flat))
+        memory.check(height, width, self._protocol, self._num_classes, self._devices)
 
     def log_compilations(self, sizes: Iterable[tuple[int, int]]) -> None:
         """Logs for how many window sizes the network is compiled, given the images' heights and widths."""
@@ -177,10 +189,43 @@ class Predictor:
         if known:
             logger.info(f"the network is compiled for {len(windows)} window sizes, from {len(known)} image sizes")
 
-    def _plan(self, images: Sequence[np.ndarray]) -> Plan:
+    @property
+    def _devices(self) -> list[jax.Device]:
+        return list(self._mesh.devices.flat)
+
+    def _plan(self, variables: Any, images: Sequence[np.ndarray]) -> Plan:
         for image in images:
             self.check(image)
-        return plan_images(images, self._protocol, self._mesh.size)
+        max_windows = functools.partial(self._max_windows, variables)
+        return plan_images(images, self._protocol, self._mesh.size, max_windows)
+
+    def _max_windows(self, variables: Any, window: tuple[int, int]) -> int:
+        """Returns the maximum number of windows of a size per device and forward pass."""
+        if not self.settings.batch_size:
+            measure = functools.partial(self._measure, variables, window)
+            self._batch_size = memory.choose_batch_size(window, self._devices, measure)
+        return ceil_div(self._batch_size, self._mesh.size)
+
+    def _measure(self, variables: Any, window: tuple[int, int]) -> float:
+        """Returns the memory that a device needs per pixel of a window, in bytes; compiles the network for one window, once."""
+        if not self._bytes_per_pixel:
+            shape = (self._mesh.size, *frame_size(window, self._protocol), 3)
+            frames = jax.ShapeDtypeStruct(shape, np.float32, sharding=self._sharding)
+            stats = self._network(window).lower(variables, frames, 0).compile().memory_analysis()
+            passes = 2 if self.settings.flip and not self._protocol.flips_views else 1
+            pixels = 4 * 3 * (1 + passes) * math.prod(window)  # windows as they come, normalized and flipped
+            needed = stats.temp_size_in_bytes + passes * stats.output_size_in_bytes + pixels if stats else math.inf
+            self._bytes_per_pixel = needed / math.prod(window)
+            logger.info(
+                "eval.batch_size=0: chosen from the memory of a device, of which a window of %dx%d needs %.2f GiB",
+                *window,
+                needed / 2**30,
+            )
+        return self._bytes_per_pixel
+
+    def _in_order(self, array: jax.Array, plan: Plan) -> jax.Array:
+        """Returns an array [M, ...] in the order of the images."""
+        return array if (np.diff(plan.rows) == 1).all() else self._reorder(array, plan.rows)
 
     def _add_views(self, variables: Any, plan: Plan, held: int) -> tuple[jax.Array | None, list[ViewSums]]:
         """Returns the sum of all but the last `held` views at the images' size, f32[M, H, W, K], and those last views."""
@@ -213,6 +258,8 @@ class Predictor:
 
     def _logits(self, variables: Any, batch: Batch) -> list[jax.Array]:
         """Returns the logits [N, y, x, K] of the windows in their frames and, with flip, of the flipped frames."""
+        self.windows += sum(int(np.diff(bounds).sum()) for _, bounds in batch.parts)
+        self.slots += len(batch.pixels)
         network = self._network(batch.window)
         columns = 0, batch.pixels.shape[2] - batch.window[1]  # where the windows start in the frames and the flipped frames
         frames = self._prepare(jax.device_put(batch.pixels, self._sharding))
@@ -224,7 +271,7 @@ class Predictor:
 
 def _compile_network(
     apply: Callable, num_classes: int, sharding: jax.NamedSharding, options: Any, window: tuple[int, int]
-) -> Callable:
+) -> Wrapped:
     """Returns (variables, frames f32[N, y, x, 3], column) -> logits [N, y, x, K] of the windows that start at that column."""
 
     def network(variables: Any, frames: jax.Array, column: jax.Array) -> jax.Array:
@@ -242,69 +289,3 @@ def _compile_network(
         return jax.lax.dynamic_update_slice(zeros, logits, (0, 0, column, 0))
 
     return jax.jit(network, out_shardings=sharding, compiler_options=options)
-
-
-def _prepare(statistics: ConfigDict, flip: bool, windows: jax.Array) -> list[jax.Array]:
-    """Normalizes windows f32[n, h, w, 3]; with `flip`, adds a second batch of flipped windows."""
-    normalized = models.normalize(windows, statistics)
-    return [normalized, normalized[:, :, ::-1]] if flip else [normalized]
-
-
-def _accumulate_windows(
-    protocol: Protocol, sums: jax.Array, logits: list[jax.Array], positions: jax.Array, bounds: jax.Array
-) -> jax.Array:
-    """Adds the scores of one view's windows to its sums, where they were cut out; in strips, to save memory."""
-    _, height, width, num_classes = logits[0].shape
-    shape = (1, min(STRIP, height), width, num_classes)
-    strips = ceil_div(height, shape[1])
-
-    def add(i: jax.Array, sums: jax.Array) -> jax.Array:
-        window, strip = jnp.divmod(i, strips)
-        first = jnp.minimum(strip * shape[1], height - shape[1])
-        slices = [jax.lax.dynamic_slice(x, (window, first, 0, 0), shape).astype(sums.dtype) for x in logits]
-        new = protocol.combine_flip(*slices)
-        fresh = first + jnp.arange(shape[1]) >= strip * shape[1]  # the last strip may overlap the one before
-        image, top, left = positions[window]
-        corner = (image, top + first, left, 0)
-        new = jax.lax.dynamic_slice(sums, corner, shape) + jnp.where(fresh[:, None, None], new, 0)
-        return jax.lax.dynamic_update_slice(sums, new, corner)
-
-    return jax.lax.fori_loop(bounds[0, 0] * strips, bounds[0, 1] * strips, add, sums)
-
-
-def _accumulate_view(protocol: Protocol, total: jax.Array, sums: jax.Array, to_image: ToImage) -> jax.Array:
-    """Adds a view's scores at the images' size to the total f32[m, H, W, K]; in strips, to save memory."""
-    strips = total.reshape(-1, STRIP, *total.shape[2:])
-
-    def add(i: jax.Array, strips: jax.Array) -> jax.Array:
-        scores = strips[i] + protocol.finalize_scores(_strip(sums, to_image, i))
-        return jax.lax.dynamic_update_index_in_dim(strips, scores, i, 0)
-
-    return jax.lax.fori_loop(0, len(strips), add, strips).reshape(total.shape)
-
-
-def _most_probable(protocol: Protocol, total: jax.Array | None, views: list[ViewSums]) -> jax.Array:
-    """Returns the labels uint8[m, H, W] from the total, if any, plus the views not in it; in strips, to save memory."""
-    rows, columns = views[0][1]
-    (count, height, _), width = rows.indices.shape, columns.indices.shape[1]
-    strips = jnp.zeros((0,)) if total is None else total.reshape(-1, STRIP, width, total.shape[-1])
-
-    def labels(i: jax.Array) -> jax.Array:
-        scores = [] if total is None else [strips[i]]
-        scores += [protocol.finalize_scores(_strip(sums, to_image, i)) for sums, to_image in views]
-        return jnp.argmax(sum(scores), -1).astype(jnp.uint8)
-
-    found = jax.lax.map(labels, jnp.arange(count * height // STRIP)).reshape(count, height, width)
-    accumulated = [*([] if total is None else [total]), *(sums for sums, _ in views)]
-    finite = jnp.all(jnp.array([(x < jnp.inf).all((1, 2, 3)) for x in accumulated]), 0)  # argmax returns a class even for NaN
-    return jnp.where(finite[:, None, None], found, IGNORE).astype(jnp.uint8)
-
-
-def _strip(sums: jax.Array, to_image: ToImage, i: jax.Array) -> jax.Array:
-    """Resamples sums to the i-th strip of the images: f32[m, h, w, K] -> f32[STRIP, W, K]."""
-    rows, columns = to_image
-    image, first = jnp.divmod(i * STRIP, rows.indices.shape[1])
-    indices, weight = (jax.lax.dynamic_slice(x, (image, first, 0), (1, STRIP, x.shape[-1]))[0] for x in rows)
-    offset = image * sums.shape[1]  # gathering from the whole array avoids a copy of the image's sums
-    strip = resample(sums.reshape(-1, *sums.shape[2:]), ResamplingWeights(indices + offset, weight), 0)
-    return resample(strip, ResamplingWeights(*(x[image] for x in columns)), 1)

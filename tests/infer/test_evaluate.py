@@ -28,7 +28,7 @@ def predictor(devices=1, network=lambda w, x: x @ w, **fields):
     config = base_config()
     config.eval.update({"base_size": 0, "crop": (33, 33), "batch_size": 2, "flip": False} | fields)
     config.normalize.update(mean=(0.0, 0.0, 0.0), std=(255.0, 255.0, 255.0))
-    return Predictor(network, config, INFO.num_classes, jax.local_devices()[:devices])
+    return Predictor(network, config, INFO.num_classes, jax.local_devices()[0].client.local_devices()[:devices])
 
 
 def examples(*sizes):
@@ -62,6 +62,8 @@ def test_every_pixel_of_every_image_counts_once(devices, inference):
     np.testing.assert_array_equal(report.metrics.accuracy[:3], np.diag(matrix)[:3] / matrix.sum(1)[:3])
     assert report.metrics.pixel_accuracy == np.trace(matrix) / matrix.sum()
     assert np.isnan(report.metrics.iou[3])
+    used = {("windows", 1): 1, ("windows", 4): 20 / (16 + 16), ("whole", 1): 1, ("whole", 4): 5 / (4 + 4)}  # 4 windows each
+    assert report.slots_used == used[inference, devices]
 
 
 def test_the_wrong_number_of_examples_is_an_error():
@@ -100,11 +102,13 @@ def test_the_report_as_text_and_as_json(tmp_path):
     assert score == "mIoU 25.00% over 2 of 4 classes  mean accuracy 50.00% over 1 of 4 classes  pixel accuracy 50.00%"
     assert lines[-1].strip() == "mIoU over 2 of 4 classes"
     assert protocol.startswith("1 images of val, windows 33x33, own size, scales 1.0, 1.5, flip on, protocol semseg; ")
+    assert protocol.endswith(", 83.3% of window slots used")  # two windows at scale 1, three at 1.5
     saved = json.loads(report.save(tmp_path / "evaluation", {"step": 7}).read_text())
     assert saved["mean_iou"] == 0.25
     assert (saved["classes_in_mean_iou"], saved["classes_in_mean_accuracy"], saved["step"]) == (2, 1, 7)
     assert saved["classes"][1] == {"name": "green", "iou": 0.0, "accuracy": None, "pixels": 0}
     assert saved["scales"] == [1.0, 1.5]
+    assert saved["slots_used"] == 5 / 6
     assert saved["flip"] is True
     assert saved["dataset"] == "colors"
     assert list(pictures) == ["street/one"]
@@ -204,12 +208,15 @@ weights = jax.device_put(STRONGEST, jax.NamedSharding(jax.make_mesh((2,), ("all"
 share = list(examples(*SIZES))[jax.process_index()::2]
 report, _ = evaluate.evaluate(predictor(), weights, share, INFO, len(SIZES), "val")
 large, _ = evaluate._sum_over_processes(np.full((2, 2), 2**40 + 1), 0)
-print(report.images, *report.pixels, *large.ravel())
+print(report.images, *report.pixels, *large.ravel(), report.slots_used)
 """
 
 
 def test_two_processes_report_the_whole_split():
-    """One process has three images, the other two; counts beyond 32 bits are summed exactly."""
+    """One process has three images, the other two; counts beyond 32 bits are summed exactly.
+
+    Of the slots, 12 and 8 hold a window. The second process waits while the first uses the last 4.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -220,4 +227,4 @@ def test_two_processes_report_the_whole_split():
     ]
     outputs = [process.communicate(timeout=120)[0].splitlines()[-1].split() for process in processes]
     pixels = expected_matrix(examples(*SIZES)).sum(1)
-    assert outputs == [[str(value) for value in (5, *pixels, *[2**41 + 2] * 4)]] * 2
+    assert outputs == [[str(value) for value in (5, *pixels, *[2**41 + 2] * 4, 20 / (2 * 12))]] * 2

@@ -61,6 +61,53 @@ def test_a_device_with_its_own_memory(monkeypatch):
         memory.check(100, 80, protocol(), 4, jax.devices()[:1])
 
 
+def test_the_default_batch_size_by_hand(monkeypatch):
+    """Half of 8 MiB at 1 KiB per pixel is 4096 pixels per device: two windows of 40x50, or one that is larger than that."""
+    devices = jax.devices()[:3]
+    monkeypatch.setattr(memory, "_device_limit", lambda device: 8 * 2**20)
+    assert memory.choose_batch_size((40, 50), devices, lambda: 1024.0) == 3 * 2
+    assert memory.choose_batch_size((80, 80), devices, lambda: 1024.0) == 3 * 1
+    monkeypatch.setattr(memory, "_device_limit", lambda device: 2**50)  # more pixels than are of any use
+    assert memory.choose_batch_size((473, 473), devices, lambda: 1024.0) == 3 * 8
+    assert memory.choose_batch_size((713, 713), devices, lambda: 1024.0) == 3 * 4
+
+
+def test_without_a_known_limit_the_default_is_four_windows_on_all_cpus_or_on_each_other_device():
+    def never():
+        raise AssertionError
+
+    class Other:
+        platform = "other"
+
+        def memory_stats(self):
+            return None
+
+    assert memory.choose_batch_size((473, 473), jax.devices()[:2], never) == 4
+    assert memory.choose_batch_size((473, 473), [Other(), Other()], never) == 8
+
+
+def test_room_for_images_by_hand(monkeypatch):
+    """Scores of 100x80 pixels and of the canvas of 200x160, with 4 classes: 500 KiB or 640,000 bytes per image."""
+    one = 4 * 4 * min(200 * 160, 100 * 80 + 200 * 160)
+    for images, expected in ((0.5, 1), (3.99, 2), (4, 4)):
+        monkeypatch.setattr(memory, "_device_limit", lambda device, images=images: 4 * images * one)
+        assert memory.room_for_images(100, 80, protocol(scales=(2.0,)), 4, jax.devices()[:1]) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "used", "advice"),
+    [
+        (3, 3, r"lower one of eval\.batch_size=3, eval\.scales="),
+        (0, 32, r"lower one of eval\.batch_size=32 \(chosen because it is 0\), eval\.scales="),
+        (0, 0, r"lower one of eval\.scales="),  # memory ran out before it was chosen
+    ],
+)
+def test_the_advice_names_the_batch_size_that_was_used(given, used, advice):
+    settings = protocol(batch_size=given).settings
+    with pytest.raises(UserError, match=advice), memory.explain_out_of_memory([], settings, used):
+        raise MemoryError
+
+
 def test_usual_settings_fit():
     """The paper's settings for Cityscapes at six scales."""
     six = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
@@ -70,8 +117,8 @@ def test_usual_settings_fit():
 
 def test_other_errors_pass_through():
     settings = protocol().settings
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory.explain_out_of_memory([], settings):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory.explain_out_of_memory([], settings, 3):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
     images = [np.zeros((2, 3, 3))]
-    with pytest.raises(UserError, match="memory ran out"), memory.explain_out_of_memory(images, settings):
+    with pytest.raises(UserError, match="memory ran out"), memory.explain_out_of_memory(images, settings, 3):
         raise MemoryError("Unable to allocate 3 GiB")

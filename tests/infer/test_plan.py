@@ -15,9 +15,14 @@ SIX = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 def make(**fields):
     """Returns a protocol with these settings."""
     config = base_config()
-    config.eval.update({"crop": (473, 473), "base_size": 512, "scales": SIX, "batch_size": 8, "flip": True} | fields)
+    config.eval.update({"crop": (473, 473), "base_size": 512, "scales": SIX, "flip": True} | fields)
     config.normalize.mean = (1.5, 2.5, 3.25)
     return PROTOCOLS[config.eval.protocol](config)
+
+
+def plan_on(images, protocol, devices=1, windows=8):
+    """Returns a plan with at most `windows` windows per device and forward pass."""
+    return plan_images(images, protocol, devices, lambda size: windows)
 
 
 def blank(height, width):
@@ -89,11 +94,11 @@ def test_a_flipped_view_by_hand():
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_each_window_is_in_one_batch(protocol):
     """Four images with 4 or 8 views each, on two devices."""
-    protocol = make(protocol=protocol, crop=(40, 40), base_size=64, scales=(0.5, 1.0, 2.0, 0.25), batch_size=6)
+    protocol = make(protocol=protocol, crop=(40, 40), base_size=64, scales=(0.5, 1.0, 2.0, 0.25))
     sizes = [(48, 64), (64, 40), (50, 50), (20, 64)]
     images = [np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8) for i, size in enumerate(sizes)]
-    plan = plan_images(images, protocol, devices=2)
-    found = []
+    plan = plan_on(images, protocol, devices=2, windows=3)
+    image_at, found = dict(zip(plan.rows, range(4), strict=True)), []
     for batch in plan.batches:
         pixels, positions = (x.reshape(2, -1, *x.shape[1:]) for x in (batch.pixels, batch.positions))
         assert positions.shape[1] <= 3
@@ -101,7 +106,7 @@ def test_each_window_is_in_one_batch(protocol):
             for device in range(2):
                 for i in range(*bounds[device]):
                     slot, y, x = positions[device, i]
-                    found.append((view, 2 * device + slot, (y, x), pixels[device, i]))
+                    found.append((view, image_at[2 * device + slot], (y, x), pixels[device, i]))
     expected = [
         (v, i, (y, x), image_to_canvas(image, view, protocol)[y : y + view.window[0], x : x + view.window[1]])
         for i, image in enumerate(images)
@@ -117,17 +122,17 @@ def test_each_window_is_in_one_batch(protocol):
 
 def test_views_are_kept_or_added_up_whichever_takes_less_memory():
     """K numbers per pixel of six canvases, or of the image and one canvas."""
-    assert plan_images([blank(3000, 4000)], make(), 1).held == 6
-    assert plan_images([blank(384, 512)], make(), 1).held == 1  # the canvases are 8.7 times as large as the image
-    assert plan_images([blank(384, 512)], make(scales=(1.0,)), 1).held == 1  # the only view
-    assert plan_images([blank(1500, 2000)], make(protocol="mmseg", base_size=2048, short_size=512), 1).held == 1
+    assert plan_on([blank(3000, 4000)], make()).held == 6
+    assert plan_on([blank(384, 512)], make()).held == 1  # the canvases are 8.7 times as large as the image
+    assert plan_on([blank(384, 512)], make(scales=(1.0,))).held == 1  # the only view
+    assert plan_on([blank(1500, 2000)], make(protocol="mmseg", base_size=2048, short_size=512)).held == 1
 
 
 def test_a_dataset_of_many_sizes_has_few_compiled_shapes():
     """As in ADE20K: sides of 200 to 1024 pixels, scaled to long sides of 256, 512 and 896."""
     protocol, images, canvases, windows = make(scales=(0.5, 1.0, 1.75)), set(), set(), set()
     for height, width in itertools.product(range(200, 1025, 75), repeat=2):
-        plan = plan_images([blank(height, width)], protocol, devices=1)
+        plan = plan_on([blank(height, width)], protocol)
         images.add(plan.shape)
         canvases |= {canvas.size for canvas in plan.canvases}
         windows.add(next(plan.batches).pixels.shape)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pspnet_jax.config import base_config
-from pspnet_jax.infer import plan
+from pspnet_jax.infer import memory, plan
 from pspnet_jax.infer.predictor import Predictor
 from pspnet_jax.infer.protocols import PROTOCOLS
 from tests.infer import reference
@@ -132,7 +132,8 @@ def test_new_weights_and_most_new_sizes_compile_nothing():
     [
         ({}, [[0, 1], [2, 3, 4, 5]]),  # 2 x 3 windows of 11 x 9 per image, except the third, which has 2 x 2
         ({"inference": "whole"}, [[0, 1], [2], [3, 4], [5]]),  # one size at a time
-        ({"protocol": "mmseg", "flip": True}, [[0], [1], [2, 3], [4], [5]]),  # the last is smaller than the window
+        # 12 windows, with flip, except 8 in the third, which together fill 32 of 36; the last is smaller than the window
+        ({"protocol": "mmseg", "flip": True}, [[0], [1], [2, 3, 4], [5]]),
     ],
 )
 def test_stream_keeps_the_order_and_fills_the_batch(fields, groups):
@@ -149,6 +150,64 @@ def test_stream_keeps_the_order_and_fills_the_batch(fields, groups):
         for image, label in zip(group_images, cropped(labels, group_images), strict=True):
             strongest = ((image - normalize.mean) / normalize.std).argmax(-1)
             np.testing.assert_array_equal(label, strongest)
+
+
+def test_labels_do_not_depend_on_how_images_are_divided_among_devices():
+    """11 images with 2 to 12 windows each, on 1 and 8 devices; each is predicted as by itself."""
+    images = [picture(8 + 2 * i, 30, seed=i) for i in range(11)]
+    config = settings(protocol="semseg", base_size=0, batch_size=8)
+    one, eight = (Predictor(asymmetric, config, CLASSES, jax.devices()[:n]) for n in (1, 8))
+    together = eight.labels(ONE, images)
+    for image, label in zip(images, cropped(together, images), strict=True):
+        np.testing.assert_array_equal(label, cropped(one.labels(ONE, [image]), [image])[0])
+
+
+def test_windows_and_slots_are_counted():
+    """Two images with 6 windows and one with 4, on two devices, one window each per forward pass: 10 windows in 2 x 6 slots."""
+    predictor = Predictor(asymmetric, settings(base_size=0, batch_size=2, flip=False), CLASSES, jax.devices()[:2])
+    predictor.labels(ONE, [picture(16, 20), picture(15, 15)])
+    assert (predictor.windows, predictor.slots) == (10, 12)
+    predictor.labels(ONE, [picture(16, 20)])
+    assert (predictor.windows, predictor.slots) == (16, 24)
+
+
+def measuring(monkeypatch, limit, **fields):
+    """Returns a predictor on devices with this much memory, with eval.batch_size=0, and the shapes its network is traced at."""
+    monkeypatch.setattr(memory, "_device_limit", lambda device: limit)
+    traced = []
+
+    def network(factor, x):
+        traced.append(x.shape)
+        return asymmetric(factor, x)
+
+    fields = {"crop": (40, 40), "base_size": 0, "batch_size": 0} | fields
+    return Predictor(network, settings(**fields), CLASSES, jax.devices()[:2]), traced
+
+
+def test_the_default_batch_size_follows_from_the_memory_of_a_device(monkeypatch):
+    """It is the largest power of two of windows that fit into half of the memory; one is compiled to measure."""
+    predictor, traced = measuring(monkeypatch, 2**40)
+    needed = predictor._measure(ONE, (40, 40)) * 40 * 40
+    scores, pixels = 4 * 40 * 40 * CLASSES, 4 * 40 * 40 * 3
+    assert 2 * scores + 3 * pixels < needed < 50 * (2 * scores + 3 * pixels)  # with flip; the network's own memory is small
+    for windows, expected in ((0.5, 1), (1.99, 1), (3.99, 2), (4.01, 4)):
+        monkeypatch.setattr(memory, "_device_limit", lambda device, windows=windows: 2 * windows * needed)
+        assert predictor._max_windows(ONE, (40, 40)) == expected
+    predictor.labels(ONE, [picture(60, 60)] * 2)  # 4 windows each
+    assert traced == [(2, 40, 40, 3), (2 * 4, 40, 40, 3)]
+
+
+def test_whole_image_inference_measures_one_size_for_all(monkeypatch):
+    predictor, traced = measuring(monkeypatch, 2**40, inference="whole")
+    for height, width in ((40, 40), (50, 40), (50, 60)):
+        predictor.labels(ONE, [picture(height, width)] * 3)  # two on one device
+    assert traced == [(2, 40, 40, 3), (4, 40, 40, 3), (4, 50, 40, 3), (4, 50, 60, 3)]
+
+
+def test_an_explicit_batch_size_measures_nothing(monkeypatch):
+    predictor, traced = measuring(monkeypatch, 2**40, batch_size=6)
+    predictor.labels(ONE, [picture(90, 90), picture(90, 90)])
+    assert traced == [(6, 40, 40, 3)]
 
 
 def test_place_takes_weights_from_a_larger_mesh():
