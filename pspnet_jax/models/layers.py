@@ -163,8 +163,11 @@ def resize_matrix(size: int, new_size: int, align_corners: bool) -> np.ndarray:
 def apply_separable(x: jax.Array, rows: np.ndarray | jax.Array, columns: np.ndarray) -> jax.Array:
     """Applies one matrix along each axis, in float32: [N, H, W, C], [H', H], [W', W] -> f32[N, H', W', C]."""
     exact = jax.lax.Precision.HIGHEST  # TPUs and GPUs would round the weights to bfloat16 or TF32
-    x = jnp.einsum("yh,nhwc->nywc", rows, x.astype(jnp.float32), precision=exact)
-    return jnp.einsum("xw,nywc->nyxc", columns, x, precision=exact)
+    # As batches of matrix products, neither they nor their gradients need transposed copies of x on CPUs.
+    (n, height, width, channels), multiply = x.shape, functools.partial(jnp.matmul, precision=exact)
+    x = multiply(jnp.broadcast_to(rows, (n, *rows.shape)), x.astype(jnp.float32).reshape(n, height, -1))
+    x = x.reshape(n, len(rows), width, channels)
+    return multiply(jnp.broadcast_to(columns, (n, len(rows), *columns.shape)), x)
 
 
 def resize(x: jax.Array, height: int, width: int, align_corners: bool) -> jax.Array:
