@@ -1,9 +1,13 @@
 """Convolutions as matrix products, for CPUs: XLA computes these, and above all their gradients, faster than convolutions."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 WINOGRAD = 2**13  # product of the channels from which `winograd` is faster than a direct convolution, see benchmarks/model.md
+
+CHANNELS = 128  # input channels whose tiles `winograd` holds at a time
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -29,12 +33,46 @@ def winograd(x: jax.Array, kernel: jax.Array, dilation: int = 1) -> jax.Array:
     return y.reshape(n, rows * d, columns * d, -1)[:, :height, :width].astype(x.dtype)
 
 
+@jax.custom_vjp
 def _convolve_dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Adds up the convolutions of a few channels at a time, because the tiles are four times as large as x."""
+
+    def add(y: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        return y + _by_tiles(*part, 1, 2), None
+
+    return jax.lax.scan(add, jnp.zeros((*x.shape[:3], kernel.shape[3])), _parts(x, kernel))[0]
+
+
+def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
+    return _convolve_dense(x, kernel), (x, kernel)
+
+
+def _backward(inputs: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Transforms x again, along the axes in the other order: XLA would merge computations that are the same, and keep tiles."""
+
+    def of_part(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return jax.vjp(lambda x, kernel: _by_tiles(x, kernel.swapaxes(0, 1), 2, 1), *part)[1](gradient)
+
+    return jax.linear_transpose(_parts, *inputs)(jax.lax.map(of_part, _parts(*inputs)))
+
+
+_convolve_dense.defvjp(_forward, _backward)
+
+
+def _parts(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Splits the input channels: [N, H, W, C], [3, 3, C, O] -> [P, N, H, W, C / P], [P, 3, 3, C / P, O]."""
+    parts = x.shape[3] // CHANNELS if x.shape[3] % CHANNELS == 0 else 1
+    x = x.reshape(*x.shape[:3], parts, -1)
+    return jnp.moveaxis(x, 3, 0), jnp.moveaxis(kernel.reshape(3, 3, parts, -1, kernel.shape[3]), 2, 0)
+
+
+def _by_tiles(x: jax.Array, kernel: jax.Array, first: int, second: int) -> jax.Array:
+    """Transforms along axis `first` of x and the first one of the kernel, then along `second` and the second one."""
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     kernels = [_split_kernel(row) for row in _split_kernel(kernel)]
-    tiles = [_split(part, 2) for part in _split(x, 1)]
+    tiles = [_split(part, second) for part in _split(x, first)]
     products = [[matmul(tiles[a][b], kernels[a][b]) for b in range(4)] for a in range(4)]
-    return _join([_join(row, 2) for row in products], 1)
+    return _join([_join(row, second) for row in products], first)
 
 
 def _split_kernel(kernel: jax.Array) -> list[jax.Array]:

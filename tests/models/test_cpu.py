@@ -49,3 +49,16 @@ def test_only_large_convolutions_that_keep_the_size_use_it_and_only_on_cpus(chan
     for platform, expected in {"cpu": uses, "tpu": False, "cuda": False}.items():
         text = compute.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
         assert ("convolution" not in text) == expected, platform
+
+
+def test_winograd_adds_up_parts_of_the_channels(monkeypatch):
+    """Values and gradients are those of all channels at once."""
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, 6, 6, 8), (3, 3, 8, 4)))
+
+    def compute():
+        return jax.value_and_grad(lambda x, kernel: jnp.sum(jnp.sin(cpu.winograd(x, kernel))), (0, 1))(x, kernel)
+
+    together = compute()
+    monkeypatch.setattr(cpu, "CHANNELS", 2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), compute(), together)
