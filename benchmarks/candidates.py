@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from pspnet_jax import datasets, losses, models, optimizers, parallel, programs
-from pspnet_jax.models import layers
+from pspnet_jax.models import cpu
 from pspnet_jax.train.step import TrainState, make_init_state, make_train_step
 
 JOBS, DTYPES = ("inference", "train"), ("float32", "bfloat16")
@@ -42,12 +42,14 @@ class Candidate:
       wait: waits for a result.
       compile_seconds: time to trace, lower and compile; None if nothing is compiled ahead of time.
       program_bytes: memory that the compiled program allocates beyond its arguments; None if unknown.
+      program: the optimized HLO text of the compiled program.
     """
 
     launch: Callable[[], Any]
     wait: Callable[[Any], Any]
     compile_seconds: float | None = None
     program_bytes: int | None = None
+    program: str = ""
 
     def time(self, steps: int) -> tuple[float, float]:
         """Runs steps without waiting in between; returns the mean wall time and mean CPU time of one step."""
@@ -107,7 +109,7 @@ def count_flops(task: Task) -> float:
     All convolutions are counted as direct ones. Of the losses' loops over rows, XLA counts one pass.
     """
     function, init, data = functions_and_data(task, "plain")
-    with unittest.mock.patch.object(layers, "WINOGRAD", math.inf):
+    with unittest.mock.patch.object(cpu, "WINOGRAD", math.inf):
         return function.lower(jax.eval_shape(init), data).cost_analysis()["flops"]
 
 
@@ -127,7 +129,7 @@ def ours(task: Task, head: str) -> Candidate:
         return state, scalars
 
     launch = train if task.job == "train" else lambda: compiled(state, data)
-    return Candidate(launch, jax.block_until_ready, compile_seconds, needed)
+    return Candidate(launch, jax.block_until_ready, compile_seconds, needed, compiled.as_text() or "")
 
 
 def semseg(task: Task, path: str, channels_last: bool = False, compiled: bool = False) -> Candidate:

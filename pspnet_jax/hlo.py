@@ -26,6 +26,12 @@ class Instruction(NamedTuple):
     operands: list[str]
     text: str
 
+    @property
+    def path(self) -> str:
+        """The path of the operation in the JAX program, such as "jit(step)/jvp(PSPNet)/head/add", or ""."""
+        found = re.search(r'op_name="([^"]*)"', self.text)
+        return found[1] if found else ""
+
     def called(self, attribute: str) -> str:
         """Returns the name of the computation that an attribute such as `body` or `calls` names."""
         found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
@@ -75,7 +81,12 @@ def _array(kind: str, shape: str, layout: str) -> Array:
 
 
 def hbm_bytes(text: str) -> int:
-    """Estimates the bytes that a program reads from and writes to a TPU's main memory (HBM).
+    """Returns the total of `hbm_traffic`."""
+    return hbm_traffic(text).total()
+
+
+def hbm_traffic(text: str) -> Counter[str]:
+    """Estimates the bytes that a program reads from and writes to a TPU's main memory (HBM), by the path of the operation.
 
     XLA's own "bytes accessed" also counts the chip's vector memory and whole operands of slices. Counted here are, in the entry
     and in the loops it runs, the results and operands that are in HBM; of an asynchronous copy or slice, what it moves; of
@@ -86,30 +97,35 @@ def hbm_bytes(text: str) -> int:
     return _traffic(computations, entry)
 
 
-def _traffic(computations: dict[str, Computation], name: str) -> int:
-    computation = computations[name]
-    return sum(_moved(computations, computation, instruction) for instruction in computation.values())
+def _traffic(computations: dict[str, Computation], name: str) -> Counter[str]:
+    total, computation = Counter[str](), computations[name]
+    for instruction in computation.values():
+        opcode, called = instruction.opcode, instruction.called
+        if opcode == "while":
+            trips = _trips(computations, instruction)
+            total.update({path: trips * count for path, count in _traffic(computations, called("body")).items()})
+        elif opcode == "call":
+            total.update(_traffic(computations, called("to_apply")))
+        elif opcode == "conditional":
+            found = re.search(r"branch_computations=\{([^}]*)\}", instruction.text)
+            names = ("true_computation", "false_computation")
+            branches = re.findall(r"%?([\w.\-]+)", found[1]) if found else [called(name) for name in names]
+            total.update(
+                min((_traffic(computations, branch) for branch in branches), key=lambda traffic: sum(traffic.values()))
+            )
+        elif opcode.endswith("-start") and called("calls"):
+            total.update(_traffic(computations, called("calls")))
+        elif opcode not in _FREE and not opcode.endswith("-done"):
+            total[instruction.path] += _moved(computations, computation, instruction)
+    return total
 
 
 def _moved(computations: dict[str, Computation], computation: Computation, instruction: Instruction) -> int:
     opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith("-done"):
-        return 0
-    if opcode == "while":
-        return _trips(computations, instruction) * _traffic(computations, instruction.called("body"))
-    if opcode == "call":
-        return _traffic(computations, instruction.called("to_apply"))
-    if opcode == "conditional":
-        found = re.search(r"branch_computations=\{([^}]*)\}", instruction.text)
-        names = ("true_computation", "false_computation")
-        branches = re.findall(r"%?([\w.\-]+)", found[1]) if found else [instruction.called(name) for name in names]
-        return min(_traffic(computations, branch) for branch in branches)
     operands = [computation[operand].arrays for operand in instruction.operands if operand in computation]
     if opcode in ("copy-start", "slice-start"):  # result: the target, the source again, and a context
         target = instruction.arrays[0 if opcode == "copy-start" else -2]
         return target.bytes * (operands[0][0].in_hbm + target.in_hbm)
-    if opcode.endswith("-start") and instruction.called("calls"):
-        return _traffic(computations, instruction.called("calls"))
     read = sum(array.bytes for arrays in operands for array in arrays if array.in_hbm)
     written = sum(array.bytes for array in instruction.arrays if array.in_hbm)
     if opcode == "fusion":

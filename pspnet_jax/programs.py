@@ -13,11 +13,12 @@ ONEDNN = "xla_cpu_experimental_onednn_custom_call"
 
 
 def options(dtype: str, mesh: Mesh) -> dict[str, bool] | None:
-    """Returns the `compiler_options` of jax.jit for a network that computes in `dtype` on the mesh's devices.
+    """Returns the `compiler_options` of jax.jit for inference with a network that computes in `dtype` on the mesh's devices.
 
-    On CPUs that have bfloat16 products, oneDNN makes inference in bfloat16 1.6 times as fast (see benchmarks/model.md). It is
-    not used where XLA_FLAGS chooses, or where it was not measured: before JAX 0.11 and on other CPUs. In float32 it gains
-    nothing, and costs something: XLA cannot serialize programs with oneDNN, so they are compiled anew in each run.
+    On CPUs that have bfloat16 products, oneDNN makes inference in bfloat16 faster (see benchmarks/model.md). It is not used
+    where XLA_FLAGS chooses, or where it was not measured: before JAX 0.11 and on other CPUs. In float32 it gains nothing, and
+    costs something: XLA cannot serialize programs with oneDNN, so they are compiled anew in each run. Nor is it used in
+    training, where XLA has been seen to compile loops with it without end.
     """
     if dtype != "bfloat16" or mesh.devices.flat[0].platform != "cpu" or ONEDNN in os.environ.get("XLA_FLAGS", ""):
         return None

@@ -1,12 +1,13 @@
 """Convolutions as matrix products, for CPUs: XLA computes these, and above all their gradients, faster than convolutions."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+Function = Callable[[jax.Array, jax.Array], jax.Array]
 WINOGRAD = 2**13  # product of the channels from which `winograd` is faster than a direct convolution, see benchmarks/model.md
-
 CHANNELS = 128  # input channels whose tiles `winograd` holds at a time
 
 
@@ -31,6 +32,13 @@ def winograd(x: jax.Array, kernel: jax.Array, dilation: int = 1) -> jax.Array:
     y = y.reshape(n, rows, d, columns, d, -1).transpose(2, 4, 0, 1, 3, 5).reshape(d * d * n, rows, columns, -1)
     y = _convolve_dense(y, kernel.astype(jnp.float32)).reshape(d, d, n, rows, columns, -1).transpose(2, 3, 0, 4, 1, 5)
     return y.reshape(n, rows * d, columns * d, -1)[:, :height, :width].astype(x.dtype)
+
+
+def if_differentiated(use: Function, otherwise: Function) -> Function:
+    """Returns a function that computes the first function where it is differentiated, and the second elsewhere."""
+    function = jax.custom_vjp(otherwise)
+    function.defvjp(lambda *inputs: (use(*inputs), inputs), lambda inputs, gradient: jax.vjp(use, *inputs)[1](gradient))
+    return function
 
 
 @jax.custom_vjp

@@ -52,8 +52,10 @@ def convolve(
     dilation = (options.get("rhs_dilation") or (1,))[0]
     keeps_size = tuple(strides) == (1, 1) and padding in ("SAME", [(dilation, dilation)] * 2)
     if kernel.shape[:2] == (3, 3) and math.prod(kernel.shape[2:]) >= cpu.WINOGRAD and keeps_size:
-        on_cpu = functools.partial(cpu.winograd, dilation=dilation)
-        return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=direct)
+        winograd: Convolve = functools.partial(cpu.winograd, dilation=dilation)
+        if x.dtype == jnp.bfloat16 and jax.__version_info__ >= (0, 11):  # inference uses oneDNN, see `programs.options`
+            winograd = cpu.if_differentiated(winograd, direct)
+        return jax.lax.platform_dependent(x, kernel, cpu=winograd, default=direct)
     return direct(x, kernel)
 
 

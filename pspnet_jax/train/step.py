@@ -12,7 +12,7 @@ from clu.metrics import Average, LastValue, Metric
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from pspnet_jax import models, parallel, programs
+from pspnet_jax import models, parallel
 from pspnet_jax.losses import Batch, Loss
 from pspnet_jax.optimizers import Optimizer
 
@@ -136,9 +136,7 @@ def make_train_step(
         return TrainState(state.step + 1, params, aux.batch_stats, opt_state, ema), metrics
 
     everywhere, shared = parallel.replicated(mesh), parallel.batch_sharding(mesh)
-    shardings: dict[str, Any] = {"in_shardings": (everywhere, shared), "out_shardings": everywhere}
-    options = programs.options(config.model.dtype, mesh)
-    return jax.jit(train_step, **shardings, donate_argnums=0, compiler_options=options)
+    return jax.jit(train_step, in_shardings=(everywhere, shared), out_shardings=everywhere, donate_argnums=0)
 
 
 def _accumulated(
