@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import candidates, model
+from benchmarks import breakdown, candidates, model
 from pspnet_jax import datasets, models, parallel
 from pspnet_jax.config import base_config
 from pspnet_jax.main import main
@@ -114,6 +114,36 @@ def test_flops_are_those_of_the_convolutions_for_any_head():
     assert 0.95 * expected < flops < expected
 
 
+def test_breakdown_of_a_step_and_of_a_program(tiny_recipe, tmp_path, capsys):
+    """The time of the parts is that of all traced operations, and most of Tiny's belongs to its classifier, loss and layer."""
+    measured, counted, picture = (tmp_path / name for name in ("measured.json", "counted.json", "parts.png"))
+    options = ["--config", str(tiny_recipe), "--jobs", "train", "--dtype", "float32", "--output", str(measured)]
+    breakdown.main(options)
+    ((title, parts),) = json.loads(measured.read_text()).items()
+    assert title.startswith("CPU, train, float32, batch 8")
+    assert list(parts) == [*breakdown.PARTS, breakdown.OTHER]
+    assert parts["losses"] > 0
+    assert f"{sum(parts.values()):,.0f} in all" in capsys.readouterr().out
+    program = tmp_path / "program.txt"
+    program.write_text(PROGRAM)
+    breakdown.main(["--hlo", str(program), "--images", "2", "--output", str(counted)])
+    (traffic,) = json.loads(counted.read_text()).values()
+    assert {part: mb for part, mb in traffic.items() if mb} == {"layer3": 4.0, "other": 4.0}  # two arrays of 4 MB each
+    breakdown.main(["--draw", str(measured), str(counted), "--output", str(picture)])
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+
+
+PROGRAM = """HloModule step
+
+ENTRY %main (x: f32[1000000]) -> f32[1000000] {
+  %x = f32[1000000]{0} parameter(0)
+  %a = f32[1000000]{0} negate(%x), metadata={op_name="jit(train_step)/jvp(PSPNet)/backbone/layer3_block0/neg"}
+  ROOT %b = f32[1000000]{0} negate(%a), metadata={op_name="jit(train_step)/add"}
+}
+"""
+
+
 def test_candidates_alternate_and_a_failure_is_recorded():
     calls = []
 
@@ -124,7 +154,7 @@ def test_candidates_alternate_and_a_failure_is_recorded():
         raise RuntimeError("no memory\nfor 2 GiB")
 
     rows = model.measure({"a": build("a"), "b": build("b"), "c": fail}, rounds=2, steps=2)
-    warm_up, turns = ["a", "wait", "b", "wait"], ["a", "a", "wait", "b", "b", "wait"]
+    warm_up, turns = ["a", "wait", "b", "wait"], ["a", "wait", "a", "a", "wait", "b", "wait", "b", "b", "wait"]
     assert calls == [*warm_up, *turns, *turns]
     assert rows["c"] == {"error": "no memory"}
     assert {name: len(row["seconds"]) for name, row in rows.items() if name != "c"} == {"a": 2, "b": 2}
