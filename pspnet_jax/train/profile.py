@@ -27,7 +27,7 @@ def hook(folder: epath.Path, first: int, count: int) -> Callable[[int], None]:
         if next(calls) == 0 and step >= first:
             logger.warning(f"--profile: nothing is traced, because training began at step {step}; choose a step after it")
         if step in (first - 1, first + count - 1):
-            jax.block_until_ready(jax.live_arrays())
+            jax.block_until_ready([array for array in jax.live_arrays() if not array.is_deleted()])
         profile(step)
 
     return after

@@ -256,9 +256,9 @@ def old_run(tmp_path):
 
 
 def config_of_0_1():
-    """tiny_config as version 0.1.0 saved it, whose default was the plain head."""
+    """tiny_config as version 0.1.0 saved it, whose defaults were the plain head and 4 windows."""
     config = tiny_config()
-    config.model.factored_head = False
+    config.model.factored_head, config.eval.batch_size = False, 4
     return config.to_dict()
 
 
