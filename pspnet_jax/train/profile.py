@@ -1,5 +1,6 @@
 """Traces of training steps by JAX's profiler."""
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable
@@ -27,7 +28,9 @@ def hook(folder: epath.Path, first: int, count: int) -> Callable[[int], None]:
         if next(calls) == 0 and step >= first:
             logger.warning(f"--profile: nothing is traced, because training began at step {step}; choose a step after it")
         if step in (first - 1, first + count - 1):
-            jax.block_until_ready([array for array in jax.live_arrays() if not array.is_deleted()])
+            for array in jax.live_arrays():
+                with contextlib.suppress(RuntimeError):  # some may be donated already; others' errors come up in the next step
+                    array.block_until_ready()
         profile(step)
 
     return after
