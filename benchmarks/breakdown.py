@@ -27,7 +27,7 @@ from pspnet_jax import datasets, files, hlo, parallel
 
 PARTS = {  # name -> pattern in the paths of its operations; the first that is found counts
     "losses": r"/while/|jit\(train_step\)/(transpose\()?jvp\(\)",
-    "stem": r"/stem_conv|reduce_max|/max|jit\(_pad\)",
+    "stem": r"/stem_conv|/backbone/(jit\(_pad\)/)?\w+$",  # what the backbone itself does is max-pooling
     "layer1": r"/layer1_",
     "layer2": r"/layer2_",
     "layer3": r"/layer3_",

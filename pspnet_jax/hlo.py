@@ -80,11 +80,6 @@ def _array(kind: str, shape: str, layout: str) -> Array:
     return Array(math.prod(int(n) for n in shape.split(",") if n) * bits // 8, "S(1)" not in layout)
 
 
-def hbm_bytes(text: str) -> int:
-    """Returns the total of `hbm_traffic`."""
-    return hbm_traffic(text).total()
-
-
 def hbm_traffic(text: str) -> Counter[str]:
     """Estimates the bytes that a program reads from and writes to a TPU's main memory (HBM), by the path of the operation.
 

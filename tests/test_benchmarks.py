@@ -114,6 +114,23 @@ def test_flops_are_those_of_the_convolutions_for_any_head():
     assert 0.95 * expected < flops < expected
 
 
+@pytest.mark.parametrize(
+    ("path", "part"),
+    [
+        ("jit(train_step)/jvp(PSPNet)/backbone/layer4_block2/jit(relu)/max", "layer4"),
+        ("jit(train_step)/jvp(PSPNet)/backbone/max", "stem"),
+        ("jit(train_step)/transpose(jvp(PSPNet))/backbone/jit(_pad)/pad", "stem"),
+        ("jit(train_step)/jvp(PSPNet)/backbone/layer3_block1/conv2/conv/cond/branch_0_fun/while/body/add", "layer3"),
+        ("jit(train_step)/jvp(PSPNet)/head/head_conv/cond/branch_0_fun/while/body/dot_general", "pyramid and head"),
+        ("jit(train_step)/transpose(jvp())/while/body/eval_jaxpr/checkpoint/exp", "losses"),
+        ("jit(train_step)/jvp(PSPNet)/auxiliary_head/auxiliary_conv/bn/reduce_sum", "auxiliary head"),
+        ("jit(train_step)/add", "other"),
+    ],
+)
+def test_operations_belong_to_the_part_of_the_network_that_computes_them(path, part):
+    assert breakdown.part_of(path) == part
+
+
 def test_breakdown_of_a_step_and_of_a_program(tiny_recipe, tmp_path, capsys):
     """The time of the parts is that of all traced operations, and most of Tiny's belongs to its classifier, loss and layer."""
     measured, counted, picture = (tmp_path / name for name in ("measured.json", "counted.json", "parts.png"))

@@ -71,7 +71,7 @@ def test_traffic_of_a_program_by_hand():
         "all-reduce: read and written": 2 * kib,
         "end: one operand and the result": 2 * kib,
     }
-    assert hlo.hbm_bytes(PROGRAM) == sum(expected.values())
+    assert hlo.hbm_traffic(PROGRAM).total() == sum(expected.values())
 
 
 def test_collectives_of_a_program():

@@ -61,11 +61,7 @@ def evaluate(
             pending.append((group, _count(_stack_labels(group, labels.shape), labels, info.num_classes)))
             for i, example in enumerate(group):
                 if example["number"] in chosen:
-                    height, width = example["label"].shape
-                    prediction = np.asarray(labels)[i, :height, :width]
-                    panels[example["name"]] = side_by_side(
-                        example["image"], {"ground truth": example["label"], "prediction": prediction}, info
-                    )
+                    panels[example["name"]] = _panel(example, np.asarray(labels)[i], info)
             images += len(group)
             if len(pending) > 1:  # fetched one group late, so that the devices always have work queued
                 total += _fetch_counts(*pending.pop(0), predictor)
@@ -84,6 +80,13 @@ def evaluate(
     rate = images / (time.perf_counter() - began)
     protocol = {"split": split, **predictor.description}
     return Report(summarize(total), total.sum(1), images, info, protocol, predictor.device, rate, windows / slots), panels
+
+
+def _panel(example: Example, prediction: np.ndarray, info: DatasetInfo) -> Image.Image:
+    """Draws the image, its label and the prediction uint8[S, T], of which only the label's size counts."""
+    height, width = example["label"].shape
+    labels = {"ground truth": example["label"], "prediction": prediction[:height, :width]}
+    return side_by_side(example["image"], labels, info)
 
 
 def _checked(examples: Iterable[Example], num_classes: int) -> Iterator[Example]:

@@ -85,14 +85,16 @@ def plan_images(images: Sequence[np.ndarray], protocol: Protocol, devices: int, 
     per_device = power_of_two(ceil_div(len(images), devices))
     shape = (devices * per_device, *bucket(*(max(image.shape[i] for image in images) for i in (0, 1))))
     views = [views_of(image.shape[0], image.shape[1], protocol) for image in images]
-    shares = divide([count_windows(of_image) for of_image in views], devices)
-    used = {image: i * per_device + j for i, share in enumerate(shares) for j, image in enumerate(share)}
-    rows = [used[image] for image in range(len(images))]
-    rows += [row for row in range(shape[0]) if row not in used.values()]
+    windows = [count_windows(of_image) for of_image in views]
+    shares = divide(windows, devices)
+    row_of = {image: i * per_device + j for i, share in enumerate(shares) for j, image in enumerate(share)}
+    rows = [row_of[image] for image in range(len(images))]
+    rows += sorted(set(range(shape[0])).difference(rows))
     canvases = [_canvas(of_images, rows, shape, protocol) for of_images in zip(*views, strict=True)]
     areas = [canvas.size[0] * canvas.size[1] for canvas in canvases]
     held = len(areas) if sum(areas) <= shape[1] * shape[2] + max(areas) else 1
-    return Plan(shape, np.array(rows, np.int32), canvases, _batches(images, views, protocol, shares, max_windows), held)
+    batches = _batches(images, views, protocol, shares, schedule(windows, shares, max_windows))
+    return Plan(shape, np.array(rows, np.int32), canvases, batches, held)
 
 
 def divide(windows: Sequence[WindowCounts], devices: int) -> list[list[int]]:
@@ -184,12 +186,11 @@ def _batches(
     views: list[list[View]],
     protocol: Protocol,
     shares: Sequence[Sequence[int]],
-    max_windows: MaxWindows,
+    scheduled: Iterable[tuple[tuple[int, int], int, int]],
 ) -> Iterator[Batch]:
-    """Makes batches of one window size; each device gets windows of its own images."""
+    """Makes batches of one window size, as `schedule` yields them; each device gets windows of its own images."""
     sizes = list(dict.fromkeys(view.window for of_images in zip(*views, strict=True) for view in of_images))  # by view
-    passes_by_size = schedule([count_windows(of_image) for of_image in views], shares, max_windows)
-    for size, n, passes in sorted(passes_by_size, key=lambda item: sizes.index(item[0])):
+    for size, n, passes in sorted(scheduled, key=lambda item: sizes.index(item[0])):
         queues = [_windows([images[i] for i in share], [views[i] for i in share], size, protocol) for share in shares]
         for _ in range(passes):
             yield _batch([list(itertools.islice(queue, n)) for queue in queues], n, size, frame_size(size, protocol))

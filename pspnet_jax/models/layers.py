@@ -18,7 +18,6 @@ from pspnet_jax.models import cpu
 from pspnet_jax.models.norm import BatchNorm
 
 T = TypeVar("T")
-Convolve = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def choose(choices: Mapping[Any, T], field: str, value: object) -> T:
@@ -48,11 +47,11 @@ def convolve(
         x = x[:, :: strides[0], :: strides[1]]
         return jax.lax.platform_dependent(x, kernel[0, 0], cpu=cpu.matmul, default=jnp.matmul)
     options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")} | options
-    direct: Convolve = functools.partial(jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **options)
+    direct: cpu.Function = functools.partial(jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **options)
     dilation = (options.get("rhs_dilation") or (1,))[0]
     keeps_size = tuple(strides) == (1, 1) and padding in ("SAME", [(dilation, dilation)] * 2)
     if kernel.shape[:2] == (3, 3) and math.prod(kernel.shape[2:]) >= cpu.WINOGRAD and keeps_size:
-        winograd: Convolve = functools.partial(cpu.winograd, dilation=dilation)
+        winograd: cpu.Function = functools.partial(cpu.winograd, dilation=dilation)
         if x.dtype == jnp.bfloat16 and jax.__version_info__ >= (0, 11):  # inference uses oneDNN, see `programs.options`
             winograd = cpu.if_differentiated(winograd, direct)
         return jax.lax.platform_dependent(x, kernel, cpu=winograd, default=direct)

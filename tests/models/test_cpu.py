@@ -32,6 +32,26 @@ def test_winograd_equals_the_direct_convolution(size, dilation):
     assert max(errors) < 1e-5
 
 
+def test_winograd_of_bfloat16_is_no_less_precise_than_the_direct_convolution():
+    """It computes in float32, so only its output is rounded."""
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=size), jnp.bfloat16) for size in ((1, 12, 12, 64), (3, 3, 64, 8)))
+    exact = direct(x.astype(jnp.float32), kernel.astype(jnp.float32), 1)
+    ours, plain = cpu.winograd(x, kernel), direct(x, kernel, 1)
+    assert ours.dtype == jnp.bfloat16
+    errors = [float(jnp.linalg.norm(y.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)) for y in (ours, plain)]
+    print("relative errors of Winograd and of the direct convolution:", *(f"{error:.2e}" for error in errors))
+    assert 0 < errors[0] <= 1.01 * errors[1]
+
+
+def test_a_function_can_be_another_where_it_is_differentiated():
+    function = cpu.if_differentiated(lambda x, kernel: 3 * x * kernel, otherwise=lambda x, kernel: x - kernel)
+    x, kernel = jnp.float32(5), jnp.float32(2)
+    assert function(x, kernel) == 3
+    value, gradients = jax.value_and_grad(function, (0, 1))(x, kernel)
+    assert (value, *gradients) == (30, 6, 15)
+
+
 @pytest.mark.parametrize(
     ("channels", "stride", "padding", "uses"),
     [

@@ -21,9 +21,10 @@ def test_agrees_with_flax(dtype: str) -> None:
     def step(module: nn.Module) -> tuple:
         variables = module.init(jax.random.key(0), x)
         params = jax.tree.map(lambda p: p + random(8), variables["params"])
+        statistics = {"mean": random(8), "var": random(8) ** 2}  # variances are computed about the running mean
 
         def loss(params: dict, x: jax.Array) -> tuple:
-            y, new = module.apply({"params": params, "batch_stats": variables["batch_stats"]}, x, mutable=["batch_stats"])
+            y, new = module.apply({"params": params, "batch_stats": statistics}, x, mutable=["batch_stats"])
             return jnp.sum(y * target), (y, new["batch_stats"])
 
         return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
@@ -35,7 +36,7 @@ def test_agrees_with_flax(dtype: str) -> None:
         errors = jax.tree.map(lambda a, b: float(abs(a.astype("f4") - b.astype("f4")).max()), ours, flax)
         difference = max(jax.tree.leaves(errors))
         print(f"largest difference, running={running}: {difference:.1e}")
-        assert difference < (1e-4 if dtype == "float32" else 0.1)
+        assert difference < (1e-4 if dtype == "float32" else 0.04)
 
 
 def test_mean_far_larger_than_deviation() -> None:
