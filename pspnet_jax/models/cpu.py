@@ -1,37 +1,19 @@
 """Convolutions as matrix products, for CPUs: XLA computes these, and above all their gradients, faster than convolutions."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 Function = Callable[[jax.Array, jax.Array], jax.Array]
-WINOGRAD = 2**13  # product of the channels from which `winograd` is faster than a direct convolution, see benchmarks/model.md
+WINOGRAD = 2**27  # pixels per image x input x output channels from which `winograd` is used, see benchmarks/model.md
 CHANNELS = 128  # input channels whose tiles `winograd` holds at a time
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Returns x @ kernel, [..., C] and [C, O] -> [..., O]; with all pixels along one axis, gradients need no transposition."""
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
-
-
-def winograd(x: jax.Array, kernel: jax.Array, dilation: int = 1) -> jax.Array:
-    """3x3 convolution with stride 1 and padding that keeps the size: [N, H, W, C], [3, 3, C, O] -> [N, H, W, O].
-
-    This is Winograd's F(2x2, 3x3) (Lavin and Gray 2016). Each 2x2 block of the output needs a 4x4 tile of the input. Tiles and
-    kernels are transformed by additions, multiplied elementwise, summed over the channels as 16 matrix products, and
-    transformed back: 16 multiplications instead of 36, and as many for each gradient. All of it is float32, in which these
-    products are faster than direct convolutions in bfloat16. A dilated convolution is a plain one on each of the dilation^2
-    grids of every d-th pixel.
-    """
-    n, height, width, _ = x.shape
-    d, grid = dilation, 2 * dilation  # each grid needs an even number of rows and columns
-    y = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -height % grid), (0, -width % grid), (0, 0)))
-    rows, columns = y.shape[1] // d, y.shape[2] // d
-    y = y.reshape(n, rows, d, columns, d, -1).transpose(2, 4, 0, 1, 3, 5).reshape(d * d * n, rows, columns, -1)
-    y = _convolve_dense(y, kernel.astype(jnp.float32)).reshape(d, d, n, rows, columns, -1).transpose(2, 3, 0, 4, 1, 5)
-    return y.reshape(n, rows * d, columns * d, -1)[:, :height, :width].astype(x.dtype)
 
 
 def if_differentiated(use: Function, otherwise: Function) -> Function:
@@ -41,42 +23,74 @@ def if_differentiated(use: Function, otherwise: Function) -> Function:
     return function
 
 
-@jax.custom_vjp
-def _convolve_dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Adds up the convolutions of a few channels at a time, because the tiles are four times as large as x."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def winograd(x: jax.Array, kernel: jax.Array, dilation: int = 1) -> jax.Array:
+    """3x3 convolution with stride 1 and padding that keeps the size: [N, H, W, C], [3, 3, C, O] -> [N, H, W, O].
 
-    def add(y: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        return y + _by_tiles(*part, 1, 2), None
+    This is Winograd's F(2x2, 3x3) (Lavin and Gray 2016). Each 2x2 block of the output needs a 4x4 tile of the input. Tiles and
+    kernels are transformed by additions, multiplied elementwise, summed over the channels as 16 matrix products, and
+    transformed back: 16 multiplications instead of 36, and as many for each gradient. All of it is float32, in which these
+    products are faster than direct convolutions in bfloat16. Tiles are four times as large as x, so the convolutions of a few
+    channels at a time are added up.
+    """
+    y = jax.ShapeDtypeStruct((*x.shape[:3], kernel.shape[3]), x.dtype)
+    split = functools.partial(_grids, dilation=dilation)
 
-    return jax.lax.scan(add, jnp.zeros((*x.shape[:3], kernel.shape[3])), _parts(x, kernel))[0]
+    def add(grids: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+        x_part, kernel_part = _part(x, kernel, i)
+        return grids + _by_tiles(split(x_part), kernel_part, 1, 2), None
+
+    grids, _ = jax.lax.scan(add, jnp.zeros(jax.eval_shape(split, y).shape), _parts(x))
+    return jax.linear_transpose(split, y)(grids)[0]
 
 
-def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
-    return _convolve_dense(x, kernel), (x, kernel)
+def _forward(x: jax.Array, kernel: jax.Array, dilation: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return winograd(x, kernel, dilation), (x, kernel)
 
 
-def _backward(inputs: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(dilation: int, inputs: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Transforms x again, along the axes in the other order: XLA would merge computations that are the same, and keep tiles."""
+    x, kernel = inputs
+    grids = _grids(gradient, dilation)
 
-    def of_part(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return jax.vjp(lambda x, kernel: _by_tiles(x, kernel.swapaxes(0, 1), 2, 1), *part)[1](gradient)
+    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return _by_tiles(_grids(x, dilation), kernel.swapaxes(0, 1), 2, 1)
 
-    return jax.linear_transpose(_parts, *inputs)(jax.lax.map(of_part, _parts(*inputs)))
-
-
-_convolve_dense.defvjp(_forward, _backward)
+    of_x, of_kernel = jax.lax.map(lambda i: jax.vjp(convolve, *_part(x, kernel, i))[1](grids), _parts(x))
+    return jnp.moveaxis(of_x, 0, 3).reshape(x.shape), jnp.moveaxis(of_kernel, 0, 2).reshape(kernel.shape)
 
 
-def _parts(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Splits the input channels: [N, H, W, C], [3, 3, C, O] -> [P, N, H, W, C / P], [P, 3, 3, C / P, O]."""
-    parts = x.shape[3] // CHANNELS if x.shape[3] % CHANNELS == 0 else 1
-    x = x.reshape(*x.shape[:3], parts, -1)
-    return jnp.moveaxis(x, 3, 0), jnp.moveaxis(kernel.reshape(3, 3, parts, -1, kernel.shape[3]), 2, 0)
+winograd.defvjp(_forward, _backward)
+
+
+def _parts(x: jax.Array) -> jax.Array:
+    """Returns the numbers of the parts of the channels."""
+    return jnp.arange(x.shape[3] // CHANNELS if x.shape[3] % CHANNELS == 0 else 1)
+
+
+def _part(x: jax.Array, kernel: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns part i of the input channels: [N, H, W, C], [3, 3, C, O] -> [N, H, W, C / P], [3, 3, C / P, O]."""
+    size = x.shape[3] // len(_parts(x))
+    slice_channels = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * size, slice_size=size)
+    return slice_channels(x, axis=3), slice_channels(kernel, axis=2)
+
+
+def _grids(x: jax.Array, dilation: int) -> jax.Array:
+    """Splits images into the dilation^2 grids of every d-th pixel, with an even size: [N, H, W, C] -> f32[d * d * N, h, w, C].
+
+    A dilated convolution is a plain one on each grid.
+    """
+    n, height, width, channels = x.shape
+    d, even = dilation, 2 * dilation
+    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -height % even), (0, -width % even), (0, 0)))
+    rows, columns = x.shape[1] // d, x.shape[2] // d
+    x = x.reshape(n, rows, d, columns, d, channels).transpose(2, 4, 0, 1, 3, 5)
+    return x.reshape(d * d * n, rows, columns, channels)
 
 
 def _by_tiles(x: jax.Array, kernel: jax.Array, first: int, second: int) -> jax.Array:
     """Transforms along axis `first` of x and the first one of the kernel, then along `second` and the second one."""
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    x, kernel = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), kernel.astype(jnp.float32)
     kernels = [_split_kernel(row) for row in _split_kernel(kernel)]
     tiles = [_split(part, second) for part in _split(x, first)]
     products = [[matmul(tiles[a][b], kernels[a][b]) for b in range(4)] for a in range(4)]

@@ -41,7 +41,7 @@ def convolve(
     """`jax.lax.conv_general_dilated` in NHWC with HWIO kernels; 1x1 convolutions are matrix products and ignore `padding`.
 
     On CPUs, where XLA computes matrix products and their gradients faster than convolutions, 3x3 convolutions that keep the
-    size and have many channels are matrix products as well, see `cpu`; they agree to rounding.
+    size and have many pixels and channels are matrix products as well, see `cpu`; they agree to rounding.
     """
     if kernel.shape[:2] == (1, 1):
         x = x[:, :: strides[0], :: strides[1]]
@@ -50,7 +50,8 @@ def convolve(
     direct: cpu.Function = functools.partial(jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **options)
     dilation = (options.get("rhs_dilation") or (1,))[0]
     keeps_size = tuple(strides) == (1, 1) and padding in ("SAME", [(dilation, dilation)] * 2)
-    if kernel.shape[:2] == (3, 3) and math.prod(kernel.shape[2:]) >= cpu.WINOGRAD and keeps_size:
+    is_large = math.prod((*x.shape[1:3], *kernel.shape[2:])) >= cpu.WINOGRAD
+    if kernel.shape[:2] == (3, 3) and is_large and keeps_size:
         winograd: cpu.Function = functools.partial(cpu.winograd, dilation=dilation)
         if x.dtype == jnp.bfloat16 and jax.__version_info__ >= (0, 11):  # inference uses oneDNN, see `programs.options`
             winograd = cpu.if_differentiated(winograd, direct)

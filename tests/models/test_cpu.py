@@ -53,17 +53,18 @@ def test_a_function_can_be_another_where_it_is_differentiated():
 
 
 @pytest.mark.parametrize(
-    ("channels", "stride", "padding", "uses"),
+    ("images", "channels", "stride", "padding", "uses"),
     [
-        (91, 1, "SAME", True),
-        (91, 1, [(2, 2)] * 2, True),
-        (90, 1, "SAME", False),
-        (91, 2, "SAME", False),
-        (91, 1, "VALID", False),
+        ((1, 128, 128), 91, 1, "SAME", True),
+        ((1, 128, 128), 91, 1, [(2, 2)] * 2, True),
+        ((1, 128, 128), 90, 1, "SAME", False),
+        ((4, 64, 128), 91, 1, "SAME", False),
+        ((1, 128, 128), 91, 2, "SAME", False),
+        ((1, 128, 128), 91, 1, "VALID", False),
     ],
 )
-def test_only_large_convolutions_that_keep_the_size_use_it_and_only_on_cpus(channels, stride, padding, uses):
-    x, kernel = jnp.zeros((1, 8, 8, channels)), jnp.zeros((3, 3, channels, channels))
+def test_only_large_convolutions_that_keep_the_size_use_it_and_only_on_cpus(images, channels, stride, padding, uses):
+    x, kernel = jnp.zeros((*images, channels)), jnp.zeros((3, 3, channels, channels))
     dilation = (2, 2) if padding != "SAME" else (1, 1)
     compute = jax.jit(lambda x, kernel: layers.convolve(x, kernel, (stride, stride), padding, rhs_dilation=dilation))
     for platform, expected in {"cpu": uses, "tpu": False, "cuda": False}.items():
