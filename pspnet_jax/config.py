@@ -53,6 +53,9 @@ def base_config() -> ConfigDict:
     model.dtype = "float32"  # of convolutions and activations: float32 or bfloat16; the loss and all else stay float32.
     # GPUs and TPUs multiply float32 in TF32 or bfloat16 unless JAX_DEFAULT_MATMUL_PRECISION=highest
 
+    config.parallel = parallel = ConfigDict()
+    parallel.spatial = 1  # devices that share the height of each image, so that larger images fit into their memory
+
     config.normalize = normalize = ConfigDict()  # (pixel - mean) / std, on the 0..255 scale
     normalize.mean = (123.675, 116.28, 103.53)  # red, green and blue, of ImageNet
     normalize.std = (58.395, 57.12, 57.375)  # red, green and blue, of ImageNet

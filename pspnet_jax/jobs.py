@@ -5,6 +5,7 @@ Each function takes the parsed arguments (see `main`) and the overrides of the c
 
 import argparse
 import contextlib
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -61,7 +62,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     parallel.require_same("their configs", runs.comparable(config))
     logger.info(f"the data was checked in {time.perf_counter() - began:.1f} s")
     model = models.build(config.model, len(config.dataset.class_names))
-    host, hosts = jax.process_index(), jax.process_count()
+    host, hosts = parallel.data_share(parallel.make_mesh(spatial=config.parallel.spatial))
 
     def batches(start: int) -> Iterable[Mapping[str, Any]]:
         dataset = pipeline.train_dataset(config, start_step=start, host=host, hosts=hosts, data=data)
@@ -78,7 +79,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         examples_per_epoch=data.examples_per_epoch,
         fingerprint=data.fingerprint,
         writer=metric_writers.SummaryWriter,
-        hooks=[profile.hook(workdir / "profile", *arguments.profile)] if arguments.profile and host == 0 else (),
+        hooks=[profile.hook(workdir / "profile", *arguments.profile)] if arguments.profile and jax.process_index() == 0 else (),
     )
     logger.info(f"{workdir} has checkpoints/, metrics.jsonl, pictures/ and tensorboard/")
 
@@ -235,12 +236,36 @@ def export_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
     logger.info(f"step {step} of {workdir} written to {arguments.output}, under semseg's parameter names")
 
 
+def preflight(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """--mode preflight: compiles a recipe for TPU pods, without a TPU, and shows what it needs there."""
+    from pspnet_jax.deploy import chips, preflight_report
+    from pspnet_jax.deploy import preflight as preflights
+
+    if not arguments.topology:
+        raise UserError("--mode preflight needs --topology, such as v5e:4x4 or v5e:4x4,v6e:16x16; --topology list shows all")
+    if arguments.topology == "list":
+        return rich.print(chips.table())
+    topologies, config = chips.parse(arguments.topology), runs.from_recipe(arguments, overrides)
+    if config.loss.class_weighting:  # the compiled programs depend only on whether there are weights
+        config.loss.class_weights = (1.0,) * len(config.dataset.class_names)
+    rows = list(preflights.preflight(config, topologies, arguments.images_per_chip or 0))
+    rich.print(preflight_report.table(rows))
+    output = arguments.output or runs.workdir_of(arguments, config.name) / "preflight"
+    with files.writing(output, "the results are missing"):
+        with files.atomic(output / "preflight.json") as path:
+            path.write_text(json.dumps([row.to_json() for row in rows], indent=1) + "\n")
+        with files.atomic(output / "preflight.png") as path, path.open("wb") as file:
+            preflight_report.plot(rows, config.name).savefig(file, dpi=100)
+    logger.info(f"written to {output}/preflight.json and preflight.png")
+
+
 JOBS = {
     "check": check,
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
     "import": import_weights,
+    "preflight": preflight,
     "export": export_weights,
 }
 MULTI_PROCESS_JOBS = ("train", "evaluate")  # modes that several processes can run together

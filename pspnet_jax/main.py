@@ -57,7 +57,7 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
         {"type": _path, "metavar": "PATH", "help": "an image or a folder to predict; a file to import"},
     ),
     "output": (
-        ["predict", "check", "export"],
+        ["predict", "check", "export", "preflight"],
         {"type": _path, "metavar": "PATH", "help": "directory for the results; export: the file to write"},
     ),
     "format": (
@@ -67,6 +67,14 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
     "profile": (
         ["train"],
         {"type": _steps, "metavar": "STEP:COUNT", "help": "trace COUNT steps from step STEP on into WORKDIR/profile"},
+    ),
+    "topology": (
+        ["preflight"],
+        {"type": _nonempty, "metavar": "NAME[,NAME...]", "help": "TPU pods to compile for, such as v5e:4x4; list shows all"},
+    ),
+    "images_per_chip": (
+        ["preflight"],
+        {"type": int, "metavar": "N", "help": "sets batch_size to N images per chip (or parallel.spatial chips) of each pod"},
     ),
     "skip_existing": (
         ["predict"],
@@ -92,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments, overrides = _parse(argv)
         if arguments.distributed:
             parallel.start_processes()
+        if arguments.mode == "preflight":
+            jax.config.update("jax_platforms", "cpu")  # on a TPU machine, the compiler works while the TPU is busy
         _start_jax()
         if jax.process_index():
             logger.setLevel(logging.WARNING)  # only the first process logs progress

@@ -1,7 +1,8 @@
 """The device mesh, its shardings, the transfer of host batches to devices, and coordination between processes.
 
-Programs are written as if for one device and compiled for the mesh. The batch is sharded over the mesh's "data" axis. The
-"spatial" axis, for sharding each image, has size 1.
+Programs are written as if for one device and compiled for the mesh. Its axis "data" divides the batch, and its axis "spatial"
+the height of images and features, so that images can be larger than one device has memory for. The compiler adds what this
+needs: convolutions exchange rows between neighbors, batch normalization and pooling add up their sums over all devices.
 """
 
 import collections
@@ -13,6 +14,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -76,13 +78,24 @@ def fail_together(what: str) -> Iterator[None]:
         raise UserError(f"{what} failed in another process of this job; its own message says why")
 
 
-def make_mesh(devices: Iterable[jax.Device] | None = None) -> Mesh:
+def make_mesh(devices: Iterable[jax.Device] | None = None, spatial: int = 1) -> Mesh:
     """Returns a mesh with axes ("data", "spatial") over the given devices, or over all devices of the job.
 
-    Devices are ordered by process, so that an example's position in the batch does not depend on the network topology.
+    Devices are ordered by process, so that an example's position in the batch does not depend on the network topology, and the
+    devices that share an image are neighbors.
+
+    Args:
+      devices: a multiple of `spatial`.
+      spatial: number of devices that share each image.
     """
     ordered = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
-    return Mesh(np.array(ordered).reshape(-1, 1), ("data", "spatial"), axis_types=(AxisType.Auto, AxisType.Auto))
+    return Mesh(np.array(ordered).reshape(-1, spatial), ("data", "spatial"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def data_share(mesh: Mesh) -> tuple[int, int]:
+    """Returns (i, n): this process's batches are the i-th of n shares. Processes that share images have the same share."""
+    own = [i for i, group in enumerate(mesh.devices) if any(device.process_index == jax.process_index() for device in group)]
+    return own[0] // len(own), len(mesh.devices) // len(own)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -90,8 +103,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of arrays [N, ...] along the first axis: each device holds N / (number of devices) examples."""
+    """Sharding of arrays [N, ...] along the first axis: each group of devices that share images holds its examples whole."""
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def shard_height(images: jax.Array, mesh: Mesh) -> jax.Array:
+    """Shards images [N, H, W, C] along N and H, under jit; what is computed from them is then sharded alike.
+
+    H need not be a multiple of the mesh's "spatial" size.
+    """
+    if (spatial := mesh.shape["spatial"]) == 1:
+        return images
+    padded = jnp.pad(images, ((0, 0), (0, -images.shape[1] % spatial), (0, 0), (0, 0)))
+    sharding = NamedSharding(mesh, PartitionSpec("data", "spatial"))
+    return jax.lax.with_sharding_constraint(padded, sharding)[:, : images.shape[1]]
 
 
 def to_devices(batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, ahead: int = 2) -> Generator[dict[str, jax.Array]]:

@@ -19,7 +19,7 @@ from pspnet_jax.train.step import Variables
 logger = logging.getLogger("pspnet_jax")
 
 
-def from_recipe(arguments: argparse.Namespace, overrides: Sequence[str], num_devices: int = 1) -> ConfigDict:
+def from_recipe(arguments: argparse.Namespace, overrides: Sequence[str], num_devices: int = 0) -> ConfigDict:
     """Returns the recipe with the overrides of the command line, absolute paths, and its classes filled in."""
     if not arguments.config:
         raise UserError("--config is missing; name a recipe, such as --config configs/quickstart.py")

@@ -35,12 +35,12 @@ TUPLES = {  # type and number of values in each tuple; None: any number
 }
 
 
-def validate(config: ConfigDict, num_devices: int = 1) -> None:
+def validate(config: ConfigDict, num_devices: int = 0) -> None:
     """Refuses invalid values.
 
     Args:
       config: a recipe with the overrides of the command line.
-      num_devices: devices of the whole job, among which the batch is divided.
+      num_devices: devices of the whole job, among which training batches are divided; 0: they are not.
 
     Raises:
       UserError: lists every wrong field with its value and what is allowed, one per line.
@@ -122,7 +122,7 @@ def _choice_problems(config: ConfigDict, prefix: str) -> list[str]:
     ]
 
 
-_POSITIVE = """batch_size total_steps every.log every.save loss.ohem_min_kept
+_POSITIVE = """batch_size total_steps parallel.spatial every.log every.save loss.ohem_min_kept
     optimizer.learning_rate optimizer.accumulate optimizer.trust_coefficient"""
 _NOT_NEGATIVE = """every.eval eval.batch_size eval.base_size eval.short_size augment.rotate_degrees loss.focal_gamma
     loss.auxiliary_weight optimizer.power optimizer.weight_decay optimizer.clip_norm optimizer.warmup_steps
@@ -203,13 +203,16 @@ def _size_problems(config: ConfigDict) -> list[str]:
 
 
 def _batch_problems(config: ConfigDict, num_devices: int) -> list[str]:
-    accumulate, batch = config.optimizer.accumulate, config.batch_size
-    if accumulate < 1:
+    accumulate, batch, spatial = config.optimizer.accumulate, config.batch_size, config.parallel.spatial
+    if accumulate < 1 or spatial < 1:
         return []
-    if batch % (num_devices * accumulate):
+    if num_devices % spatial:
+        return [f"parallel.spatial={spatial}: expected a divisor of the number of devices, {num_devices}"]
+    groups = num_devices // spatial or 1
+    if batch % (groups * accumulate):
+        devices = f"{num_devices or 1} device(s)" + (f" / parallel.spatial={spatial}" if spatial > 1 else "")
         return [
-            f"batch_size={batch}: expected a multiple of {num_devices * accumulate} "
-            f"({num_devices} device(s) x optimizer.accumulate={accumulate})"
+            f"batch_size={batch}: expected a multiple of {groups * accumulate} ({devices} x optimizer.accumulate={accumulate})"
         ]
     if bn_images(config) == 1 and 1 in config.model.bins and config.model.norm == "batch":
         return [

@@ -37,9 +37,13 @@ def choose_batch_size(window: tuple[int, int], devices: Sequence[jax.Device], by
     limit = _device_limit(devices[0])
     if limit is None:
         return WINDOWS * (1 if devices[0].platform == "cpu" else len(devices))
-    pixels = min(MAX_PIXELS, FOR_WINDOWS * limit / bytes_per_pixel())
-    fitting = max(1, int(pixels / math.prod(window)))
-    return len(devices) * (power_of_two(fitting + 1) // 2)
+    return len(devices) * fitting_windows(window, limit, bytes_per_pixel())
+
+
+def fitting_windows(window: tuple[int, int], limit: float, bytes_per_pixel: float) -> int:
+    """Returns the number of windows to pass through the network at once on a device with `limit` bytes of memory."""
+    pixels = min(MAX_PIXELS, FOR_WINDOWS * limit / bytes_per_pixel)
+    return power_of_two(max(1, int(pixels / math.prod(window))) + 1) // 2
 
 
 def room_for_images(height: int, width: int, protocol: Protocol, num_classes: int, devices: Sequence[jax.Device]) -> int:

@@ -36,8 +36,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
-from jax.stages import Wrapped
+from jax.sharding import Mesh, PartitionSpec
+from jax.stages import Compiled, Wrapped
 from ml_collections import ConfigDict
 
 from pspnet_jax import parallel, programs
@@ -56,10 +56,11 @@ class Predictor:
     """Runs a network on whole images, whose sizes may differ.
 
     Images are divided among the devices. Each device passes the windows of its images through the network, at most
-    ceil(eval.batch_size / devices) at a time; 0 stands for the value from `memory.choose_batch_size`. Each window size has
-    its own batches and its own compiled network. All windows have the size eval.crop, except with eval.inference="whole" and,
-    in protocol "mmseg", in images smaller than the crop. Scores and their sums are float32, whatever dtype the network computes
-    in.
+    ceil(eval.batch_size / devices) at a time; 0 stands for the value from `memory.choose_batch_size`. With
+    parallel.spatial=n, groups of n devices take the place of a device, and each of them computes a part of a window's rows in
+    the network. Each window size has its own batches and its own compiled network. All windows have the size eval.crop, except
+    with eval.inference="whole" and, in protocol "mmseg", in images smaller than the crop. Scores and their sums are float32,
+    whatever dtype the network computes in.
 
     Attributes:
       windows: number of windows that went through the network so far.
@@ -82,14 +83,16 @@ class Predictor:
           devices: devices of this process; None means all of them.
         """
         self.settings = config.eval
-        self._mesh = parallel.make_mesh(devices or jax.local_devices())
+        devices = devices or jax.local_devices()
+        self._mesh = parallel.make_mesh(devices, math.gcd(len(devices), config.parallel.spatial))
+        self._groups = self._mesh.shape["data"]  # of devices; the devices of a group share images
         self._sharding = parallel.batch_sharding(self._mesh)
         self._num_classes = num_classes
         self._batch_size, self._bytes_per_pixel = config.eval.batch_size, 0.0  # until they are chosen and measured
         self.windows = self.slots = 0
         self._protocol = protocol = PROTOCOLS[config.eval.protocol](config)
         options = programs.options(config.model.dtype, self._mesh)
-        compile_network = functools.partial(_compile_network, apply, num_classes, self._sharding, options)
+        compile_network = functools.partial(_compile_network, apply, num_classes, self._mesh, options)
         self._network = functools.lru_cache(MAX_NETWORKS)(compile_network)  # by window size
         self._reorder = jax.jit(lambda array, rows: array[rows], out_shardings=self._sharding)
         self._prepare = self._on_each_device(steps.prepare, config.normalize, config.eval.flip and not protocol.flips_views)
@@ -145,7 +148,7 @@ class Predictor:
             height, width, _ = example["image"].shape
             return memory.room_for_images(height, width, self._protocol, self._num_classes, self._devices)
 
-        return form_groups(examples, windows, room, functools.partial(self._max_windows, variables), self._mesh.size)
+        return form_groups(examples, windows, room, functools.partial(self._max_windows, variables), self._groups)
 
     def explain_out_of_memory(self, images: Sequence[np.ndarray]) -> AbstractContextManager[None]:
         """Turns an out-of-memory error into a UserError that names the images' sizes and the settings to lower."""
@@ -191,27 +194,32 @@ class Predictor:
 
     @property
     def _devices(self) -> list[jax.Device]:
-        return list(self._mesh.devices.flat)
+        """The first device of each group."""
+        return list(self._mesh.devices[:, 0])
 
     def _plan(self, variables: Any, images: Sequence[np.ndarray]) -> Plan:
         for image in images:
             self.check(image)
         max_windows = functools.partial(self._max_windows, variables)
-        return plan_images(images, self._protocol, self._mesh.size, max_windows)
+        return plan_images(images, self._protocol, self._groups, max_windows)
 
     def _max_windows(self, variables: Any, window: tuple[int, int]) -> int:
         """Returns the maximum number of windows of a size per device and forward pass."""
         if not self.settings.batch_size:
-            measure = functools.partial(self._measure, variables, window)
+            measure = functools.partial(self.bytes_per_pixel, variables, window)
             self._batch_size = memory.choose_batch_size(window, self._devices, measure)
-        return ceil_div(self._batch_size, self._mesh.size)
+        return ceil_div(self._batch_size, self._groups)
 
-    def _measure(self, variables: Any, window: tuple[int, int]) -> float:
-        """Returns the memory that a device needs per pixel of a window, in bytes; compiles the network for one window, once."""
+    def compile_network(self, variables: Any, window: tuple[int, int], windows: int = 1) -> Compiled:
+        """Compiles a forward pass of `windows` windows of a size on each device, given the weights or their shapes."""
+        shape = (self._groups * windows, *frame_size(window, self._protocol), 3)
+        frames = jax.ShapeDtypeStruct(shape, np.float32, sharding=self._sharding)
+        return self._network(window).lower(variables, frames, 0).compile()
+
+    def bytes_per_pixel(self, variables: Any, window: tuple[int, int]) -> float:
+        """Returns the memory that a device needs per pixel of a window; compiles the network for one window, once."""
         if not self._bytes_per_pixel:
-            shape = (self._mesh.size, *frame_size(window, self._protocol), 3)
-            frames = jax.ShapeDtypeStruct(shape, np.float32, sharding=self._sharding)
-            stats = self._network(window).lower(variables, frames, 0).compile().memory_analysis()
+            stats = self.compile_network(variables, window).memory_analysis()
             passes = 2 if self.settings.flip and not self._protocol.flips_views else 1
             pixels = 4 * 3 * (1 + passes) * math.prod(window)  # windows as they come, normalized and flipped
             needed = stats.temp_size_in_bytes + passes * stats.output_size_in_bytes + pixels if stats else math.inf
@@ -269,15 +277,13 @@ class Predictor:
         return jnp.zeros((*shape, self._num_classes), device=self._sharding)
 
 
-def _compile_network(
-    apply: Callable, num_classes: int, sharding: jax.NamedSharding, options: Any, window: tuple[int, int]
-) -> Wrapped:
+def _compile_network(apply: Callable, num_classes: int, mesh: Mesh, options: Any, window: tuple[int, int]) -> Wrapped:
     """Returns (variables, frames f32[N, y, x, 3], column) -> logits [N, y, x, K] of the windows that start at that column."""
 
     def network(variables: Any, frames: jax.Array, column: jax.Array) -> jax.Array:
         whole, shape = frames.shape[1:3] == window, (len(frames), *window)
         windows = frames if whole else jax.lax.dynamic_slice(frames, (0, 0, column, 0), (*shape, 3))
-        logits = apply(variables, windows)
+        logits = apply(variables, parallel.shard_height(windows, mesh))
         if logits.shape != (*shape, num_classes):
             raise UserError(
                 f"the network returns {list(logits.shape)} for images {[*shape, 3]}: expected {[*shape, num_classes]}, one "
@@ -288,4 +294,4 @@ def _compile_network(
         zeros = jnp.zeros((*frames.shape[:3], num_classes), logits.dtype)
         return jax.lax.dynamic_update_slice(zeros, logits, (0, 0, column, 0))
 
-    return jax.jit(network, out_shardings=sharding, compiler_options=options)
+    return jax.jit(network, out_shardings=parallel.batch_sharding(mesh), compiler_options=options)

@@ -5,7 +5,7 @@ model = models.PSPNet(backbone=MyBackbone(), head=models.PyramidHead(num_classes
 """
 
 from pspnet_jax.models.heads import AuxiliaryHead, Classifier, PyramidHead
-from pspnet_jax.models.layers import CoarseLogits, ConvNorm, by_rows, resize
+from pspnet_jax.models.layers import CoarseLogits, ConvNorm, by_rows, resize, share_rows
 from pspnet_jax.models.pspnet import CHOICES, PSPNet, build, normalize, problems
 from pspnet_jax.models.pyramid import Pyramid
 from pspnet_jax.models.resnet import ResNet
@@ -25,4 +25,5 @@ __all__ = [
     "normalize",
     "problems",
     "resize",
+    "share_rows",
 ]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, PartitionSpec
 
 from pspnet_jax.datasets import IGNORE
 from pspnet_jax.errors import UserError
@@ -182,18 +183,20 @@ class CoarseLogits(flax.struct.PyTreeNode):
     """Logits before they are upsampled to the size of the images.
 
     Upsampled logits f32[N, height, width, K] are the largest array of a train step. Losses use only a few of their rows at a
-    time, see `by_rows`.
+    time, see `by_rows`. Devices that share images also share their rows.
 
     Attributes:
       scores: f32[N, h, w, K].
       height, width: size to which they are upsampled bilinearly, in pixels.
       align_corners: as in `resize_matrix`.
+      mesh: the devices, if several of them share an image, see `parallel.make_mesh`.
     """
 
     scores: jax.Array
     height: int = flax.struct.field(pytree_node=False)
     width: int = flax.struct.field(pytree_node=False)
     align_corners: bool = flax.struct.field(pytree_node=False)
+    mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)
 
     def upsample(self) -> jax.Array:
         """Returns the logits f32[N, height, width, K]."""
@@ -208,8 +211,8 @@ class CoarseLogits(flax.struct.PyTreeNode):
           function: (f32[N, R, width, K], [N, R, width]) -> [N, R, ...], which treats each row separately.
           labels: uint8[N, height, width].
         """
-        blocks = -(-self.height // ROWS)
-        missing = blocks * ROWS - self.height
+        shards = self.mesh.shape["spatial"] if self.mesh else 1
+        missing = -self.height % (ROWS * shards)
         rows = np.pad(resize_matrix(self.scores.shape[1], self.height, self.align_corners), ((0, missing), (0, 0)))
         columns = resize_matrix(self.scores.shape[2], self.width, self.align_corners)
         labels = jnp.pad(labels, ((0, 0), (0, missing), (0, 0)), constant_values=IGNORE)
@@ -218,10 +221,16 @@ class CoarseLogits(flax.struct.PyTreeNode):
         def of_block(scores: jax.Array, rows: jax.Array, labels: jax.Array) -> jax.Array:
             return function(apply_separable(scores, rows, columns), labels)
 
-        split = rows.reshape(blocks, ROWS, -1), jnp.moveaxis(labels.reshape(len(labels), blocks, ROWS, self.width), 1, 0)
-        values = jax.lax.map(lambda block: of_block(self.scores, *block), split)  # [blocks, N, ROWS, ...]
-        values = jnp.moveaxis(values, 0, 1).reshape(len(labels), blocks * ROWS, *values.shape[3:])
-        return values[:, : self.height]
+        def of_shard(scores: jax.Array, rows: jax.Array, labels: jax.Array) -> jax.Array:
+            split = rows.reshape(-1, ROWS, rows.shape[1]), jnp.moveaxis(labels.reshape(len(labels), -1, ROWS, self.width), 1, 0)
+            values = jax.lax.map(lambda block: of_block(scores, *block), split)  # [blocks, N, ROWS, ...]
+            return jnp.moveaxis(values, 0, 1).reshape(len(labels), -1, *values.shape[3:])
+
+        if self.mesh:
+            both = PartitionSpec("data", "spatial")
+            specs = (PartitionSpec("data"), PartitionSpec("spatial"), both)
+            of_shard = jax.shard_map(of_shard, mesh=self.mesh, in_specs=specs, out_specs=both)
+        return of_shard(self.scores, jnp.asarray(rows), labels)[:, : self.height]
 
 
 ROWS = 16  # rows of upsampled logits at a time
@@ -232,6 +241,17 @@ def by_rows(
 ) -> jax.Array:
     """Returns function(logits, labels) for upsampled logits, see `CoarseLogits.by_rows`."""
     return logits.by_rows(function, labels) if isinstance(logits, CoarseLogits) else function(logits, labels)
+
+
+def share_rows(outputs: Any, mesh: Mesh) -> Any:
+    """Returns a network's training outputs, in which devices that share images also share the rows of the upsampled logits."""
+    if mesh.shape["spatial"] == 1:
+        return outputs
+
+    def share(output: Any) -> Any:
+        return output.replace(mesh=mesh) if isinstance(output, CoarseLogits) else output
+
+    return jax.tree.map(share, outputs, is_leaf=lambda output: isinstance(output, CoarseLogits))
 
 
 def pool_cells(size: int, bins: int) -> list[tuple[int, int]]:

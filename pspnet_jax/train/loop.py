@@ -54,7 +54,7 @@ def fit(
     """Trains until config.total_steps, resuming from the newest checkpoint in workdir, if there is one.
 
     Args:
-      config: fields used here: seed, batch_size, total_steps, init_from, normalize, every, optimizer.accumulate,
+      config: fields used here: seed, batch_size, total_steps, init_from, normalize, every, parallel, optimizer.accumulate,
         optimizer.ema_decay, model.norm, model.dtype and eval.best_metric. The whole config is saved, and compared when a run is
         resumed.
       model: Flax module, called with normalized images f32[N, H, W, 3] and `train`. It may have variables in "batch_stats" and
@@ -63,7 +63,8 @@ def fit(
       optimizer: see `optimizers`.
       batches: called with the number of steps already made; returns this process's batches from then on. A batch is a dict of
         arrays with examples along the first axis: "image" is uint8[N, H, W, 3], where N is this process's share of
-        config.batch_size; "label", if present, has integers; other arrays are for the loss. The first batch is checked.
+        config.batch_size (see `parallel.data_share`); "label", if present, has integers; other arrays are for the loss. The
+        first batch is checked.
       evaluate: called with {"params", "batch_stats"} every config.every.eval steps, after the state is saved. Returns
         metrics and pictures, both by name. The metrics must be serializable as JSON and include a number named
         config.eval.best_metric. Two scores are compared only if their metric "data", which identifies the data, is the same.
@@ -81,7 +82,8 @@ def fit(
       DivergedError: the loss or gradient is not finite.
       SystemExit: SIGTERM (143) or Ctrl-C (130) was received, and the state is saved.
     """
-    workdir, mesh, total = files.absolute(workdir), parallel.make_mesh(), config.total_steps
+    workdir, total = files.absolute(workdir), config.total_steps
+    mesh = parallel.make_mesh(spatial=config.parallel.spatial)
     if not -(2**31) <= config.seed < 2**32:  # JAX's keys ignore all but 32 bits
         raise UserError(f"seed={config.seed}: expected a whole number from {-(2**31)} to {2**32 - 1}")
     with contextlib.ExitStack() as closing:  # closes in reverse order, so signals are caught until everything is written
@@ -94,7 +96,8 @@ def fit(
             _refuse_foreign_files(workdir, newest)
         feed = iter(batches(min(newest, total - 1)))
         with parallel.fail_together("reading the first batch"):
-            first = _check_batch(config, next(feed, None))  # read before the state is made, which depends on the images' shape
+            # read before the state is made, which depends on the images' shape
+            first = _check_batch(config, mesh, next(feed, None))
         began = time.perf_counter()
         state = resume.initial_state(
             config, model, optimizer, mesh, first["image"].shape[1:], checkpoints, workdir, fingerprint
@@ -134,7 +137,7 @@ def _newest_step(checkpoints: Checkpoints, workdir: epath.Path) -> int:
     return newest
 
 
-def _check_batch(config: ConfigDict, batch: HostBatch | None) -> HostBatch:
+def _check_batch(config: ConfigDict, mesh: Mesh, batch: HostBatch | None) -> HostBatch:
     """Returns the first batch after checking it, because JAX would misinterpret wrong arrays or fail with an unclear error."""
     if batch is None:
         raise UserError("there is no batch to train on")
@@ -142,7 +145,7 @@ def _check_batch(config: ConfigDict, batch: HostBatch | None) -> HostBatch:
         raise UserError(f"the first batch is a {type(batch).__name__}; expected a dict of NumPy arrays")
     if "image" not in batch:
         raise UserError(f"the batches have {', '.join(batch)}; expected an array named image")
-    size, share = np.shape(batch["image"])[1:3], config.batch_size // jax.process_count()
+    size, share = np.shape(batch["image"])[1:3], config.batch_size // parallel.data_share(mesh)[1]
     for name in ("image", *batch):
         if not hasattr(batch[name], "dtype"):
             raise UserError(f"the first batch's {name} is a {type(batch[name]).__name__}; expected a NumPy array")

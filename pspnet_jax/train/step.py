@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from clu.metrics import Average, LastValue, Metric
 from jax.sharding import Mesh
+from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
 from pspnet_jax import models, parallel
@@ -90,13 +91,12 @@ class Aux(NamedTuple):
     metrics: Metrics
 
 
-def make_train_step(
-    config: ConfigDict, model: nn.Module, loss: Loss, optimizer: Optimizer, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(config: ConfigDict, model: nn.Module, loss: Loss, optimizer: Optimizer, mesh: Mesh) -> Wrapped:
     """Returns the compiled train step: (state, batch) -> (state after one update, metrics). The state is donated.
 
     The batch is a dict of global arrays, sharded over the mesh along the first axis. The step normalizes "image",
-    uint8[N, H, W, 3], calls the model with train=True, and passes its outputs to the loss (see `losses`).
+    uint8[N, H, W, 3], calls the model with train=True, and passes its outputs to the loss (see `losses`). Devices that share
+    images (see `parallel.make_mesh`) each compute a part of the rows.
 
     The metrics can be merged over steps. They are "loss", the mean of each loss term by name, the metrics of the loss,
     "gradient_norm", and the values of the optimizer's schedules.
@@ -108,12 +108,12 @@ def make_train_step(
         """`weights` are those of the whole batch, if `batch` is only a part of it."""
         outputs, updates = model.apply(
             {"params": params, "batch_stats": batch_stats},
-            models.normalize(batch["image"], config.normalize),
+            parallel.shard_height(models.normalize(batch["image"], config.normalize), mesh),
             train=True,
             mutable=["batch_stats"],
             rngs={"dropout": key},
         )
-        terms, metrics = loss(outputs, batch, step)
+        terms, metrics = loss(models.share_rows(outputs, mesh), batch, step)
         own = jax.lax.stop_gradient({name: term.weight for name, term in terms.items()})
         means = {name: term.mean((weights or own)[name]) for name, term in terms.items()}
         total = sum((term.scale * means[name] for name, term in terms.items()), jnp.zeros(()))

@@ -1,0 +1,272 @@
+"""Compiles a recipe for TPU pods, without a TPU: memory, work and collectives of a chip, and the speed that these allow.
+
+The programs are those of training and evaluation, compiled by the TPU compiler for all chips of a pod. `preflight` returns one
+`Row` for each topology; nothing in it is measured on a TPU.
+"""
+
+import dataclasses
+import functools
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.stages import Compiled
+from ml_collections import ConfigDict
+
+from pspnet_jax import hlo, losses, models, optimizers, parallel
+from pspnet_jax.deploy import chips
+from pspnet_jax.errors import UserError
+from pspnet_jax.infer import memory
+from pspnet_jax.infer.predictor import Predictor
+from pspnet_jax.train.step import make_init_state, make_train_step
+
+logger = logging.getLogger("pspnet_jax")
+TRIES = 4  # compilations to find the largest batch
+# Changes that need less memory, in the order in which they are tried where a recipe does not fit: field, value, in words.
+REMEDIES = (("model.remat", "norm"), ("model.remat", "block"), ("parallel.spatial", 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a chip needs for one run of a compiled program.
+
+    Attributes:
+      state_bytes: weights, statistics and, in training, the optimizer's state.
+      temporary_bytes: memory for everything that is computed.
+      total_bytes: state, inputs, outputs, temporary memory and the program itself.
+      flops: floating-point operations, as XLA counts them.
+      traffic_bytes: read from and written to the main memory, see `hlo.hbm_traffic`.
+      collectives: kind -> (number, bytes), see `hlo.collectives`.
+      compile_seconds: time to trace and compile it on this machine.
+    """
+
+    state_bytes: int
+    temporary_bytes: int
+    total_bytes: int
+    flops: float
+    traffic_bytes: int
+    collectives: dict[str, tuple[int, int]]
+    compile_seconds: float
+
+    def roofline_seconds(self, chip: chips.Chip) -> float:
+        """Returns the least time that the chip's products and its memory allow, without waiting for other chips."""
+        return max(self.flops / chip.flops, self.traffic_bytes / chip.bandwidth)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Results for one topology.
+
+    Attributes:
+      topology: such as "v5e:4x4".
+      cloud_name: of the accelerator type on Google Cloud.
+      chips: number of chips.
+      hbm_bytes: main memory of a chip.
+      images: images per step, over all chips.
+      train, evaluate: the two programs; a pass of `evaluate` takes `windows` windows on each chip.
+      windows: as above.
+      largest: most images per group of `parallel.spatial` chips for which the train step was compiled and fits.
+    """
+
+    topology: str
+    cloud_name: str
+    chips: int
+    hbm_bytes: float
+    images: int
+    train: Program
+    evaluate: Program
+    windows: int
+    largest: int
+
+    @property
+    def step_seconds(self) -> float:
+        """The roofline of a train step."""
+        return self.train.roofline_seconds(chips.CHIPS[self.topology.partition(":")[0]])
+
+    def to_json(self) -> dict[str, Any]:
+        rates = {"roofline_step_seconds": self.step_seconds, "roofline_images_per_second": self.images / self.step_seconds}
+        return dataclasses.asdict(self) | rates
+
+
+class DoesNotFitError(UserError):
+    """A program needs more memory than a chip has."""
+
+
+def preflight(config: ConfigDict, topologies: Sequence[tuple[str, str]], images_per_chip: int = 0) -> Iterator[Row]:
+    """Compiles a recipe for each topology.
+
+    Args:
+      config: a complete recipe, with its class names.
+      topologies: see `chips.parse`.
+      images_per_chip: if above 0, batch_size is this times the number of chips divided by parallel.spatial.
+
+    Raises:
+      UserError: the batch cannot be divided among the chips; or the recipe does not fit, with what would make it fit.
+    """
+    largest: dict[str, int] = {}
+    for generation, topology in topologies:
+        name, chip = f"{generation}:{topology}", chips.CHIPS[generation]
+        devices = chips.devices(generation, topology)
+        mesh = _mesh(config, name, devices)
+        groups = mesh.shape["data"]
+        sized = _with_batch(config, images_per_chip * groups or config.batch_size, groups, name)
+        try:
+            train = compile_train(sized, mesh, chip)
+        except DoesNotFitError as error:
+            raise UserError(f"{name}: {error}; {_remedies(sized, devices, chip)}") from error
+        if generation not in largest:
+            largest[generation] = largest_batch(sized, mesh, chip, train)
+        host = [device for device in devices if device.process_index == devices[0].process_index]
+        evaluate, windows = compile_evaluation(sized, host, chip)
+        cloud = chip.cloud_name(topology)
+        yield Row(name, cloud, mesh.size, chip.hbm, sized.batch_size, train, evaluate, windows, largest[generation])
+
+
+def _mesh(config: ConfigDict, name: str, devices: Sequence[jax.Device]) -> Mesh:
+    if len(devices) % (spatial := config.parallel.spatial):
+        raise UserError(f"{name}: parallel.spatial={spatial}: expected a divisor of the number of chips, {len(devices)}")
+    return parallel.make_mesh(devices, spatial)
+
+
+def _with_batch(config: ConfigDict, batch_size: int, groups: int, name: str) -> ConfigDict:
+    if batch_size % (groups * config.optimizer.accumulate):
+        each = groups * config.optimizer.accumulate
+        raise UserError(
+            f"{name}: batch_size={batch_size}: expected a multiple of {each}, so that each chip gets as many images; set "
+            f"--config.batch_size={each}, or choose --images_per_chip"
+        )
+    config = config.copy_and_resolve_references()
+    config.batch_size = batch_size
+    return config
+
+
+def compile_train(config: ConfigDict, mesh: Mesh, chip: chips.Chip) -> Program:
+    """Compiles the train step. Raises DoesNotFitError if it does not fit."""
+    num_classes, shape = len(config.dataset.class_names), (config.batch_size, *config.augment.crop)
+    model, optimizer = models.build(config.model, num_classes), optimizers.build(config.optimizer, config.total_steps)
+    init = make_init_state(config, model, optimizer, mesh, (*config.augment.crop, 3))
+    state, shared = _replicated(jax.eval_shape(init), mesh), parallel.batch_sharding(mesh)
+    batch = {
+        "image": jax.ShapeDtypeStruct((*shape, 3), np.uint8, sharding=shared),
+        "label": jax.ShapeDtypeStruct(shape, np.uint8, sharding=shared),
+    }
+    step = make_train_step(config, model, losses.build(config), optimizer, mesh)
+    per_group = config.batch_size // mesh.shape["data"]
+    return _compile(
+        f"train step, {per_group} image(s) per {_group(mesh)}", lambda: step.lower(state, batch).compile(), state, chip
+    )
+
+
+def compile_evaluation(config: ConfigDict, devices: Sequence[jax.Device], chip: chips.Chip) -> tuple[Program, int]:
+    """Compiles a forward pass of evaluation on one host's chips; returns it and the number of windows on each chip.
+
+    Windows have the size of the training crop with eval.inference="whole", where they have that of the images.
+    """
+    whole, num_classes = config.eval.inference == "whole", len(config.dataset.class_names)
+    window = tuple(config.augment.crop if whole else config.eval.crop)
+    model = models.build(config.model, num_classes)
+
+    def apply(variables: Any, images: jax.Array) -> Any:
+        return model.apply(variables, images, train=False)
+
+    predictor = Predictor(apply, config, num_classes, devices)
+    mesh = parallel.make_mesh(devices, config.parallel.spatial)
+    init = functools.partial(model.init, train=False)
+    variables = _replicated(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *window, 3))), mesh)
+    groups = mesh.shape["data"]
+    windows = -(-config.eval.batch_size // groups)
+    if not windows:
+        windows = memory.fitting_windows(window, chip.hbm, predictor.bytes_per_pixel(variables, window))
+    compile_pass = functools.partial(predictor.compile_network, variables, window, windows)
+    return _compile(f"evaluation, {windows} window(s) per {_group(mesh)}", compile_pass, variables, chip), windows
+
+
+def _compile(what: str, compile_program: Callable[[], Compiled], state: Any, chip: chips.Chip) -> Program:
+    """Compiles a program and reads its needs. Raises DoesNotFitError if it does not fit."""
+    began = time.perf_counter()
+    try:
+        compiled = compile_program()
+    except jax.errors.JaxRuntimeError as error:
+        if not (found := re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", str(error))):
+            raise
+        raise DoesNotFitError(f"the {what} needs {found[1]} bytes of memory, but a chip has {found[2]}") from error
+    seconds, text, stats = time.perf_counter() - began, compiled.as_text() or "", compiled.memory_analysis()
+    assert stats is not None, "the TPU compiler reports memory"
+    total = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    total += stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+    logger.info(f"{what}: compiled in {seconds:.0f} s, {total / 2**30:.2f} of {chip.hbm / 2**30:.2f} GiB")
+    return Program(
+        state_bytes=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state)),
+        temporary_bytes=stats.temp_size_in_bytes,
+        total_bytes=total,
+        flops=(compiled.cost_analysis() or {})["flops"],
+        traffic_bytes=hlo.hbm_traffic(text).total(),
+        collectives=hlo.collectives(text),
+        compile_seconds=seconds,
+    )
+
+
+def largest_batch(config: ConfigDict, mesh: Mesh, chip: chips.Chip, fitting: Program) -> int:
+    """Returns the most images per group of chips for which the train step was compiled and fits.
+
+    The first try follows from the memory of the batch that fits; each further one is an eighth smaller.
+    """
+    groups, step = mesh.shape["data"], config.optimizer.accumulate
+    most = config.batch_size // groups
+    per_image = fitting.temporary_bytes / most
+    images = int((chip.hbm - (fitting.total_bytes - fitting.temporary_bytes)) / per_image) // step * step
+    for _ in range(TRIES):
+        if images <= most:
+            break
+        try:
+            compile_train(_with_batch(config, images * groups, groups, ""), mesh, chip)
+            return images
+        except DoesNotFitError as error:
+            logger.info(str(error))
+            images = (images - max(1, images // 8)) // step * step
+    return most
+
+
+def _remedies(config: ConfigDict, devices: Sequence[jax.Device], chip: chips.Chip) -> str:
+    """Tries what lowers the memory of a recipe that does not fit, and returns what came of each in words."""
+    found = []
+    for field, value in REMEDIES:
+        changed = config.copy_and_resolve_references()
+        section, name = field.split(".")
+        if changed[section][name] == value or len(devices) % changed.parallel.spatial:
+            continue
+        changed[section][name] = value
+        mesh = parallel.make_mesh(devices, changed.parallel.spatial)
+        found.append(f"--config.{field}={value} {_outcome(changed, mesh, chip)}")
+    mesh = parallel.make_mesh(devices, config.parallel.spatial)
+    images = config.batch_size // mesh.shape["data"]
+    while (images := images // 2) >= config.optimizer.accumulate:
+        smaller = _with_batch(config, images * mesh.shape["data"], mesh.shape["data"], "")
+        found.append(f"--config.batch_size={smaller.batch_size} {(outcome := _outcome(smaller, mesh, chip))}")
+        if "does not" not in outcome:
+            break
+    return "; ".join(found)
+
+
+def _outcome(config: ConfigDict, mesh: Mesh, chip: chips.Chip) -> str:
+    try:
+        program = compile_train(config, mesh, chip)
+    except DoesNotFitError:
+        return "does not fit either"
+    return f"needs {program.total_bytes / 2**30:.1f} GiB"
+
+
+def _replicated(tree: Any, mesh: Mesh) -> Any:
+    everywhere = parallel.replicated(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)
+
+
+def _group(mesh: Mesh) -> str:
+    return "chip" if mesh.shape["spatial"] == 1 else f"{mesh.shape['spatial']} chips"
