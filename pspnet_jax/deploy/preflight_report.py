@@ -38,9 +38,9 @@ COLUMNS = (
     *("images/s", "collectives", "MB in them", "evaluation: all, GiB", "compiled in, s"),
 )
 CAPTION = (
-    "Of a train step, for each chip, as compiled; nothing was run. ms: the least time that the chip's peak FLOP/s and memory "
-    "bandwidth allow, without waiting for other chips; images/s: of the whole pod at this speed. largest batch: images per chip "
-    "(or per group of parallel.spatial chips) of the largest step that was compiled and fits."
+    "Of a train step, for each chip, as compiled; nothing was run. ms: least time that the chip's peak FLOP/s and memory "
+    "bandwidth allow, without waiting for other chips; images/s: of the pod at this speed. largest batch: images per chip, "
+    "or per group of parallel.spatial chips, of the largest step that was compiled and fits."
 )
 
 

@@ -183,13 +183,13 @@ class CoarseLogits(flax.struct.PyTreeNode):
     """Logits before they are upsampled to the size of the images.
 
     Upsampled logits f32[N, height, width, K] are the largest array of a train step. Losses use only a few of their rows at a
-    time, see `by_rows`. Devices that share images also share their rows.
+    time, see `by_rows`.
 
     Attributes:
       scores: f32[N, h, w, K].
       height, width: size to which they are upsampled bilinearly, in pixels.
       align_corners: as in `resize_matrix`.
-      mesh: the devices, if several of them share an image, see `parallel.make_mesh`.
+      mesh: the devices, see `parallel.make_mesh`. Each computes its images and, if devices share images, its rows.
     """
 
     scores: jax.Array
@@ -211,29 +211,34 @@ class CoarseLogits(flax.struct.PyTreeNode):
           function: (f32[N, R, width, K], [N, R, width]) -> [N, R, ...], which treats each row separately.
           labels: uint8[N, height, width].
         """
-        shards = self.mesh.shape["spatial"] if self.mesh else 1
-        missing = -self.height % (ROWS * shards)
-        rows = np.pad(resize_matrix(self.scores.shape[1], self.height, self.align_corners), ((0, missing), (0, 0)))
         columns = resize_matrix(self.scores.shape[2], self.width, self.align_corners)
-        labels = jnp.pad(labels, ((0, 0), (0, missing), (0, 0)), constant_values=IGNORE)
 
         @jax.checkpoint
         def of_block(scores: jax.Array, rows: jax.Array, labels: jax.Array) -> jax.Array:
             return function(apply_separable(scores, rows, columns), labels)
 
-        def of_shard(scores: jax.Array, rows: jax.Array, labels: jax.Array) -> jax.Array:
-            split = rows.reshape(-1, ROWS, rows.shape[1]), jnp.moveaxis(labels.reshape(len(labels), -1, ROWS, self.width), 1, 0)
-            values = jax.lax.map(lambda block: of_block(scores, *block), split)  # [blocks, N, ROWS, ...]
-            return jnp.moveaxis(values, 0, 1).reshape(len(labels), -1, *values.shape[3:])
+        def of_rows(scores: jax.Array, rows: jax.Array, labels: jax.Array) -> jax.Array:
+            n, height, width = labels.shape
+            blocks = math.ceil(labels.size * scores.shape[-1] / BLOCK)
+            rows, labels = _pad_rows(rows, labels, -height % blocks)
+            split = rows.reshape(blocks, -1, rows.shape[1]), jnp.moveaxis(labels.reshape(n, blocks, -1, width), 1, 0)
+            values = jax.lax.map(lambda block: of_block(scores, *block), split)  # [blocks, N, R, ...]
+            return jnp.moveaxis(values, 0, 1).reshape(n, -1, *values.shape[3:])[:, :height]
 
+        rows = jnp.asarray(resize_matrix(self.scores.shape[1], self.height, self.align_corners))
         if self.mesh:
-            both = PartitionSpec("data", "spatial")
-            specs = (PartitionSpec("data"), PartitionSpec("spatial"), both)
-            of_shard = jax.shard_map(of_shard, mesh=self.mesh, in_specs=specs, out_specs=both)
-        return of_shard(self.scores, jnp.asarray(rows), labels)[:, : self.height]
+            rows, labels = _pad_rows(rows, labels, -self.height % self.mesh.shape["spatial"])
+            data, spatial, both = PartitionSpec("data"), PartitionSpec("spatial"), PartitionSpec("data", "spatial")
+            of_rows = jax.shard_map(of_rows, mesh=self.mesh, in_specs=(data, spatial, both), out_specs=both)
+        return of_rows(self.scores, rows, labels)[:, : self.height]
 
 
-ROWS = 16  # rows of upsampled logits at a time
+BLOCK = 2**22  # upsampled scores at a time
+
+
+def _pad_rows(rows: jax.Array, labels: jax.Array, missing: int) -> tuple[jax.Array, jax.Array]:
+    """Appends rows whose labels are ignored."""
+    return jnp.pad(rows, ((0, missing), (0, 0))), jnp.pad(labels, ((0, 0), (0, missing), (0, 0)), constant_values=IGNORE)
 
 
 def by_rows(
@@ -244,9 +249,7 @@ def by_rows(
 
 
 def share_rows(outputs: Any, mesh: Mesh) -> Any:
-    """Returns a network's training outputs, in which devices that share images also share the rows of the upsampled logits."""
-    if mesh.shape["spatial"] == 1:
-        return outputs
+    """Returns a network's training outputs, with logits that are upsampled where their images and rows are."""
 
     def share(output: Any) -> Any:
         return output.replace(mesh=mesh) if isinstance(output, CoarseLogits) else output
