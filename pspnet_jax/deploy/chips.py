@@ -82,7 +82,13 @@ def devices(generation: str, topology: str) -> list[jax.Device]:
     Raises:
       UserError: the TPU compiler is not installed.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks Google Cloud's metadata server what machine this is
+    # Otherwise libtpu asks Google Cloud's metadata server what machine this is, and complains where there is none.
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }.items():
+        os.environ.setdefault(name, value)
     try:
         return topologies.get_topology_desc(topology_name=f"{generation}:{topology}", platform="tpu").devices
     except (RuntimeError, ImportError) as error:

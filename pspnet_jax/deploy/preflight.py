@@ -113,6 +113,7 @@ def preflight(config: ConfigDict, topologies: Sequence[tuple[str, str]], images_
     largest: dict[str, int] = {}
     for generation, topology in topologies:
         name, chip = f"{generation}:{topology}", chips.CHIPS[generation]
+        logger.info(f"compiling for {name}, {chips.chips(topology)} chips")
         devices = chips.devices(generation, topology)
         mesh = _mesh(config, name, devices)
         groups = mesh.shape["data"]
@@ -216,21 +217,22 @@ def _compile(what: str, compile_program: Callable[[], Compiled], state: Any, chi
 def largest_batch(config: ConfigDict, mesh: Mesh, chip: chips.Chip, fitting: Program) -> int:
     """Returns the most images per group of chips for which the train step was compiled and fits.
 
-    The first try follows from the memory of the batch that fits; each further one is an eighth smaller.
+    Each try follows from the memory per image of the largest batch that fits so far, or is an eighth smaller than one that
+    does not fit.
     """
     groups, step = mesh.shape["data"], config.optimizer.accumulate
-    most = config.batch_size // groups
-    per_image = fitting.temporary_bytes / most
-    images = int((chip.hbm - (fitting.total_bytes - fitting.temporary_bytes)) / per_image) // step * step
+    most, too_many = config.batch_size // groups, math.inf
     for _ in range(TRIES):
-        if images <= most:
+        estimate = (chip.hbm - fitting.total_bytes + fitting.temporary_bytes) * most / fitting.temporary_bytes
+        images = int(min(estimate, too_many * 7 / 8)) // step * step
+        if images < most * 9 / 8:
             break
         try:
-            compile_train(_with_batch(config, images * groups, groups, ""), mesh, chip)
-            return images
+            fitting = compile_train(_with_batch(config, images * groups, groups, ""), mesh, chip)
+            most = images
         except DoesNotFitError as error:
             logger.info(str(error))
-            images = (images - max(1, images // 8)) // step * step
+            too_many = images
     return most
 
 

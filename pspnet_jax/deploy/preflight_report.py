@@ -1,6 +1,6 @@
 """The table and the picture of a preflight."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from matplotlib.figure import Figure
 from rich.table import Column, Table
@@ -9,38 +9,40 @@ from pspnet_jax.deploy.preflight import Row
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Returns a rich table with one row per topology."""
-    found = Table("topology", *(Column(name, justify="right") for name in COLUMNS), caption=CAPTION)
-    for row in rows:
-        train, evaluate = row.train, row.evaluate
-        counts = ", ".join(f"{count} {kind}" for kind, (count, _) in train.collectives.items())
-        found.add_row(
-            f"{row.topology}\n{row.chips} chips\n{row.cloud_name}",
-            f"{row.images}",
-            f"{train.state_bytes / 2**30:.2f}",
-            f"{train.temporary_bytes / 2**30:.2f}",
-            f"{train.total_bytes / 2**30:.2f} / {row.hbm_bytes / 2**30:.2f}",
-            f"{row.largest}",
-            f"{train.flops / 1e12:.2f}",
-            f"{train.traffic_bytes / 1e9:.1f}",
-            f"{1000 * row.step_seconds:.1f}",
-            f"{row.images / row.step_seconds:,.0f}",
-            counts,
-            f"{sum(size for _, size in train.collectives.values()) / 1e6:.0f}",
-            f"{evaluate.total_bytes / 2**30:.2f} with {row.windows} window(s)",
-            f"{train.compile_seconds:.0f} + {evaluate.compile_seconds:.0f}",
-        )
+    """Returns a rich table with one column per topology."""
+    found = Table("per chip", *(Column(f"{row.topology}\n{row.cloud_name}", justify="right") for row in rows), caption=CAPTION)
+    for name, show in FIGURES:
+        found.add_row(name, *map(show, rows))
     return found
 
 
-COLUMNS = (
-    *("images per step", "state, GiB", "temporary, GiB", "all / HBM, GiB", "largest batch", "TFLOP", "traffic, GB", "ms"),
-    *("images/s", "collectives", "MB in them", "evaluation: all, GiB", "compiled in, s"),
+def _collectives(row: Row) -> str:
+    return "\n".join(f"{count} {kind}, {size / 1e6:,.1f} MB" for kind, (count, size) in row.train.collectives.items())
+
+
+GIB = 2**30
+FIGURES: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("chips", lambda row: f"{row.chips}"),
+    ("HBM, GiB", lambda row: f"{row.hbm_bytes / GIB:.2f}"),
+    ("train step: images on all chips", lambda row: f"{row.images}"),
+    ("  weights and optimizer, GiB", lambda row: f"{row.train.state_bytes / GIB:.2f}"),
+    ("  temporary memory, GiB", lambda row: f"{row.train.temporary_bytes / GIB:.2f}"),
+    ("  all memory, GiB", lambda row: f"{row.train.total_bytes / GIB:.2f}"),
+    ("  largest number of images", lambda row: f"{row.largest}"),
+    ("  work, TFLOP", lambda row: f"{row.train.flops / 1e12:.2f}"),
+    ("  memory traffic, GB", lambda row: f"{row.train.traffic_bytes / 1e9:.1f}"),
+    ("  roofline, ms", lambda row: f"{1000 * row.step_seconds:.1f}"),
+    ("  images/s of all chips at the roofline", lambda row: f"{row.images / row.step_seconds:,.0f}"),
+    ("  collectives", _collectives),
+    ("  compiled in, s", lambda row: f"{row.train.compile_seconds:.0f}"),
+    ("evaluation: windows in a pass", lambda row: f"{row.windows}"),
+    ("  all memory, GiB", lambda row: f"{row.evaluate.total_bytes / GIB:.2f}"),
+    ("  compiled in, s", lambda row: f"{row.evaluate.compile_seconds:.0f}"),
 )
 CAPTION = (
-    "Of a train step, for each chip, as compiled; nothing was run. ms: least time that the chip's peak FLOP/s and memory "
-    "bandwidth allow, without waiting for other chips; images/s: of the pod at this speed. largest batch: images per chip, "
-    "or per group of parallel.spatial chips, of the largest step that was compiled and fits."
+    "As compiled; nothing was run. Roofline: the least time that the peak FLOP/s and the memory bandwidth of a chip allow, "
+    "without waiting for other chips. Largest number of images: of a step that was compiled and fits. With parallel.spatial=n, "
+    "images and windows are those of n chips."
 )
 
 
