@@ -89,6 +89,17 @@ def test_adaptive_pooling_equals_its_definition_where_bins_do_not_divide(bins):
         np.testing.assert_array_equal(layers.adaptive_max_pool(x, bins), reference.adaptive_pool(x, bins, "max"))
 
 
+@pytest.mark.parametrize("size", [(6, 8), (7, 5)])
+def test_both_ways_of_max_pooling_agree(size):
+    """Values and gradients, where no values of a window are tied."""
+    x, weights = jnp.asarray(noise(2, *size, 3)), jnp.asarray(noise(2, -(-size[0] // 2), -(-size[1] // 2), 3))
+    found, expected = (
+        jax.value_and_grad(lambda x, pool=pool: jnp.vdot(pool(x), weights))(x)
+        for pool in (layers.max_pool_by_windows, layers.max_pool_by_slices)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+
+
 def conv_norm_of_ones(**fields: object) -> tuple[layers.ConvNorm, dict]:
     """Returns a ConvNorm whose convolution is the identity on one channel, with running mean 0 and variance 1."""
     module = layers.ConvNorm(1, 1, relu=False, **fields)
