@@ -5,10 +5,8 @@ import pathlib
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).parents[1]
-MAIN = ("-m", "pspnet_jax.main")
 
 
 def free_port() -> int:
@@ -17,31 +15,28 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def run_processes(count: int, *command: str, devices: int = 1, timeout: float = 300) -> list[subprocess.CompletedProcess]:
-    """Runs `python COMMAND` in several processes, and returns their exit codes and output.
+def run_processes(count: int, *command: str, options: bool = False, timeout: float = 300) -> list[subprocess.CompletedProcess]:
+    """Runs `python COMMAND` in several processes with a device each, and returns their exit codes and output.
 
-    Scripts get their place from the environment, the command line (`MAIN`) from its options.
+    Each gets its place from environment variables or, with `options`, as options of the command line.
     """
-    address, processes = f"127.0.0.1:{free_port()}", list[subprocess.Popen]()
+    place = {"--coordinator": f"127.0.0.1:{free_port()}", "--processes": str(count)}
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
     }
+    processes = list[subprocess.Popen]()
     try:
         for i in range(count):
-            place = (address, str(count), str(i))
-            if command[: len(MAIN)] == MAIN:
-                arguments = zip(("--coordinator", "--processes", "--process_id"), place, strict=True)
-                own: Sequence[str] = [*command, *(word for pair in arguments for word in pair)]
+            place["--process_id"], own, variables = str(i), [sys.executable, *command], {}
+            if options:
+                own += [word for pair in place.items() for word in pair]
             else:
-                own = command
-                variables = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-                environment |= dict(zip(variables, place, strict=True))
+                names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+                variables = dict(zip(names, place.values(), strict=True))
             pipe = subprocess.PIPE
-            processes.append(
-                subprocess.Popen([sys.executable, *own], env=environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
-            )
+            processes.append(subprocess.Popen(own, env=environment | variables, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
         outputs = [process.communicate(timeout=timeout) for process in processes]
     finally:
         for process in processes:
