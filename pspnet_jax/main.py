@@ -93,7 +93,7 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
             "type": _number,
             "metavar": "SECONDS",
             "default": 300,
-            "help": "time in which all processes have to start: %(default)s",
+            "help": "how long processes wait for each other at the start; 300",
         },
     ),
 }

@@ -56,17 +56,30 @@ def start_processes(place: Place | None = None, about: Mapping[str, str] | None 
 def exchange(mine: Any) -> dict[str, Any]:
     """Returns what each process passed, keyed by "process 0 (its host)" and so on. All processes have to call it.
 
-    Values are small, and become JSON. No device is needed, and a process may be late by any time; JAX's first collective would
-    fail after half a minute.
+    Values are small, and become JSON. A process may be late by any time.
     """
     index, name = jax.process_index(), f"process {jax.process_index()} ({socket.gethostname()})"
     if jax.process_count() == 1:
         return {name: mine}
-    client, key = distributed.global_state.client, f"pspnet_jax/{next(_exchanges)}"
+    client, number = distributed.global_state.client, next(_exchanges)
     assert client is not None
+    key = f"pspnet_jax/{number}"
     client.key_value_set(f"{key}/{index:09d}", json.dumps([name, mine]))
     client.wait_at_barrier(key, TIMEOUT_MS)
+    if number == 0:
+        _connect_devices()
     return dict(json.loads(value) for _, value in sorted(client.key_value_dir_get(key)))
+
+
+def _connect_devices() -> None:
+    """Adds up a number of each device, when all processes are ready.
+
+    If a process came to the first collective half a minute later than the others, as after a slow compilation, it would fail or
+    hang; later ones wait.
+    """
+    sharding = NamedSharding(Mesh(np.array(jax.devices()), "devices"), PartitionSpec("devices"))
+    ones = jax.make_array_from_callback((jax.device_count(),), sharding, lambda _: np.ones(1, np.int32))
+    jax.jit(jax.numpy.sum, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))(ones).block_until_ready()
 
 
 def max_over_processes(number: int) -> int:

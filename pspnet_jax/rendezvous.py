@@ -96,7 +96,7 @@ def _gather(place: Place, mine: dict[str, Any], timeout: float) -> dict[str, Any
             if len(members) == place.processes:
                 answer = {"hosts": [members[i]["host"] for i in range(place.processes)]}
             elif remaining <= 0:
-                answer = {"error": f"{_missing(members, place)} after {timeout:.0f} s; {CAUSES}"}
+                answer = {"error": f"after {timeout:.0f} s, {_missing(members, place)}; {CAUSES}"}
             elif (connection := _accept(server, min(REPORT_EVERY, remaining))) is None:
                 logger.info(_missing(members, place))
             else:

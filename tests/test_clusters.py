@@ -109,6 +109,7 @@ def test_a_host_of_several_slices_in_kubernetes(monkeypatch):
     assert find_place() == Place("job-slice-0-0.job:8482", 8, 6)
 
 
+@pytest.mark.filterwarnings("ignore:'maxsplit' is passed:DeprecationWarning")  # JAX passes it to re.split
 @pytest.mark.parametrize(
     ("slices", "place"), [({}, Place("10.0.0.2:8482", 2, 1)), ({"NUM": "3", "ID": "2"}, Place("10.9.9.9:8482", 6, 5))]
 )

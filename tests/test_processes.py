@@ -287,5 +287,5 @@ def test_a_missing_process_ends_the_start_with_one_sentence():
     assert done.returncode == 1
     (sentence,) = done.stderr.splitlines()
     assert re.match(
-        r"error: 1 of 2 processes have come to 127.*; missing: 1 after 1 s; usual causes: the command was not", sentence
+        r"error: after 1 s, 1 of 2 processes have come to 127.*; missing: 1; usual causes: the command was not", sentence
     )

@@ -57,7 +57,7 @@ def test_missing_processes_are_named_to_all_that_have_come(port):
     first, third = meet_all(port, (4, 0, {}), (4, 2, {}), timeout=1)
     assert first == third
     assert first.startswith(
-        f"2 of 4 processes have come to 127.0.0.1:{port}: 0 (host0), 2 (host1); missing: 1, 3 after 1 s; usual causes: "
+        f"after 1 s, 2 of 4 processes have come to 127.0.0.1:{port}: 0 (host0), 2 (host1); missing: 1, 3; usual causes: "
     )
     assert "\n" not in first
 
@@ -65,7 +65,7 @@ def test_missing_processes_are_named_to_all_that_have_come(port):
 def test_only_the_first_of_many_missing_processes_are_named(port):
     (message,) = meet_all(port, (256, 0, {}), timeout=0.1)
     assert "1 of 256 processes" in message
-    assert "missing: 1, 2, 3, 4, 5, ... after" in message
+    assert "missing: 1, 2, 3, 4, 5, ...; usual" in message
 
 
 def test_a_missing_first_process_is_named(port):
