@@ -127,8 +127,8 @@ def _cluster() -> Any:
         if clusters.GceTpuCluster.is_env_present():
             return clusters.GceTpuCluster
     if number := environment.get("JOB_COMPLETION_INDEX"):
-        if importlib.util.find_spec("kubernetes"):
-            return clusters.K8sCluster if clusters.K8sCluster.is_env_present() else None
+        if importlib.util.find_spec("kubernetes") and clusters.K8sCluster.is_env_present():
+            return clusters.K8sCluster
         unknown = f"it is unknown whether this Kubernetes job has other pods; run pip install 'jax[k8s]', or {BY_HAND}"
         if number != "0":
             raise UserError(unknown)

@@ -89,12 +89,7 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
     "process_id": ([*jobs.JOBS], {"type": _number, "metavar": "I", "help": "number of this process, from 0"}),
     "start_timeout": (
         [*jobs.JOBS],
-        {
-            "type": _number,
-            "metavar": "SECONDS",
-            "default": 300,
-            "help": "how long processes wait for each other at the start; 300",
-        },
+        {"type": _number, "metavar": "SECONDS", "default": 300, "help": "limit for all processes to start; default: 300"},
     ),
 }
 
