@@ -44,14 +44,16 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     logger.info(f"Python and its packages were ready after {time.time() - psutil.Process().create_time():.1f} s")
     began = time.perf_counter()
-    config = runs.from_recipe(arguments, overrides, jax.device_count())
-    workdir = runs.workdir_of(arguments, config.name)
-    if arguments.profile and (last := sum(arguments.profile) - 1) > config.total_steps:
-        raise UserError(
-            f"--profile: step {last} cannot be traced, because total_steps={config.total_steps}; choose earlier steps"
-        )
-    if config.init_from:
-        runs.check_init_from(config, workdir)
+    with parallel.fail_together("reading the recipe"):
+        config = runs.from_recipe(arguments, overrides, jax.device_count())
+        workdir = runs.workdir_of(arguments, config.name)
+        if arguments.profile and (last := sum(arguments.profile) - 1) > config.total_steps:
+            raise UserError(
+                f"--profile: step {last} cannot be traced, because total_steps={config.total_steps}; choose earlier steps"
+            )
+        if config.init_from:
+            runs.check_init_from(config, workdir)
+    parallel.require_same(runs.comparable(config))
     validation_source = sources.open_source(config.dataset, config.eval.split)
     data = pipeline.open_training(config)
     overlap.refuse_inside(workdir, [*data.sources, validation_source])
@@ -59,7 +61,8 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     palette = palettes.require_agreement([source.palette for source in (*data.sources, validation_source)])
     config.dataset.palette = tuple((value, *color) for value, (color, _) in sorted(palette.items()))
     config.loss.class_weights = runs.class_weights(config, data.sources)
-    parallel.require_same("their configs", runs.comparable(config))
+    data_read = {"training data": data.fingerprint, "validation data": validation_source.fingerprint}
+    parallel.require_same({**data_read, **runs.comparable(config)})
     logger.info(f"the data was checked in {time.perf_counter() - began:.1f} s")
     model = models.build(config.model, len(config.dataset.class_names))
     host, hosts = parallel.data_share(parallel.make_mesh(spatial=config.parallel.spatial))
@@ -158,7 +161,7 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     config, step, variables, workdir, saved = runs.restore(arguments, overrides)
     predictor, source = _predictor(config), sources.open_source(config.dataset, config.eval.split)
-    parallel.require_same("their checkpoints or configs", (step, runs.comparable(config)))
+    parallel.require_same({"validation data": source.fingerprint})
     _warn_of_training_images(saved, source)
     palettes.require_agreement([palettes.training_colors(saved.dataset), source.palette])
     source = _sort_by_size(predictor, source)
@@ -183,9 +186,12 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     config, step, variables, workdir, _ = runs.restore(arguments, overrides)
     info = datasets.describe(config.dataset)
     server_format = arguments.format or ""
-    paths = (
-        inputs.find_images(arguments.input, bool(server_format), arguments.output) if arguments.input else _split_images(config)
-    )
+    with parallel.fail_together("listing the images"):
+        paths = (
+            inputs.find_images(arguments.input, bool(server_format), arguments.output)
+            if arguments.input
+            else _split_images(config)
+        )
     predictor = _predictor(config)
     logger.info(f"predicting {len(paths)} image(s) with step {step} of {workdir} on {predictor.device}")
     split = {field: config.dataset[field] for field in ("name", "root")} | {"split": config.eval.split}
@@ -268,7 +274,7 @@ JOBS = {
     "preflight": preflight,
     "export": export_weights,
 }
-MULTI_PROCESS_JOBS = ("train", "evaluate")  # modes that several processes can run together
+MULTI_PROCESS_JOBS = ("train", "evaluate", "predict")  # modes that several processes can run together
 
 
 def _warn_of_training_images(saved: ConfigDict, source: Any) -> None:

@@ -1,4 +1,4 @@
-"""A lock file that lets only one process at a time, on any machine, write to a run or prediction directory.
+"""A lock file that lets only one job at a time, on any machine, write to a run or prediction directory.
 
 On one machine the kernel holds the lock and releases it when the process ends, even if the process is killed. On a shared file
 system, machines may not see each other's kernel locks. So the owner also updates the file's modification time every few
@@ -11,6 +11,7 @@ import fcntl
 import json
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
@@ -24,6 +25,7 @@ from pspnet_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 HEARTBEAT = 10.0  # seconds between two updates of the lock file's time
+APPEARS_WITHIN = 10  # seconds until all processes of a job have to see a new file
 TIMEOUT = 45.0  # seconds without an update after which an owner on another machine is considered dead
 
 
@@ -32,7 +34,7 @@ def locked(directory: epath.Path) -> Iterator[None]:
     """Creates the directory and holds its lock, DIRECTORY/lock, for all processes of this job. Buckets are not locked.
 
     Raises:
-      UserError: another process holds the lock, or the directory cannot be written.
+      UserError: another job holds the lock, the directory cannot be written, or the processes do not share it.
     """
     descriptor, failure = None, None
     if jax.process_index() == 0:
@@ -45,12 +47,14 @@ def locked(directory: epath.Path) -> Iterator[None]:
     if parallel.max_over_processes(failure is not None):
         raise failure or UserError(f"{directory}: the first process of this job cannot write there; its own message says why")
     if descriptor is None:
+        _require_shared(directory)
         yield
         return
     finished = threading.Event()
     heartbeat = threading.Thread(target=_update_time, args=(descriptor, finished), daemon=True)
     heartbeat.start()
     try:
+        _require_shared(directory)
         yield
     finally:
         finished.set()
@@ -58,6 +62,46 @@ def locked(directory: epath.Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             os.unlink(directory / "lock")  # before the lock is released: see `_acquire`
         os.close(descriptor)
+
+
+def _require_shared(directory: epath.Path) -> None:
+    """Checks that all processes of this job see the same directory.
+
+    Each host could have a directory of this name, with the same files or none. So the first process writes a file with a random
+    name, which the others have to find.
+
+    Raises:
+      UserError: a process does not find it.
+    """
+    if jax.process_count() == 1:
+        return
+    token = directory / f".shared-{next(iter(parallel.exchange(secrets.token_hex(8)).values()))}"
+    try:
+        with parallel.fail_together("writing"):
+            if jax.process_index() == 0:
+                with files.writing(directory, "choose another place, or make it writable"):
+                    token.write_text("all processes of a job have to see this file\n")
+        found = parallel.exchange(_appears(token))
+    finally:
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):
+                token.unlink(missing_ok=True)
+    if lacking := [name for name, sees in found.items() if not sees]:
+        more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
+        raise UserError(
+            f"{directory}: {lacking[0]}{more} cannot see a file that {next(iter(found))} has written there; all hosts have to "
+            "share this directory, so choose one in a bucket (gs://...) or on a shared file system"
+        )
+
+
+def _appears(path: epath.Path) -> bool:
+    """Returns whether a file exists, after waiting for it, since network file systems may be slow to show it."""
+    for _ in range(APPEARS_WITHIN):
+        with contextlib.suppress(OSError):
+            if files.is_there(path):
+                return True
+        time.sleep(1)
+    return False
 
 
 def _acquire(path: str) -> int:

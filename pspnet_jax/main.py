@@ -16,8 +16,8 @@ from absl import logging as absl_logging
 from etils import epath
 
 import pspnet_jax
+from pspnet_jax import clusters, errors, files, jobs, parallel, programs
 from pspnet_jax import config as configs
-from pspnet_jax import errors, files, jobs, parallel, programs
 
 logger = logging.getLogger("pspnet_jax")
 
@@ -40,6 +40,12 @@ def _steps(given: str) -> tuple[int, int]:
     if not (step.isdecimal() and count.isdecimal() and int(step) > 1 and int(count) > 0):
         raise argparse.ArgumentTypeError(f"{given!r}: expected STEP:COUNT, such as 20:5 for steps 20 to 24, from step 2 on")
     return int(step), int(count)
+
+
+def _number(given: str) -> int:
+    if not given.isdecimal():
+        raise argparse.ArgumentTypeError(f"{given!r}: expected a whole number")
+    return int(given)
 
 
 OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the modes that use it, and how it is parsed
@@ -80,9 +86,18 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
         ["predict"],
         {"action": "store_true", "help": "keep existing results, to continue an interrupted job"},
     ),
-    "distributed": (
-        jobs.MULTI_PROCESS_JOBS,
-        {"action": "store_true", "help": "join the other processes of this job (see launch/)"},
+    "coordinator": (
+        [*jobs.JOBS],
+        {"type": _nonempty, "metavar": "HOST:PORT", "help": "address of the first process of this job; detected on clusters"},
+    ),
+    "processes": (
+        [*jobs.JOBS],
+        {"type": _number, "metavar": "N", "help": "number of processes of this job; 1: only this one, even on a cluster"},
+    ),
+    "process_id": ([*jobs.JOBS], {"type": _number, "metavar": "I", "help": "number of this process, from 0"}),
+    "start_timeout": (
+        [*jobs.JOBS],
+        {"type": _number, "metavar": "SECONDS", "default": 300, "help": "limit for all processes to start; default: 300"},
     ),
 }
 
@@ -98,10 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.raiseExceptions = False  # if the reader of a pipe is gone, as after `| head -1`, the job goes on
     try:
         arguments, overrides = _parse(argv)
-        if arguments.distributed:
-            parallel.start_processes()
         if arguments.mode == "preflight":
             jax.config.update("jax_platforms", "cpu")  # on a TPU machine, the compiler works while the TPU is busy
+        _start_processes(arguments)
         _start_jax()
         if jax.process_index():
             logger.setLevel(logging.WARNING)  # only the first process logs progress
@@ -133,6 +147,19 @@ def _interruptible() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = hook
+
+
+def _start_processes(arguments: argparse.Namespace) -> None:
+    """Connects the processes of this job, if there are several (see `clusters`)."""
+    given = arguments.coordinator, arguments.processes, arguments.process_id
+    if (place := clusters.find_place(*given, arguments.start_timeout)) is None:
+        return
+    if arguments.mode not in jobs.MULTI_PROCESS_JOBS:
+        raise errors.UserError(
+            f"--mode {arguments.mode} runs in a single process, and this is process {place.process_id} of {place.processes}; "
+            "start it once, with --processes 1 (on a host of a TPU pod, also set JAX_PLATFORMS=cpu)"
+        )
+    parallel.start_processes(place, {"--mode": arguments.mode}, arguments.start_timeout)
 
 
 def _start_jax() -> None:
@@ -181,6 +208,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--version", action="version", version=pspnet_jax.__version__)
     parser.add_argument("--mode", choices=sorted(jobs.JOBS), default="train")
+    parser.add_argument("--distributed", action="store_true", help=argparse.SUPPRESS)  # no longer needed
     for name, (modes, settings) in OPTIONS.items():
         used_by = "" if len(modes) == len(jobs.JOBS) else f"{', '.join(modes)}: "
         parser.add_argument(f"--{name}", **settings | {"help": used_by + settings["help"]})

@@ -7,75 +7,130 @@ needs: convolutions exchange rows between neighbors, batch normalization and poo
 
 import collections
 import contextlib
+import itertools
+import json
 import logging
-import os
+import socket
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax._src import distributed
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pspnet_jax.errors import UserError
+from pspnet_jax import clusters, rendezvous
+from pspnet_jax.clusters import Place
+from pspnet_jax.errors import UserError, user_message
 
 logger = logging.getLogger(__name__)
+TIMEOUT_MS = 24 * 3600 * 1000  # for the slowest process; one that has died is noticed much earlier
+_exchanges = itertools.count()  # makes keys that are unique and the same in all processes
 
 
-def start_processes() -> None:
-    """Connects the processes of one job, on a TPU pod, under SLURM or Open MPI, or as set in three environment variables.
+def start_processes(place: Place | None = None, about: Mapping[str, str] | None = None, timeout: int = 300) -> None:
+    """Connects the processes of this job, if there are several. Every process has to call it before JAX finds its devices.
 
-    These are JAX_COORDINATOR_ADDRESS (HOST:PORT of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID; JAX itself
-    reads only the first. If the other processes do not connect within five minutes, JAX ends this one.
+    Args:
+      place: the place of this process; by default, that of the environment (see `clusters`), in which it may be alone.
+      about: what has to be the same in all processes besides the version of the code; short texts by name.
+      timeout: how long to wait for the other processes, in seconds.
 
     Raises:
-      UserError: no cluster was detected, or JAX is already initialized.
+      UserError: processes are missing after the timeout, or differ.
     """
-    logger.info("waiting for the other processes of this job; the same command has to be started on every host")
-    try:
-        count, index = (
-            int(value) if (value := os.environ.get(f"JAX_{name}")) else None for name in ("NUM_PROCESSES", "PROCESS_ID")
-        )
-        jax.distributed.initialize(num_processes=count, process_id=index)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"--distributed: the processes of this job could not connect ({error}); start the same command on every host "
-            "of the pod or cluster at the same time, as the scripts in launch/ do, or leave --distributed out on one machine"
-        ) from error
+    if (place := place or clusters.find_place(timeout=timeout)) is None:
+        return
+    logger.info(f"process {place.process_id} of {place.processes} waits for the others at {place.coordinator}")
+    hosts = rendezvous.meet(place, rendezvous.code_version() | dict(about or {}), timeout)
+    jax.distributed.initialize(
+        place.coordinator,
+        place.processes,
+        place.process_id,
+        local_device_ids=clusters.local_devices(place, hosts),
+        cluster_detection_method="deactivate",
+    )
+
+
+def exchange(mine: Any) -> dict[str, Any]:
+    """Returns what each process passed, keyed by "process 0 (its host)" and so on. All processes have to call it.
+
+    Values are small, and become JSON. A process may be late by any time.
+    """
+    index, name = jax.process_index(), f"process {jax.process_index()} ({socket.gethostname()})"
+    if jax.process_count() == 1:
+        return {name: mine}
+    client, number = distributed.global_state.client, next(_exchanges)
+    assert client is not None
+    key = f"pspnet_jax/{number}"
+    client.key_value_set(f"{key}/{index:09d}", json.dumps([name, mine]))
+    client.wait_at_barrier(key, TIMEOUT_MS)
+    if number == 0:
+        _connect_devices()
+    return dict(json.loads(value) for _, value in sorted(client.key_value_dir_get(key)))
+
+
+def _connect_devices() -> None:
+    """Adds up a number of each device, when all processes are ready.
+
+    If a process came to the first collective half a minute later than the others, as after a slow compilation, it would fail or
+    hang; later ones wait.
+    """
+    sharding = NamedSharding(Mesh(np.array(jax.devices()), "devices"), PartitionSpec("devices"))
+    ones = jax.make_array_from_callback((jax.device_count(),), sharding, lambda _: np.ones(1, np.int32))
+    jax.jit(jax.numpy.sum, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))(ones).block_until_ready()
 
 
 def max_over_processes(number: int) -> int:
     """Returns the largest number that any process of this job passes. All processes have to call it."""
-    return int(multihost_utils.process_allgather(np.int32(number)).max()) if jax.process_count() > 1 else number
+    return max(exchange(int(number)).values())
 
 
-def require_same(what: str, value: object) -> None:
-    """Checks that all processes of this job have the same value.
+def require_same(values: Mapping[str, object]) -> None:
+    """Checks that all processes of this job have the same values by name. All processes have to call it.
 
     Raises:
-      UserError: the values differ; names `what`.
+      UserError: a process differs from the first; says in what.
     """
-    digest = zlib.crc32(repr(value).encode()) >> 1  # 31 bits
-    if max_over_processes(digest) != -max_over_processes(-digest):
-        raise UserError(f"the processes of this job differ in {what}; start all of them with the same command and files")
+    texts = exchange({name: _short(repr(value)) for name, value in values.items()})
+    if differences := rendezvous.describe_differences(texts):
+        raise UserError(f"{differences}; start the same command, with the same files, on every host")
+
+
+def checksum(arrays: Any) -> str:
+    """Returns a checksum of a tree of arrays, NumPy's or replicated ones."""
+    found = 0
+    for leaf in jax.tree.leaves(arrays):
+        array = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
+        found = zlib.crc32(array.tobytes(), found)
+    return f"{found:08x}"
+
+
+def _short(text: str) -> str:
+    """Returns a text of at most 80 characters, or its beginning and a checksum of the whole."""
+    return text if len(text) <= 80 else f"{text[:60]}... ({zlib.crc32(text.encode()):08x})"
 
 
 @contextlib.contextmanager
 def fail_together(what: str) -> Iterator[None]:
     """Makes the block fail in all processes of this job if it fails in one, so that none waits forever for another.
 
+    The block must not wait for other processes itself.
+
     Raises:
       UserError: the block failed in another process.
     """
     try:
         yield
-    except Exception:
-        max_over_processes(1)
+    except Exception as error:
+        exchange(user_message(error) or f"{type(error).__name__}: {error}")
         raise
-    if max_over_processes(0):
-        raise UserError(f"{what} failed in another process of this job; its own message says why")
+    for name, failure in exchange("").items():
+        if failure:
+            raise UserError(f"{what} failed in {name}: {failure}")
 
 
 def make_mesh(devices: Iterable[jax.Device] | None = None, spatial: int = 1) -> Mesh:

@@ -46,10 +46,10 @@ def _absolute(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def comparable(config: ConfigDict) -> list[tuple[str, Any]]:
-    """Returns the fields that must be equal in all processes of a job; paths may differ."""
+def comparable(config: ConfigDict) -> dict[str, Any]:
+    """Returns the fields that must be equal in all processes of a job, by name; paths may differ."""
     paths = ("init_from", "dataset.root", "dataset.extra_root", "dataset.cache_dir", "dataset.mixture")
-    return [(field, value) for field, value in configs.leaves(config) if field not in paths]
+    return {field: value for field, value in configs.leaves(config) if field not in paths}
 
 
 def check_init_from(config: ConfigDict, workdir: epath.Path) -> None:
@@ -106,19 +106,24 @@ def restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> Restored
     """Loads the checkpoint that the command line names, and applies the overrides to its config."""
     if not (arguments.workdir or arguments.config):
         raise UserError("--workdir is missing; name the directory of a training run")
-    recipe = arguments.config and configs.load_recipe(arguments.config)
-    workdir = workdir_of(arguments, recipe and recipe.name)
+    with parallel.fail_together("reading the recipe"):
+        recipe = arguments.config and configs.load_recipe(arguments.config)
+        workdir = workdir_of(arguments, recipe and recipe.name)
+        steps = sorted(int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit())
+    parallel.require_same({"checkpoints in the workdir": steps})
     saved, step, variables = checkpoint.load(workdir, arguments.checkpoint or "latest", parallel.make_mesh())
-    if recipe and (differing := resume.differences(recipe, saved)):
-        logger.warning(f"the config saved with the checkpoint is used, not {arguments.config}: {'; '.join(differing)}")
-    config = _absolute(configs.override(saved.copy_and_resolve_references(), overrides))
-    validation.validate(config)
-    _check_class_names(saved.dataset.class_names, config.dataset.class_names)
-    changed = resume.differences(saved, config)
-    if network := [c for c in changed if c.startswith(("model.", "normalize."))]:
-        raise UserError(f"{'; '.join(network)}: the network cannot change after training; leave these fields out")
-    if unused := [c for c in changed if not c.startswith(("dataset.", "eval."))]:
-        logger.warning(f"{'; '.join(unused)}: only training uses these fields; they have no effect in this mode")
+    with parallel.fail_together("checking the config"):
+        if recipe and (differing := resume.differences(recipe, saved)):
+            logger.warning(f"the config saved with the checkpoint is used, not {arguments.config}: {'; '.join(differing)}")
+        config = _absolute(configs.override(saved.copy_and_resolve_references(), overrides))
+        validation.validate(config)
+        _check_class_names(saved.dataset.class_names, config.dataset.class_names)
+        changed = resume.differences(saved, config)
+        if network := [c for c in changed if c.startswith(("model.", "normalize."))]:
+            raise UserError(f"{'; '.join(network)}: the network cannot change after training; leave these fields out")
+        if unused := [c for c in changed if not c.startswith(("dataset.", "eval."))]:
+            logger.warning(f"{'; '.join(unused)}: only training uses these fields; they have no effect in this mode")
+    parallel.require_same({"step": step, "weights": parallel.checksum(variables), **comparable(config)})
     return Restored(config, step, variables, workdir, saved)
 
 

@@ -244,7 +244,15 @@ def test_another_network_in_the_same_workdir_is_refused(run, capsys):
         (["--config=configs/camvid.py", "--config.seed", "-1", "--noconfig.model.auxiliary"], "dataset.root"),
         (["--config=configs/quickstart.py", "--input=x"], "--input: --mode train does not use it, only predict, import"),
         (["--config=configs/quickstart.py", "--checkpoint=3"], "--checkpoint: --mode train does not use it"),
-        (["--config=configs/quickstart.py", "--mode=check", "--distributed"], "--distributed: --mode check does not use it"),
+        (["--config=configs/quickstart.py", "--processes=two"], "argument --processes: 'two': expected a whole number"),
+        (
+            ["--config=configs/quickstart.py", "--process_id=1"],
+            "--processes is None and --process_id is 1, and no cluster says",
+        ),
+        (
+            ["--mode=check", "--coordinator=node:1", "--processes=4", "--process_id=2"],
+            "--mode check runs in a single process, and this is process 2 of 4; start it once, with --processes 1",
+        ),
         (["--config=configs"], "--config configs: no such file"),
         (["--mode=predict", "--workdir="], "argument --workdir: is empty; perhaps a shell variable is not set"),
         (["--mode=evaluate", "--checkpoint", ""], "argument --checkpoint: is empty"),

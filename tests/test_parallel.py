@@ -1,8 +1,3 @@
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -14,11 +9,10 @@ from jax.sharding import AxisType
 from pspnet_jax import parallel
 from pspnet_jax.errors import UserError
 from pspnet_jax.train import checkpoint, layout
+from tests.processes import run_processes
 from tests.train import OneLayer, fit, make_batches, tiny_config
 
 pytestmark = pytest.mark.slow
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_mesh_has_all_devices_along_data():
@@ -91,22 +85,6 @@ def test_an_exception_of_the_batches_is_raised_in_its_position_and_the_thread_en
     assert threading.active_count() == before
 
 
-def test_connecting_after_jax_is_initialized_is_a_user_error(monkeypatch):
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
-    jax.devices()
-    with pytest.raises(
-        ValueError, match=r"^--distributed: the processes of this job could not connect .*same command on every"
-    ):
-        parallel.start_processes()
-
-
-@pytest.mark.parametrize("variable", ["JAX_NUM_PROCESSES", "JAX_PROCESS_ID"])
-def test_an_environment_variable_that_is_not_a_number_is_a_user_error(monkeypatch, variable):
-    monkeypatch.setenv(variable, "two")
-    with pytest.raises(ValueError, match=r"--distributed: .*'two'"):
-        parallel.start_processes()
-
-
 # Runs as one of two processes with a device each. At the given batch, the second sends itself SIGTERM, and both are slow from
 # there on: they have to stop at the same step.
 SCRIPT = """
@@ -115,6 +93,7 @@ import jax
 from pspnet_jax import parallel
 
 parallel.start_processes()
+from tests.processes import run_processes
 from tests.train import OneLayer, fit, make_batches, tiny_config
 
 workdir, at = sys.argv[1], int(sys.argv[2])
@@ -139,41 +118,18 @@ fit(tiny_config(), batches, evaluate, workdir, model=OneLayer())
 """
 
 
-def run_two_processes(workdir, at):
-    """Returns the exit codes and the stderr of both processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "",
-        "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": "2",
-        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-    }
-    command = [sys.executable, "-c", SCRIPT, str(workdir), str(at)]
-    processes = [
-        subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    try:
-        stderr = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], stderr
-
-
 def test_two_processes_stop_and_resume_together_and_equal_one(tmp_path, monkeypatch):
     """Compares twelve steps by two processes, interrupted by a SIGTERM to one of them, with one process with two devices."""
-    codes, stderr = run_two_processes(tmp_path / "two", at=3)
-    assert codes == [143, 143], "\n".join(stderr)
+    command = "-c", SCRIPT, str(tmp_path / "two")
+    done = run_processes(2, *command, "3")
+    assert [process.returncode for process in done] == [143, 143], done[0].stderr + done[1].stderr
     stopped = checkpoint.Checkpoints(tmp_path / "two", read_only=True).steps[-1]
     assert 1 <= stopped < 12
-    assert f"stopped by SIGTERM; step {stopped} is saved" in stderr[0]
-    codes, stderr = run_two_processes(tmp_path / "two", at=0)
-    assert codes == [1, 1], "\n".join(stderr)
-    assert "UserError: step 12 could not be evaluated (evaluating failed in another process of this job" in stderr[0]
+    assert f"stopped by SIGTERM; step {stopped} is saved" in done[0].stderr
+    done = run_processes(2, *command, "0")
+    assert [process.returncode for process in done] == [1, 1], done[0].stderr + done[1].stderr
+    assert "UserError: step 12 could not be evaluated (evaluating failed in process 1 (" in done[0].stderr
+    assert "): ValueError: x.png is damaged), but it is saved" in done[0].stderr
 
     mesh = parallel.make_mesh(jax.devices()[:2])
     monkeypatch.setattr(parallel, "make_mesh", lambda: mesh)
@@ -188,9 +144,25 @@ def test_two_processes_stop_and_resume_together_and_equal_one(tmp_path, monkeypa
     assert lines == [12, 12]
 
 
-def test_processes_with_different_configs_are_refused(monkeypatch):
-    parallel.require_same("their configs", {"seed": 0})
-    extremes = iter([7, -3])  # the largest value of any process, and the negative of the smallest
-    monkeypatch.setattr(parallel, "max_over_processes", lambda _: next(extremes))
-    with pytest.raises(UserError, match="the processes of this job differ in their configs; start all of them with the same"):
-        parallel.require_same("their configs", {"seed": 0})
+def test_a_value_that_differs_is_named_with_its_processes_and_both_values(monkeypatch):
+    parallel.require_same({"seed": 0})
+
+    def exchange(mine):
+        return {"process 0 (a)": mine | {"seed": "1"}, "process 1 (b)": mine | {"weights": "x"}, "process 2 (c)": mine}
+
+    monkeypatch.setattr(parallel, "exchange", exchange)
+    with pytest.raises(UserError) as caught:
+        parallel.require_same({"seed": 0, "weights": "y", "names": list(range(99))})
+    assert str(caught.value) == (
+        "process 1 (b) differs from process 0 (a): seed=0 instead of 1; weights=x instead of 'y'; "
+        "1 more process(es) differ, too; start the same command, with the same files, on every host"
+    )
+
+
+def test_a_long_value_is_compared_by_a_checksum(monkeypatch):
+    names = [f"class {index}" for index in range(150)]
+    monkeypatch.setattr(parallel, "exchange", lambda mine: {"process 0": mine, "process 1": {"names": "['sky']"}})
+    with pytest.raises(
+        UserError, match=r"names=\['sky'\] instead of \['class 0', 'class 1', .{25,40}\.\.\. \([0-9a-f]{8}\); start"
+    ):
+        parallel.require_same({"names": names})

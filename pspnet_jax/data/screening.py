@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import functools
-import itertools
 import json
 import logging
 import time
@@ -11,11 +10,9 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-from orbax.checkpoint import multihost
 
-from pspnet_jax import datasets
+from pspnet_jax import datasets, parallel
 from pspnet_jax.data import checks, stamps
 from pspnet_jax.data.layouts import Pair
 from pspnet_jax.data.palettes import Palettes, ValueColors
@@ -30,8 +27,6 @@ CHECK_SOME = 1000  # size of the random sample checked in a larger folder; the r
 VERSION = 5  # of the checks; cached findings of another version are not used
 ATTEMPTS = 3  # if reads fail temporarily
 MAX_WARNINGS = 5  # about skipped pairs
-TIMEOUT_MS = 24 * 3600 * 1000  # for the slowest process; a process that has died is noticed much earlier
-_exchanges = itertools.count()  # makes barrier names that are unique and the same in all processes
 
 
 class Problem(NamedTuple):
@@ -107,15 +102,18 @@ def screen(list_pairs: Callable[[], list[Pair]], dataset: ConfigDict, names: Seq
             raise
         mine = Findings(error=str(error))
     all_findings = _exchange(mine)
-    problems, first = _merge_problems(all_findings, split), all_findings[0]
+    problems, (first_name, first) = _merge_problems(all_findings, split), next(iter(all_findings.items()))
     _skip_or_raise(problems, len(pairs), dataset.on_error == "skip")
     totals = Totals(split, first.counted, len(pairs) - len(problems), np.array(first.pixels))
     if sentence := first.contradiction or totals.problem(names, train=False):
         raise UserError(sentence)
     logger.info(f"{split}: checked {totals.total} pairs of files in {time.monotonic() - start:.1f} s")
     warn(totals, names, [pairs[int(index)].image for index in first.orientations], first.remarks)
-    if any(found.fingerprint != first.fingerprint for found in all_findings):
-        logger.warning(f"{split}: files of the same name differ in size between hosts; every host needs the same files")
+    if differing := [name for name, found in all_findings.items() if found.fingerprint != first.fingerprint]:
+        logger.warning(
+            f"{split}: files of the same name differ in size between {first_name} and {differing[0]}; every host needs the "
+            "same files"
+        )
     wrong = {problem.pair for problem in problems}
     used = [index for index in range(len(pairs)) if index not in wrong]
     orientations = [mine.orientations.get(str(index), 1) for index in used]
@@ -213,33 +211,25 @@ def _check_pairs(
     ).encode()
 
 
-def _exchange(mine: Findings) -> list[Findings]:
-    """Returns the findings of all processes of the job, in process order."""
-    if jax.process_count() == 1:
-        return [mine]
-    # JAX's first collective fails if a process is half a minute late, and checking files can take longer.
-    multihost.get_barrier_sync_fn()(key=f"files of {next(_exchanges)}", timeout_ms=TIMEOUT_MS)
-    message = np.frombuffer(json.dumps(mine).encode(), np.uint8)
-    sizes = np.asarray(multihost_utils.process_allgather(np.array(len(message))))
-    padded = np.pad(message, (0, sizes.max() - len(message)))
-    messages = np.asarray(multihost_utils.process_allgather(padded))
-    decoded = [json.loads(row[:size].tobytes()) for row, size in zip(messages, sizes, strict=True)]
-    return [Findings(*each) for each in decoded]
+def _exchange(mine: Findings) -> dict[str, Findings]:
+    """Returns the findings of all processes of the job by name, in process order."""
+    return {name: Findings(*found) for name, found in parallel.exchange(mine).items()}
 
 
-def _merge_problems(findings: list[Findings], split: str) -> list[Problem]:
+def _merge_problems(findings: Mapping[str, Findings], split: str) -> list[Problem]:
     """Returns the problems that any process found, in the order of the pairs.
 
     Raises:
       UserError: a process cannot list the split, or has pairs of other names.
     """
-    for process, found in enumerate(findings):
+    (first, expected), *_ = findings.items()
+    for process, (name, found) in enumerate(findings.items()):
         if found.error:
-            raise UserError(f"process {process}: {found.error}" if process != jax.process_index() else found.error)
-        if found.names != findings[0].names:
+            raise UserError(f"{name}: {found.error}" if process != jax.process_index() else found.error)
+        if found.names != expected.names:
             raise UserError(
-                f"{split}: process {process} has other images ({found.pairs:,}) than process 0 ({findings[0].pairs:,}); every "
-                "host needs the same files"
+                f"{split}: {name} has other images ({found.pairs:,}) than {first} ({expected.pairs:,}); every host needs the "
+                "same files"
             )
-    union = {problem[0]: Problem(*problem) for found in reversed(findings) for problem in found.problems}
+    union = {problem[0]: Problem(*problem) for found in reversed([*findings.values()]) for problem in found.problems}
     return [union[index] for index in sorted(union)]

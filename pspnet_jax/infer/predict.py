@@ -1,4 +1,7 @@
-"""Predicts image files; reads ahead and writes results while the devices compute."""
+"""Predicts image files; reads ahead and writes results while the devices compute.
+
+With several processes, each predicts a share of the images on its own devices, with programs of its own.
+"""
 
 import collections
 import errno
@@ -9,7 +12,6 @@ import json
 import logging
 import os
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -19,7 +21,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, PngImagePlugin
 
-from pspnet_jax import files, image_files
+from pspnet_jax import files, image_files, parallel
 from pspnet_jax.datasets import IGNORE, DatasetInfo
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer import submission
@@ -46,7 +48,7 @@ def predict(
     skip_existing: bool = False,
     origin: Mapping[str, Any] | None = None,
 ) -> None:
-    """Predicts images, each at its own size.
+    """Predicts images, each at its own size. With several processes, all pass the same images and share the work.
 
     Writes output/index/NAME.png (gray, the values are class indices), output/color/NAME.png (the same values with a palette of
     class colors) and output/overlay/NAME.jpg (half color, half image); or, if `server_format` is given, only the submission.
@@ -63,39 +65,50 @@ def predict(
         output/.origin.json.
 
     Raises:
-      UserError: the network's classes do not fit the submission; the output cannot be written to, has files that would be
-        overwritten, or, with `skip_existing`, has results of another origin; or, raised when all others are done, some images
-        could not be predicted.
+      UserError: the network's classes do not fit the submission; the output cannot be written to, is not shared by all
+        processes, has files that would be overwritten, or, with `skip_existing`, has results of another origin; the processes
+        differ in images or settings; or, raised when all others are done, some images could not be predicted.
     """
-    server, output = submission.choose(server_format, info) if server_format else None, files.absolute(output)
-    results = {name: _result_paths(output, name, server) for name in images}
-    origin = {**(origin or {}), **predictor.description, "format": server_format, "weights": _digest(variables)}
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is a file; expected a folder, which is created if missing")
+    with parallel.fail_together("preparing the prediction"):
+        server, output = submission.choose(server_format, info) if server_format else None, files.absolute(output)
+        if output.exists() and not output.is_dir():
+            raise UserError(f"--output {output}: is a file; expected a folder, which is created if missing")
+    settings = {**predictor.description, "format": server_format, "weights": parallel.checksum(variables)}
+    parallel.require_same({**settings, "images": len(images), "their names": [*images], "skip_existing": skip_existing})
+    origin = next(iter(parallel.exchange({**(origin or {}), **settings}).values()))  # the paths may differ
+    share = dict(itertools.islice(images.items(), jax.process_index(), None, jax.process_count()))
+    results = {name: _result_paths(output, name, server) for name in share}
     with locked(output):
-        _refuse_overwriting(results, images, output, origin)
-        _write_origin(output, origin, skip_existing)
+        with parallel.fail_together("preparing the output"):
+            _refuse_overwriting(results, images, output, origin)
+        with parallel.fail_together("preparing the output"):
+            if jax.process_index() == 0:
+                _write_origin(output, origin, skip_existing)
         sign = functools.partial(_signature, origin)
-        new = _without_results(images, results, sign) if skip_existing else images
-        todo = _by_size(new, predictor)
         began, variables = time.perf_counter(), predictor.place(variables)
-        with ThreadPoolExecutor(THREADS) as pool, progress("predicting", len(todo)) as advance:
-            io = _FileIO(pool, advance)
-            for group in predictor.groups(variables, io.read(todo, predictor.check, sign)):
-                for example, labels, i in _predict_group(group, predictor, variables, io.fail):
-                    fetch_label = functools.partial(_fetch_label, labels, i, example["image"], predictor)
-                    io.write(example["name"], _write, results[example["name"]], example, fetch_label, info, server)
-                if io.stopped_by:
-                    break
-            io.wait()
-    existing = len(images) - len(todo)
-    kept = f"{existing + io.done} of {len(images)} images have their results in {output}"
-    if io.stopped_by:
-        raise UserError("\n".join((*io.failed, f"{output}: {io.stopped_by}; {kept}, and --skip_existing continues from there")))
-    rate = io.done / (time.perf_counter() - began)
+        with parallel.fail_together("predicting"):
+            todo = _by_size(_without_results(share, results, sign) if skip_existing else share, predictor)
+            with ThreadPoolExecutor(THREADS) as pool, progress("predicting", len(todo)) as advance:
+                io = _FileIO(pool, advance)
+                for group in predictor.groups(variables, io.read(todo, predictor.check, sign)):
+                    for example, labels, i in _predict_group(group, predictor, variables, io.fail):
+                        fetch_label = functools.partial(_fetch_label, labels, i, example["image"], predictor)
+                        io.write(example["name"], _write, results[example["name"]], example, fetch_label, info, server)
+                    if io.stopped_by:
+                        break
+                io.wait()
+        mine = {"existing": len(share) - len(todo), "done": io.done, "failed": io.failed, "stopped_by": io.stopped_by}
+        outcomes = [*parallel.exchange(mine).values()]
+    existing, done = (sum(outcome[count] for outcome in outcomes) for count in ("existing", "done"))
+    failed = [line for outcome in outcomes for line in outcome["failed"]]
+    listed = failed if jax.process_index() == 0 else []
+    kept = f"{existing + done} of {len(images)} images have their results in {output}"
+    if stopped_by := next(filter(None, (outcome["stopped_by"] for outcome in outcomes)), ""):
+        raise UserError("\n".join((*listed, f"{output}: {stopped_by}; {kept}, and --skip_existing continues from there")))
+    rate = done / (time.perf_counter() - began)
     logger.info(f"{kept}, {existing} from earlier runs; {rate:.3g} images/s on {predictor.device}, including I/O")
-    if io.failed:
-        raise UserError("\n".join((*io.failed, f"{len(io.failed)} of {len(images)} images could not be predicted")))
+    if failed:
+        raise UserError("\n".join((*listed, f"{len(failed)} of {len(images)} images could not be predicted")))
 
 
 def _predict_group(
@@ -186,15 +199,6 @@ def _result_paths(output: epath.Path, name: str, server: submission.Submission |
     if server:
         return [output / server.folder / f"{name}.png"]
     return [output / "index" / f"{name}.png", output / "color" / f"{name}.png", output / "overlay" / f"{name}.jpg"]
-
-
-def _digest(variables: Any) -> str:
-    """Returns a checksum of the weights, because repeating a run may give other weights at the same step."""
-    checksum = 0
-    for leaf in jax.tree.leaves(variables):
-        array = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
-        checksum = zlib.crc32(array.tobytes(), checksum)
-    return f"{checksum:08x}"
 
 
 def _signature(origin: Mapping[str, Any], image: epath.PathLike) -> str:

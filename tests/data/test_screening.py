@@ -4,8 +4,6 @@ import json
 import os
 import pathlib
 import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,8 +13,10 @@ from pspnet_jax.data import checks, screening, sources, stamps
 from pspnet_jax.errors import UserError
 from tests import fakes
 from tests.data.test_sources import recipe
+from tests.processes import run_processes
 
 pytestmark = pytest.mark.slow
+HOST = socket.gethostname()
 
 
 @pytest.fixture
@@ -95,12 +95,16 @@ def test_without_a_writable_directory_files_are_checked_each_time(tmp_path, chec
 
 
 def test_a_warning_if_files_differ_between_hosts(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(screening, "_exchange", lambda mine: [mine, mine._replace(fingerprint="other")])
+    monkeypatch.setattr(
+        screening, "_exchange", lambda mine: {"process 0": mine, "process 1": mine._replace(fingerprint="other")}
+    )
     dataset = recipe(root=str(fakes.write_folder(tmp_path, {"train": 3})))
     with caplog.at_level("WARNING", "pspnet_jax"):
         first = reopened(dataset).fingerprint
-    assert "train: files of the same name differ in size between hosts" in caplog.text
-    monkeypatch.setattr(screening, "_exchange", lambda mine: [mine._replace(fingerprint="other"), mine])
+    assert "train: files of the same name differ in size between process 0 and process 1; every host needs" in caplog.text
+    monkeypatch.setattr(
+        screening, "_exchange", lambda mine: {"process 0": mine._replace(fingerprint="other"), "process 1": mine}
+    )
     assert reopened(dataset).fingerprint == "other" != first  # the first process's, on all hosts
 
 
@@ -143,32 +147,15 @@ def test_two_processes_use_the_same_pairs(tmp_path):
     assert first[1].startswith(f"{tmp_path}/damaged/0/images/train/001.png: cannot be read")
     assert first[1].endswith("(and 1 more wrong pairs)")
     for message in (first[2], second[2]):
-        assert "process 1 has other images (6) than process 0 (6); every host needs the same files" in message
+        assert (
+            f"process 1 ({HOST}) has other images (6) than process 0 ({HOST}) (6); every host needs the same files" in message
+        )
     assert "missing/0: no such directory" in first[3]
-    assert second[3] == f"process 0: {first[3]}"
+    assert second[3] == f"process 0 ({HOST}): {first[3]}"
 
 
 def run_two(cases):
     """Returns the results that each of two processes prints."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {
-        "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
-        "XLA_FLAGS": "",
-        "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": "2",
-        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-    }
-    command = [sys.executable, "-c", PROCESS, json.dumps(cases)]
-    processes = [
-        subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0]
-    return [[json.loads(line[7:]) for line in text.splitlines() if line.startswith("result ")] for text in outputs]
+    done = run_processes(2, "-c", PROCESS, json.dumps(cases))
+    assert [process.returncode for process in done] == [0, 0]
+    return [[json.loads(line[7:]) for line in process.stdout.splitlines() if line.startswith("result ")] for process in done]

@@ -1,10 +1,6 @@
 """Every image counts once, and the report includes the settings."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +13,7 @@ from pspnet_jax.datasets import DatasetInfo
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer.evaluate import evaluate
 from pspnet_jax.infer.predictor import Predictor
+from tests.processes import run_processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
 
@@ -197,34 +194,29 @@ def test_an_out_of_memory_error_names_the_settings_to_lower(monkeypatch):
 
 
 PROCESS = """
-import sys
+from pspnet_jax import parallel
+parallel.start_processes()
 import jax
-import jax.numpy as jnp
 import numpy as np
-jax.distributed.initialize(f"localhost:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
 from pspnet_jax.infer import evaluate
 from tests.infer.test_evaluate import INFO, SIZES, STRONGEST, examples, predictor
-weights = jax.device_put(STRONGEST, jax.NamedSharding(jax.make_mesh((2,), ("all",)), jax.P()))
-share = list(examples(*SIZES))[jax.process_index()::2]
+weights = jax.device_put(STRONGEST, parallel.replicated(parallel.make_mesh()))
+share = list(examples(*SIZES))[jax.process_index()::jax.process_count()]
 report, _ = evaluate.evaluate(predictor(), weights, share, INFO, len(SIZES), "val")
 large, _ = evaluate._sum_over_processes(np.full((2, 2), 2**40 + 1), 0)
-print(report.images, *report.pixels, *large.ravel(), report.slots_used)
+print(report.images, *report.pixels, *large.ravel(), report.slots_used, report.metrics.mean_iou)
 """
 
 
-def test_two_processes_report_the_whole_split():
-    """One process has three images, the other two; counts beyond 32 bits are summed exactly.
+@pytest.mark.parametrize(("count", "slots"), [(2, 12), (4, 8)])
+def test_several_processes_report_the_whole_split(count, slots):
+    """One process has more images than the others, which wait for it; counts beyond 32 bits are summed exactly.
 
-    Of the slots, 12 and 8 hold a window. The second process waits while the first uses the last 4.
+    The images have 20 windows. With two processes, the first needs 12 slots; with four, 8.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": "."}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, port, str(i)], env=environment, stdout=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    outputs = [process.communicate(timeout=120)[0].splitlines()[-1].split() for process in processes]
+    alone, _ = evaluate(predictor(), STRONGEST, examples(*SIZES), INFO, len(SIZES), "val")
     pixels = expected_matrix(examples(*SIZES)).sum(1)
-    assert outputs == [[str(value) for value in (5, *pixels, *[2**41 + 2] * 4, 20 / (2 * 12))]] * 2
+    done = run_processes(count, "-c", PROCESS, timeout=120)
+    assert [process.returncode for process in done] == [0] * count, done[0].stderr
+    expected = (5, *pixels, *[count * (2**40 + 1)] * 4, 20 / (count * slots), alone.metrics.mean_iou)
+    assert [process.stdout.splitlines()[-1].split() for process in done] == [[str(value) for value in expected]] * count
