@@ -18,7 +18,7 @@ POD = ("pspnet", "us-west4-a")
 JOB = ("--config", "configs/ade20k.py:101", "--workdir", "gs://bucket/a run", "--config.dataset.mixture=(('a', \"$b\"),)")
 FOREVER = "while :; do /bin/sleep 0.02; done"
 FAKES = {
-    # Answers with the lines of $DIR/queued-resources and $DIR/tpu-vm in turn, the last one forever. Workers are in $DIR/workers.
+    # Answers with the lines of $DIR/queued-resources and $DIR/tpu-vm in turn, the last one forever. Workers: $DIR/workers.
     "gcloud": r"""
 printf '%q ' gcloud "$@" >>"$DIR/record"
 echo >>"$DIR/record"
@@ -48,8 +48,9 @@ echo "${@:2}" >>"$HOME/installed"
 """,
     # Records its arguments, one per line, and its signals; then it does what $DIR/job says.
     "python": r"""
-printf '%s\n' "$@" >>"$HOME/arguments"
+arguments=("$@") id=
 while [ $# -gt 0 ]; do [ "$1" != --process_id ] || id=$2; shift; done
+printf '%s\n' "${arguments[@]}" >>"$HOME/arguments$id"
 for name in INT TERM; do trap "echo $name \$id >>'$DIR/signals'; exit 143" $name; done
 echo "$id" >>"$DIR/started"
 . "$DIR/job"
@@ -274,12 +275,12 @@ def test_resume_needs_a_record(fakes):
 
 def test_local_processes_form_one_job(fakes):
     launch("local.sh", "3", *JOB)
-    called = [["python", "-m", *lines.splitlines()] for lines in (fakes / "arguments").read_text().split("-m\n")[1:]]
+    called = [["python", *(fakes / f"arguments{i}").read_text().splitlines()] for i in range(3)]
     address = called[0][4]
     assert re.fullmatch(r"127\.0\.0\.1:2\d{4}", address)
     job = ["--coordinator", address, "--processes", "3", "--process_id"]
     expected = [["python", "-m", "pspnet_jax.main", *job, str(i), *JOB] for i in range(3)]
-    assert sorted(called) == expected
+    assert called == expected
     printed = re.sub(r"127\.0\.0\.1:\d+", address, launch("local.sh", "3", *JOB, "--dry-run"))
     assert [shlex.split(line) for line in printed.splitlines()] == [["JAX_PLATFORMS=cpu", *command] for command in expected]
 
