@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains on GPUs of a SLURM cluster, with one process per GPU. Activate the environment first, and put the workdir on a shared disk:
+# Trains on GPUs of a SLURM cluster, with one process per GPU. Activate the environment first; the workdir has to be on a shared disk.
 #
 #   sbatch [OPTION...] launch/slurm.sh ARGUMENT...   submit python -m pspnet_jax.main ARGUMENT...
 #   launch/slurm.sh --dry-run ARGUMENT...            print the commands that the job runs
 #
-# The options below are defaults; those of sbatch override them: sbatch --nodes=4 --partition=gpu --time=24:00:00 launch/slurm.sh ...
+# The options below are defaults, which those of sbatch override, such as --nodes=4 --partition=gpu --time=24:00:00.
 # 120 seconds before the time limit, SIGTERM makes the job save its state (exit status 143); it is then queued again and resumes.
 # After a node failure or preemption, SLURM itself queues it again.
 

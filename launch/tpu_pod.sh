@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice, from the request for it to its deletion. NAME is of your choice, ZONE such as us-west4-a.
+# Rents a Cloud TPU slice and trains on it. NAME is your name for the slice; ZONE is a zone with such TPUs, such as us-west4-a.
 #
 #   launch/tpu_pod.sh create NAME ZONE TYPE [OPTION...]  request TYPE, such as v4-32, v5e-16, v5p-32 or v6e-16;
 #                                                        each OPTION is one of gcloud's, such as --spot

@@ -109,11 +109,11 @@ def calls(fakes):
 
 
 def wait_for(condition):
-    for _ in range(500):
+    for _ in range(1500):
         if condition():
             return
         time.sleep(0.02)
-    raise AssertionError("waited for ten seconds")
+    raise AssertionError("waited for half a minute")
 
 
 def test_shellcheck_finds_nothing():
@@ -173,8 +173,8 @@ def create_and_start(fakes, job):
 def test_the_same_command_runs_on_all_workers_and_its_status_is_kept(fakes):
     create_and_start(fakes, "echo step 1; echo $id >&2; exit 3")
     for worker in fakes.glob("workers/*"):
-        assert (worker / "arguments").read_text().splitlines() == ["-m", "pspnet_jax.main", *JOB]
         wait_for((worker / "pspnet_jax/status").exists)
+        assert (worker / "arguments").read_text().splitlines() == ["-m", "pspnet_jax.main", *JOB]
         assert "3.12" in (worker / "installed").read_text()
     output = launch("tpu_pod.sh", "logs", *POD, status=3)
     assert "step 1" in output
@@ -301,7 +301,7 @@ def test_signals_reach_each_local_process_once(fakes, received):
     )
     wait_for(lambda: (fakes / "started").exists() and len((fakes / "started").read_text().splitlines()) == 3)
     os.killpg(process.pid, received)  # as the terminal does
-    assert process.wait(timeout=20) == 143
+    assert process.wait(timeout=60) == 143
     assert sorted((fakes / "signals").read_text().splitlines()) == ["TERM 0", "TERM 1", "TERM 2"]
 
 
