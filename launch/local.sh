@@ -34,7 +34,7 @@ free_port() {
 send() {
   local pid
   for pid in ${pids[@]+"${pids[@]}"}; do
-    kill "-$1" "$pid" 2>/dev/null || true
+    [ -z "$pid" ] || kill "-$1" "$pid" 2>/dev/null || true
   done
 }
 
@@ -43,7 +43,7 @@ forward() {
   send TERM
 }
 
-pids=() status=0 failed='' signaled=false
+pids=() left=0 status=0 failed='' signaled=false
 trap forward INT TERM HUP
 address=127.0.0.1:$(free_port)
 export JAX_PLATFORMS=cpu
@@ -56,26 +56,24 @@ for ((i = 0; i < processes; i++)); do
   else
     "${command[@]}" </dev/null &
     pids+=($!)
+    left=$((left + 1))
   fi
 done
 set +m
 
-while [ ${#pids[@]} -gt 0 ]; do
+while [ $left -gt 0 ]; do
   sleep 0.2 || true # a signal may end it
-  running=()
-  for pid in "${pids[@]}"; do
-    if kill -0 "$pid" 2>/dev/null; then
-      running+=("$pid")
-    else
-      code=0
-      wait "$pid" || code=$?
-      [ "$status" -ne 0 ] || status=$code
+  for i in "${!pids[@]}"; do
+    if [ -z "${pids[i]}" ] || kill -0 "${pids[i]}" 2>/dev/null; then continue; fi
+    code=0
+    wait "${pids[i]}" 2>/dev/null || code=$?
+    pids[i]='' left=$((left - 1))
+    if [ $code -ne 0 ] && [ $status -eq 0 ]; then
+      status=$code failed=$SECONDS
+      $signaled || echo "process $i of $processes ended with status $code; ending the others" >&2
+      $signaled || forward
     fi
   done
-  pids=(${running[@]+"${running[@]}"})
-  [ "$status" -ne 0 ] || continue
-  $signaled || forward
-  failed=${failed:-$SECONDS}
-  [ $((SECONDS - failed)) -lt 60 ] || send KILL
+  [ $status -eq 0 ] || [ $((SECONDS - failed)) -lt 60 ] || send KILL
 done
-exit "$status"
+exit $status

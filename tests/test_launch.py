@@ -287,7 +287,7 @@ def test_local_processes_form_one_job(fakes):
 
 def test_local_processes_end_when_one_of_them_fails(fakes):
     answer(fakes, job=f'[ "$id" != 1 ] || exit 3; {FOREVER}')
-    launch("local.sh", "3", *JOB, status=3)
+    assert launch("local.sh", "3", *JOB, status=3) == "process 1 of 3 ended with status 3; ending the others\n"
     assert sorted((fakes / "signals").read_text().splitlines()) == ["TERM 0", "TERM 2"]
 
 
