@@ -96,6 +96,17 @@ def test_two_processes_train_and_evaluate_as_one(trained):
     assert "step" not in second.stdout
 
 
+def test_two_processes_that_share_images_train_as_one(trained):
+    """With parallel.spatial=2, both read the same batches, and each computes half of the rows of every image."""
+    directory, _ = trained
+    command = ["--config", str(directory / "own.py"), *SMALL, "--config.parallel.spatial=2"]
+    done = run_processes(2, "-c", MAIN, *command, "--workdir", str(directory / "shared"), options=True)
+    check_exit(done, 0)
+    expected, found = ([line["loss"] for line in records(directory / run, "train")] for run in ("one", "shared"))
+    print(f"\nlargest difference of a loss in 6 steps: {largest_difference(found, expected):.1e}")
+    assert largest_difference(found, expected) < 1e-6
+
+
 def test_two_processes_evaluate_a_run_as_one(trained):
     """Checks the report of --mode evaluate, which the first process alone prints and writes."""
     directory, _ = trained
