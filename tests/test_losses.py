@@ -91,11 +91,11 @@ def test_losses_by_rows_equal_those_of_upsampled_logits(height, width, classes, 
 
 
 def test_losses_by_rows_need_a_fraction_of_the_memory_of_upsampled_logits():
-    scores, labels = jnp.zeros((2, 20, 20, 150)), jnp.zeros((2, 160, 160), jnp.uint8)
+    scores, labels = jnp.zeros((2, 40, 40, 150)), jnp.zeros((2, 320, 320), jnp.uint8)
 
     def temporary_bytes(upsampled):
         def total(scores):
-            logits = models.CoarseLogits(scores, 160, 160, align_corners=True)
+            logits = models.CoarseLogits(scores, 320, 320, align_corners=True)
             return losses.cross_entropy(logits.upsample() if upsampled else logits, labels, options())[0]
 
         return jax.jit(jax.grad(total)).lower(scores).compile().memory_analysis().temp_size_in_bytes

@@ -245,7 +245,7 @@ class CoarseLogits(flax.struct.PyTreeNode):
         return of_rows(self.scores, rows, labels)[:, : self.height]
 
 
-BLOCK = 2**22  # upsampled scores at a time
+BLOCK = 2**21  # upsampled scores at a time, on each device
 
 
 def _pad_rows(rows: jax.Array, labels: jax.Array, missing: int) -> tuple[jax.Array, jax.Array]:
