@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from pspnet_jax import losses, models, parallel
 from pspnet_jax.config import base_config
 from pspnet_jax.errors import UserError
 from pspnet_jax.losses import SCHEDULES, Term
+from pspnet_jax.models import layers
 
 pytestmark = pytest.mark.slow
 
@@ -63,22 +66,26 @@ def test_batch_without_a_labeled_pixel_gives_zero_not_nan(logits):
         np.testing.assert_array_equal(gradient, np.zeros((1, 1, 3, 3)), err_msg=kind)
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [None, (2, 1), (2, 2)])
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize(("height", "width", "classes"), [(53, 70, 5), (64, 9, 150), (1, 1, 2)])
-def test_losses_by_rows_equal_those_of_upsampled_logits(height, width, classes, align_corners, devices):
-    """All losses, with ignored pixels, class weights and smoothing: values and gradients agree to rounding."""
+def test_losses_by_rows_equal_those_of_upsampled_logits(height, width, classes, align_corners, devices, monkeypatch):
+    """All losses, with ignored pixels, class weights and smoothing: values and gradients agree to rounding.
+
+    The rows are divided into several blocks and, on 2 x 2 devices, among the devices.
+    """
+    monkeypatch.setattr(layers, "BLOCK", 10 * width * classes)
     rng = np.random.default_rng(0)
     scores = jnp.asarray(rng.normal(0, 3, (2, 7, 9, classes)), jnp.float32)
     labels = rng.integers(-1, classes, (2, height, width)).astype(np.uint8)  # -1 becomes 255
     labels[0, 0, 0] = 0
     weights = tuple(rng.uniform(0.1, 2, classes).tolist())
     choices = options(class_weights=weights, label_smoothing=0.1, ohem_min_kept=height * width // 3 + 1)
-    sharding = parallel.batch_sharding(parallel.make_mesh(jax.devices()[:devices]))
-    arrays = jax.device_put((scores, labels), sharding)
+    mesh = devices and parallel.make_mesh(jax.devices()[: math.prod(devices)], spatial=devices[1])
+    arrays = jax.device_put((scores, labels), parallel.batch_sharding(mesh) if mesh else None)
 
     def total(scores, labels, upsampled):
-        logits = models.CoarseLogits(scores, height, width, align_corners)
+        logits = models.CoarseLogits(scores, height, width, align_corners, mesh)
         pairs = [loss(logits.upsample() if upsampled else logits, labels, choices) for loss in losses.LOSSES.values()]
         return sum(sum_ / weight for sum_, weight in pairs), pairs
 
