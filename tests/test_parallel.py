@@ -132,7 +132,7 @@ def test_two_processes_stop_and_resume_together_and_equal_one(tmp_path, monkeypa
     assert "): ValueError: x.png is damaged), but it is saved" in done[0].stderr
 
     mesh = parallel.make_mesh(jax.devices()[:2])
-    monkeypatch.setattr(parallel, "make_mesh", lambda: mesh)
+    monkeypatch.setattr(parallel, "make_mesh", lambda **_: mesh)
     alone = fit(tiny_config(), make_batches, None, tmp_path / "one", model=OneLayer())
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), alone)
     together = layout.read_state(checkpoint.Checkpoints(tmp_path / "two", read_only=True).path(12), target)
