@@ -102,6 +102,8 @@ class DoesNotFitError(UserError):
 def preflight(config: ConfigDict, topologies: Sequence[tuple[str, str]], images_per_chip: int = 0) -> Iterator[Row]:
     """Compiles a recipe for each topology.
 
+    The largest batch and the evaluation, which a host does alone, are those of the first topology of each generation.
+
     Args:
       config: a complete recipe, with its class names.
       topologies: see `chips.parse`.
@@ -110,7 +112,7 @@ def preflight(config: ConfigDict, topologies: Sequence[tuple[str, str]], images_
     Raises:
       UserError: the batch cannot be divided among the chips; or the recipe does not fit, with what would make it fit.
     """
-    largest: dict[str, int] = {}
+    of_generation: dict[str, tuple[int, Program, int]] = {}
     for generation, topology in topologies:
         name, chip = f"{generation}:{topology}", chips.CHIPS[generation]
         logger.info(f"compiling for {name}, {chips.chips(topology)} chips")
@@ -122,12 +124,11 @@ def preflight(config: ConfigDict, topologies: Sequence[tuple[str, str]], images_
             train = compile_train(sized, mesh, chip)
         except DoesNotFitError as error:
             raise UserError(f"{name}: {error}; {_remedies(sized, devices, chip)}") from error
-        if generation not in largest:
-            largest[generation] = largest_batch(sized, mesh, chip, train)
-        host = [device for device in devices if device.process_index == devices[0].process_index]
-        evaluate, windows = compile_evaluation(sized, host, chip)
-        cloud = chip.cloud_name(topology)
-        yield Row(name, cloud, mesh.size, chip.hbm, sized.batch_size, train, evaluate, windows, largest[generation])
+        if generation not in of_generation:
+            host = [device for device in devices if device.process_index == devices[0].process_index]
+            of_generation[generation] = largest_batch(sized, mesh, chip, train), *compile_evaluation(sized, host, chip)
+        largest, evaluate, windows = of_generation[generation]
+        yield Row(name, chip.cloud_name(topology), mesh.size, chip.hbm, sized.batch_size, train, evaluate, windows, largest)
 
 
 def _mesh(config: ConfigDict, name: str, devices: Sequence[jax.Device]) -> Mesh:
