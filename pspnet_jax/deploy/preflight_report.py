@@ -57,10 +57,12 @@ def plot(rows: Sequence[Row], name: str) -> Figure:
     memory_axes.scatter(names, [row.hbm_bytes / 2**30 for row in rows], marker="_", s=900, color="black", label="HBM of a chip")
     memory_axes.set_ylabel("GiB per chip")
     memory_axes.tick_params(axis="x", labelsize="small")
-    memory_axes.legend()
+    memory_axes.margins(y=0.3)  # room for the legend
+    memory_axes.legend(loc="upper center", ncols=3, fontsize="small")
     for generation in dict.fromkeys(row.topology.partition(":")[0] for row in rows):
         own = sorted((row.chips, row.images / row.step_seconds) for row in rows if row.topology.startswith(f"{generation}:"))
         speed_axes.loglog(*zip(*own, strict=True), marker="o", label=generation)
+    speed_axes.set_xscale("log", base=2)
     speed_axes.set_xlabel("chips")
     speed_axes.set_ylabel("images/s, at most")
     speed_axes.legend()
