@@ -17,7 +17,7 @@ from etils import epath
 
 import pspnet_jax
 from pspnet_jax import config as configs
-from pspnet_jax import errors, files, jobs, parallel, programs
+from pspnet_jax import errors, files, jobs, parallel, peers, programs
 
 logger = logging.getLogger("pspnet_jax")
 
@@ -184,4 +184,4 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    peers.run(main)

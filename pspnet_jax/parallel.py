@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from pspnet_jax import peers
 from pspnet_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,13 @@ def start_processes() -> None:
         count, index = (
             int(value) if (value := os.environ.get(f"JAX_{name}")) else None for name in ("NUM_PROCESSES", "PROCESS_ID")
         )
-        jax.distributed.initialize(num_processes=count, process_id=index)
+        jax.distributed.initialize(
+            num_processes=count,
+            process_id=index,
+            heartbeat_timeout_seconds=peers.HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=peers.SHUTDOWN_TIMEOUT,
+        )
+        peers.watch()
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"--distributed: the processes of this job could not connect ({error}); start the same command on every host "

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
 from pspnet_jax import config as configs
-from pspnet_jax import files, parallel
+from pspnet_jax import files, parallel, peers
 from pspnet_jax.errors import MissingFileError, UserError
 from pspnet_jax.lock import locked
 from pspnet_jax.train import integrity, layout, manifest
@@ -62,7 +62,6 @@ class Checkpoints:
 
     Attributes:
       steps: the saved steps, in increasing order, including one that is still being written.
-      complete: the newest step that is known to be complete; 0 if there is none.
       unreadable: the steps whose score files exist but cannot be read.
     """
 
@@ -90,7 +89,8 @@ class Checkpoints:
                     read_only=read_only,
                 ),
             )
-        self.complete = max(self.steps, default=0)
+        if not read_only:
+            self._announce(max(self.steps, default=0))
         self.unreadable = set[int]()
         self._scores = {step: score for step in self.steps if (score := self._read_score(step))}
 
@@ -135,7 +135,9 @@ class Checkpoints:
                 if wait or not self._manager.is_saving_in_progress():
                     self._manager.wait_until_finished()
                     if self._saving:
-                        self.complete, self._saving, self._failures = self._saving, 0, 0
+                        self._failures = 0
+                        self._announce(self._saving)
+                        self._saving = 0
             except Exception as error:
                 self._failures += 1
                 if (cause := files.storage_error(error)) is None or self._failures > 1 or jax.process_count() > 1:
@@ -144,6 +146,10 @@ class Checkpoints:
                 self._saving = 0
                 return True
         return False
+
+    def _announce(self, step: int) -> None:
+        """Tells the user what to do if another process dies; `step` is the newest complete checkpoint."""
+        peers.advise(f"start the same command on all hosts again, and training resumes from step {step}")
 
     def _write_manifest(self) -> None:
         """Called in the first process when all have written their items, before the checkpoint counts as complete."""
