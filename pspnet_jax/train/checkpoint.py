@@ -77,6 +77,7 @@ class Checkpoints:
         if not read_only and (odd := set(str(self._directory)) & set("[]\\")):
             raise UserError(f"{workdir}: orbax cannot write to a path that contains {' or '.join(sorted(odd))}; choose another")
         self._saving = 0  # the step being written, or 0
+        self._thread = ThreadPoolExecutor(1, "manifest")
         self._failures = 0  # saves that have failed, one after the other
         with self._writing():
             self._manager = _Manager(
@@ -117,12 +118,13 @@ class Checkpoints:
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items |= {name: ocp.args.JsonSave(value) for name, value in documents.items()}
         self.save_failed(wait=True)  # the new save may succeed even if the last one failed
-        with self._writing(), ThreadPoolExecutor(1) as thread:  # digests are computed while orbax copies the arrays
+        with self._writing():
             self._saving = step
-            if jax.process_index() == 0:
-                documents = {name: manifest.document(value) for name, value in documents.items()}
-                self._manifest = thread.submit(manifest.describe, trees | documents)
+            contents = trees | {name: manifest.document(value) for name, value in documents.items()}
+            copied = self._thread.submit(manifest.host_copy, contents if jax.process_index() == 0 else {})
+            self._manifest = self._thread.submit(lambda: manifest.describe(copied.result()))  # while orbax writes
             self._manager.save(step, args=ocp.args.Composite(**items))
+            copied.result()  # orbax has copied the state, too, so it may be donated
 
     def save_failed(self, wait: bool = False) -> bool:
         """Returns whether the last save has failed in the background, and logs why. If `wait`, waits for the save to end.
@@ -307,6 +309,7 @@ class Checkpoints:
         """
         with self._writing():
             self._manager.close()
+        self._thread.shutdown()
 
 
 class _Best:

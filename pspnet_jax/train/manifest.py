@@ -28,6 +28,11 @@ class DamagedError(Exception):
     """The contents of a checkpoint have changed since it was saved."""
 
 
+def host_copy(items: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies trees of replicated arrays to memory of the host that nothing else uses."""
+    return jax.tree.map(lambda leaf: np.array(_values(leaf)), dict(items))
+
+
 def describe(items: Mapping[str, Any]) -> Manifest:
     """Returns the manifest of some items, which are trees of replicated arrays. Computes several digests at a time."""
     leaves = [(item, *leaf) for item, tree in items.items() for leaf in _leaves(tree)]
@@ -87,6 +92,9 @@ def _leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
 
 
+def _values(array: Any) -> np.ndarray:
+    return np.asarray(array.addressable_data(0) if isinstance(array, jax.Array) else array)
+
+
 def _sha256(array: Any) -> str:
-    values = np.asarray(array.addressable_data(0) if isinstance(array, jax.Array) else array)
-    return hashlib.sha256(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(_values(array)).reshape(-1).view(np.uint8).data).hexdigest()
