@@ -16,7 +16,7 @@ from absl import logging as absl_logging
 from etils import epath
 
 import pspnet_jax
-from pspnet_jax import clusters, errors, files, jobs, parallel, programs
+from pspnet_jax import clusters, errors, files, jobs, parallel, peers, programs
 from pspnet_jax import config as configs
 
 logger = logging.getLogger("pspnet_jax")
@@ -222,4 +222,4 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    peers.run(main)

@@ -22,7 +22,7 @@ import numpy as np
 from jax._src import distributed
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pspnet_jax import clusters, rendezvous
+from pspnet_jax import clusters, peers, rendezvous
 from pspnet_jax.clusters import Place
 from pspnet_jax.errors import UserError, user_message
 
@@ -52,7 +52,10 @@ def start_processes(place: Place | None = None, about: Mapping[str, str] | None 
         place.process_id,
         local_device_ids=clusters.local_devices(place, hosts),
         cluster_detection_method="deactivate",
+        heartbeat_timeout_seconds=peers.HEARTBEAT_TIMEOUT,
+        shutdown_timeout_seconds=peers.SHUTDOWN_TIMEOUT,
     )
+    peers.watch()
 
 
 def exchange(mine: Any) -> dict[str, Any]:

@@ -162,6 +162,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         bucket, name, query = self._target()
+        if self.path.split("?")[0].endswith("/storageLayout"):  # asked before a folder is renamed
+            return self._answer(200, {"kind": "storage#storageLayout", "hierarchicalNamespace": {"enabled": False}})
         if "describe" in query:
             return self._answer(200, {"kind": "storage#bucket", "name": bucket, "id": bucket, "location": "US"})
         if name is None:

@@ -113,6 +113,27 @@ def test_training_stopping_resuming_evaluation_and_prediction_on_gs(cloud, tmp_p
     assert [key for key in bucket.objects if "/.config" in key or "/.metrics" in key] == []  # temporary files
 
 
+def test_a_flipped_bit_in_a_bucket_is_noticed_and_the_checkpoint_before_is_used(cloud, tmp_path):
+    bucket, _ = cloud
+    data = fakes.write_folder(tmp_path / "data", {"train": 9, "val": 3}, size=(60, 50), num_classes=3)
+    own = recipe(tmp_path / "own.py", data)
+    train = [f"--config={own}", "--workdir=gs://bucket/rot", *SMALL, "--config.every.save=1", "--config.every.eval=0"]
+    output = run(cloud, tmp_path, [*train, "--config.total_steps=2"])
+    assert statuses(output) == [("0", f"config={own}")]
+    assert bucket.names("bucket/rot/checkpoints/2/sha256.json")
+    values = [key for key in bucket.names("bucket/rot/checkpoints/2/weights/") if "/d/" in key]
+    largest = max(values, key=lambda key: len(bucket.objects[key].content))
+    content = bytearray(bucket.objects[largest].content)
+    content[len(content) // 2] ^= 1
+    bucket.write(largest, bytes(content))
+
+    output = run(cloud, tmp_path, [*train, "--config.total_steps=3"])
+    assert statuses(output) == [("0", f"config={own}")]
+    pattern = r"checkpoint 2 is damaged \((.*)\); moved to gs://bucket/rot/set_aside/2; using checkpoint 1\n"
+    print(f"\n{re.search(pattern, output)[1]}")
+    assert "training from step 1 to 3; writing to gs://bucket/rot\n" in output
+
+
 def test_weights_are_imported_from_and_exported_to_gs(cloud, tmp_path):
     torch = pytest.importorskip("torch")
     from tests.weights import reference_torch as reference

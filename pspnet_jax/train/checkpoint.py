@@ -1,6 +1,6 @@
 """Checkpoints of a run, written in the background by orbax, each with its config. The newest two and the best are kept.
 
-`layout` describes their contents, and `integrity` checks them for damage.
+`layout` describes their contents; `integrity` and `manifest` check them for damage.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -20,10 +21,10 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
 from pspnet_jax import config as configs
-from pspnet_jax import files, parallel
+from pspnet_jax import files, parallel, peers
 from pspnet_jax.errors import MissingFileError, UserError
 from pspnet_jax.lock import locked
-from pspnet_jax.train import integrity, layout
+from pspnet_jax.train import integrity, layout, manifest
 from pspnet_jax.train.integrity import Verdict
 from pspnet_jax.train.step import TrainState, Variables
 
@@ -50,11 +51,17 @@ class _Manager(ocp.CheckpointManager):
         return None
 
 
+def _barrier(*, key: str, timeout_ms: int) -> None:
+    """Waits for the other processes; not if this one's part of a save has failed, because they wait for it elsewhere."""
+    if sys.exception() is None:
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
 class Checkpoints:
     """The checkpoints under WORKDIR/checkpoints.
 
     Attributes:
-      steps: the saved steps, in increasing order.
+      steps: the saved steps, in increasing order, including one that is still being written.
       unreadable: the steps whose score files exist but cannot be read.
     """
 
@@ -69,18 +76,22 @@ class Checkpoints:
             )
         if not read_only and (odd := set(str(self._directory)) & set("[]\\")):
             raise UserError(f"{workdir}: orbax cannot write to a path that contains {' or '.join(sorted(odd))}; choose another")
-        self._saving = 0  # the step being written
+        self._saving = 0  # the step being written, or 0
+        self._thread = ThreadPoolExecutor(1, "manifest")
+        self._failures = 0  # saves that have failed, one after the other
         with self._writing():
             self._manager = _Manager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), _Best(self)]),
-                    async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+                    async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest, barrier_sync_fn=_barrier),
                     cleanup_tmp_directories=not read_only,  # left by killed processes
                     create=not read_only,
                     read_only=read_only,
                 ),
             )
+        if not read_only:
+            self._announce(max(self.steps, default=0))
         self.unreadable = set[int]()
         self._scores = {step: score for step in self.steps if (score := self._read_score(step))}
 
@@ -102,44 +113,66 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint cannot be written.
         """
-        items = {name: ocp.args.StandardSave(tree) for name, tree in layout.items(state).items()}
-        items |= {
-            "config": ocp.args.JsonSave(config.to_dict()),
-            "data": ocp.args.JsonSave({"step": step, "fingerprint": fingerprint}),
-        }
+        trees = layout.items(state)
+        documents = {"config": config.to_dict(), "data": {"step": step, "fingerprint": fingerprint}}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items |= {name: ocp.args.JsonSave(value) for name, value in documents.items()}
         self.save_failed(wait=True)  # the new save may succeed even if the last one failed
         with self._writing():
             self._saving = step
+            contents = trees | {name: manifest.document(value) for name, value in documents.items()}
+            copied = self._thread.submit(manifest.host_copy, contents if jax.process_index() == 0 else {})
+            self._manifest = self._thread.submit(lambda: manifest.describe(copied.result()))  # while orbax writes
             self._manager.save(step, args=ocp.args.Composite(**items))
+            copied.result()  # orbax has copied the state, too, so it may be donated
 
     def save_failed(self, wait: bool = False) -> bool:
-        """Returns whether the last save has failed in the background, and logs why. If `wait`, waits for the save to end."""
-        try:
-            if wait or not self._manager.is_saving_in_progress():
-                self._manager.wait_until_finished()
-        except Exception as error:
-            if (cause := files.storage_error(error)) is None:
-                raise
-            logger.warning("checkpoint %s could not be written (%s)", self._saving, cause)
-            return True
+        """Returns whether the last save has failed in the background, and logs why. If `wait`, waits for the save to end.
+
+        Raises:
+          UserError: the save before has failed too, or this is one of several processes, which cannot save again on its own.
+        """
+        with self._writing():
+            try:
+                if wait or not self._manager.is_saving_in_progress():
+                    self._manager.wait_until_finished()
+                    if self._saving:
+                        self._failures = 0
+                        self._announce(self._saving)
+                        self._saving = 0
+            except Exception as error:
+                self._failures += 1
+                if (cause := files.storage_error(error)) is None or self._failures > 1 or jax.process_count() > 1:
+                    raise
+                logger.warning("checkpoint %s could not be written (%s); saving again", self._saving, cause)
+                self._saving = 0
+                return True
         return False
 
-    def _write_checksums(self) -> None:
-        """Called when all items are written, before orbax renames the checkpoint to its final name."""
-        if jax.process_index() == 0 and not files.is_remote(self._directory):
-            for directory in self._directory.glob(f"{self._saving}.*-tmp*"):
-                integrity.write_checksums(directory)
+    def _announce(self, step: int) -> None:
+        """Tells the user what to do if another process dies; `step` is the newest complete checkpoint."""
+        peers.advise(f"start the same command on all hosts again, and training resumes from step {step}")
+
+    def _write_manifest(self) -> None:
+        """Called in the first process when all have written their items, before the checkpoint counts as complete."""
+        unfinished = self._directory.glob(f"{self._saving}.*-tmp*")  # is renamed later, but not in a bucket
+        for directory in [self.path(self._saving)] if files.is_remote(self._directory) else unfinished:
+            manifest.write(directory, self._manifest.result())
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Adds the newest complete checkpoint to the message of storage errors. Checkpoints with a final name are complete."""
         try:
-            complete = sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
-        except Exception:  # no checkpoint yet, or storage is unavailable
-            complete = []
-        newest = f"the newest complete checkpoint is step {complete[-1]}" if complete else "there is no complete checkpoint"
-        with files.writing(self._directory, f"{newest}; free some space or fix the cause, then run the same command to resume"):
             yield
+        except Exception:
+            try:
+                complete = sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
+            except Exception:  # no checkpoint yet, or storage is unavailable
+                complete = []
+            newest = f"the newest complete checkpoint is step {complete[-1]}" if complete else "there is no complete checkpoint"
+            advice = f"{newest}; free some space or fix the cause, then run the same command to resume"
+            with files.writing(self._directory, advice):
+                raise
 
     def add_score(self, step: int, metrics: Mapping[str, float], settings: Mapping[str, Any]) -> None:
         """Writes the score of a checkpoint, after waiting until the checkpoint is written.
@@ -276,6 +309,7 @@ class Checkpoints:
         """
         with self._writing():
             self._manager.close()
+        self._thread.shutdown()
 
 
 class _Best:

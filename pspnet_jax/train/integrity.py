@@ -5,7 +5,6 @@ import contextlib
 import enum
 import json
 import logging
-import pathlib
 import re
 import time
 import zlib
@@ -20,10 +19,12 @@ from etils import epath
 
 from pspnet_jax import files, parallel
 from pspnet_jax.errors import UserError
+from pspnet_jax.train import manifest
+from pspnet_jax.train.manifest import DamagedError, Manifest, listed
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-CHECKSUMS = "checksums.json"
+CHECKSUMS = "checksums.json"  # of checkpoints that were written before there were manifests
 PAUSES = (1.0, 5.0, 15.0)  # seconds before each new attempt to read a checkpoint that could not be read
 
 
@@ -58,6 +59,8 @@ def classify(error: Exception) -> Verdict:
     """Returns the verdict for an exception raised while reading a checkpoint."""
     if isinstance(error, OtherNetworkError):
         return Verdict.OTHER_NETWORK
+    if isinstance(error, DamagedError):
+        return Verdict.DAMAGED
     if isinstance(error, OSError):
         return Verdict.DAMAGED if isinstance(error, _CONTENT_ERRORS) else Verdict.UNREACHABLE
     code = re.match(r"([A-Z_]{6,}): ", str(error))
@@ -80,7 +83,7 @@ def read_checked(directory: epath.Path, items: Items, read: Callable[[], T]) -> 
 
     Args:
       directory: directory of the checkpoint.
-      items: returns the names of the items that `read` reads; their files are first compared with their checksums.
+      items: returns the names of the items that `read` reads.
       read: reads and returns a tree of arrays or other values.
 
     Returns:
@@ -109,9 +112,9 @@ def _read_once(directory: epath.Path, items: Items, read: Callable[[], T]) -> tu
     try:
         missing, differing = compare_checksums(directory, items())
         if missing:  # orbax would log long errors, even about files that are not essential
-            return Verdict.DAMAGED, f"is damaged or incomplete (missing: {_listed(missing)})", None
+            return Verdict.DAMAGED, f"is damaged or incomplete (missing: {listed(missing)})", None
         if differing:
-            return Verdict.DAMAGED, f"is damaged (content has changed since it was saved: {_listed(differing)})", None
+            return Verdict.DAMAGED, f"is damaged (content has changed since it was saved: {listed(differing)})", None
         result = read()
     except (MemoryError, jax.errors.JaxRuntimeError, UserError):
         raise  # not caused by the files
@@ -123,27 +126,15 @@ def _read_once(directory: epath.Path, items: Items, read: Callable[[], T]) -> tu
     return Verdict.GOOD, "", result
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def write_checksums(directory: epath.Path) -> None:
-    """Writes the size and CRC-32 of each file of a checkpoint's items, except in buckets, which have their own checksums."""
-    if not files.is_remote(directory):
-        paths = [path for path in sorted(pathlib.Path(directory).rglob("*/*")) if path.is_file()]
-        found = {str(path.relative_to(directory)): _checksum(epath.Path(path)) for path in paths}
-        (directory / CHECKSUMS).write_text(json.dumps(found, indent=0) + "\n")
-
-
 def compare_checksums(directory: epath.Path, items: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the missing and the changed files of some of a checkpoint's items.
+    """Returns the missing items and files, and the changed files, of some of a checkpoint's items.
 
-    Without checksums, only missing items are found.
+    Files are only compared if there are `CHECKSUMS`: their sizes and CRC-32s.
     """
     missing = [f"{item}/" for item in items if not files.is_there(directory / item)]
     expected = _read_checksums(directory / CHECKSUMS)
-    if not expected and files.is_there(directory / "data") and not files.is_remote(directory):  # otherwise none were written
-        logger.warning("checkpoint %s has lost its %s: damage to its values would not be detected", directory.name, CHECKSUMS)
+    if not expected and not manifest.read(directory) and files.is_there(directory / "data") and not files.is_remote(directory):
+        logger.warning("checkpoint %s has lost its manifest: damage to its values would not be detected", directory.name)
     differing = []
     for name, checksum in expected.items():
         item, file = name.partition("/")[0], directory / name
@@ -157,7 +148,7 @@ def compare_checksums(directory: epath.Path, items: Sequence[str]) -> tuple[list
 
 
 def _read_checksums(path: epath.Path) -> dict[str, list[int]]:
-    """Returns what `write_checksums` wrote; empty if the file is missing or damaged itself."""
+    """Returns [size, CRC-32] of each file; empty if there are no checksums, or if they are damaged themselves."""
     with contextlib.suppress(ValueError):
         if files.is_there(path) and isinstance(found := json.loads(path.read_bytes()), dict):
             return found
@@ -172,26 +163,32 @@ def _checksum(path: epath.Path) -> list[int]:
     return [size, crc]
 
 
-def check_shapes(directory: epath.Path, targets: dict[str, Any]) -> None:
+def check_shapes(directory: epath.Path, targets: dict[str, Any], saved: Manifest) -> None:
     """Compares the shapes of saved arrays with those of the targets: by name, or for the optimizer, as a multiset.
 
     Raises:
       OtherNetworkError: lists the arrays that differ.
+      DamagedError: the shapes in the checkpoint differ, but not those in its manifest.
     """
     for item, target in targets.items():
-        saved = ocp.PyTreeCheckpointHandler().metadata(directory / item).tree
-        if item == "optimizer":
-            found, wanted = ([tuple(leaf.shape) for leaf in jax.tree.leaves(tree)] for tree in (saved, target))
-            if collections.Counter(found) != collections.Counter(wanted):
-                raise OtherNetworkError("the optimizer state has different arrays")
-            continue
-        old, new = ({k: tuple(v.shape) for k, v in _leaves(tree).items()} for tree in (saved, target))
-        differing = [
-            f"{k} {old.get(k, 'missing')} -> {new.get(k, 'missing')}" for k in {**old, **new} if old.get(k) != new.get(k)
-        ]
-        if differing:
-            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-            raise OtherNetworkError(f"saved -> this network: {'; '.join(differing[:3])}{more}")
+        if difference := _difference(item, ocp.PyTreeCheckpointHandler().metadata(directory / item).tree, target):
+            if saved and not _difference(item, manifest.shapes(saved, item), target):
+                raise DamagedError(f"the description of {item} has changed since it was saved: {difference}")
+            raise OtherNetworkError(difference)
+
+
+def _difference(item: str, saved: Any, target: Any) -> str:
+    """Describes how the shapes of an item's saved arrays differ from the target's; empty if they do not."""
+    if item == "optimizer":
+        found, wanted = ([tuple(leaf.shape) for leaf in jax.tree.leaves(tree)] for tree in (saved, target))
+        same = collections.Counter(found) == collections.Counter(wanted)
+        return "" if same else "the optimizer state has different arrays"
+    old, new = ({k: tuple(v.shape) for k, v in _leaves(tree).items()} for tree in (saved, target))
+    differing = [f"{k} {old.get(k, 'missing')} -> {new.get(k, 'missing')}" for k in {**old, **new} if old.get(k) != new.get(k)]
+    if not differing:
+        return ""
+    more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+    return f"saved -> this network: {'; '.join(differing[:3])}{more}"
 
 
 def describe_non_finite(tree: Any) -> str | None:

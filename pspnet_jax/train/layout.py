@@ -1,8 +1,8 @@
 """Contents of a checkpoint, and functions that read them.
 
-WORKDIR/checkpoints/STEP contains the items weights, ema, optimizer, config and data; checksums.json; and score.json, if the
-checkpoint was evaluated. Evaluation reads only the config and either the weights or their moving average. Checkpoints of
-version 0.1, which have everything but the config in STEP/state, are also supported.
+WORKDIR/checkpoints/STEP contains the items weights, ema, optimizer, config and data; sha256.json, their manifest; and
+score.json, if the checkpoint was evaluated. Evaluation reads only the config and either the weights or their moving average.
+Checkpoints of version 0.1, which have everything but the config in STEP/state, are also supported.
 
 Each process reads on its own, so that none waits for another that fails.
 """
@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from pspnet_jax import config as configs
 from pspnet_jax import files, parallel
 from pspnet_jax.errors import UserError
-from pspnet_jax.train import integrity
+from pspnet_jax.train import integrity, manifest
 from pspnet_jax.train.step import TrainState, Variables
 
 
@@ -47,6 +47,7 @@ def read_state(directory: epath.Path, target: TrainState) -> TrainState:
 
     Raises:
       OtherNetworkError: the saved arrays do not match the target.
+      DamagedError: the checkpoint does not match its manifest.
       UserError: the directory name is not the step that the checkpoint was saved as.
     """
     _read_data(directory)
@@ -55,36 +56,52 @@ def read_state(directory: epath.Path, target: TrainState) -> TrainState:
         read = _read_tree(directory / "state", target.step.sharding, tuple(parts))
         old = jax.tree.unflatten(jax.tree.structure(parts), jax.tree.leaves(read))  # optax's empty states have changed since
         return TrainState(ema=old.pop("average"), **old)
-    targets, reader = items(target), ocp.StandardCheckpointHandler()
-    integrity.check_shapes(directory, targets)
+    targets, reader, saved = items(target), ocp.StandardCheckpointHandler(), manifest.read(directory)
+    integrity.check_shapes(directory, targets, saved)
     read = {name: reader.restore(directory / name, args=ocp.args.StandardRestore(tree)) for name, tree in targets.items()}
+    for name, tree in read.items():
+        manifest.verify(saved, name, tree)
     number = jax.device_put(jax.numpy.int32(int(directory.name)), target.step.sharding)
     return TrainState(number, opt_state=read.get("optimizer", target.opt_state), ema=read.get("ema"), **read["weights"])
 
 
 def read_variables(directory: epath.Path, mesh: Mesh) -> Variables:
-    """Reads the variables for evaluation (the moving average, if there is one), replicated over the mesh."""
+    """Reads the variables for evaluation (the moving average, if there is one), replicated over the mesh.
+
+    Raises:
+      DamagedError: they do not match the checkpoint's manifest.
+    """
     item, everywhere = evaluated_item(directory), parallel.replicated(mesh)
-    average = _read_tree(directory / item, everywhere, ("average",)).get("average") if item == "state" else None
-    return average or _read_tree(directory / item, everywhere)
+    if item == "state" and (average := _read_tree(directory / item, everywhere, ("average",))):
+        return average["average"]
+    variables = _read_tree(directory / item, everywhere)
+    manifest.verify(manifest.read(directory), item, variables)
+    return variables
 
 
 def read_config(directory: epath.Path) -> tuple[ConfigDict, str]:
     """Reads the config and the training data fingerprint of a checkpoint. The fingerprint is empty if unknown.
 
     Raises:
+      DamagedError: they do not match the checkpoint's manifest.
       UserError: the directory name is not the step that the checkpoint was saved as.
     """
-    return configs.from_dict(ocp.JsonCheckpointHandler().restore(directory / "config")), _read_data(directory)["fingerprint"]
+    return configs.from_dict(_read_json(directory, "config")), _read_data(directory)["fingerprint"]
 
 
 def _read_data(directory: epath.Path) -> dict[str, Any]:
     if not files.is_there(directory / "data"):  # written by version 0.1
         return {"fingerprint": ""}
-    data = ocp.JsonCheckpointHandler().restore(directory / "data")
+    data = _read_json(directory, "data")
     if (step := data.get("step", int(directory.name))) != int(directory.name):
         raise UserError(f"{directory}: was saved as step {step}; rename it to {step} or, if it is a copy, move it away")
     return data
+
+
+def _read_json(directory: epath.Path, item: str) -> dict[str, Any]:
+    found = ocp.JsonCheckpointHandler().restore(directory / item)
+    manifest.verify(manifest.read(directory), item, manifest.document(found))
+    return found
 
 
 def _read_tree(path: epath.Path, sharding: Sharding, parts: Sequence[str] = ("params", "batch_stats")) -> Any:

@@ -209,7 +209,7 @@ class Run:
         train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
         batches: Iterator[Batch],
     ) -> TrainState:
-        start, total, every, alone = int(state.step), self.config.total_steps, self.config.every, jax.process_count() == 1
+        start, total, every = int(state.step), self.config.total_steps, self.config.every
         self.exit_if_requested(start)
         guard = NonFiniteGuard(self.checkpoints)
         began = time.perf_counter()
@@ -222,7 +222,8 @@ class Run:
                 self.log.add_step(metrics)
                 guard.record(step, metrics)  # waits for the step before this one
             stopping = step < total and self.stop.requested(self.checkpoints, step)
-            log_due, save_due = due(step, every.log, total), stopping or due(step, every.save, total)
+            log_due = due(step, every.log, total)
+            save_due = self.checkpoints.save_failed() or stopping or due(step, every.save, total)
             score_due = self.evaluate is not None and not stopping and due(step, every.eval, total)
             if log_due or save_due or score_due:
                 guard.finish()
@@ -235,7 +236,7 @@ class Run:
                 _write_description(self.config, state, self.workdir)
             else:
                 self.log.end_of_epoch(step)
-            if save_due or score_due or (log_due and alone and self.checkpoints.save_failed()):
+            if save_due or score_due:
                 self.save(step, state)
             if score_due:
                 self.score(step, state)
@@ -296,7 +297,7 @@ class Run:
         self.log.exclude_time(seconds)
         # Logged before the score is saved: a run that is killed in between repeats the evaluation when it is resumed.
         self.log.log_evaluation(step, metrics, pictures)
-        if parallel.max_over_processes(self.checkpoints.save_failed(wait=True)):
+        if self.checkpoints.save_failed(wait=True):
             self.save(step, state)
         settings = resume.evaluation_settings(self.config) | {"data": metrics.get("data")}
         self.checkpoints.add_score(step, {SCORE: found[best_metric], **found}, settings)

@@ -21,9 +21,10 @@ class Stopped(BaseException):
 
 
 class StopSignal:
-    """Requests a stop after SIGTERM, SIGHUP (unless it is ignored, as under nohup) or Ctrl-C. A second signal ends the process.
+    """Requests a stop after SIGTERM, SIGHUP (unless it is ignored, as under nohup) or Ctrl-C.
 
-    A second signal within `SAME_SIGNAL_SECONDS` is ignored, as some launchers signal both a process and its group.
+    Further signals change nothing, so that the state can be saved: launchers repeat them, or send them to a process and its
+    group. Only a second Ctrl-C ends the process at once, if it is not that of the group.
 
     The processes of a job stop at the same step.
 
@@ -50,7 +51,7 @@ class StopSignal:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self.received:
-            if time.monotonic() > self._ignored_until:
+            if number == signal.SIGINT and time.monotonic() > self._ignored_until:
                 self.close()
                 signal.raise_signal(number)
             return

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import os
 import re
 import resource
 import shutil
@@ -19,7 +20,7 @@ from pspnet_jax import config as configs
 from pspnet_jax import parallel
 from pspnet_jax.errors import UserError
 from pspnet_jax.optimizers import Optimizer
-from pspnet_jax.train import checkpoint, integrity, layout
+from pspnet_jax.train import checkpoint, layout, manifest, stop
 from pspnet_jax.train.checkpoint import Checkpoints
 from tests.train import OneLayer, fit, make_batch, make_batches, score, tiny_config
 
@@ -305,25 +306,37 @@ def test_a_seed_that_jax_would_truncate_is_refused(tmp_path, seed):
 
 
 @pytest.fixture
-def disk_full_once(monkeypatch):
-    """The disk has no space for the first checkpoint."""
-    write, calls = integrity.write_checksums, itertools.count()
+def full_disk(monkeypatch):
+    """Calling it makes the disk full for the next saves."""
+    write, failures = manifest.write, []
 
-    def full_at_first(directory):
-        if next(calls) == 0:
+    def write_or_fail(*arguments):
+        if failures:
+            failures.pop()
             raise OSError(28, "No space left on device")
-        write(directory)
+        write(*arguments)
 
-    monkeypatch.setattr(integrity, "write_checksums", full_at_first)
+    monkeypatch.setattr(manifest, "write", write_or_fail)
+    return lambda saves: failures.extend([None] * saves)
 
 
-def test_a_save_that_fails_in_the_background_is_repeated_at_the_next_progress_line(tmp_path, disk_full_once, caplog, whole):
-    """The disk is full while step 3 is written, and has space again at step 4."""
+def test_a_save_that_fails_in_the_background_is_repeated_after_the_next_step(tmp_path, full_disk, caplog, whole):
+    full_disk(saves=1)
     wait = [lambda step: time.sleep(2) if step == 3 else None]  # until the save has failed
-    assert_equal(train(small(save=3, eval=0, log=2), tmp_path, None, hooks=wait), whole)
+    assert_equal(train(small(save=3, eval=0, log=6), tmp_path, None, hooks=wait), whole)
     messages = [line for line in warnings(caplog) if "could not be written" in line]
-    assert messages == ["checkpoint 3 could not be written (No space left on device)"]
+    assert messages == ["checkpoint 3 could not be written (No space left on device); saving again"]
     assert saved_steps(tmp_path) == [4, 6]
+
+
+def test_two_failed_saves_in_a_row_end_the_run(tmp_path, full_disk, whole):
+    config, steps = small(save=2, eval=0), []
+    hooks = [steps.append, lambda step: full_disk(saves=2) if step == 3 else None, lambda step: time.sleep(step in (2, 4, 5))]
+    message = r"cannot be written \(No space left on device\); the newest complete checkpoint is step 2; free some space"
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path, None, hooks=hooks)
+    assert steps == [1, 2, 3, 4, 5]
+    assert_equal(train(small(), tmp_path), whole)
 
 
 def test_a_renamed_checkpoint_is_refused(tmp_path):
@@ -346,15 +359,13 @@ def test_an_evaluation_repeated_for_a_missing_score_has_one_line_in_the_metrics(
 
 
 @pytest.mark.parametrize("content", ["[]", "{", ""])
-def test_lost_checksums_and_an_invalid_score_are_warnings(tmp_path, caplog, whole, content):
-    checksums = tmp_path / "checksums.json"
-    checksums.write_text(content)
+def test_a_lost_manifest_and_an_invalid_score_are_warnings(tmp_path, caplog, whole, content):
     train(small(eval=6), tmp_path)
-    checksums.replace(tmp_path / "checkpoints/6/checksums.json")
+    (tmp_path / "checkpoints/6/sha256.json").write_text(content)
     (tmp_path / "checkpoints/6/score.json").write_text('{"score": 1, "settings": []}')
     assert_equal(train(small(eval=6), tmp_path), whole)
     messages = " ".join(warnings(caplog))
-    assert "checkpoint 6 has lost its checksums.json: damage to its values would not be detected" in messages
+    assert "checkpoint 6 has lost its manifest: damage to its values would not be detected" in messages
     assert "the score of checkpoint 6 cannot be read" in messages
 
 
@@ -370,19 +381,42 @@ def test_workdir_names_with_glob_characters_are_refused(tmp_path, name):
         train(small(), tmp_path / name)
 
 
-def test_a_second_signal_right_after_the_first_is_ignored(tmp_path, caplog, whole):
-    """Launchers may signal both the process and its group."""
+def test_further_signals_do_not_disturb_the_save(tmp_path, monkeypatch, whole):
+    """Launchers may signal both the process and its group, and repeat signals."""
+    monkeypatch.setattr(stop, "SAME_SIGNAL_SECONDS", 0.0)
+    write = manifest.write
+
+    def write_and_signal(*arguments):  # in the background, while the main thread waits
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        write(*arguments)
 
     def twice(step):
         if step == 3:
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGHUP)
 
-    with pytest.raises(SystemExit) as stop:
+    monkeypatch.setattr(manifest, "write", write_and_signal)
+    with pytest.raises(SystemExit) as stopped:
         train(small(save=6, eval=0), tmp_path, None, hooks=[twice])
-    assert stop.value.code == 128 + signal.SIGTERM
+    assert stopped.value.code == 128 + signal.SIGTERM
+    monkeypatch.undo()
     assert saved_steps(tmp_path) == [4]
     assert_equal(train(small(save=6, eval=0), tmp_path, None), whole)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_a_second_interrupt_stops_at_once_but_not_if_it_is_that_of_the_group(tmp_path, monkeypatch, seconds):
+    monkeypatch.setattr(stop, "SAME_SIGNAL_SECONDS", seconds)
+
+    def twice(step):
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(SystemExit if seconds else KeyboardInterrupt):
+        train(small(save=2, eval=0), tmp_path, None, hooks=[twice])
+    assert saved_steps(tmp_path) == ([2, 4] if seconds else [2])
 
 
 def test_a_checkpoint_that_training_replaces_during_reading(tmp_path, monkeypatch):
@@ -394,7 +428,7 @@ def test_a_checkpoint_that_training_replaces_during_reading(tmp_path, monkeypatc
             shutil.copytree(tmp_path / "checkpoints/6", tmp_path / "checkpoints/8")
             data = tmp_path / "checkpoints/8/data/metadata"
             data.write_text(data.read_text().replace('"step": 6', '"step": 8'))
-            (tmp_path / "checkpoints/8/checksums.json").unlink()
+            (tmp_path / "checkpoints/8/sha256.json").unlink()
             shutil.rmtree(directory)
         return read(directory, mesh)
 
@@ -425,10 +459,11 @@ def test_scores_on_different_data_are_not_compared(tmp_path, caplog):
     )
 
 
-def test_a_save_that_fails_before_its_evaluation_is_repeated(tmp_path, disk_full_once, caplog, whole):
+def test_a_save_that_fails_before_its_evaluation_is_repeated(tmp_path, full_disk, caplog, whole):
+    full_disk(saves=1)
     assert_equal(train(small(save=6), tmp_path), whole)
     assert saved_steps(tmp_path) == [3, 6]
-    assert "checkpoint 3 could not be written (No space left on device)" in warnings(caplog)
+    assert "checkpoint 3 could not be written (No space left on device); saving again" in warnings(caplog)
 
 
 @pytest.mark.parametrize("name", ["config.json", "parameters.txt"])

@@ -1,0 +1,100 @@
+"""The manifest of a checkpoint: the shape, dtype and SHA-256 of each of its arrays, which detect bit rot.
+
+Neither orbax nor tensorstore notices a changed value. The digests are those of the values in memory, before they are written
+and after they are read. So they cover everything in between (compression, file formats, networks, disks, buckets), and no file
+has to be read again to compute them. The manifest is the file sha256.json, written before the checkpoint counts as complete.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from pspnet_jax import files
+
+FILE = "sha256.json"
+Manifest = dict[str, dict[str, list[Any]]]  # {item: {path of an array: [shape, dtype, SHA-256]}}
+
+
+class DamagedError(Exception):
+    """The contents of a checkpoint have changed since it was saved."""
+
+
+def host_copy(items: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies trees of replicated arrays to memory of the host that nothing else uses."""
+    return jax.tree.map(lambda leaf: np.array(_values(leaf)), dict(items))
+
+
+def describe(items: Mapping[str, Any]) -> Manifest:
+    """Returns the manifest of some items, which are trees of replicated arrays. Computes several digests at a time."""
+    leaves = [(item, *leaf) for item, tree in items.items() for leaf in _leaves(tree)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        digests = threads.map(_sha256, [leaf for _, _, leaf in leaves])
+    manifest: Manifest = {item: {} for item in items}
+    for (item, path, leaf), digest in zip(leaves, digests, strict=True):
+        manifest[item][path] = [list(leaf.shape), str(leaf.dtype), digest]
+    return manifest
+
+
+def document(value: Any) -> np.ndarray:
+    """Returns data that is saved as JSON as an array that can be part of a manifest, uint8[N]."""
+    return np.frombuffer(json.dumps(value, sort_keys=True).encode(), np.uint8)
+
+
+def write(checkpoint: epath.Path, manifest: Manifest) -> None:
+    """Writes the manifest into the directory of a checkpoint."""
+    (checkpoint / FILE).write_text(json.dumps(manifest) + "\n")
+
+
+def read(checkpoint: epath.Path) -> Manifest:
+    """Reads the manifest of a checkpoint; empty if it is missing or damaged itself."""
+    path = checkpoint / FILE
+    with contextlib.suppress(ValueError):
+        if files.is_there(path) and isinstance(found := json.loads(path.read_bytes()), dict):
+            return found
+    return {}
+
+
+def shapes(manifest: Manifest, item: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of an item's arrays, by path."""
+    return {path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for path, (shape, dtype, _) in manifest.get(item, {}).items()}
+
+
+def verify(manifest: Manifest, item: str, tree: Any) -> None:
+    """Compares an item, or a part of it, with its manifest. Arrays that the manifest does not name are not checked.
+
+    Raises:
+      DamagedError: lists the arrays whose values have changed.
+    """
+    if not (expected := manifest.get(item)):
+        return
+    found = describe({item: tree})[item]
+    if changed := [path for path, entry in found.items() if expected.get(path, entry) != entry]:
+        names = [f"{item}/{path}".rstrip("/") for path in changed]
+        raise DamagedError(f"content has changed since it was saved: {listed(names)}")
+
+
+def listed(names: list[str]) -> str:
+    """Returns the first five names, and the number of the others."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
+
+
+def _values(array: Any) -> np.ndarray:
+    return np.asarray(array.addressable_data(0) if isinstance(array, jax.Array) else array)
+
+
+def _sha256(array: Any) -> str:
+    return hashlib.sha256(np.ascontiguousarray(_values(array)).reshape(-1).view(np.uint8).data).hexdigest()
