@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 REPORT_EVERY = 30.0  # seconds between two log lines about missing processes
 RETRY_AFTER = 0.5  # seconds until a process tries to reach the first one again
 PATIENCE = 10.0  # seconds for a single connection or message
+Connection = tuple[socket.socket, dict[str, Any]]  # to another process, and what it says about itself
 MAX_LISTED = 5  # processes or values named in a message
 CAUSES = (
     "usual causes: the command was not started on every host, it failed there (see the output of those processes), or a "
@@ -85,13 +86,12 @@ def code_version() -> dict[str, str]:
 
 def _gather(place: Place, mine: dict[str, Any], timeout: float) -> dict[str, Any]:
     """Waits for the other processes, as the first one, and sends all of them the same answer, which is returned."""
-    deadline, connections = time.monotonic() + timeout, list[tuple[socket.socket, dict[str, Any]]]()
+    deadline, connections = time.monotonic() + timeout, list[Connection]()
     answer: dict[str, Any] = {}
     with contextlib.ExitStack() as closing:
         server = closing.enter_context(_listen(place.coordinator))
         while not answer:
-            connections = [known for known in connections if _is_open(known[0])]
-            members = {0: mine} | {member["process"]: member for _, member in connections}
+            connections, members = _present(connections, mine)
             remaining = deadline - time.monotonic()
             if len(members) == place.processes:
                 answer = {"hosts": [members[i]["host"] for i in range(place.processes)]}
@@ -102,12 +102,19 @@ def _gather(place: Place, mine: dict[str, Any], timeout: float) -> dict[str, Any
             else:
                 closing.enter_context(connection)
                 if "process" in (member := _receive(connection)):  # otherwise it is a stranger, such as a port scan
+                    connections, members = _present(connections, mine)  # others may have ended in the meantime
                     connections.append((connection, member))
                     answer = {"error": error} if (error := _problem(members, member)) else {}
         for connection, _ in connections:
             with contextlib.suppress(OSError):
                 _send(connection, answer)
     return answer
+
+
+def _present(connections: list[Connection], mine: dict[str, Any]) -> tuple[list[Connection], dict[int, dict[str, Any]]]:
+    """Returns the connections that are still open, and the members that are there, by the number of their process."""
+    connections = [known for known in connections if _is_open(known[0])]
+    return connections, {0: mine} | {member["process"]: member for _, member in connections}
 
 
 def _problem(members: Mapping[int, dict[str, Any]], member: dict[str, Any]) -> str:
