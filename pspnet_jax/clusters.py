@@ -90,7 +90,8 @@ def local_devices(place: Place, hosts: list[str]) -> list[int] | None:
       hosts: machines of all processes.
     """
     shares_machine = hosts.count(hosts[place.process_id]) > 1
-    sees_one_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").isdecimal()  # as with srun's --gpus-per-task=1
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    sees_one_gpu = bool(visible) and "," not in visible  # as with srun's --gpus-per-task=1
     return [place.local_id] if place.local_id is not None and shares_machine and not sees_one_gpu else None
 
 

@@ -174,6 +174,13 @@ def _through_bitcasts(name: str, uses: dict[str, list[Instruction]]) -> Iterator
             yield user
 
 
+def _results(instruction: Instruction) -> list[Array]:
+    """Returns a collective's results, without the operands and contexts that an asynchronous one also returns."""
+    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
+        return instruction.arrays[len(instruction.operands) : 2 * len(instruction.operands)]
+    return instruction.arrays
+
+
 def collectives(text: str) -> dict[str, tuple[int, int]]:
     """Returns the number of collectives by kind, and the bytes of their results, outside and inside of loops alike."""
     count, size = Counter[str](), Counter[str]()
@@ -182,5 +189,5 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 count[kind] += 1
-                size[kind] += sum(array.bytes for array in instruction.arrays)
+                size[kind] += sum(array.bytes for array in _results(instruction))
     return {kind: (count[kind], size[kind]) for kind in COLLECTIVES if count[kind]}

@@ -153,14 +153,13 @@ def _is_alive(path: str, owner: dict[str, object]) -> bool:
         f"{path}: locked by process {owner['pid']} on {owner['host']} since {owner['since']}; waiting up to {TIMEOUT:.0f} s "
         "to see whether that process is still running"
     )
-    seen, end = os.stat(path).st_mtime_ns, time.monotonic() + TIMEOUT
-    while time.monotonic() < end:
-        time.sleep(min(1.0, TIMEOUT / 10))
-        if not os.path.exists(path):
-            return False
-        if os.stat(path).st_mtime_ns != seen:
-            return True
-    logger.warning(f"{path}: the process has not updated the lock, which is now taken over")
+    with contextlib.suppress(FileNotFoundError):  # the process has ended
+        seen, end = os.stat(path).st_mtime_ns, time.monotonic() + TIMEOUT
+        while time.monotonic() < end:
+            time.sleep(min(1.0, TIMEOUT / 10))
+            if os.stat(path).st_mtime_ns != seen:
+                return True
+        logger.warning(f"{path}: the process has not updated the lock, which is now taken over")
     return False
 
 

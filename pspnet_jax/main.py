@@ -80,7 +80,11 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
     ),
     "images_per_chip": (
         ["preflight"],
-        {"type": int, "metavar": "N", "help": "sets batch_size to N images per chip (or parallel.spatial chips) of each pod"},
+        {
+            "type": _number,
+            "metavar": "N",
+            "help": "sets batch_size to N images per chip (or parallel.spatial chips) of each pod",
+        },
     ),
     "skip_existing": (
         ["predict"],

@@ -152,7 +152,13 @@ def make_mesh(devices: Iterable[jax.Device] | None = None, spatial: int = 1) -> 
 
 def data_share(mesh: Mesh) -> tuple[int, int]:
     """Returns (i, n): this process's batches are the i-th of n shares. Processes that share images have the same share."""
-    own = [i for i, group in enumerate(mesh.devices) if any(device.process_index == jax.process_index() for device in group)]
+    is_own = np.array([[device.process_index == jax.process_index() for device in group] for group in mesh.devices])
+    own = np.flatnonzero(is_own.any(1)).tolist()
+    if len(own) > 1 and not is_own[own].all():
+        raise UserError(
+            f"parallel.spatial={mesh.shape['spatial']}: some groups would have devices of two processes, of "
+            f"{is_own.sum()} devices each; choose a divisor or a multiple of that number"
+        )
     return own[0] // len(own), len(mesh.devices) // len(own)
 
 

@@ -5,6 +5,7 @@ others if one stops sending them; `peer_report` translates what JAX then writes.
 fails at once, or waits forever; in either case, this process ends once the coordination service has noticed.
 """
 
+import contextlib
 import os
 import re
 import subprocess
@@ -39,7 +40,8 @@ def watch() -> None:
 def advise(what: str) -> None:
     """Sets the end of the sentence."""
     if _translators:
-        os.write(2, peer_report.ADVICE + what.encode() + b"\n")
+        with contextlib.suppress(OSError):  # the translator was killed
+            os.write(2, peer_report.ADVICE + what.encode() + b"\n")
 
 
 def run(main: Callable[[], int]) -> NoReturn:

@@ -74,5 +74,13 @@ def test_traffic_of_a_program_by_hand():
     assert hlo.hbm_traffic(PROGRAM).total() == sum(expected.values())
 
 
+def test_asynchronous_collectives_count_their_results():
+    gather = "  %g = (f32[256]{0}, f32[1024]{0}) all-gather-start(%x), dimensions={0}\n"
+    permute = "  %p = (f32[256]{0}, f32[256]{0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}\n"
+    program = PROGRAM.replace("  %zero = ", f"{gather}{permute}  %zero = ", 1)
+    expected = {"all-reduce": (1, 1024), "all-gather": (1, 4096), "collective-permute": (1, 1024)}
+    assert hlo.collectives(program) == expected
+
+
 def test_collectives_of_a_program():
     assert hlo.collectives(PROGRAM) == {"all-reduce": (1, 1024)}

@@ -294,11 +294,9 @@ def test_local_processes_end_when_one_of_them_fails(fakes):
 @pytest.mark.parametrize("received", [signal.SIGINT, signal.SIGTERM])
 def test_signals_reach_each_local_process_once(fakes, received):
     answer(fakes, job=FOREVER)
-    process = subprocess.Popen(
-        ["bash", LAUNCH / "local.sh", "3", *JOB],
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    # Tests in the background of a shell ignore SIGINT, as do the processes that they start.
+    bash = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp('bash', ['bash', *sys.argv[1:]])"
+    process = subprocess.Popen([sys.executable, "-c", bash, LAUNCH / "local.sh", "3", *JOB], start_new_session=True)
     wait_for(lambda: (fakes / "started").exists() and len((fakes / "started").read_text().splitlines()) == 3)
     os.killpg(process.pid, received)  # as the terminal does
     assert process.wait(timeout=60) == 143
@@ -317,14 +315,23 @@ def test_mistakes_in_local_commands(fakes, arguments):
 def test_slurm_job_is_queued_again_when_its_state_is_saved(fakes, status, requeued):
     (fakes / "status").write_text(str(status))
     submitted = subprocess.run(["sbatch", LAUNCH / "slurm.sh", *JOB])
-    command = f"srun --kill-on-bad-exit=0 --wait=120 python -m pspnet_jax.main {' '.join(JOB)}"
+    command = f"srun --cpus-per-task=1 --kill-on-bad-exit=0 --wait=120 python -m pspnet_jax.main {' '.join(JOB)}"
     assert submitted.returncode == status
     assert calls(fakes) == [command, *(["scontrol requeue 7"] if requeued else [])]
 
 
 def test_slurm_dry_run_and_mistakes(fakes):
     srun, requeue = launch("slurm.sh", *JOB, "--dry-run").splitlines()
-    assert shlex.split(srun) == ["srun", "--kill-on-bad-exit=0", "--wait=120", "python", "-m", "pspnet_jax.main", *JOB]
+    assert shlex.split(srun) == [
+        "srun",
+        "--cpus-per-task=1",
+        "--kill-on-bad-exit=0",
+        "--wait=120",
+        "python",
+        "-m",
+        "pspnet_jax.main",
+        *JOB,
+    ]
     assert requeue.startswith("scontrol requeue")
     assert launch("slurm.sh", *JOB, status=1).startswith("error: this is not a SLURM job: submit it with sbatch\n")
     assert launch("slurm.sh", status=1).startswith("error: the job's arguments are missing\n")

@@ -1,5 +1,6 @@
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -13,6 +14,24 @@ from tests.processes import run_processes
 from tests.train import OneLayer, fit, make_batches, tiny_config
 
 pytestmark = pytest.mark.slow
+
+
+def test_groups_of_devices_that_cannot_be_divided_among_processes_are_refused(monkeypatch):
+    class Device:
+        def __init__(self, number):
+            self.process_index, self.id = divmod(number, 6)
+
+    def share(spatial, process):
+        monkeypatch.setattr(jax, "process_index", lambda: process)
+        groups = np.array([Device(number) for number in range(12)]).reshape(-1, spatial)
+        return parallel.data_share(types.SimpleNamespace(devices=groups, shape={"spatial": spatial}))
+
+    assert [share(3, process) for process in (0, 1)] == [(0, 2), (1, 2)]
+    assert [share(12, process) for process in (0, 1)] == [(0, 1), (0, 1)]
+    with pytest.raises(
+        UserError, match=r"^parallel.spatial=4: some groups .* of 6 devices each; choose a divisor or a multiple"
+    ):
+        share(4, 0)
 
 
 def test_mesh_has_all_devices_along_data():

@@ -220,7 +220,7 @@ def xpk(options: argparse.Namespace) -> str:
         _, _, name, count = TPUS[version]
         hardware = ["--tpu-type", f"{name}-{chips * count}", "--num-slices", str(options.slices)]
     job = ["--cluster", options.xpk, "--workload", options.name, *hardware, "--docker-image", options.image]
-    # By default, xpk restarts after status 127 and more only. A process whose peer has died ends with 1.
+    # By default, xpk restarts after status 127 and more only. A process that fails with an error ends with 1.
     restarts = ["--max-restarts", str(options.restarts), "--restart-on-exit-codes", "1"]
     grace = ["--termination-grace-period-seconds", str(SECONDS_TO_SAVE)]
     return shlex.join(["xpk", "workload", "create", *job, *restarts, *grace, "--command", command])

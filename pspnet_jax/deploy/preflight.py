@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 from ml_collections import ConfigDict
 
+from pspnet_jax import config as configs
 from pspnet_jax import hlo, losses, models, optimizers, parallel
 from pspnet_jax.deploy import chips
 from pspnet_jax.errors import UserError
@@ -29,8 +30,7 @@ from pspnet_jax.train.step import make_init_state, make_train_step
 
 logger = logging.getLogger("pspnet_jax")
 TRIES = 4  # compilations to find the largest batch
-# Changes that need less memory, in the order in which they are tried where a recipe does not fit: field, value, in words.
-REMEDIES = (("model.remat", "norm"), ("model.remat", "block"), ("parallel.spatial", 2))
+REMATS = ("none", "norm", "block")  # from the most memory to the least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Program:
       state_bytes: weights, statistics and, in training, the optimizer's state.
       temporary_bytes: memory for everything that is computed.
       total_bytes: state, inputs, outputs, temporary memory and the program itself.
-      flops: floating-point operations, as XLA counts them.
+      flops: floating-point operations, as XLA counts them: those in a loop, such as the parts of optimizer.accumulate or the
+        equal blocks of ResNet-152 and 269, only once.
       traffic_bytes: read from and written to the main memory, see `hlo.hbm_traffic`.
       collectives: kind -> (number, bytes), see `hlo.collectives`.
       compile_seconds: time to trace and compile it on this machine.
@@ -123,10 +124,13 @@ def preflight(config: ConfigDict, topologies: Sequence[tuple[str, str]], images_
         try:
             train = compile_train(sized, mesh, chip)
         except DoesNotFitError as error:
-            raise UserError(f"{name}: {error}; {_remedies(sized, devices, chip)}") from error
+            raise UserError(f"{name}: {'; '.join([str(error), *_remedies(sized, devices, chip)])}") from error
         if generation not in of_generation:
             host = [device for device in devices if device.process_index == devices[0].process_index]
-            of_generation[generation] = largest_batch(sized, mesh, chip, train), *compile_evaluation(sized, host, chip)
+            try:
+                of_generation[generation] = largest_batch(sized, mesh, chip, train), *compile_evaluation(sized, host, chip)
+            except DoesNotFitError as error:
+                raise UserError(f"{name}: {error}; set a smaller eval.batch_size, or eval.crop") from error
         largest, evaluate, windows = of_generation[generation]
         yield Row(name, chip.cloud_name(topology), mesh.size, chip.hbm, sized.batch_size, train, evaluate, windows, largest)
 
@@ -169,7 +173,7 @@ def compile_train(config: ConfigDict, mesh: Mesh, chip: chips.Chip) -> Program:
 def compile_evaluation(config: ConfigDict, devices: Sequence[jax.Device], chip: chips.Chip) -> tuple[Program, int]:
     """Compiles a forward pass of evaluation on one host's chips; returns it and the number of windows on each chip.
 
-    Windows have the size of the training crop with eval.inference="whole", where they have that of the images.
+    With eval.inference="whole", windows are as large as the images; the training crop stands in for their size.
     """
     whole, num_classes = config.eval.inference == "whole", len(config.dataset.class_names)
     window = tuple(config.augment.crop if whole else config.eval.crop)
@@ -179,7 +183,7 @@ def compile_evaluation(config: ConfigDict, devices: Sequence[jax.Device], chip: 
         return model.apply(variables, images, train=False)
 
     predictor = Predictor(apply, config, num_classes, devices)
-    mesh = parallel.make_mesh(devices, config.parallel.spatial)
+    mesh = parallel.make_mesh(devices, math.gcd(len(devices), config.parallel.spatial))
     init = functools.partial(model.init, train=False)
     variables = _replicated(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *window, 3))), mesh)
     groups = mesh.shape["data"]
@@ -237,30 +241,31 @@ def largest_batch(config: ConfigDict, mesh: Mesh, chip: chips.Chip, fitting: Pro
     return most
 
 
-def _remedies(config: ConfigDict, devices: Sequence[jax.Device], chip: chips.Chip) -> str:
-    """Tries what lowers the memory of a recipe that does not fit, and returns what came of each in words."""
+def _remedies(config: ConfigDict, devices: Sequence[jax.Device], chip: chips.Chip) -> list[str]:
+    """Tries what lowers the memory of a recipe that does not fit; returns what came of each, in words."""
+    groups, accumulate = len(devices) // config.parallel.spatial, config.optimizer.accumulate
+    tries = [{"model.remat": remat} for remat in REMATS[REMATS.index(config.model.remat) + 1 :]]
+    images = config.batch_size // groups
+    while (images := images // 2) and images % accumulate == 0:
+        tries.append({"batch_size": images * groups})
+    if config.batch_size // groups == accumulate and groups % 2 == 0:  # images cannot be fewer, but divided among more chips
+        tries.append({"parallel.spatial": 2 * config.parallel.spatial, "batch_size": config.batch_size // 2})
     found = []
-    for field, value in REMEDIES:
+    for changes in tries:
         changed = config.copy_and_resolve_references()
-        section, name = field.split(".")
-        if changed[section][name] == value or len(devices) % changed.parallel.spatial:
+        changed.update_from_flattened_dict(changes)
+        if configs.bn_images(changed) == 1:  # batch normalization cannot train
             continue
-        changed[section][name] = value
-        mesh = parallel.make_mesh(devices, changed.parallel.spatial)
-        found.append(f"--config.{field}={value} {_outcome(changed, mesh, chip)}")
-    mesh = parallel.make_mesh(devices, config.parallel.spatial)
-    images = config.batch_size // mesh.shape["data"]
-    while (images := images // 2) >= config.optimizer.accumulate:
-        smaller = _with_batch(config, images * mesh.shape["data"], mesh.shape["data"], "")
-        found.append(f"--config.batch_size={smaller.batch_size} {(outcome := _outcome(smaller, mesh, chip))}")
-        if "does not" not in outcome:
+        words = " with ".join(f"{field}={value}" for field, value in changes.items())
+        found.append(f"{words} {(outcome := _outcome(changed, devices, chip))}")
+        if "batch_size" in changes and outcome.startswith("needs"):
             break
-    return "; ".join(found)
+    return found
 
 
-def _outcome(config: ConfigDict, mesh: Mesh, chip: chips.Chip) -> str:
+def _outcome(config: ConfigDict, devices: Sequence[jax.Device], chip: chips.Chip) -> str:
     try:
-        program = compile_train(config, mesh, chip)
+        program = compile_train(config, parallel.make_mesh(devices, config.parallel.spatial), chip)
     except DoesNotFitError:
         return "does not fit either"
     return f"needs {program.total_bytes / 2**30:.1f} GiB"

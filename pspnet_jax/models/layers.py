@@ -231,9 +231,9 @@ class CoarseLogits(flax.struct.PyTreeNode):
 
         def of_rows(scores: jax.Array, rows: jax.Array, labels: jax.Array) -> jax.Array:
             n, height, width = labels.shape
-            blocks = math.ceil(labels.size * scores.shape[-1] / BLOCK)
-            rows, labels = _pad_rows(rows, labels, -height % blocks)
-            split = rows.reshape(blocks, -1, rows.shape[1]), jnp.moveaxis(labels.reshape(n, blocks, -1, width), 1, 0)
+            size = math.ceil(height / math.ceil(labels.size * scores.shape[-1] / BLOCK))  # rows of a block
+            rows, labels = _pad_rows(rows, labels, -height % size)
+            split = rows.reshape(-1, size, rows.shape[1]), jnp.moveaxis(labels.reshape(n, -1, size, width), 1, 0)
             values = jax.lax.map(lambda block: of_block(scores, *block), split)  # [blocks, N, R, ...]
             return jnp.moveaxis(values, 0, 1).reshape(n, -1, *values.shape[3:])[:, :height]
 

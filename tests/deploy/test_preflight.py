@@ -85,12 +85,19 @@ def test_a_recipe_that_does_not_fit_is_refused_with_what_would(compiler):
     with pytest.raises(UserError, match=r"^v5e:2x2: the train step needs too much memory") as error:
         list(preflight.preflight(config_of(4 * 24), [("v5e", "2x2")]))
     for tried in (
-        "--config.model.remat=norm does not fit either",
-        "--config.model.remat=block needs 12.8 GiB",
-        "--config.parallel.spatial=2 does not fit either",  # the batch, and so each group's share, stays the same
-        "--config.batch_size=48 does not fit either; --config.batch_size=24 needs 8.5 GiB",
+        "model.remat=norm does not fit either",
+        "model.remat=block needs 12.8 GiB",
+        "batch_size=48 does not fit either; batch_size=24 needs 8.5 GiB",
     ):
         assert tried in str(error.value)
+
+
+def test_an_image_that_does_not_fit_is_shared_by_more_chips(compiler, monkeypatch):
+    monkeypatch.setitem(chips.CHIPS, "v5e", CHIP._replace(hbm=1.2 * GIB))  # one image, of 0.3 GiB, needs 1.26 GiB
+    config = config_of(4, remat="block")
+    config.model.norm = "frozen"
+    with pytest.raises(UserError, match=r"too much memory; parallel.spatial=2 with batch_size=2 needs 1.1 GiB$"):
+        list(preflight.preflight(config, [("v5e", "2x2")]))
 
 
 def test_the_job_writes_a_table_numbers_and_a_picture(compiler, monkeypatch, tmp_path, capsys):
