@@ -187,7 +187,7 @@ def measuring(monkeypatch, limit, **fields):
 def test_the_default_batch_size_follows_from_the_memory_of_a_device(monkeypatch):
     """It is the largest power of two of windows that fit into half of the memory; one is compiled to measure."""
     predictor, traced = measuring(monkeypatch, 2**40)
-    needed = predictor._measure(ONE, (40, 40)) * 40 * 40
+    needed = predictor.bytes_per_pixel(ONE, (40, 40)) * 40 * 40
     scores, pixels = 4 * 40 * 40 * CLASSES, 4 * 40 * 40 * 3
     assert 2 * scores + 3 * pixels < needed < 50 * (2 * scores + 3 * pixels)  # with flip; the network's own memory is small
     for windows, expected in ((0.5, 1), (1.99, 1), (3.99, 2), (4.01, 4)):
