@@ -4,6 +4,7 @@ A server forks the processes, so that packages are imported only once: `python -
 """
 
 import ctypes
+import fcntl
 import functools
 import json
 import os
@@ -77,6 +78,9 @@ class Jobs:
         assert select.select([self._server.stdout], [], [], seconds)[0], f"the job has not ended after {seconds} s"
         codes = json.loads(self._server.stdout.readline())
         self._ids = []
+        for index in range(len(codes)):  # what they have started may still write, as `peer_report` does
+            with open(f"{self._workdir}.{index}.txt") as output:
+                fcntl.flock(output, fcntl.LOCK_SH)
         return codes
 
     def _end(self) -> None:
@@ -146,6 +150,7 @@ def serve() -> None:
         ids = []
         for index in range(count):
             output = os.open(f"{workdir}.{index}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+            fcntl.flock(output, fcntl.LOCK_EX)  # until it is closed everywhere
             if not (child := os.fork()):
                 end_with_parent()
                 os.dup2(output, 1)

@@ -120,7 +120,7 @@ def test_a_flipped_bit_in_a_bucket_is_noticed_and_the_checkpoint_before_is_used(
     train = [f"--config={own}", "--workdir=gs://bucket/rot", *SMALL, "--config.every.save=1", "--config.every.eval=0"]
     output = run(cloud, tmp_path, [*train, "--config.total_steps=2"])
     assert statuses(output) == [("0", f"config={own}")]
-    assert bucket.names("bucket/rot/checkpoints/2/sha256.json")
+    assert bucket.names("bucket/rot/checkpoints/2/sha256/metadata")
     values = [key for key in bucket.names("bucket/rot/checkpoints/2/weights/") if "/d/" in key]
     largest = max(values, key=lambda key: len(bucket.objects[key].content))
     content = bytearray(bucket.objects[largest].content)

@@ -9,8 +9,8 @@ import json
 import logging
 import math
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -77,23 +77,27 @@ class Checkpoints:
         if not read_only and (odd := set(str(self._directory)) & set("[]\\")):
             raise UserError(f"{workdir}: orbax cannot write to a path that contains {' or '.join(sorted(odd))}; choose another")
         self._saving = 0  # the step being written, or 0
-        self._thread = ThreadPoolExecutor(1, "manifest")
         self._failures = 0  # saves that have failed, one after the other
-        with self._writing():
-            self._manager = _Manager(
-                self._directory,
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), _Best(self)]),
-                    async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest, barrier_sync_fn=_barrier),
-                    cleanup_tmp_directories=not read_only,  # left by killed processes
-                    create=not read_only,
-                    read_only=read_only,
-                ),
-            )
+        self._read_only = read_only
+        self._manager = self._open()
         if not read_only:
             self._announce(max(self.steps, default=0))
         self.unreadable = set[int]()
         self._scores = {step: score for step in self.steps if (score := self._read_score(step))}
+
+    def _open(self) -> _Manager:
+        """Returns a new orbax manager, after removing what killed processes and failed saves have left."""
+        with self._writing():
+            return _Manager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), _Best(self)]),
+                    async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier),
+                    cleanup_tmp_directories=not self._read_only,
+                    create=not self._read_only,
+                    read_only=self._read_only,
+                ),
+            )
 
     @property
     def steps(self) -> list[int]:
@@ -115,16 +119,15 @@ class Checkpoints:
         """
         trees = layout.items(state)
         documents = {"config": config.to_dict(), "data": {"step": step, "fingerprint": fingerprint}}
+        contents = trees | {name: manifest.document(value) for name, value in documents.items()}
+        self.save_failed(wait=True)  # the new save may succeed even if the last one failed
+        documents[manifest.ITEM] = manifest.describe(contents) if jax.process_index() == 0 else {}  # the first one writes it
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items |= {name: ocp.args.JsonSave(value) for name, value in documents.items()}
-        self.save_failed(wait=True)  # the new save may succeed even if the last one failed
         with self._writing():
             self._saving = step
-            contents = trees | {name: manifest.document(value) for name, value in documents.items()}
-            copied = self._thread.submit(manifest.host_copy, contents if jax.process_index() == 0 else {})
-            self._manifest = self._thread.submit(lambda: manifest.describe(copied.result()))  # while orbax writes
             self._manager.save(step, args=ocp.args.Composite(**items))
-            copied.result()  # orbax has copied the state, too, so it may be donated
+        threading.Thread(target=self._announce, args=[step], daemon=True).start()
 
     def save_failed(self, wait: bool = False) -> bool:
         """Returns whether the last save has failed in the background, and logs why. If `wait`, waits for the save to end.
@@ -137,27 +140,24 @@ class Checkpoints:
                 if wait or not self._manager.is_saving_in_progress():
                     self._manager.wait_until_finished()
                     if self._saving:
-                        self._failures = 0
-                        self._announce(self._saving)
-                        self._saving = 0
+                        self._saving, self._failures = 0, 0
             except Exception as error:
                 self._failures += 1
                 if (cause := files.storage_error(error)) is None or self._failures > 1 or jax.process_count() > 1:
                     raise
                 logger.warning("checkpoint %s could not be written (%s); saving again", self._saving, cause)
                 self._saving = 0
+                with contextlib.suppress(Exception):  # orbax would raise more errors of this save at the next one
+                    self._manager.close()
+                self._manager = self._open()
                 return True
         return False
 
     def _announce(self, step: int) -> None:
-        """Tells the user what to do if another process dies; `step` is the newest complete checkpoint."""
-        peers.advise(f"start the same command on all hosts again, and training resumes from step {step}")
-
-    def _write_manifest(self) -> None:
-        """Called in the first process when all have written their items, before the checkpoint counts as complete."""
-        unfinished = self._directory.glob(f"{self._saving}.*-tmp*")  # is renamed later, but not in a bucket
-        for directory in [self.path(self._saving)] if files.is_remote(self._directory) else unfinished:
-            manifest.write(directory, self._manifest.result())
+        """Waits until a checkpoint is complete, and then names it in the advice to the user if another process dies."""
+        with contextlib.suppress(Exception):  # `save_failed` reports it
+            self._manager.wait_until_finished()
+            peers.advise(f"start the same command on all hosts again, and training resumes from step {step}")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -309,7 +309,6 @@ class Checkpoints:
         """
         with self._writing():
             self._manager.close()
-        self._thread.shutdown()
 
 
 class _Best:

@@ -1,6 +1,6 @@
 """Contents of a checkpoint, and functions that read them.
 
-WORKDIR/checkpoints/STEP contains the items weights, ema, optimizer, config and data; sha256.json, their manifest; and
+WORKDIR/checkpoints/STEP contains the items weights, ema, optimizer, config, data, and sha256, the manifest of the others; and
 score.json, if the checkpoint was evaluated. Evaluation reads only the config and either the weights or their moving average.
 Checkpoints of version 0.1, which have everything but the config in STEP/state, are also supported.
 

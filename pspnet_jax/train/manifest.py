@@ -2,7 +2,8 @@
 
 Neither orbax nor tensorstore notices a changed value. The digests are those of the values in memory, before they are written
 and after they are read. So they cover everything in between (compression, file formats, networks, disks, buckets), and no file
-has to be read again to compute them. The manifest is the file sha256.json, written before the checkpoint counts as complete.
+has to be read again to compute them. The manifest is another item of the checkpoint, so it is written before the checkpoint
+counts as complete.
 """
 
 import contextlib
@@ -20,17 +21,12 @@ from etils import epath
 
 from pspnet_jax import files
 
-FILE = "sha256.json"
+ITEM = "sha256"
 Manifest = dict[str, dict[str, list[Any]]]  # {item: {path of an array: [shape, dtype, SHA-256]}}
 
 
 class DamagedError(Exception):
     """The contents of a checkpoint have changed since it was saved."""
-
-
-def host_copy(items: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies trees of replicated arrays to memory of the host that nothing else uses."""
-    return jax.tree.map(lambda leaf: np.array(_values(leaf)), dict(items))
 
 
 def describe(items: Mapping[str, Any]) -> Manifest:
@@ -49,14 +45,9 @@ def document(value: Any) -> np.ndarray:
     return np.frombuffer(json.dumps(value, sort_keys=True).encode(), np.uint8)
 
 
-def write(checkpoint: epath.Path, manifest: Manifest) -> None:
-    """Writes the manifest into the directory of a checkpoint."""
-    (checkpoint / FILE).write_text(json.dumps(manifest) + "\n")
-
-
 def read(checkpoint: epath.Path) -> Manifest:
     """Reads the manifest of a checkpoint; empty if it is missing or damaged itself."""
-    path = checkpoint / FILE
+    path = checkpoint / ITEM / "metadata"
     with contextlib.suppress(ValueError):
         if files.is_there(path) and isinstance(found := json.loads(path.read_bytes()), dict):
             return found

@@ -3,7 +3,6 @@
 import itertools
 import json
 import logging
-import os
 import re
 import resource
 import shutil
@@ -20,7 +19,7 @@ from pspnet_jax import config as configs
 from pspnet_jax import parallel
 from pspnet_jax.errors import UserError
 from pspnet_jax.optimizers import Optimizer
-from pspnet_jax.train import checkpoint, layout, manifest, stop
+from pspnet_jax.train import checkpoint, layout, stop
 from pspnet_jax.train.checkpoint import Checkpoints
 from tests.train import OneLayer, fit, make_batch, make_batches, score, tiny_config
 
@@ -191,18 +190,18 @@ def test_changed_training_data_is_a_warning(tmp_path, caplog):
 
 
 @pytest.fixture
-def file_size():
-    """Yields a function that limits the size of files; writing larger ones fails as on a full disk, in any library."""
+def full_disk():
+    """Yields a function that says whether the disk is full: files cannot grow beyond 64 bytes, in any library."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    yield lambda full: resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]) if full else before)
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # pytest replaces our hook
-def test_a_full_disk_is_a_user_error_and_the_previous_checkpoint_is_kept(tmp_path, file_size, caplog, capfd, whole):
+def test_a_full_disk_is_a_user_error_and_the_previous_checkpoint_is_kept(tmp_path, full_disk, caplog, capfd, whole):
     with pytest.raises(UserError) as error:
-        train(small(), tmp_path, hooks=[lambda step: file_size(64) if step == 3 else None])
-    file_size(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+        train(small(), tmp_path, hooks=[lambda step: full_disk(step >= 3)])
+    full_disk(False)
     assert str(error.value) == (
         f"{tmp_path}/checkpoints: cannot be written (File too large); the newest complete checkpoint is step 3; "
         "free some space or fix the cause, then run the same command to resume"
@@ -305,36 +304,23 @@ def test_a_seed_that_jax_would_truncate_is_refused(tmp_path, seed):
         train(config, tmp_path)
 
 
-@pytest.fixture
-def full_disk(monkeypatch):
-    """Calling it makes the disk full for the next saves."""
-    write, failures = manifest.write, []
-
-    def write_or_fail(*arguments):
-        if failures:
-            failures.pop()
-            raise OSError(28, "No space left on device")
-        write(*arguments)
-
-    monkeypatch.setattr(manifest, "write", write_or_fail)
-    return lambda saves: failures.extend([None] * saves)
-
-
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_save_that_fails_in_the_background_is_repeated_after_the_next_step(tmp_path, full_disk, caplog, whole):
-    full_disk(saves=1)
-    wait = [lambda step: time.sleep(2) if step == 3 else None]  # until the save has failed
-    assert_equal(train(small(save=3, eval=0, log=6), tmp_path, None, hooks=wait), whole)
-    messages = [line for line in warnings(caplog) if "could not be written" in line]
-    assert messages == ["checkpoint 3 could not be written (No space left on device); saving again"]
+    hooks = [lambda step: time.sleep(2 * (step == 3)), lambda step: full_disk(step == 2)]
+    assert_equal(train(small(save=3, eval=0, log=6), tmp_path, None, hooks=hooks), whole)
+    messages = [line for line in warnings(caplog) if line.startswith("checkpoint ")]
+    assert messages == ["checkpoint 3 could not be written (File too large); saving again"]
     assert saved_steps(tmp_path) == [4, 6]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_two_failed_saves_in_a_row_end_the_run(tmp_path, full_disk, whole):
-    config, steps = small(save=2, eval=0), []
-    hooks = [steps.append, lambda step: full_disk(saves=2) if step == 3 else None, lambda step: time.sleep(step in (2, 4, 5))]
-    message = r"cannot be written \(No space left on device\); the newest complete checkpoint is step 2; free some space"
+    steps = []
+    hooks = [steps.append, lambda step: time.sleep(step in (2, 4, 5)), lambda step: full_disk(step >= 3)]
+    message = r"cannot be written \(File too large\); the newest complete checkpoint is step 2; free some space"
     with pytest.raises(UserError, match=message):
-        train(config, tmp_path, None, hooks=hooks)
+        train(small(save=2, eval=0), tmp_path, None, hooks=hooks)
+    full_disk(False)
     assert steps == [1, 2, 3, 4, 5]
     assert_equal(train(small(), tmp_path), whole)
 
@@ -361,7 +347,7 @@ def test_an_evaluation_repeated_for_a_missing_score_has_one_line_in_the_metrics(
 @pytest.mark.parametrize("content", ["[]", "{", ""])
 def test_a_lost_manifest_and_an_invalid_score_are_warnings(tmp_path, caplog, whole, content):
     train(small(eval=6), tmp_path)
-    (tmp_path / "checkpoints/6/sha256.json").write_text(content)
+    (tmp_path / "checkpoints/6/sha256/metadata").write_text(content)
     (tmp_path / "checkpoints/6/score.json").write_text('{"score": 1, "settings": []}')
     assert_equal(train(small(eval=6), tmp_path), whole)
     messages = " ".join(warnings(caplog))
@@ -383,24 +369,23 @@ def test_workdir_names_with_glob_characters_are_refused(tmp_path, name):
 
 def test_further_signals_do_not_disturb_the_save(tmp_path, monkeypatch, whole):
     """Launchers may signal both the process and its group, and repeat signals."""
-    monkeypatch.setattr(stop, "SAME_SIGNAL_SECONDS", 0.0)
-    write = manifest.write
+    save = Checkpoints.save
 
-    def write_and_signal(*arguments):  # in the background, while the main thread waits
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.2)
-        write(*arguments)
+    def save_and_signal(*arguments):
+        save(*arguments)
+        signal.raise_signal(signal.SIGTERM)
 
     def twice(step):
         if step == 3:
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGHUP)
 
-    monkeypatch.setattr(manifest, "write", write_and_signal)
+    monkeypatch.setattr(stop, "SAME_SIGNAL_SECONDS", 0.0)
+    monkeypatch.setattr(Checkpoints, "save", save_and_signal)
     with pytest.raises(SystemExit) as stopped:
         train(small(save=6, eval=0), tmp_path, None, hooks=[twice])
-    assert stopped.value.code == 128 + signal.SIGTERM
     monkeypatch.undo()
+    assert stopped.value.code == 128 + signal.SIGTERM
     assert saved_steps(tmp_path) == [4]
     assert_equal(train(small(save=6, eval=0), tmp_path, None), whole)
 
@@ -432,7 +417,7 @@ def test_a_checkpoint_that_training_replaces_during_reading(tmp_path, monkeypatc
             shutil.copytree(tmp_path / "checkpoints/6", tmp_path / "checkpoints/8")
             data = tmp_path / "checkpoints/8/data/metadata"
             data.write_text(data.read_text().replace('"step": 6', '"step": 8'))
-            (tmp_path / "checkpoints/8/sha256.json").unlink()
+            (tmp_path / "checkpoints/8/sha256/metadata").unlink()
             shutil.rmtree(directory)
         return read(directory, mesh)
 
@@ -463,11 +448,16 @@ def test_scores_on_different_data_are_not_compared(tmp_path, caplog):
     )
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_save_that_fails_before_its_evaluation_is_repeated(tmp_path, full_disk, caplog, whole):
-    full_disk(saves=1)
-    assert_equal(train(small(save=6), tmp_path), whole)
+    def evaluate(variables):
+        time.sleep(1)
+        full_disk(False)
+        return score(variables)
+
+    assert_equal(train(small(save=6), tmp_path, evaluate, hooks=[lambda step: full_disk(step == 2)]), whole)
     assert saved_steps(tmp_path) == [3, 6]
-    assert "checkpoint 3 could not be written (No space left on device); saving again" in warnings(caplog)
+    assert "checkpoint 3 could not be written (File too large); saving again" in warnings(caplog)
 
 
 @pytest.mark.parametrize("name", ["config.json", "parameters.txt"])
