@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import json
 import os
 import re
 import secrets
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 
@@ -78,6 +80,14 @@ def is_there(path: epath.PathLike) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Returns the JSON object in a file; empty if the file is missing or damaged."""
+    with contextlib.suppress(ValueError):
+        if is_there(path) and isinstance(found := json.loads(path.read_bytes()), dict):
+            return found
+    return {}
 
 
 @contextlib.contextmanager

@@ -82,9 +82,9 @@ def _connect_devices() -> None:
     If a process came to the first collective half a minute later than the others, as after a slow compilation, it would fail or
     hang; later ones wait.
     """
-    sharding = NamedSharding(Mesh(np.array(jax.devices()), "devices"), PartitionSpec("devices"))
-    ones = jax.make_array_from_callback((jax.device_count(),), sharding, lambda _: np.ones(1, np.int32))
-    jax.jit(jax.numpy.sum, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))(ones).block_until_ready()
+    mesh = make_mesh()
+    ones = jax.make_array_from_callback((mesh.size,), batch_sharding(mesh), lambda _: np.ones(1, np.int32))
+    jax.jit(jnp.sum, out_shardings=replicated(mesh))(ones).block_until_ready()
 
 
 def max_over_processes(number: int) -> int:
@@ -103,12 +103,16 @@ def require_same(values: Mapping[str, object]) -> None:
         raise UserError(f"{differences}; start the same command, with the same files, on every host")
 
 
+def local(array: Any) -> Any:
+    """Returns this process's copy of a replicated array; other arrays as they are."""
+    return array.addressable_data(0) if isinstance(array, jax.Array) else array
+
+
 def checksum(arrays: Any) -> str:
     """Returns a checksum of a tree of arrays, NumPy's or replicated ones."""
     found = 0
     for leaf in jax.tree.leaves(arrays):
-        array = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
-        found = zlib.crc32(array.tobytes(), found)
+        found = zlib.crc32(np.asarray(local(leaf)).tobytes(), found)
     return f"{found:08x}"
 
 

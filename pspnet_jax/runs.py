@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -123,7 +124,8 @@ def restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> Restored
             raise UserError(f"{'; '.join(network)}: the network cannot change after training; leave these fields out")
         if unused := [c for c in changed if not c.startswith(("dataset.", "eval."))]:
             logger.warning(f"{'; '.join(unused)}: only training uses these fields; they have no effect in this mode")
-    parallel.require_same({"step": step, "weights": parallel.checksum(variables), **comparable(config)})
+    if jax.process_count() > 1:
+        parallel.require_same({"step": step, "weights": parallel.checksum(variables), **comparable(config)})
     return Restored(config, step, variables, workdir, saved)
 
 

@@ -63,18 +63,13 @@ def test_slow_processes_are_not_taken_for_gone(jobs, tmp_path, then):
     assert [errors(jobs, index) for index in range(2)] == [[], []]
 
 
-def test_an_error_in_one_process_ends_the_other(jobs, tmp_path):
-    jobs.start("meet", tmp_path / "run", 2, then="fail in one")
+@pytest.mark.parametrize(("then", "message"), [("fail in one", "error: out of paper"), ("raise", "TypeError: a bug")])
+def test_an_error_in_one_process_ends_the_other(jobs, tmp_path, then, message):
+    """A mistake of the user's has one sentence, a bug a traceback; the other process has one sentence in either case."""
+    jobs.start("meet", tmp_path / "run", 2, then=then)
     assert jobs.exit_codes(30) == [-signal.SIGABRT, 1]
-    assert last_error(jobs, 1) == "error: out of paper"
-    assert last_error(jobs, 0) == GONE.format(1)
-    assert len(errors(jobs, 0)) == 1
-
-
-def test_a_bug_in_one_process_shows_its_traceback_and_ends_the_other(jobs, tmp_path):
-    jobs.start("meet", tmp_path / "run", 2, then="raise")
-    assert jobs.exit_codes(30) == [-signal.SIGABRT, 1]
-    assert last_error(jobs, 1) == "TypeError: a bug"
+    assert last_error(jobs, 1) == message
+    assert (len(errors(jobs, 1)) == 1) == (then == "fail in one")
     assert last_error(jobs, 0) == GONE.format(1)
     assert len(errors(jobs, 0)) == 1
 

@@ -183,7 +183,7 @@ def compile_evaluation(config: ConfigDict, devices: Sequence[jax.Device], chip: 
         return model.apply(variables, images, train=False)
 
     predictor = Predictor(apply, config, num_classes, devices)
-    mesh = parallel.make_mesh(devices, math.gcd(len(devices), config.parallel.spatial))
+    mesh = predictor.mesh
     init = functools.partial(model.init, train=False)
     variables = _replicated(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *window, 3))), mesh)
     groups = mesh.shape["data"]

@@ -63,6 +63,7 @@ class Predictor:
     whatever dtype the network computes in.
 
     Attributes:
+      mesh: its devices, of which those along "spatial" share images.
       windows: number of windows that went through the network so far.
       slots: number of windows for which there was room in these forward passes, on all devices of this process.
     """
@@ -84,15 +85,15 @@ class Predictor:
         """
         self.settings = config.eval
         devices = devices or jax.local_devices()
-        self._mesh = parallel.make_mesh(devices, math.gcd(len(devices), config.parallel.spatial))
-        self._groups = self._mesh.shape["data"]  # of devices; the devices of a group share images
-        self._sharding = parallel.batch_sharding(self._mesh)
+        self.mesh = parallel.make_mesh(devices, math.gcd(len(devices), config.parallel.spatial))
+        self._groups = self.mesh.shape["data"]  # of devices; the devices of a group share images
+        self._sharding = parallel.batch_sharding(self.mesh)
         self._num_classes = num_classes
         self._batch_size, self._bytes_per_pixel = config.eval.batch_size, 0.0  # until they are chosen and measured
         self.windows = self.slots = 0
         self._protocol = protocol = PROTOCOLS[config.eval.protocol](config)
-        options = programs.options(config.model.dtype, self._mesh)
-        compile_network = functools.partial(_compile_network, apply, num_classes, self._mesh, options)
+        options = programs.options(config.model.dtype, self.mesh)
+        compile_network = functools.partial(_compile_network, apply, num_classes, self.mesh, options)
         self._network = functools.lru_cache(MAX_NETWORKS)(compile_network)  # by window size
         self._reorder = jax.jit(lambda array, rows: array[rows], out_shardings=self._sharding)
         self._prepare = self._on_each_device(steps.prepare, config.normalize, config.eval.flip and not protocol.flips_views)
@@ -105,7 +106,7 @@ class Predictor:
         # check_vma=True would require marking the zeros that a loop starts from as varying over devices
         spec = PartitionSpec("data")
         function = functools.partial(function, *static)
-        return jax.jit(jax.shard_map(function, mesh=self._mesh, in_specs=spec, out_specs=spec, check_vma=False), **jit_options)
+        return jax.jit(jax.shard_map(function, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False), **jit_options)
 
     @property
     def description(self) -> dict[str, Any]:
@@ -118,12 +119,12 @@ class Predictor:
     @property
     def device(self) -> str:
         """Number and kind of the devices of all processes."""
-        return f"{self._mesh.size * jax.process_count()} x {self._mesh.devices.flat[0].device_kind}"
+        return f"{self.mesh.size * jax.process_count()} x {self.mesh.devices.flat[0].device_kind}"
 
     def place(self, variables: Any) -> Any:
         """Copies weights (NumPy arrays or replicated jax.Arrays) to every device of the predictor, once for many calls."""
-        local = jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, variables)
-        return jax.device_put(local, parallel.replicated(self._mesh))
+        local = jax.tree.map(parallel.local, variables)
+        return jax.device_put(local, parallel.replicated(self.mesh))
 
     def stream(self, variables: Any, examples: Iterable[Example]) -> Iterator[tuple[list[Example], jax.Array]]:
         """Yields all examples in `groups`, each group with the `labels` of its images."""
@@ -195,7 +196,7 @@ class Predictor:
     @property
     def _devices(self) -> list[jax.Device]:
         """The first device of each group."""
-        return list(self._mesh.devices[:, 0])
+        return list(self.mesh.devices[:, 0])
 
     def _plan(self, variables: Any, images: Sequence[np.ndarray]) -> Plan:
         for image in images:

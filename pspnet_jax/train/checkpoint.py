@@ -127,7 +127,8 @@ class Checkpoints:
         with self._writing():
             self._saving = step
             self._manager.save(step, args=ocp.args.Composite(**items))
-        threading.Thread(target=self._announce, args=[step], daemon=True).start()
+        if jax.process_count() > 1:
+            threading.Thread(target=self._announce, args=[step], daemon=True).start()
 
     def save_failed(self, wait: bool = False) -> bool:
         """Returns whether the last save has failed in the background, and logs why. If `wait`, waits for the save to end.

@@ -1,9 +1,7 @@
 """Checks whether a checkpoint is usable, not finite, damaged (only if that is certain), of another network, or unreachable."""
 
 import collections
-import contextlib
 import enum
-import json
 import logging
 import re
 import time
@@ -132,7 +130,7 @@ def compare_checksums(directory: epath.Path, items: Sequence[str]) -> tuple[list
     Files are only compared if there are `CHECKSUMS`: their sizes and CRC-32s.
     """
     missing = [f"{item}/" for item in items if not files.is_there(directory / item)]
-    expected = _read_checksums(directory / CHECKSUMS)
+    expected = files.read_json(directory / CHECKSUMS)  # [size, CRC-32] of each file
     if not expected and not manifest.read(directory) and files.is_there(directory / "data") and not files.is_remote(directory):
         logger.warning("checkpoint %s has lost its manifest: damage to its values would not be detected", directory.name)
     differing = []
@@ -145,14 +143,6 @@ def compare_checksums(directory: epath.Path, items: Sequence[str]) -> tuple[list
         elif _checksum(file) != checksum:
             differing.append(name)
     return missing, differing
-
-
-def _read_checksums(path: epath.Path) -> dict[str, list[int]]:
-    """Returns [size, CRC-32] of each file; empty if there are no checksums, or if they are damaged themselves."""
-    with contextlib.suppress(ValueError):
-        if files.is_there(path) and isinstance(found := json.loads(path.read_bytes()), dict):
-            return found
-    return {}
 
 
 def _checksum(path: epath.Path) -> list[int]:
@@ -197,7 +187,7 @@ def describe_non_finite(tree: Any) -> str | None:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if not hasattr(leaf, "dtype"):
             continue
-        values = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
+        values = np.asarray(parallel.local(leaf))
         if jax.numpy.issubdtype(values.dtype, jax.numpy.floating) and (count := int((~np.isfinite(values)).sum())):
             bad.append(f"{count} of {values.size} values of {jax.tree_util.keystr(path, simple=True, separator='/')}")
     if not bad:

@@ -6,7 +6,6 @@ has to be read again to compute them. The manifest is another item of the checkp
 counts as complete.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from pspnet_jax import files
+from pspnet_jax import files, parallel
 
 ITEM = "sha256"
 Manifest = dict[str, dict[str, list[Any]]]  # {item: {path of an array: [shape, dtype, SHA-256]}}
@@ -47,11 +46,7 @@ def document(value: Any) -> np.ndarray:
 
 def read(checkpoint: epath.Path) -> Manifest:
     """Reads the manifest of a checkpoint; empty if it is missing or damaged itself."""
-    path = checkpoint / ITEM / "metadata"
-    with contextlib.suppress(ValueError):
-        if files.is_there(path) and isinstance(found := json.loads(path.read_bytes()), dict):
-            return found
-    return {}
+    return files.read_json(checkpoint / ITEM / "metadata")
 
 
 def shapes(manifest: Manifest, item: str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -83,9 +78,5 @@ def _leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
 
 
-def _values(array: Any) -> np.ndarray:
-    return np.asarray(array.addressable_data(0) if isinstance(array, jax.Array) else array)
-
-
 def _sha256(array: Any) -> str:
-    return hashlib.sha256(np.ascontiguousarray(_values(array)).reshape(-1).view(np.uint8).data).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(parallel.local(array)).reshape(-1).view(np.uint8).data).hexdigest()
