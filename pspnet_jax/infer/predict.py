@@ -84,20 +84,9 @@ def predict(
         with parallel.fail_together("preparing the output"):
             if jax.process_index() == 0:
                 _write_origin(output, origin, skip_existing)
-        sign = functools.partial(_signature, origin)
-        began, variables = time.perf_counter(), predictor.place(variables)
+        began = time.perf_counter()
         with parallel.fail_together("predicting"):
-            todo = _by_size(_without_results(share, results, sign) if skip_existing else share, predictor)
-            with ThreadPoolExecutor(THREADS) as pool, progress("predicting", len(todo)) as advance:
-                io = _FileIO(pool, advance)
-                for group in predictor.groups(variables, io.read(todo, predictor.check, sign)):
-                    for example, labels, i in _predict_group(group, predictor, variables, io.fail):
-                        fetch_label = functools.partial(_fetch_label, labels, i, example["image"], predictor)
-                        io.write(example["name"], _write, results[example["name"]], example, fetch_label, info, server)
-                    if io.stopped_by:
-                        break
-                io.wait()
-        mine = {"existing": len(share) - len(todo), "done": io.done, "failed": io.failed, "stopped_by": io.stopped_by}
+            mine = _predict_share(predictor, variables, share, results, info, server, skip_existing, origin)
         outcomes = [*parallel.exchange(mine).values()]
     existing, done = (sum(outcome[count] for outcome in outcomes) for count in ("existing", "done"))
     failed = [line for outcome in outcomes for line in outcome["failed"]]
@@ -109,6 +98,36 @@ def predict(
     logger.info(f"{kept}, {existing} from earlier runs; {rate:.3g} images/s on {predictor.device}, including I/O")
     if failed:
         raise UserError("\n".join((*listed, f"{len(failed)} of {len(images)} images could not be predicted")))
+
+
+def _predict_share(
+    predictor: Predictor,
+    variables: Any,
+    images: Mapping[str, epath.PathLike],
+    results: Mapping[str, Sequence[epath.Path]],
+    info: DatasetInfo,
+    server: submission.Submission | None,
+    skip_existing: bool,
+    origin: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Predicts this process's images and writes their results, given the paths of the results.
+
+    Returns:
+      The numbers of images that had results ("existing") and that have them now ("done"), a message for each that "failed", and
+      "stopped_by", why no more could be written, or "".
+    """
+    sign, variables = functools.partial(_signature, origin), predictor.place(variables)
+    todo = _by_size(_without_results(images, results, sign) if skip_existing else images, predictor)
+    with ThreadPoolExecutor(THREADS) as pool, progress("predicting", len(todo)) as advance:
+        io = _FileIO(pool, advance)
+        for group in predictor.groups(variables, io.read(todo, predictor.check, sign)):
+            for example, labels, i in _predict_group(group, predictor, variables, io.fail):
+                fetch_label = functools.partial(_fetch_label, labels, i, example["image"], predictor)
+                io.write(example["name"], _write, results[example["name"]], example, fetch_label, info, server)
+            if io.stopped_by:
+                break
+        io.wait()
+    return {"existing": len(images) - len(todo), "done": io.done, "failed": io.failed, "stopped_by": io.stopped_by}
 
 
 def _predict_group(
