@@ -464,6 +464,14 @@ def test_a_failing_plugin_is_reported_in_one_sentence(tmp_path):
     assert done.stderr.splitlines()[-1] == "error: every.log=0: expected more than 0"
 
 
+def test_the_tpu_compiler_is_not_loaded_where_there_is_no_tpu(tmp_path):
+    """JAX's profiler crashes in a process that has loaded libtpu without a TPU."""
+    traced = "from pspnet_jax import main\nimport jax, sys\nmain._start_jax()\nwith jax.profiler.trace(sys.argv[1]): pass"
+    command = [sys.executable, "-c", traced, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": ""})
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_missing_tensorflow_is_named(tmp_path):
     source = "raise ModuleNotFoundError(\"No module named 'tensorflow'\", name='tensorflow')"
     command = [sys.executable, "-m", "pspnet_jax.main", "--config=configs/quickstart.py"]
