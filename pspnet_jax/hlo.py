@@ -1,10 +1,16 @@
-"""Reads optimized HLO text, `jax.jit(f).lower(...).compile().as_text()`: memory traffic and collectives of a program."""
+"""Reads optimized HLO text, `jax.jit(f).lower(...).compile().as_text()`: a program's memory traffic, work and collectives.
 
+All are counted as they are executed: a loop as often as it runs, and of a conditional, the branch with the fewest instructions.
+"""
+
+import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+import numpy as np
 
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\](\{[^{}]*\})?")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -15,6 +21,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 
 
 class Array(NamedTuple):
+    shape: tuple[int, ...]
     bytes: int
     in_hbm: bool  # rather than in the chip's vector memory, which layouts mark by S(1)
 
@@ -75,44 +82,95 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"unbalanced parentheses in HLO: {text[:100]}")
 
 
-def _array(kind: str, shape: str, layout: str) -> Array:
+def _array(kind: str, dimensions: str, layout: str) -> Array:
     bits = 8 if kind == "pred" else int(found[0]) if (found := _BITS.search(kind)) else 0
-    return Array(math.prod(int(n) for n in shape.split(",") if n) * bits // 8, "S(1)" not in layout)
+    shape = tuple(int(n) for n in dimensions.split(",") if n)
+    return Array(shape, math.prod(shape) * bits // 8, "S(1)" not in layout)
+
+
+def _executed(
+    computations: dict[str, Computation], name: str, times: int = 1
+) -> Iterator[tuple[Computation, Instruction, int]]:
+    """Yields the instructions that a computation executes, fusions as one, with their computation and how often they run."""
+    computation = computations[name]
+    for instruction in computation.values():
+        opcode, called = instruction.opcode, instruction.called
+        if opcode == "while":
+            yield from _executed(computations, called("body"), times * _trips(computations, instruction))
+        elif opcode == "call":
+            yield from _executed(computations, called("to_apply"), times)
+        elif opcode == "conditional":
+            found = re.search(r"branch_computations=\{([^}]*)\}", instruction.text)
+            names = ("true_computation", "false_computation")
+            branches = re.findall(r"%?([\w.\-]+)", found[1]) if found else [called(name) for name in names]
+            yield from min((list(_executed(computations, branch, times)) for branch in branches), key=len)
+        elif opcode.endswith("-start") and called("calls"):
+            yield from _executed(computations, called("calls"), times)
+        else:
+            yield computation, instruction, times
+
+
+def _fused(computations: dict[str, Computation], name: str, times: int = 1) -> Iterator[tuple[Computation, Instruction, int]]:
+    """Yields the same instructions, and those within fusions."""
+    for computation, instruction, runs in _executed(computations, name, times):
+        yield computation, instruction, runs
+        if instruction.opcode == "fusion":
+            yield from _fused(computations, instruction.called("calls"), runs)
 
 
 def hbm_traffic(text: str) -> Counter[str]:
     """Estimates the bytes that a program reads from and writes to a TPU's main memory (HBM), by the path of the operation.
 
-    XLA's own "bytes accessed" also counts the chip's vector memory and whole operands of slices. Counted here are, in the entry
-    and in the loops it runs, the results and operands that are in HBM; of an asynchronous copy or slice, what it moves; of
-    an operand of which a fusion reads or updates only slices, these. Of a conditional, the cheapest branch counts. Padding to
-    tiles is not counted.
+    XLA's own "bytes accessed" also counts the chip's vector memory and whole operands of slices. Counted here are the results
+    and operands that are in HBM; of an asynchronous copy or slice, what it moves; of an operand of which a fusion reads or
+    updates only slices, these. Padding to tiles is not counted.
     """
     computations, entry = parse(text)
-    return _traffic(computations, entry)
-
-
-def _traffic(computations: dict[str, Computation], name: str) -> Counter[str]:
-    total, computation = Counter[str](), computations[name]
-    for instruction in computation.values():
-        opcode, called = instruction.opcode, instruction.called
-        if opcode == "while":
-            trips = _trips(computations, instruction)
-            total.update({path: trips * count for path, count in _traffic(computations, called("body")).items()})
-        elif opcode == "call":
-            total.update(_traffic(computations, called("to_apply")))
-        elif opcode == "conditional":
-            found = re.search(r"branch_computations=\{([^}]*)\}", instruction.text)
-            names = ("true_computation", "false_computation")
-            branches = re.findall(r"%?([\w.\-]+)", found[1]) if found else [called(name) for name in names]
-            total.update(
-                min((_traffic(computations, branch) for branch in branches), key=lambda traffic: sum(traffic.values()))
-            )
-        elif opcode.endswith("-start") and called("calls"):
-            total.update(_traffic(computations, called("calls")))
-        elif opcode not in _FREE and not opcode.endswith("-done"):
-            total[instruction.path] += _moved(computations, computation, instruction)
+    total = Counter[str]()
+    for computation, instruction, times in _executed(computations, entry):
+        if instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
+            total[instruction.path] += times * _moved(computations, computation, instruction)
     return total
+
+
+def flops(text: str) -> int:
+    """Counts the floating-point operations of a TPU program's convolutions, as which it also computes matrix products.
+
+    Products with padding are not counted, as in XLA's own count, which in turn counts a loop only once.
+    """
+    computations, entry = parse(text)
+    found = _fused(computations, entry)
+    return sum(times * _convolution_flops(of, i) for of, i, times in found if i.opcode == "convolution")
+
+
+def _convolution_flops(computation: Computation, convolution: Instruction) -> int:
+    image, kernel = (computation[operand].arrays[0].shape for operand in convolution.operands)
+    result, labels = convolution.arrays[0].shape, re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.text)
+    assert labels, "a convolution names its dimensions"
+    of_image, of_kernel, of_result = labels.groups()
+    products = result[of_result.index("b")] * result[of_result.index("f")] * kernel[of_kernel.index("i")]
+    for axis, label in enumerate(filter(str.isdigit, of_image)):
+        products *= _products(
+            image[of_image.index(label)],
+            kernel[of_kernel.index(label)],
+            result[of_result.index(label)],
+            functools.partial(_window, convolution.text, axis),
+        )
+    return 2 * products
+
+
+def _products(image: int, kernel: int, result: int, window: Callable[..., list[int]]) -> int:
+    """Counts the pairs of a kernel's element and a pixel that a convolution multiplies along one axis."""
+    [stride], [image_dilation], [kernel_dilation] = window("stride", "1"), window("lhs_dilate", "1"), window("rhs_dilate", "1")
+    padding = window("pad", "0_0")[0]
+    position = np.arange(result)[:, None] * stride + np.arange(kernel) * kernel_dilation - padding
+    return int(((position >= 0) & (position <= (image - 1) * image_dilation) & (position % image_dilation == 0)).sum())
+
+
+def _window(text: str, axis: int, name: str, default: str) -> list[int]:
+    """Returns what a convolution's window, such as {size=3x3 pad=1_1x0_0}, says about an axis."""
+    found = re.search(rf"window=\{{[^}}]*\b{name}=([-\dx_]+)", text)
+    return [int(n) for n in (found[1].split("x")[axis] if found else default).split("_")]
 
 
 def _moved(computations: dict[str, Computation], computation: Computation, instruction: Instruction) -> int:
@@ -182,12 +240,12 @@ def _results(instruction: Instruction) -> list[Array]:
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Returns the number of collectives by kind, and the bytes of their results, outside and inside of loops alike."""
+    """Returns the number of collectives by kind, and the bytes of their results."""
+    computations, entry = parse(text)
     count, size = Counter[str](), Counter[str]()
-    for computation in parse(text)[0].values():
-        for instruction in computation.values():
-            kind = instruction.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
-                count[kind] += 1
-                size[kind] += sum(array.bytes for array in _results(instruction))
+    for _, instruction, times in _fused(computations, entry):
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            count[kind] += times
+            size[kind] += times * sum(array.bytes for array in _results(instruction))
     return {kind: (count[kind], size[kind]) for kind in COLLECTIVES if count[kind]}

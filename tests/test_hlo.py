@@ -1,4 +1,6 @@
-"""Memory traffic and collectives, counted by hand in a small program."""
+"""Memory traffic, work and collectives, counted by hand in small programs."""
+
+import pytest
 
 from pspnet_jax import hlo
 
@@ -84,3 +86,34 @@ def test_asynchronous_collectives_count_their_results():
 
 def test_collectives_of_a_program():
     assert hlo.collectives(PROGRAM) == {"all-reduce": (1, 1024)}
+
+
+def test_collectives_in_loops_count_as_often_as_they_run():
+    program = PROGRAM.replace("  ROOT %next", "  %each = f32[256]{0} all-reduce(%part), to_apply=%fused_sum\n  ROOT %next", 1)
+    assert hlo.collectives(program) == {"all-reduce": (31, 31 * 1024)}
+
+
+CONVOLUTION = "%c = f32[2,5,5,7]{{3,2,1,0}} convolution(%i, %k), window={{{}}}, dim_labels=b01f_01io->b01f"
+FUSED = """%fused_convolution (i: f32[2,5,5,3], k: f32[3,3,3,7]) -> f32[2,5,5,7] {{
+  %i = f32[{}]{{3,2,1,0}} parameter(0)
+  %k = f32[3,3,3,7]{{3,2,1,0}} parameter(1)
+  ROOT {}
+}}
+
+%body"""
+
+
+@pytest.mark.parametrize(
+    ("image", "window", "products"),
+    [
+        ("2,5,5,3", "size=3x3 pad=1_1x1_1", 13 * 13),  # along an axis: three in the middle, two at each end
+        ("2,5,5,3", "size=3x3 pad=2_2x2_2 rhs_dilate=2x2", 11 * 11),  # 2, 2, 3, 2, 2
+        ("2,9,5,3", "size=3x3 stride=2x1 pad=1_1x1_1", 13 * 13),  # 2, 3, 3, 3, 2
+        ("2,3,5,3", "size=3x3 pad=1_1x1_1 lhs_dilate=2x1", 7 * 13),  # 1, 2, 1, 2, 1: every other row is zero
+    ],
+)
+def test_products_of_a_convolution_in_a_loop(image, window, products):
+    program = PROGRAM.replace("%body", FUSED.format(image, CONVOLUTION.format(window)), 1)
+    convolution = "  %each = f32[2,5,5,7]{0} fusion(%image, %kernel), kind=kOutput, calls=%fused_convolution\n"
+    program = program.replace("  ROOT %next", f"{convolution}  ROOT %next", 1)
+    assert hlo.flops(program) == 30 * 2 * 2 * 7 * 3 * products  # trips, multiply and add, images, outputs, inputs

@@ -82,8 +82,10 @@ def devices(generation: str, topology: str) -> list[jax.Device]:
     Raises:
       UserError: the TPU compiler is not installed.
     """
-    # Otherwise libtpu asks Google Cloud's metadata server what machine this is, and complains where there is none.
+    # Otherwise libtpu cannot be loaded while another process uses it, which may be a job on the TPU of this machine. It also asks
+    # Google Cloud's metadata server what machine this is, and complains where there is none.
     for name, value in {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",

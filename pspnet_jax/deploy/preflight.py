@@ -41,8 +41,7 @@ class Program:
       state_bytes: weights, statistics and, in training, the optimizer's state.
       temporary_bytes: memory for everything that is computed.
       total_bytes: state, inputs, outputs, temporary memory and the program itself.
-      flops: floating-point operations, as XLA counts them: those in a loop, such as the parts of optimizer.accumulate or the
-        equal blocks of ResNet-152 and 269, only once.
+      flops: floating-point operations of convolutions and matrix products, see `hlo.flops`.
       traffic_bytes: read from and written to the main memory, see `hlo.hbm_traffic`.
       collectives: kind -> (number, bytes), see `hlo.collectives`.
       compile_seconds: time to trace and compile it on this machine.
@@ -51,7 +50,7 @@ class Program:
     state_bytes: int
     temporary_bytes: int
     total_bytes: int
-    flops: float
+    flops: int
     traffic_bytes: int
     collectives: dict[str, tuple[int, int]]
     compile_seconds: float
@@ -212,7 +211,7 @@ def _compile(what: str, compile_program: Callable[[], Compiled], state: Any, chi
         state_bytes=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state)),
         temporary_bytes=stats.temp_size_in_bytes,
         total_bytes=total,
-        flops=(compiled.cost_analysis() or {})["flops"],
+        flops=hlo.flops(text),
         traffic_bytes=hlo.hbm_traffic(text).total(),
         collectives=hlo.collectives(text),
         compile_seconds=seconds,
