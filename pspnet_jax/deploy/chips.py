@@ -82,7 +82,7 @@ def devices(generation: str, topology: str) -> list[jax.Device]:
     Raises:
       UserError: the TPU compiler is not installed.
     """
-    # Otherwise libtpu cannot be loaded while another process uses it, which may be a job on the TPU of this machine. It also asks
+    # Otherwise libtpu cannot be loaded while another process uses it, such as a job on the TPU of this machine. It also asks
     # Google Cloud's metadata server what machine this is, and complains where there is none.
     for name, value in {
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
