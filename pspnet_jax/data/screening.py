@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import NamedTuple
@@ -89,7 +90,7 @@ def screen(list_pairs: Callable[[], list[Pair]], dataset: ConfigDict, names: Seq
       split: name of the split, for messages.
 
     Raises:
-      UserError: the split cannot be listed; hosts have different images; a pair is wrong (with on_error="skip": more than half
+      UserError: the split cannot be listed; hosts have different files; a pair is wrong (with on_error="skip": more than half
         of them are, or a label has wrong values); palettes contradict each other; or nothing can be learned from the labels.
     """
     start = time.monotonic()
@@ -102,20 +103,17 @@ def screen(list_pairs: Callable[[], list[Pair]], dataset: ConfigDict, names: Seq
             raise
         mine = Findings(error=str(error))
     all_findings = _exchange(mine)
-    problems, (first_name, first) = _merge_problems(all_findings, split), next(iter(all_findings.items()))
+    problems, first = _merge_problems(all_findings, split), next(iter(all_findings.values()))
     _skip_or_raise(problems, len(pairs), dataset.on_error == "skip")
     totals = Totals(split, first.counted, len(pairs) - len(problems), np.array(first.pixels))
     if sentence := first.contradiction or totals.problem(names, train=False):
         raise UserError(sentence)
     logger.info(f"{split}: checked {totals.total} pairs of files in {time.monotonic() - start:.1f} s")
     warn(totals, names, [pairs[int(index)].image for index in first.orientations], first.remarks)
-    if differing := [name for name, found in all_findings.items() if found.fingerprint != first.fingerprint]:
-        logger.warning(
-            f"{split}: files of the same name differ in size between {first_name} and {differing[0]}; every host needs the "
-            "same files"
-        )
     wrong = {problem.pair for problem in problems}
     used = [index for index in range(len(pairs)) if index not in wrong]
+    if len({found.fingerprint for found in all_findings.values()}) > 1:
+        _require_same_sizes([file for index in used for file in (pairs[index].image, pairs[index].label)], split)
     orientations = [mine.orientations.get(str(index), 1) for index in used]
     palette: ValueColors = {int(value): (tuple(color), file) for value, (color, file) in first.seen.items()}
     return Screened([pairs[i] for i in used], [sizes[i] for i in used], orientations, totals, palette, first.fingerprint)
@@ -233,3 +231,20 @@ def _merge_problems(findings: Mapping[str, Findings], split: str) -> list[Proble
             )
     union = {problem[0]: Problem(*problem) for found in reversed([*findings.values()]) for problem in found.problems}
     return [union[index] for index in sorted(union)]
+
+
+def _require_same_sizes(files: list[str], split: str) -> None:
+    """Raises UserError if a file differs in size between processes. Exchanges digests of blocks, then one block's sizes."""
+    sizes = [known[0] if known else 0 for known in stamps.stats(files)]
+    step = math.isqrt(len(files)) + 1
+    starts = range(0, len(files), step)
+    digests = parallel.exchange([stamps.digest(sizes[start : start + step]) for start in starts]).values()
+    differing = (start for start, *found in zip(starts, *digests, strict=True) if len(set(found)) > 1)
+    if (start := next(differing, None)) is None:
+        return
+    (first, expected), *others = parallel.exchange(sizes[start : start + step]).items()
+    index, name, found = next((i, n, f) for n, f in others for i in range(len(f)) if f[i] != expected[i])
+    raise UserError(
+        f"{split}: {files[start + index]} has {found[index]:,} bytes in {name}, but {expected[index]:,} in {first}; every host "
+        "needs the same files"
+    )

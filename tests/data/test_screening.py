@@ -94,20 +94,6 @@ def test_without_a_writable_directory_files_are_checked_each_time(tmp_path, chec
         assert len(checked) == 3 * times
 
 
-def test_a_warning_if_files_differ_between_hosts(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(
-        screening, "_exchange", lambda mine: {"process 0": mine, "process 1": mine._replace(fingerprint="other")}
-    )
-    dataset = recipe(root=str(fakes.write_folder(tmp_path, {"train": 3})))
-    with caplog.at_level("WARNING", "pspnet_jax"):
-        first = reopened(dataset).fingerprint
-    assert "train: files of the same name differ in size between process 0 and process 1; every host needs" in caplog.text
-    monkeypatch.setattr(
-        screening, "_exchange", lambda mine: {"process 0": mine._replace(fingerprint="other"), "process 1": mine}
-    )
-    assert reopened(dataset).fingerprint == "other" != first  # the first process's, on all hosts
-
-
 # One of two processes with its own files, which prints the names of the usable pairs or the error.
 PROCESS = """
 import json, sys
@@ -130,8 +116,8 @@ for root, on_error in json.loads(sys.argv[1]):
 
 
 def test_two_processes_use_the_same_pairs(tmp_path):
-    """Six pairs each: first with 001 damaged for process 0 and 004 for process 1, then with other names, then missing."""
-    for kind, damaged in (("damaged", ("001", "004")), ("other", ()), ("missing", ())):
+    """Six pairs each: with 001 damaged for process 0 and 004 for process 1; with other names; another size; missing."""
+    for kind, damaged in (("damaged", ("001", "004")), ("other", ()), ("size", ()), ("missing", ())):
         for process in range(2):
             fakes.write_folder(tmp_path / kind / str(process), {"train": 6})
         for process, name in enumerate(damaged):
@@ -139,8 +125,11 @@ def test_two_processes_use_the_same_pairs(tmp_path):
     for kind in ("images", "labels"):
         file = tmp_path / "other/1" / kind / "train/002.png"
         file.rename(file.with_stem("007"))
+    sizes = [(tmp_path / f"size/{process}/labels/train/003.png").stat().st_size for process in range(2)]
+    with (tmp_path / "size/1/labels/train/003.png").open("ab") as file:
+        file.write(b"..")
     (tmp_path / "missing/0").rename(tmp_path / "missing/gone")
-    cases = [("damaged", "skip"), ("damaged", "stop"), ("other", "skip"), ("missing", "stop")]
+    cases = [("damaged", "skip"), ("damaged", "stop"), ("other", "skip"), ("size", "skip"), ("missing", "stop")]
     first, second = run_two([(str(tmp_path / kind), on_error) for kind, on_error in cases])
     assert first[0] == second[0] == ["000", "002", "003", "005"]
     assert first[1] == second[1]
@@ -150,8 +139,13 @@ def test_two_processes_use_the_same_pairs(tmp_path):
         assert (
             f"process 1 ({HOST}) has other images (6) than process 0 ({HOST}) (6); every host needs the same files" in message
         )
-    assert "missing/0: no such directory" in first[3]
-    assert second[3] == f"process 0 ({HOST}): {first[3]}"
+    sizes = (
+        f"has {sizes[1] + 2} bytes in process 1 ({HOST}), but {sizes[0]} in process 0 ({HOST}); every host needs the same files"
+    )
+    for process, message in enumerate((first[3], second[3])):
+        assert message.endswith(f"train: {tmp_path}/size/{process}/labels/train/003.png {sizes}")
+    assert "missing/0: no such directory" in first[4]
+    assert second[4] == f"process 0 ({HOST}): {first[4]}"
 
 
 def run_two(cases):
