@@ -17,6 +17,9 @@ LAUNCH = ROOT / "launch"
 POD = ("pspnet", "us-west4-a")
 JOB = ("--config", "configs/ade20k.py:101", "--workdir", "gs://bucket/a run", "--config.dataset.mixture=(('a', \"$b\"),)")
 FOREVER = "while :; do /bin/sleep 0.02; done"
+# Tests in the background of a shell ignore SIGINT, as do the processes that they start.
+BASH = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp('bash', ['bash', *sys.argv[1:]])"
+INTERRUPTIBLE_BASH = (sys.executable, "-c", BASH)
 FAKES = {
     # Answers with the lines of $DIR/queued-resources and $DIR/tpu-vm in turn, the last one forever. Workers: $DIR/workers.
     "gcloud": r"""
@@ -294,9 +297,7 @@ def test_local_processes_end_when_one_of_them_fails(fakes):
 @pytest.mark.parametrize("received", [signal.SIGINT, signal.SIGTERM])
 def test_signals_reach_each_local_process_once(fakes, received):
     answer(fakes, job=FOREVER)
-    # Tests in the background of a shell ignore SIGINT, as do the processes that they start.
-    bash = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp('bash', ['bash', *sys.argv[1:]])"
-    process = subprocess.Popen([sys.executable, "-c", bash, LAUNCH / "local.sh", "3", *JOB], start_new_session=True)
+    process = subprocess.Popen([*INTERRUPTIBLE_BASH, LAUNCH / "local.sh", "3", *JOB], start_new_session=True)
     wait_for(lambda: (fakes / "started").exists() and len((fakes / "started").read_text().splitlines()) == 3)
     os.killpg(process.pid, received)  # as the terminal does
     assert process.wait(timeout=60) == 143
@@ -309,6 +310,26 @@ def test_mistakes_in_local_commands(fakes, arguments):
     assert first.startswith("error: ")
     assert second.startswith("Trains in several processes")
     assert not (fakes / "started").exists()
+
+
+def test_the_first_process_of_a_container_waits_for_the_last_messages(tmp_path):
+    """The last message is written by another process than the one that ends, as by `peer_report`."""
+    command = "(sleep 0.3; echo last message) & exit 134"
+    done = subprocess.run([LAUNCH / "init.sh", "bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (134, "last message\n")
+
+
+@pytest.mark.parametrize("received", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_process_of_a_container_passes_signals_on(received):
+    """Repeated signals do not end it before the command, which saves for a while."""
+    command = [LAUNCH / "init.sh", "bash", "-c", "trap 'sleep 0.5; echo saved; exit 143' TERM; echo started; sleep 5 & wait"]
+    with subprocess.Popen([*INTERRUPTIBLE_BASH, *command], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "started\n"
+        for _ in range(3):
+            process.send_signal(received)
+            time.sleep(0.1)
+        assert process.stdout.readline() == "saved\n"
+        assert process.wait(timeout=10) == 143
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(143, True), (0, False), (1, False)])

@@ -49,7 +49,7 @@ def render(*options):
     [jobs] = manifests[-1]["spec"]["replicatedJobs"]
     job = jobs["template"]["spec"]
     pod = job["template"]["spec"]
-    assert pod["containers"][0]["command"] == ["python", "-m", "pspnet_jax.main", *JOB]
+    assert pod["containers"][0]["args"] == list(JOB)
     assert pod["containers"][0]["image"] == "image:1"
     return manifests, jobs["replicas"], job, pod
 
@@ -129,7 +129,7 @@ def test_xpk_command(options, hardware):
         f"xpk workload create --cluster mine --workload train {hardware} --docker-image image:1 --max-restarts 10 "
         "--restart-on-exit-codes 1 --termination-grace-period-seconds 300 --command"
     )
-    assert shlex.split(command)[:9] == ["exec", "python", "-m", "pspnet_jax.main", *JOB][:9]
+    assert shlex.split(command)[:9] == ["exec", "/pspnet_jax/launch/init.sh", "python", "-m", "pspnet_jax.main", *JOB][:9]
     assert ("--process_id $NODE_RANK" in command) == ("--gpu" in options)
 
 

@@ -144,7 +144,7 @@ def jobset(options: argparse.Namespace) -> dict[str, Any]:
             {
                 "name": "pspnet",
                 "image": options.image,
-                "command": ["python", "-m", "pspnet_jax.main", *options.arguments],
+                "args": options.arguments,  # of the image's command, python -m pspnet_jax.main
                 **container,
             }
         ],
@@ -210,7 +210,8 @@ def permissions(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def xpk(options: argparse.Namespace) -> str:
-    command = f"exec python -m pspnet_jax.main {shlex.join(options.arguments)}"  # exec: SIGTERM has to reach Python
+    # xpk replaces the image's command by a script of its own, to which SIGTERM is sent.
+    command = f"exec /pspnet_jax/launch/init.sh python -m pspnet_jax.main {shlex.join(options.arguments)}"
     if options.gpu:  # xpk sets these variables; it has no service account with which JAX could find the processes itself
         label, count = options.gpu
         hardware = ["--device-type", f"{label.removeprefix('nvidia-')}-{count}", "--num-nodes", str(options.nodes)]
