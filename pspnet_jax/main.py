@@ -166,6 +166,8 @@ def _start_processes(arguments: argparse.Namespace) -> None:
             f"--mode {arguments.mode} runs in a single process, and this is process {place.process_id} of {place.processes}; "
             "start it once, with --processes 1 (on a host of a TPU pod, also set JAX_PLATFORMS=cpu)"
         )
+    # With several processes, JAX catches SIGTERM, for training, which saves its state; the other modes end at once.
+    jax.config.update("jax_enable_preemption_service", arguments.mode == "train")
     parallel.start_processes(place, {"--mode": arguments.mode}, arguments.start_timeout)
 
 

@@ -5,6 +5,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -15,10 +16,17 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def run_processes(count: int, *command: str, options: bool = False, timeout: float = 300) -> list[subprocess.CompletedProcess]:
+def run_processes(
+    count: int,
+    *command: str,
+    options: bool = False,
+    timeout: float = 300,
+    meanwhile: Callable[[list[subprocess.Popen]], object] = lambda _: None,
+) -> list[subprocess.CompletedProcess]:
     """Runs `python COMMAND` in several processes with a device each, and returns their exit codes and output.
 
-    Each gets its place from environment variables or, with `options`, as options of the command line.
+    Each gets its place from environment variables or, with `options`, as options of the command line. `meanwhile` is called
+    with the processes once they are started.
     """
     place = {"--coordinator": f"127.0.0.1:{free_port()}", "--processes": str(count)}
     environment = os.environ | {
@@ -37,6 +45,7 @@ def run_processes(count: int, *command: str, options: bool = False, timeout: flo
                 variables = dict(zip(names, place.values(), strict=True))
             pipe = subprocess.PIPE
             processes.append(subprocess.Popen(own, env=environment | variables, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
+        meanwhile(processes)
         outputs = [process.communicate(timeout=timeout) for process in processes]
     finally:
         for process in processes:

@@ -4,9 +4,11 @@ import contextlib
 import json
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -149,6 +151,29 @@ def test_two_processes_predict_the_files_of_one(trained):
     together, alone = (files_below(directory / name) for name in ("together", "alone"))
     assert len(alone) == 1 + 3 * 4
     assert together == alone
+
+
+def test_sigterm_ends_a_prediction_at_once(trained, tmp_path):
+    """Only training saves after a signal; the results of a prediction are continued by --skip_existing."""
+    (tmp_path / "in").mkdir()
+    for index in range(2000):
+        (tmp_path / f"in/{index}.png").symlink_to(trained[0] / "data/images/val/000.png")
+    command = [
+        "--mode=predict",
+        f"--workdir={trained[0] / 'two'}",
+        f"--input={tmp_path / 'in'}",
+        f"--output={tmp_path / 'out'}",
+    ]
+
+    def stop(processes):
+        while not list(tmp_path.glob("out/overlay/*.jpg")):
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.1)
+        for process in processes:
+            process.terminate()
+        assert [process.wait(timeout=5) for process in processes] == [-signal.SIGTERM] * 2
+
+    run_processes(2, "-c", MAIN, *command, options=True, meanwhile=stop)
 
 
 # Trains each workdir up to a step, and prints a checksum of the state or of the state restored from a finished run.
