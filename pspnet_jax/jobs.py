@@ -218,13 +218,40 @@ def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
     if config.dataset.name in datasets.tables():
         datasets.check_classes(config.dataset)
     workdir = arguments.workdir
-    variables = weights.load(source.path, models.build(config.model, info.num_classes))
-    if source.class_names:
-        variables = resume.match_classes(variables, None, source.class_names, info.class_names, source.path)
+    variables = _load_weights(source, models.build(config.model, info.num_classes), info.class_names)
     state = new_state(config, optimizers.build(config.optimizer, config.total_steps), variables)
     checkpoint.create_run(workdir, config, jax.device_put(state, parallel.replicated(parallel.make_mesh())))
     logger.info("\n".join(filter(None, (str(source), weights.assumptions(config, source)))))
     logger.info(f"written to {workdir}; use it in --mode evaluate, predict and export with --workdir {workdir}")
+
+
+def verify(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """--mode verify: evaluates a published network by the protocol of its publication, and compares the scores."""
+    from pspnet_jax.data import sources
+    from pspnet_jax.weights import published
+
+    if not arguments.input:
+        raise UserError("--mode verify needs --input (a published weights file) and --config.dataset.root (the dataset)")
+    source = weights.inspect(arguments.input)
+    network, config = published.find(source), configs.base_config()
+    weights.configure(config, source)
+    config.name, config.dataset.name = f"verify_{arguments.input.stem}", network.dataset
+    info = datasets.table(network.dataset)
+    config.dataset.class_names, config.dataset.colors = info.class_names, info.colors
+    config = runs.override_data(config, overrides)
+    model = models.build(config.model, info.num_classes)
+    variables = _load_weights(source, model, info.class_names)
+    logger.info(f"{source}; recognized as {network}")
+    workdir, scores = runs.workdir_of(arguments, config.name), {}
+    for title, (fields, _) in network.evaluations().items():
+        config.eval.update(fields)
+        data, predictor = sources.open_source(config.dataset, config.eval.split), _predictor(config, model)
+        report, _ = _score(predictor, variables, config, _sort_by_size(predictor, data))
+        scores[title] = 100 * report.metrics.mean_iou
+        saved = report.save(workdir / "evaluation", {"checkpoint": source.path, "data": data.fingerprint})
+        logger.info(f"{title}: {report}\nwritten to {saved}")
+    rich.print(published.table(network, scores))
+    published.require_agreement(network, scores)
 
 
 def export_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -271,10 +298,19 @@ JOBS = {
     "evaluate": evaluate,
     "predict": predict,
     "import": import_weights,
+    "verify": verify,
     "preflight": preflight,
     "export": export_weights,
 }
 MULTI_PROCESS_JOBS = ("train", "evaluate", "predict")  # modes that several processes can run together
+
+
+def _load_weights(source: weights.Source, model: nn.Module, class_names: Sequence[str]) -> Any:
+    """Loads a segmentation network; if its file names the classes, they are put into the order of `class_names`."""
+    variables = weights.load(source.path, model)
+    if not source.class_names:
+        return variables
+    return resume.match_classes(variables, None, source.class_names, class_names, source.path)
 
 
 def _warn_of_training_images(saved: ConfigDict, source: Any) -> None:

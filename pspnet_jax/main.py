@@ -53,7 +53,7 @@ def _number(given: str) -> int:
 
 OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the modes that use it, and how it is parsed
     "config": (
-        [*jobs.JOBS],
+        [mode for mode in jobs.JOBS if mode != "verify"],
         {"metavar": "FILE[:ARG]", "help": "a recipe, such as configs/camvid.py, or a run's config.json"},
     ),
     "workdir": ([*jobs.JOBS], {"type": _path, "metavar": "DIR", "help": "directory of the run; default: runs/<recipe name>"}),
@@ -62,8 +62,8 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
         {"type": _nonempty, "metavar": "WHICH", "help": "latest (the default), best or a step number"},
     ),
     "input": (
-        ["predict", "import"],
-        {"type": _path, "metavar": "PATH", "help": "an image or a folder to predict; a file to import"},
+        ["predict", "import", "verify"],
+        {"type": _path, "metavar": "PATH", "help": "an image or a folder to predict; a file to import or verify"},
     ),
     "output": (
         ["predict", "check", "export", "preflight"],

@@ -34,6 +34,19 @@ def from_recipe(arguments: argparse.Namespace, overrides: Sequence[str], num_dev
     return config
 
 
+def override_data(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """Returns the config of a published network with the overrides, which may only say where the data is and how it is read."""
+    changed = configs.override(config.copy_and_resolve_references(), overrides)
+    allowed = ("dataset.root", "dataset.extra_root", "dataset.cache_dir", "eval.batch_size")
+    if other := [change for change in resume.differences(config, changed) if not change.startswith(allowed)]:
+        raise UserError(
+            f"{'; '.join(other)}: --mode verify follows the publication, so that only {', '.join(allowed)} can be set; for "
+            "anything else, use --mode import and --mode evaluate"
+        )
+    validation.validate(changed)
+    return _absolute(changed)
+
+
 def workdir_of(arguments: argparse.Namespace, name: str) -> epath.Path:
     return arguments.workdir or files.absolute(f"runs/{name}")
 
