@@ -133,11 +133,18 @@ def base_config() -> ConfigDict:
     return config.lock()  # a misspelled field is an error, not a new field
 
 
+RECIPES = [pathlib.Path(__file__).parent / "configs", pathlib.Path(__file__).parents[1] / "configs"]  # installed, in a clone
+
+
 def load_recipe(path: str) -> ConfigDict:
-    """Returns the config of a recipe, or of a run's config.json. For "configs/x.py:ARG", ARG is passed to `get_config`.
+    """Returns the config of a recipe, or of a run's config.json.
+
+    Args:
+      path: a file, or the name of a recipe in configs/, such as "cityscapes"; in "cityscapes:ARG", ARG is passed to
+        `get_config`.
 
     Raises:
-      MissingFileError: the file does not exist.
+      MissingFileError: the file does not exist; lists the recipes.
       UserError: the recipe is not valid Python, raises an exception, rejects ARG, or does not return a `base_config`.
     """
     if path.endswith(".json"):
@@ -145,14 +152,13 @@ def load_recipe(path: str) -> ConfigDict:
             raise MissingFileError(f"--config {saved}: no such file")
         return read(saved)
     name, _, argument = path.partition(":")
-    file = pathlib.Path(name).expanduser()
-    if not file.is_file():
-        raise MissingFileError(f"--config {name}: no such file; the recipes are in configs/, for example configs/quickstart.py")
+    file = _find_recipe(name)
     try:
         get_config = runpy.run_path(str(file)).get("get_config")
         config = get_config and (get_config(argument) if argument else get_config())
         config = ConfigDict(config) if isinstance(config, FrozenConfigDict) else config
-        values = dict(leaves(config)) if isinstance(config, ConfigDict) else {}
+        if isinstance(config, ConfigDict):
+            list(leaves(config))  # raises an exception for a placeholder without a value
     except (Exception, SystemExit) as error:  # user code may raise anything
         lines = [line for line in traceback.extract_tb(error.__traceback__) if line.filename == str(file)]
         where = f"{lines[-1].filename}, line {lines[-1].lineno}: " if lines else ""
@@ -162,15 +168,31 @@ def load_recipe(path: str) -> ConfigDict:
         raise UserError(f"--config {name}: it defines no function get_config(); add one that returns a config")
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config {path}: get_config() returns {type(config).__name__}; expected one made by base_config()")
-    defaults = dict(leaves(base_config()))
+    return check(config, f"--config {path}")
+
+
+def _find_recipe(name: str) -> pathlib.Path:
+    """Returns a file of the user's, or a recipe of this package's."""
+    if (file := pathlib.Path(name).expanduser()).is_file():
+        return file
+    folder = next(filter(pathlib.Path.is_dir, RECIPES), RECIPES[0])
+    recipes = {recipe.stem: recipe for recipe in sorted(folder.glob("*.py"))}
+    if (stem := name.removeprefix("configs/").removesuffix(".py")) in recipes:
+        return recipes[stem]
+    raise MissingFileError(f"--config {name}: no such file or recipe; the recipes are {', '.join(recipes)}")
+
+
+def check(config: ConfigDict, name: str = "the config") -> ConfigDict:
+    """Locks a config and returns it, after checking that it has the fields of `base_config` with values of their types."""
+    values, defaults = dict(leaves(config)), dict(leaves(base_config()))
     if unknown := values.keys() - defaults.keys():
-        raise UserError(f"--config {path}: unknown field {', '.join(sorted(unknown)[:5])}; --help lists all fields")
+        raise UserError(f"{name}: unknown field {', '.join(sorted(unknown)[:5])}; --help lists all fields")
     if wrong := [f"{field}={value!r}" for field, value in values.items() if not _same_type(value, defaults.get(field, value))]:
         raise UserError(
-            f"--config {path}: {', '.join(wrong[:3])}: expected the types of base_config(), with Python's numbers, not NumPy's"
+            f"{name}: {', '.join(wrong[:3])}: expected the types of base_config(), with Python's numbers, not NumPy's"
         )
     if missing := defaults.keys() - values.keys():
-        raise UserError(f"--config {path}: the config lacks {', '.join(sorted(missing)[:5])}; start from base_config()")
+        raise UserError(f"{name}: the config lacks {', '.join(sorted(missing)[:5])}; start from base_config()")
     return config.lock()
 
 

@@ -12,7 +12,7 @@ from typing import IO
 import cv2
 import numpy as np
 from etils import epath
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pspnet_jax.errors import UserError
 
@@ -34,36 +34,49 @@ def read(path: epath.PathLike) -> np.ndarray:
     try:
         contents = epath.Path(path).read_bytes()
         with Image.open(io.BytesIO(contents)) as image:
-            if problem := pixel_format_problem(image):
-                raise ValueError(f"it {problem}")
-            if image.format == "PNG" and not is_whole_png(contents):
+            if image.format == "PNG" and not pixel_format_problem(image) and not is_whole_png(contents):
                 raise ValueError(CUT_SHORT)
-            for remark in filter(None, (_frames_remark(image), _alpha_remark(image))):
-                _warn_once(remark, path)
-            pixels = np.asarray(image.convert("RGB"))
-            return turn(pixels, orientation(image))  # 1 for a TIFF, which Pillow has turned while loading it
+            return pixels(image, path)
     except Exception as error:  # whatever Pillow raises for a damaged file
         raise UserError(f"{path}: cannot be read as an image ({reason(error)})") from error
 
 
-def _frames_remark(image: ImageFile.ImageFile) -> str:
+def pixels(image: Image.Image, name: object) -> np.ndarray:
+    """Returns a Pillow image as `read` does.
+
+    Args:
+      image: loaded or only opened.
+      name: where it is from, for a remark that is logged about what is ignored.
+
+    Raises:
+      UserError: it has a pixel format that `pixel_format_problem` rejects.
+    """
+    if problem := pixel_format_problem(image):
+        raise UserError(f"it {problem}")
+    for remark in filter(None, (_frames_remark(image), _alpha_remark(image))):
+        _warn_once(remark, name)
+    rgb = np.asarray(image.convert("RGB"))
+    return turn(rgb, orientation(image))  # 1 for a TIFF, which Pillow has turned while loading it
+
+
+def _frames_remark(image: Image.Image) -> str:
     several = getattr(image, "n_frames", 1) > 1 and image.format != "MPO"  # MPO: a phone's JPEG followed by previews
     return "contains several images, of which only the first is read" if several else ""
 
 
-def _alpha_remark(image: ImageFile.ImageFile) -> str:
+def _alpha_remark(image: Image.Image) -> str:
     if not image.has_transparency_data or image.convert("RGBA").getchannel("A").getextrema()[0] == 255:
         return ""
     return "has a fourth channel, such as transparency, which is ignored; transparent pixels keep their RGB values"
 
 
-def _warn_once(remark: str, path: epath.PathLike) -> None:
+def _warn_once(remark: str, name: object) -> None:
     if remark not in _warned:
         _warned.add(remark)
-        logger.warning(f"{path}: {remark} (logged only for the first such image)")
+        logger.warning(f"{name}: {remark} (logged only for the first such image)")
 
 
-def pixel_format_problem(image: ImageFile.ImageFile) -> str | None:
+def pixel_format_problem(image: Image.Image) -> str | None:
     """Returns what is wrong with an image's pixel format, or None if it is supported."""
     if image.mode == "CMYK":
         return "is a CMYK image; convert it to RGB"
@@ -72,9 +85,10 @@ def pixel_format_problem(image: ImageFile.ImageFile) -> str | None:
     return None
 
 
-def raw_mode(image: ImageFile.ImageFile) -> str:
+def raw_mode(image: Image.Image) -> str:
     """Returns Pillow's name for the stored pixel format of an image that is not loaded yet, such as "RGB;16B"."""
-    arguments = image.tile[0].args if image.tile else ""
+    tiles = getattr(image, "tile", ())  # empty if the image is loaded, or not from a file
+    arguments = tiles[0].args if tiles else ""
     return arguments if isinstance(arguments, str) else str((arguments or ("",))[0])
 
 
@@ -83,13 +97,14 @@ def is_whole_png(contents: bytes) -> bool:
     return cv2.imdecode(np.frombuffer(contents, np.uint8), cv2.IMREAD_UNCHANGED) is not None
 
 
-def orientation(image: ImageFile.ImageFile) -> int:
+def orientation(image: Image.Image) -> int:
     """Returns the EXIF orientation, 1 (upright) to 8, of an image that is loaded or only opened; 1 if it is invalid.
 
     Every kind of metadata that Pillow supports is read. A PNG is only decoded if metadata follows the pixels.
     """
     try:
-        late = image.format == "PNG" and image.fp is not None and any(name in _read_tail(image.fp) for name in _METADATA)
+        file = getattr(image, "fp", None)
+        late = image.format == "PNG" and file is not None and any(name in _read_tail(file) for name in _METADATA)
         exif = image.getexif() if late else Image.Image.getexif(image)
         tag = int(exif.get(ExifTags.Base.Orientation, 1))
     except Exception:  # whatever Pillow raises for malformed EXIF; the pixels may still be valid

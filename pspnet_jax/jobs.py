@@ -19,14 +19,15 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from pspnet_jax import config as configs
-from pspnet_jax import datasets, files, losses, models, optimizers, parallel, runs, validation, weights
+from pspnet_jax import datasets, files, losses, models, optimizers, parallel, runs, weights
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer import draw, inputs
 from pspnet_jax.infer import evaluate as evaluation
 from pspnet_jax.infer import predict as prediction
 from pspnet_jax.infer.predictor import Predictor
+from pspnet_jax.infer.segmenter import Segmenter
 from pspnet_jax.report import Report
-from pspnet_jax.train import checkpoint, resume
+from pspnet_jax.train import checkpoint
 from pspnet_jax.train.step import new_state
 
 logger = logging.getLogger("pspnet_jax")
@@ -37,13 +38,9 @@ PANELS = 12  # images of each split in the contact sheet of --mode check
 
 def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode train: trains a recipe, or resumes the run in its workdir."""
-    from pspnet_jax.data import overlap, palettes, pipeline, sources  # imports TensorFlow, as does clu.metric_writers after it
-    from pspnet_jax.train import loop, profile
-
-    from clu import metric_writers  # isort: skip
+    from pspnet_jax.data import pipeline  # noqa: F401 -- imports TensorFlow, which takes seconds
 
     logger.info(f"Python and its packages were ready after {time.time() - psutil.Process().create_time():.1f} s")
-    began = time.perf_counter()
     with parallel.fail_together("reading the recipe"):
         config = runs.from_recipe(arguments, overrides, jax.device_count())
         workdir = runs.workdir_of(arguments, config.name)
@@ -51,6 +48,24 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
             raise UserError(
                 f"--profile: step {last} cannot be traced, because total_steps={config.total_steps}; choose earlier steps"
             )
+    train_run(config, workdir, arguments.profile)
+
+
+def train_run(config: ConfigDict, workdir: epath.Path, traced: tuple[int, int] | None = None) -> None:
+    """Trains a config that `runs.prepare` has prepared, or resumes its run.
+
+    Args:
+      config: fields of its dataset and loss are filled in.
+      workdir: directory of the run.
+      traced: first step to trace with JAX's profiler, and the number of steps.
+    """
+    from pspnet_jax.data import overlap, palettes, pipeline, sources  # imports TensorFlow, as does clu.metric_writers after it
+    from pspnet_jax.train import loop, profile
+
+    from clu import metric_writers  # isort: skip
+
+    began = time.perf_counter()
+    with parallel.fail_together("checking init_from"):
         if config.init_from:
             runs.check_init_from(config, workdir)
     parallel.require_same(runs.comparable(config))
@@ -82,7 +97,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         examples_per_epoch=data.examples_per_epoch,
         fingerprint=data.fingerprint,
         writer=metric_writers.SummaryWriter,
-        hooks=[profile.hook(workdir / "profile", *arguments.profile)] if arguments.profile and jax.process_index() == 0 else (),
+        hooks=[profile.hook(workdir / "profile", *traced)] if traced and jax.process_index() == 0 else (),
     )
     logger.info(f"{workdir} has checkpoints/, metrics.jsonl, pictures/ and tensorboard/")
 
@@ -95,11 +110,12 @@ def evaluator(config: ConfigDict, model: nn.Module, source: Any) -> Callable[[An
       model: with train=False, maps normalized images f32[N, H, W, 3] to logits [N, H, W, K].
       source: the opened split (see `data.sources`).
     """
+    info = datasets.describe(config.dataset)
     predictor = _predictor(config, model)
     source = _sort_by_size(predictor, source)
 
     def evaluate(variables: Any) -> Evaluation:
-        report, pictures = _score(predictor, variables, config, source)
+        report, pictures = _score(Segmenter(predictor, variables, info), config, source)
         logger.info(report)
         return report.to_json() | {"data": source.fingerprint}, pictures
 
@@ -160,19 +176,19 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from pspnet_jax.data import palettes, sources
 
     config, step, variables, workdir, saved = runs.restore(arguments, overrides)
-    predictor, source = _predictor(config), sources.open_source(config.dataset, config.eval.split)
+    network, source = segmenter(config, variables), sources.open_source(config.dataset, config.eval.split)
     parallel.require_same({"validation data": source.fingerprint})
     _warn_of_training_images(saved, source)
     palettes.require_agreement([palettes.training_colors(saved.dataset), source.palette])
-    source = _sort_by_size(predictor, source)
-    report, _ = _score(predictor, variables, config, source)
+    source = _sort_by_size(network.predictor, source)
+    report, _ = _score(network, config, source)
     if jax.process_index() == 0:
         with contextlib.suppress(OSError):  # the reader of the pipe is gone, as after `| head -1`
             rich.print(report.table())
             print(f"{report}, step {step} of {workdir}", flush=True)
         roots = {field: config.dataset[field] for field in ("root", "extra_root")}
-        network = {"model": config.model.to_dict(), "normalize": config.normalize.to_dict()}
-        origin = {"step": step, "checkpoint": str(workdir), **roots, "tfds_name": config.dataset.tfds_name, **network}
+        fields = {"model": config.model.to_dict(), "normalize": config.normalize.to_dict()}
+        origin = {"step": step, "checkpoint": str(workdir), **roots, "tfds_name": config.dataset.tfds_name, **fields}
         origin["data"] = source.fingerprint
         logger.info(f"written to {report.save(workdir / 'evaluation', origin)}")
 
@@ -184,7 +200,6 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
             "--mode predict needs --output (a directory); without --input (an image or a folder) it predicts config.eval.split"
         )
     config, step, variables, workdir, _ = runs.restore(arguments, overrides)
-    info = datasets.describe(config.dataset)
     server_format = arguments.format or ""
     with parallel.fail_together("listing the images"):
         paths = (
@@ -192,36 +207,22 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
             if arguments.input
             else _split_images(config)
         )
-    predictor = _predictor(config)
-    logger.info(f"predicting {len(paths)} image(s) with step {step} of {workdir} on {predictor.device}")
+    network = segmenter(config, variables)
+    logger.info(f"predicting {len(paths)} image(s) with step {step} of {workdir} on {network.predictor.device}")
     split = {field: config.dataset[field] for field in ("name", "root")} | {"split": config.eval.split}
     origin = {"checkpoint": str(workdir), "step": step, "input": str(arguments.input) if arguments.input else split}
-    prediction.predict(predictor, variables, paths, arguments.output, info, server_format, arguments.skip_existing, origin)
+    prediction.predict(network, paths, arguments.output, server_format, arguments.skip_existing, origin)
 
 
 def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode import: converts third-party weights to a run that the other modes can use."""
     if not (arguments.input and arguments.workdir):
         raise UserError("--mode import needs --input (a weights file) and --workdir (the directory of the new run)")
-    config = configs.load_recipe(arguments.config) if arguments.config else configs.base_config()
-    recipe = config.copy_and_resolve_references()
-    source = weights.inspect(arguments.input)
-    weights.configure(config, source)
-    config.name = arguments.input.stem
-    if arguments.config:  # the recipe overrides what the file says about its dataset
-        config.name, config.dataset, config.eval = recipe.name, recipe.dataset, recipe.eval
-    config = configs.override(config, overrides)
-    validation.validate(config)
-    weights.check_normalize(config.normalize, source)
-    info = datasets.describe(config.dataset)
-    config.dataset.class_names, config.dataset.colors = info.class_names, info.colors
-    if config.dataset.name in datasets.tables():
-        datasets.check_classes(config.dataset)
+    recipe = configs.load_recipe(arguments.config) if arguments.config else None
     workdir = arguments.workdir
-    variables = _load_weights(source, models.build(config.model, info.num_classes), info.class_names)
+    config, variables = runs.read_weights(arguments.input, lambda config: configs.override(config, overrides), recipe)
     state = new_state(config, optimizers.build(config.optimizer, config.total_steps), variables)
     checkpoint.create_run(workdir, config, jax.device_put(state, parallel.replicated(parallel.make_mesh())))
-    logger.info("\n".join(filter(None, (str(source), weights.assumptions(config, source)))))
     logger.info(f"written to {workdir}; use it in --mode evaluate, predict and export with --workdir {workdir}")
 
 
@@ -239,14 +240,13 @@ def verify(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     info = datasets.table(network.dataset)
     config.dataset.class_names, config.dataset.colors = info.class_names, info.colors
     config = runs.override_data(config, overrides)
-    model = models.build(config.model, info.num_classes)
-    variables = _load_weights(source, model, info.class_names)
+    variables = runs.load_weights(source, config, info)
     logger.info(f"{source}; recognized as {network}")
     workdir, scores = runs.workdir_of(arguments, config.name), {}
     for title, (fields, _) in network.evaluations().items():
         config.eval.update(fields)
-        data, predictor = sources.open_source(config.dataset, config.eval.split), _predictor(config, model)
-        report, _ = _score(predictor, variables, config, _sort_by_size(predictor, data))
+        data, ready = sources.open_source(config.dataset, config.eval.split), segmenter(config, variables)
+        report, _ = _score(ready, config, _sort_by_size(ready.predictor, data))
         scores[title] = 100 * report.metrics.mean_iou
         saved = report.save(workdir / "evaluation", {"checkpoint": source.path, "data": data.fingerprint})
         logger.info(f"{title}: {report}\nwritten to {saved}")
@@ -305,14 +305,6 @@ JOBS = {
 MULTI_PROCESS_JOBS = ("train", "evaluate", "predict")  # modes that several processes can run together
 
 
-def _load_weights(source: weights.Source, model: nn.Module, class_names: Sequence[str]) -> Any:
-    """Loads a segmentation network; if its file names the classes, they are put into the order of `class_names`."""
-    variables = weights.load(source.path, model)
-    if not source.class_names:
-        return variables
-    return resume.match_classes(variables, None, source.class_names, class_names, source.path)
-
-
 def _warn_of_training_images(saved: ConfigDict, source: Any) -> None:
     """Warns if the training data, where it is available, contains images that will be evaluated."""
     from pspnet_jax.data import overlap, sources
@@ -334,15 +326,17 @@ def _split_images(config: ConfigDict) -> dict[str, str]:
     return {pair.name: pair.image for pair in pairs}
 
 
-def _predictor(config: ConfigDict, model: nn.Module | None = None) -> Predictor:
-    """Returns the predictor of a model, by default the one built from the config."""
-    num_classes = datasets.describe(config.dataset).num_classes
-    network = model or models.build(config.model, num_classes)
+def segmenter(config: ConfigDict, variables: Any, devices: Sequence[jax.Device] | None = None) -> Segmenter:
+    """Returns the segmenter of the network that a config describes, on these devices of this process, by default all."""
+    info = datasets.describe(config.dataset)
+    return Segmenter(_predictor(config, models.build(config.model, info.num_classes), devices), variables, info)
 
+
+def _predictor(config: ConfigDict, model: nn.Module, devices: Sequence[jax.Device] | None = None) -> Predictor:
     def apply(variables: Any, images: jax.Array) -> Any:
-        return network.apply(variables, images, train=False)
+        return model.apply(variables, images, train=False)
 
-    return Predictor(apply, config, num_classes)
+    return Predictor(apply, config, datasets.describe(config.dataset).num_classes, devices)
 
 
 def _sort_by_size(predictor: Predictor, source: Any) -> Any:
@@ -356,12 +350,9 @@ def _sort_by_size(predictor: Predictor, source: Any) -> Any:
     return ordered
 
 
-def _score(predictor: Predictor, variables: Any, config: ConfigDict, source: Any) -> tuple[Report, Mapping[str, Any]]:
+def _score(network: Segmenter, config: ConfigDict, source: Any) -> tuple[Report, Mapping[str, Any]]:
     """Evaluates config.eval.split, opened as `source`."""
     from pspnet_jax.data import pipeline
 
-    info = datasets.describe(config.dataset)
     dataset = pipeline.eval_dataset(config, host=jax.process_index(), hosts=jax.process_count(), source=source)
-    return evaluation.evaluate(
-        predictor, variables, pipeline.as_numpy(dataset), info, len(source), config.eval.split, pictures=PICTURES
-    )
+    return evaluation.evaluate(network, pipeline.as_numpy(dataset), len(source), config.eval.split, pictures=PICTURES)

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,19 +12,29 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from pspnet_jax import config as configs
-from pspnet_jax import datasets, files, losses, parallel, validation, weights
+from pspnet_jax import datasets, files, losses, models, parallel, validation, weights
 from pspnet_jax.errors import MissingFileError, UserError
 from pspnet_jax.train import checkpoint, resume
 from pspnet_jax.train.step import Variables
 
 logger = logging.getLogger("pspnet_jax")
+Change = Callable[[ConfigDict], ConfigDict]  # sets fields of a config, given a copy, and returns it
 
 
 def from_recipe(arguments: argparse.Namespace, overrides: Sequence[str], num_devices: int = 0) -> ConfigDict:
-    """Returns the recipe with the overrides of the command line, absolute paths, and its classes filled in."""
+    """Returns the recipe with the overrides of the command line, see `prepare`."""
     if not arguments.config:
-        raise UserError("--config is missing; name a recipe, such as --config configs/quickstart.py")
-    config = configs.override(configs.load_recipe(arguments.config), overrides)
+        raise UserError("--config is missing; name a recipe, such as --config quickstart")
+    return prepare(configs.override(configs.load_recipe(arguments.config), overrides), num_devices)
+
+
+def prepare(config: ConfigDict, num_devices: int = 0) -> ConfigDict:
+    """Validates a config, makes its paths absolute and fills in its classes, in place, and returns it.
+
+    Args:
+      config: of a recipe.
+      num_devices: see `validation.validate`.
+    """
     validation.validate(config, num_devices)
     for warning in validation.unused_fields(config):
         logger.warning(warning)
@@ -123,13 +133,23 @@ def restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> Restored
     with parallel.fail_together("reading the recipe"):
         recipe = arguments.config and configs.load_recipe(arguments.config)
         workdir = workdir_of(arguments, recipe and recipe.name)
-        steps = sorted(int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit())
-    parallel.require_same({"checkpoints in the workdir": steps})
-    saved, step, variables = checkpoint.load(workdir, arguments.checkpoint or "latest", parallel.make_mesh())
-    with parallel.fail_together("checking the config"):
+
+    def change(saved: ConfigDict) -> ConfigDict:
         if recipe and (differing := resume.differences(recipe, saved)):
             logger.warning(f"the config saved with the checkpoint is used, not {arguments.config}: {'; '.join(differing)}")
-        config = _absolute(configs.override(saved.copy_and_resolve_references(), overrides))
+        return _absolute(configs.override(saved, overrides))
+
+    return restore_run(workdir, arguments.checkpoint or "latest", change)
+
+
+def restore_run(workdir: epath.Path, which: str, change: Change) -> Restored:
+    """Loads a checkpoint of a run: "latest", "best" or a step number."""
+    with parallel.fail_together("listing the checkpoints"):
+        steps = sorted(int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit())
+    parallel.require_same({"checkpoints in the workdir": steps})
+    saved, step, variables = checkpoint.load(workdir, which, parallel.make_mesh())
+    with parallel.fail_together("checking the config"):
+        config = change(saved.copy_and_resolve_references())
         validation.validate(config)
         _check_class_names(saved.dataset.class_names, config.dataset.class_names)
         changed = resume.differences(saved, config)
@@ -140,6 +160,42 @@ def restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> Restored
     if jax.process_count() > 1:
         parallel.require_same({"step": step, "weights": parallel.checksum(variables), **comparable(config)})
     return Restored(config, step, variables, workdir, saved)
+
+
+def read_weights(path: epath.Path, change: Change, recipe: ConfigDict | None = None) -> tuple[ConfigDict, Variables]:
+    """Reads a third-party weights file, and logs what is assumed about it.
+
+    Args:
+      path: see `weights.inspect`.
+      change: applied to the config.
+      recipe: its classes, data and evaluation settings replace those that follow from the file.
+
+    Returns:
+      The config of the file's network, and its variables.
+    """
+    config, source = recipe.copy_and_resolve_references() if recipe else configs.base_config(), weights.inspect(path)
+    weights.configure(config, source)
+    config.name = path.stem
+    if recipe:  # it overrides what the file says about its dataset
+        config.name, config.dataset, config.eval = recipe.name, recipe.dataset, recipe.eval
+    config = change(config)
+    validation.validate(config)
+    weights.check_normalize(config.normalize, source)
+    info = datasets.describe(config.dataset)
+    config.dataset.class_names, config.dataset.colors = info.class_names, info.colors
+    if config.dataset.name in datasets.tables():
+        datasets.check_classes(config.dataset)
+    variables = load_weights(source, config, info)
+    logger.info("\n".join(filter(None, (str(source), weights.assumptions(config, source)))))
+    return config, variables
+
+
+def load_weights(source: weights.Source, config: ConfigDict, info: datasets.DatasetInfo) -> Variables:
+    """Loads a segmentation network; if its file names the classes, they are put into the order of `info`."""
+    variables = weights.load(source.path, models.build(config.model, info.num_classes))
+    if not source.class_names:
+        return variables
+    return resume.match_classes(variables, None, source.class_names, info.class_names, source.path)
 
 
 def _check_class_names(saved: Sequence[str], given: Sequence[str]) -> None:

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from pspnet_jax import files
@@ -74,6 +72,9 @@ def class_frequencies(pixels: np.ndarray, info: DatasetInfo) -> Image.Image:
       pixels: int[K], number of pixels of each class.
       info: class names and colors.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not needed for predictions
+    from matplotlib.figure import Figure
+
     order = np.argsort(-pixels, kind="stable")
     shares = pixels[order] / max(1, pixels.sum())
     figure = Figure(figsize=(8, 1 + 0.2 * len(order)), layout="constrained")

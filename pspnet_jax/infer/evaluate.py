@@ -15,16 +15,15 @@ from pspnet_jax.errors import UserError
 from pspnet_jax.infer.draw import side_by_side
 from pspnet_jax.infer.plan import ceil_div
 from pspnet_jax.infer.predictor import Example, Predictor
+from pspnet_jax.infer.segmenter import Segmenter
 from pspnet_jax.metrics import confusion_matrix, summarize
 from pspnet_jax.progress import progress
 from pspnet_jax.report import Report
 
 
 def evaluate(
-    predictor: Predictor,
-    variables: Any,
+    segmenter: Segmenter,
     examples: Iterable[Example],
-    info: DatasetInfo,
     num_examples: int,
     split: str,
     pictures: int = 0,
@@ -32,10 +31,8 @@ def evaluate(
     """Scores a split. With several processes, each passes its share of the examples and gets the report on the whole split.
 
     Args:
-      predictor: predicts the classes of `info` on devices of this process.
-      variables: weights, see `Predictor.place`.
+      segmenter: predicts on devices of this process.
       examples: this process's share, each with image uint8[H, W, 3], label uint8[H, W] (255 is ignored) and name.
-      info: the classes.
       num_examples: total over all processes.
       split: its name, for the report.
       pictures: number of examples to return as pictures (image, label and prediction side by side), keyed by name.
@@ -46,8 +43,7 @@ def evaluate(
     """
     if num_examples < 1:
         raise UserError(f"split {split!r} has no images to score")
-    began = time.perf_counter()
-    variables = predictor.place(variables)
+    began, predictor, info = time.perf_counter(), segmenter.predictor, segmenter.info
     share = ceil_div(num_examples - jax.process_index(), jax.process_count())
     chosen = {round(i) for i in np.linspace(0, share - 1, pictures)}
     before = predictor.windows, predictor.slots
@@ -57,7 +53,7 @@ def evaluate(
     with parallel.fail_together("evaluating"), progress(f"evaluating {split}", share) as advance:
         checked = _checked(examples, info.num_classes)
         numbered = ({**example, "number": i} for i, example in enumerate(checked))
-        for group, labels in predictor.stream(variables, numbered):
+        for group, labels in predictor.stream(segmenter.variables, numbered):
             pending.append((group, _count(_stack_labels(group, labels.shape), labels, info.num_classes)))
             for i, example in enumerate(group):
                 if example["number"] in chosen:

@@ -22,28 +22,24 @@ from etils import epath
 from PIL import Image, PngImagePlugin
 
 from pspnet_jax import files, image_files, parallel
-from pspnet_jax.datasets import IGNORE, DatasetInfo
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer import submission
-from pspnet_jax.infer.draw import overlay, palette_image, save
+from pspnet_jax.infer.draw import save
 from pspnet_jax.infer.predictor import Example, Predictor
+from pspnet_jax.infer.segmenter import AHEAD, THREADS, Result, Segmenter, ahead
 from pspnet_jax.lock import locked
 from pspnet_jax.progress import progress
 
 logger = logging.getLogger(__name__)
-THREADS = 2 + (os.cpu_count() or 1)
-AHEAD = 2 * THREADS  # maximum number of images read ahead, and of results waiting to be written
 ORIGIN = ".origin.json"  # file in the output that records how its results were made
 SIGNATURE = "pspnet_jax"  # PNG text key of a result's signature
 SINGLE_FILE_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)  # any other error would occur for the next image, too
 
 
 def predict(
-    predictor: Predictor,
-    variables: Any,
+    segmenter: Segmenter,
     images: Mapping[str, epath.PathLike],
     output: epath.PathLike,
-    info: DatasetInfo,
     server_format: str = "",
     skip_existing: bool = False,
     origin: Mapping[str, Any] | None = None,
@@ -54,11 +50,9 @@ def predict(
     class colors) and output/overlay/NAME.jpg (half color, half image); or, if `server_format` is given, only the submission.
 
     Args:
-      predictor: predicts the classes of `info`.
-      variables: weights, see `Predictor.place`.
+      segmenter: predicts on devices of this process.
       images: files keyed by the names of their results, see `inputs.find_images`.
       output: a folder, created if missing.
-      info: the classes.
       server_format: "cityscapes", "ade20k" or "voc" for a submission to that benchmark's server.
       skip_existing: skips images that already have all their results, to continue an interrupted run.
       origin: identifies the weights and the images, such as the run, its step and the "input"; saved with the settings in
@@ -70,10 +64,14 @@ def predict(
         differ in images or settings; or, raised when all others are done, some images could not be predicted.
     """
     with parallel.fail_together("preparing the prediction"):
-        server, output = submission.choose(server_format, info) if server_format else None, files.absolute(output)
+        server, output = submission.choose(server_format, segmenter.info) if server_format else None, files.absolute(output)
         if output.exists() and not output.is_dir():
             raise UserError(f"--output {output}: is a file; expected a folder, which is created if missing")
-    settings = {**predictor.description, "format": server_format, "weights": parallel.checksum(variables)}
+    settings = {
+        **segmenter.predictor.description,
+        "format": server_format,
+        "weights": parallel.checksum(segmenter.variables),
+    }
     parallel.require_same({**settings, "images": len(images), "their names": [*images], "skip_existing": skip_existing})
     origin = next(iter(parallel.exchange({**(origin or {}), **settings}).values()))  # the paths may differ
     share = dict(itertools.islice(images.items(), jax.process_index(), None, jax.process_count()))
@@ -86,7 +84,7 @@ def predict(
                 _write_origin(output, origin, skip_existing)
         began = time.perf_counter()
         with parallel.fail_together("predicting"):
-            mine = _predict_share(predictor, variables, share, results, info, server, skip_existing, origin)
+            mine = _predict_share(segmenter, share, results, server, skip_existing, origin)
         outcomes = [*parallel.exchange(mine).values()]
     existing, done = (sum(outcome[count] for outcome in outcomes) for count in ("existing", "done"))
     failed = [line for outcome in outcomes for line in outcome["failed"]]
@@ -95,17 +93,15 @@ def predict(
     if stopped_by := next(filter(None, (outcome["stopped_by"] for outcome in outcomes)), ""):
         raise UserError("\n".join((*listed, f"{output}: {stopped_by}; {kept}, and --skip_existing continues from there")))
     rate = done / (time.perf_counter() - began)
-    logger.info(f"{kept}, {existing} from earlier runs; {rate:.3g} images/s on {predictor.device}, including I/O")
+    logger.info(f"{kept}, {existing} from earlier runs; {rate:.3g} images/s on {segmenter.predictor.device}, including I/O")
     if failed:
         raise UserError("\n".join((*listed, f"{len(failed)} of {len(images)} images could not be predicted")))
 
 
 def _predict_share(
-    predictor: Predictor,
-    variables: Any,
+    segmenter: Segmenter,
     images: Mapping[str, epath.PathLike],
     results: Mapping[str, Sequence[epath.Path]],
-    info: DatasetInfo,
     server: submission.Submission | None,
     skip_existing: bool,
     origin: Mapping[str, Any],
@@ -116,34 +112,17 @@ def _predict_share(
       The numbers of images that had results ("existing") and that have them now ("done"), a message for each that "failed", and
       "stopped_by", why no more could be written, or "".
     """
-    sign, variables = functools.partial(_signature, origin), predictor.place(variables)
-    todo = _by_size(_without_results(images, results, sign) if skip_existing else images, predictor)
+    sign = functools.partial(_signature, origin)
+    todo = _by_size(_without_results(images, results, sign) if skip_existing else images, segmenter.predictor)
     with ThreadPoolExecutor(THREADS) as pool, progress("predicting", len(todo)) as advance:
         io = _FileIO(pool, advance)
-        for group in predictor.groups(variables, io.read(todo, predictor.check, sign)):
-            for example, labels, i in _predict_group(group, predictor, variables, io.fail):
-                fetch_label = functools.partial(_fetch_label, labels, i, example["image"], predictor)
-                io.write(example["name"], _write, results[example["name"]], example, fetch_label, info, server)
+        examples = io.read(todo, segmenter.predictor.check, sign)
+        for result in segmenter.results(examples, lambda example, error: io.fail(f"{example['name']}: {error}")):
+            io.write(result.example["name"], _write, results[result.example["name"]], result, server)
             if io.stopped_by:
                 break
         io.wait()
     return {"existing": len(images) - len(todo), "done": io.done, "failed": io.failed, "stopped_by": io.stopped_by}
-
-
-def _predict_group(
-    group: Sequence[Example], predictor: Predictor, variables: Any, fail: Callable[[str], None]
-) -> list[tuple[Example, jax.Array, int]]:
-    """Returns (example, labels uint8[M, S, T] of the group, its index in them) for each example; passes errors to `fail`."""
-    images = [example["image"] for example in group]
-    try:
-        with predictor.explain_out_of_memory(images):
-            labels = predictor.labels(variables, images)
-    except UserError as error:
-        if len(group) > 1:  # a single image may be the cause
-            return [result for example in group for result in _predict_group([example], predictor, variables, fail)]
-        fail(f"{group[0]['name']}: {error}")
-        return []
-    return [(example, labels, i) for i, example in enumerate(group)]
 
 
 class _FileIO:
@@ -177,16 +156,9 @@ class _FileIO:
                 raise UserError(reason if reason.startswith(str(path)) else f"{path}: {reason}") from error
             return {"image": image, "signature": signature}
 
-        reading: collections.deque[tuple[str, Future]] = collections.deque()
-        remaining = iter(paths.items())
-        while True:
-            while len(reading) < AHEAD and (item := next(remaining, None)):
-                reading.append((item[0], self._pool.submit(read_one, item[1])))
-            if not reading:
-                return
-            name, future = reading.popleft()
+        for (name, _), reading in ahead(self._pool, lambda item: read_one(item[1]), paths.items()):
             try:
-                yield {"name": name, **future.result()}
+                yield {"name": name, **reading.result()}
             except UserError as error:
                 self.fail(str(error))
 
@@ -255,33 +227,16 @@ def _is_done(results: Sequence[epath.Path], signature: str) -> bool:
         return False
 
 
-def _fetch_label(labels: jax.Array, i: int, image: np.ndarray, predictor: Predictor) -> np.ndarray:
-    """Waits for the devices, and returns the i-th image's label uint8[H, W]."""
-    with predictor.explain_out_of_memory([image]):
-        label = np.asarray(labels)[i, : image.shape[0], : image.shape[1]]
-    if (label == IGNORE).any():
-        raise UserError("the network's scores are not finite (NaN), so there is no most probable class")
-    return label
-
-
-def _write(
-    results: Sequence[epath.Path],
-    example: Example,
-    fetch_label: Callable[[], np.ndarray],
-    info: DatasetInfo,
-    server: submission.Submission | None,
-) -> None:
-    label, signed = fetch_label(), PngImagePlugin.PngInfo()
-    signed.add_text(SIGNATURE, example["signature"])
+def _write(results: Sequence[epath.Path], result: Result, server: submission.Submission | None) -> None:
+    label, signed = result.labels, PngImagePlugin.PngInfo()
+    signed.add_text(SIGNATURE, result.example["signature"])
     if folders := [str(path) for path in results if path.is_dir()]:
         raise UserError(f"{', '.join(folders)}: is a folder where a result should be; move it away")
     if server:
         return save(server.encode(label), results[0], pnginfo=signed)
     index, color, mixed = results
-    save(palette_image(label, info.colors), color)
-    save(
-        Image.fromarray(overlay(example["image"], label, info.colors)), mixed, "JPEG", quality=95, subsampling=0
-    )  # crisp edges
+    result.save(color)
+    save(result.overlay(), mixed, "JPEG", quality=95, subsampling=0)  # crisp edges
     save(Image.fromarray(label), index, pnginfo=signed)  # written last: if it exists, so do the others
 
 

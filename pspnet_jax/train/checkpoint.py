@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 import math
+import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,8 +35,13 @@ SETTINGS = "settings"  # the evaluation settings in score.json; scores are only 
 
 
 def _quiet_orbax() -> None:
-    """Silences the tracebacks that orbax and its event loop log once per array for an error that they also raise."""
-    logging.getLogger("absl").addFilter(lambda record: not ("orbax" in record.pathname and record.levelno >= logging.ERROR))
+    """Silences what orbax logs when it opens a directory only to read, and the tracebacks that it and its event loop log once
+    per array for an error that they also raise."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR and not re.search("read.only=", str(record.msg))
+
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or is_news(record))
     logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
     hook = sys.unraisablehook
     sys.unraisablehook = lambda found: None if str(found.exc_value) == "Event loop is closed" else hook(found)

@@ -13,6 +13,7 @@ from pspnet_jax.datasets import DatasetInfo
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer.evaluate import evaluate
 from pspnet_jax.infer.predictor import Predictor
+from pspnet_jax.infer.segmenter import Segmenter
 from tests.processes import run_processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
@@ -52,7 +53,9 @@ SIZES = ((40, 40), (40, 40), (36, 50), (40, 40), (36, 50))
 @pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.parametrize("inference", ["windows", "whole"])
 def test_every_pixel_of_every_image_counts_once(devices, inference):
-    report, _ = evaluate(predictor(devices, inference=inference), STRONGEST, examples(*SIZES), INFO, len(SIZES), "val")
+    report, _ = evaluate(
+        Segmenter(predictor(devices, inference=inference), STRONGEST, INFO), examples(*SIZES), len(SIZES), "val"
+    )
     matrix = expected_matrix(examples(*SIZES))
     assert report.images == 5
     np.testing.assert_array_equal(report.pixels, matrix.sum(1))
@@ -65,20 +68,20 @@ def test_every_pixel_of_every_image_counts_once(devices, inference):
 
 def test_the_wrong_number_of_examples_is_an_error():
     with pytest.raises(UserError, match="split 'val': got 2 images, but expected 3"):
-        evaluate(predictor(), STRONGEST, examples(*SIZES[:2]), INFO, 3, "val")
+        evaluate(Segmenter(predictor(), STRONGEST, INFO), examples(*SIZES[:2]), 3, "val")
 
 
 def test_a_label_of_another_size_is_refused():
     (example,) = examples((40, 40))
     example["label"] = example["label"][:-1]
     with pytest.raises(UserError, match=r"0: the label's size is \(39, 40\), but the image's is \(40, 40\)"):
-        evaluate(predictor(), STRONGEST, [example], INFO, 1, "val")
+        evaluate(Segmenter(predictor(), STRONGEST, INFO), [example], 1, "val")
 
 
 def test_a_split_without_labels_is_refused():
     unlabeled = ({**example, "label": np.full_like(example["label"], 255)} for example in examples(*SIZES[:2]))
     with pytest.raises(ValueError, match="split 'test': all pixels of its 2 images are labeled 255"):
-        evaluate(predictor(), STRONGEST, unlabeled, INFO, 2, "test")
+        evaluate(Segmenter(predictor(), STRONGEST, INFO), unlabeled, 2, "test")
 
 
 def test_the_report_as_text_and_as_json(tmp_path):
@@ -86,7 +89,9 @@ def test_the_report_as_text_and_as_json(tmp_path):
     image = np.zeros((2, 40, 3), np.uint8)
     image[0, :, 0] = image[1, :, 1] = 255
     example = {"image": image, "label": np.zeros((2, 40), np.uint8), "name": "street/one"}
-    report, pictures = evaluate(predictor(flip=True, scales=(1.0, 1.5)), STRONGEST, [example], INFO, 1, "val", pictures=1)
+    report, pictures = evaluate(
+        Segmenter(predictor(flip=True, scales=(1.0, 1.5)), STRONGEST, INFO), [example], 1, "val", pictures=1
+    )
     console = Console(width=140, color_system=None)
     with console.capture() as capture:
         console.print(report.table())
@@ -113,19 +118,19 @@ def test_the_report_as_text_and_as_json(tmp_path):
 
 def test_the_report_names_stride_and_short_side_if_they_are_set():
     given = {"protocol": "mmseg", "base_size": 80, "short_size": 40, "stride": (20, 22), "scales": (1.0,)}
-    report, _ = evaluate(predictor(**given), STRONGEST, examples(*SIZES[:1]), INFO, 1, "val")
+    report, _ = evaluate(Segmenter(predictor(**given), STRONGEST, INFO), examples(*SIZES[:1]), 1, "val")
     _, line = str(report).splitlines()
     assert "windows 33x33 stride 20x22, long side 80, short side at most 40, scales 1.0, flip off, protocol mmseg; " in line
 
 
 def test_pictures_are_evenly_spaced_over_the_split():
-    _, pictures = evaluate(predictor(), STRONGEST, examples(*SIZES), INFO, 5, "val", pictures=3)
+    _, pictures = evaluate(Segmenter(predictor(), STRONGEST, INFO), examples(*SIZES), 5, "val", pictures=3)
     assert list(pictures) == ["0", "2", "4"]
 
 
 def test_a_split_without_images_is_refused():
     with pytest.raises(UserError, match="split 'val' has no images to score"):
-        evaluate(predictor(), STRONGEST, [], INFO, 0, "val", pictures=4)
+        evaluate(Segmenter(predictor(), STRONGEST, INFO), [], 0, "val", pictures=4)
 
 
 @pytest.mark.parametrize(
@@ -146,13 +151,13 @@ def test_examples_that_cannot_be_scored(change, message):
     (example,) = examples((40, 40))
     example = {field: value for field, value in {**example, **change}.items() if value is not None}
     with pytest.raises(UserError, match=message):
-        evaluate(predictor(), STRONGEST, [example], INFO, 1, "val")
+        evaluate(Segmenter(predictor(), STRONGEST, INFO), [example], 1, "val")
 
 
 def test_an_image_without_pixels_is_refused():
     example = {"image": np.zeros((0, 9, 3), np.uint8), "label": np.zeros((0, 9), np.uint8), "name": "empty"}
     with pytest.raises(UserError, match=r"empty: an image is uint8\[0, 9, 3\]"):
-        evaluate(predictor(), STRONGEST, [example], INFO, 1, "val")
+        evaluate(Segmenter(predictor(), STRONGEST, INFO), [example], 1, "val")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -161,7 +166,7 @@ def test_scores_that_are_not_finite_are_refused_with_the_image_named(value, prot
     """argmax of NaN would be class 0, which here is often correct."""
     network = predictor(network=lambda w, x: x @ w * value, protocol=protocol)
     with pytest.raises(UserError, match=r"0: the network's scores are not finite \(NaN\), so the image cannot be evaluated"):
-        evaluate(network, STRONGEST, examples((40, 40)), INFO, 1, "val")
+        evaluate(Segmenter(network, STRONGEST, INFO), examples((40, 40)), 1, "val")
 
 
 def test_one_pixel_that_is_not_finite_is_enough():
@@ -173,14 +178,14 @@ def test_one_pixel_that_is_not_finite_is_enough():
         return jnp.where((x[..., :1] == 1) & (x[..., 2:] > 0), jnp.nan, x @ w)
 
     with pytest.raises(UserError, match=r"1: the network's scores are not finite \(NaN\)"):
-        evaluate(predictor(network=fragile, batch_size=16), STRONGEST, images, INFO, 3, "val")
+        evaluate(Segmenter(predictor(network=fragile, batch_size=16), STRONGEST, INFO), images, 3, "val")
 
 
 @pytest.mark.parametrize("outputs", [1, 3, 5])
 def test_a_network_with_another_number_of_outputs_is_refused(outputs):
     message = rf"the network returns \[1, 33, 33, {outputs}\] for images \[1, 33, 33, 3\]: expected \[1, 33, 33, 4\]"
     with pytest.raises(UserError, match=message):
-        evaluate(predictor(base_size=33), np.ones((3, outputs), np.float32), examples((33, 33)), INFO, 1, "val")
+        evaluate(Segmenter(predictor(base_size=33), np.ones((3, outputs), np.float32), INFO), examples((33, 33)), 1, "val")
 
 
 def test_an_out_of_memory_error_names_the_settings_to_lower(monkeypatch):
@@ -190,7 +195,7 @@ def test_an_out_of_memory_error_names_the_settings_to_lower(monkeypatch):
     monkeypatch.setattr(Predictor, "labels", scarce)
     message = r"memory ran out with 2 image\(s\) of 40x40 \(RESOURCE_EXHAUSTED: .* bytes\.\); lower one of eval.batch_size=8, "
     with pytest.raises(UserError, match=message):
-        evaluate(predictor(batch_size=8), STRONGEST, examples(*SIZES[:2]), INFO, 2, "val")
+        evaluate(Segmenter(predictor(batch_size=8), STRONGEST, INFO), examples(*SIZES[:2]), 2, "val")
 
 
 PROCESS = """
@@ -199,10 +204,11 @@ parallel.start_processes()
 import jax
 import numpy as np
 from pspnet_jax.infer import evaluate
+from pspnet_jax.infer.segmenter import Segmenter
 from tests.infer.test_evaluate import INFO, SIZES, STRONGEST, examples, predictor
 weights = jax.device_put(STRONGEST, parallel.replicated(parallel.make_mesh()))
 share = list(examples(*SIZES))[jax.process_index()::jax.process_count()]
-report, _ = evaluate.evaluate(predictor(), weights, share, INFO, len(SIZES), "val")
+report, _ = evaluate.evaluate(Segmenter(predictor(), weights, INFO), share, len(SIZES), "val")
 large, _ = evaluate._sum_over_processes(np.full((2, 2), 2**40 + 1), 0)
 print(report.images, *report.pixels, *large.ravel(), report.slots_used, report.metrics.mean_iou)
 """
@@ -214,7 +220,7 @@ def test_several_processes_report_the_whole_split(count, slots):
 
     The images have 20 windows. With two processes, the first needs 12 slots; with four, 8.
     """
-    alone, _ = evaluate(predictor(), STRONGEST, examples(*SIZES), INFO, len(SIZES), "val")
+    alone, _ = evaluate(Segmenter(predictor(), STRONGEST, INFO), examples(*SIZES), len(SIZES), "val")
     pixels = expected_matrix(examples(*SIZES)).sum(1)
     done = run_processes(count, "-c", PROCESS, timeout=120)
     assert [process.returncode for process in done] == [0] * count, done[0].stderr

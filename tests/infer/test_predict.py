@@ -18,6 +18,7 @@ from pspnet_jax.infer.draw import colorize, overlay
 from pspnet_jax.infer.inputs import find_images
 from pspnet_jax.infer.predict import AHEAD, predict
 from pspnet_jax.infer.predictor import Predictor
+from pspnet_jax.infer.segmenter import Segmenter
 from tests.infer.test_evaluate import INFO, STRONGEST, predictor
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_device")]
@@ -48,7 +49,7 @@ def run(tmp_path, paths=None, network=None, **fields):
     """Predicts tmp_path/in into tmp_path/out."""
     options = {key: fields.pop(key) for key in ("skip_existing", "server_format", "origin") if key in fields}
     paths = find_images(tmp_path / "in") if paths is None else paths
-    predict(network or predictor(**fields), STRONGEST, paths, tmp_path / "out", INFO, **options)
+    predict(Segmenter(network or predictor(**fields), STRONGEST, INFO), paths, tmp_path / "out", **options)
 
 
 def test_a_folder_of_images_of_several_sizes(tmp_path):
@@ -59,7 +60,7 @@ def test_a_folder_of_images_of_several_sizes(tmp_path):
     for name, image in images.items():
         Image.fromarray(image).save(tmp_path / "in" / f"{name}.{'png' if name != 'c' else 'BMP'}")
     (tmp_path / "in" / "notes.txt").write_text("no image")
-    predict(predictor(), STRONGEST, find_images(tmp_path / "in"), tmp_path / "out", INFO)
+    predict(Segmenter(predictor(), STRONGEST, INFO), find_images(tmp_path / "in"), tmp_path / "out")
     run = predictor()
     for name, image in images.items():
         height, width = image.shape[:2]
@@ -78,7 +79,7 @@ def test_a_folder_of_images_of_several_sizes(tmp_path):
 
 def test_one_file(tmp_path):
     Image.fromarray(picture(20, 30)).save(tmp_path / "one.webp", lossless=True)
-    predict(predictor(), STRONGEST, find_images(tmp_path / "one.webp"), tmp_path / "out", INFO)
+    predict(Segmenter(predictor(), STRONGEST, INFO), find_images(tmp_path / "one.webp"), tmp_path / "out")
     assert read(tmp_path / "out" / "index" / "one.png")[1].shape == (20, 30)
 
 
@@ -150,7 +151,7 @@ def test_running_out_of_memory_fails_only_that_image(tmp_path, monkeypatch):
 def test_scores_that_are_not_finite_write_no_prediction(tmp_path):
     write(tmp_path / "in", a=(20, 30))
     with pytest.raises(UserError, match=r"a: the network's scores are not finite"):
-        predict(predictor(), STRONGEST * np.nan, find_images(tmp_path / "in"), tmp_path / "out", INFO)
+        predict(Segmenter(predictor(), STRONGEST * np.nan, INFO), find_images(tmp_path / "in"), tmp_path / "out")
     assert results(tmp_path / "out") == []
 
 
@@ -225,7 +226,7 @@ def test_an_output_that_is_a_file_or_cannot_be_written_to_is_refused_at_once(tmp
         run(tmp_path)
     assert (tmp_path / "out").read_text() == "precious"
     with pytest.raises(UserError, match=r"out/below: cannot be written \(Not a directory\); choose another place"):
-        predict(predictor(), STRONGEST, find_images(tmp_path / "in"), tmp_path / "out" / "below", INFO)
+        predict(Segmenter(predictor(), STRONGEST, INFO), find_images(tmp_path / "in"), tmp_path / "out" / "below")
 
 
 def test_a_folder_in_place_of_a_result_fails_only_that_image(tmp_path):
@@ -303,4 +304,11 @@ def test_results_of_another_checkpoint_are_not_reused(tmp_path):
     run(tmp_path, origin={"step": 2}, skip_existing=True)
     assert (tmp_path / "out/index/a.png").read_bytes() == second != first
     with pytest.raises(UserError, match="its results come from another checkpoint"):  # retrained to the same step
-        predict(predictor(), {"other": np.ones(3)}, find_images(tmp_path / "in"), tmp_path / "out", INFO, "", True, {"step": 2})
+        predict(
+            Segmenter(predictor(), {"other": np.ones(3)}, INFO),
+            find_images(tmp_path / "in"),
+            tmp_path / "out",
+            "",
+            True,
+            {"step": 2},
+        )
