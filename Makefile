@@ -29,7 +29,7 @@ else  # runs each candidate, because pyenv's commands may exist but fail, and De
 PYTHON = $(shell for p in python3.13 python3.12 python3.11; do $$p -c 'import ensurepip' 2>/dev/null && echo $$p && break; done)
 endif
 
-.venv/runtime: requirements.txt
+.venv/runtime: requirements.txt pyproject.toml
 	@test "$(PYTHON)" || { echo "error: no python3.13, python3.12 or python3.11 that runs and has ensurepip (Debian, Ubuntu:" \
 	  "apt install python3.12-venv); name one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
@@ -38,6 +38,6 @@ endif
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/dev: .venv/runtime pyproject.toml
+.venv/dev: .venv/runtime
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@

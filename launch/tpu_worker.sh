@@ -29,7 +29,7 @@ setup() {
   tar -xzf "$HOME/pspnet_jax.tar.gz" -C "$home/code"
   python3 -m uv --version >/dev/null 2>&1 || python3 -m pip install --quiet --user uv
   python3 -m uv venv --quiet --allow-existing --python 3.12 "$home/venv"
-  python3 -m uv pip install --quiet --python "$home/venv/bin/python" -e "$home/code[tpu,gcs]"
+  python3 -m uv pip install --quiet --python "$home/venv/bin/python" -e "$home/code[train,tpu,gcs]"
 }
 
 start() {

@@ -51,7 +51,7 @@ def _message(error: BaseException) -> str:
             f"out of memory ({_first_line(error)}); lower batch_size, the crop or the scales, or set a smaller eval.batch_size"
         )
     if isinstance(error, ImportError) and not (error.name or "").startswith("pspnet_jax"):
-        return f"{error.name or 'a package'} cannot be imported ({_first_line(error)}); run pip install -r requirements.txt"
+        return f"{error.name or 'a package'} cannot be imported ({_first_line(error)}); run pip install 'pspnet_jax[train]'"
     return ""
 
 

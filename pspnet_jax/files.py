@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -56,8 +57,11 @@ def user_path(path: epath.PathLike) -> epath.Path:
     bucket = "/".join(os.fspath(found).split("/")[:3])
     try:
         import google.cloud.storage  # noqa: F401 -- used by orbax
+
+        if not importlib.util.find_spec("tensorflow"):
+            import gcsfs  # noqa: F401 -- used by etils
     except ImportError as error:
-        raise UserError(f"{found}: gs:// needs another package: pip install google-cloud-storage") from error
+        raise UserError(f"{found}: gs:// needs other packages: pip install 'pspnet_jax[gcs]'") from error
     try:
         exists = epath.Path(bucket).exists()
     except Exception as error:  # TensorFlow's: no permission, no credentials, no connection

@@ -1,4 +1,4 @@
-"""The command line: `python -m pspnet_jax.main --config configs/cityscapes.py`."""
+"""The command line: `pspnet --config cityscapes` or, without installing it, `python -m pspnet_jax.main --config cityscapes`."""
 
 import argparse
 import contextlib
@@ -54,7 +54,7 @@ def _number(given: str) -> int:
 OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the modes that use it, and how it is parsed
     "config": (
         [mode for mode in jobs.JOBS if mode != "verify"],
-        {"metavar": "FILE[:ARG]", "help": "a recipe, such as configs/camvid.py, or a run's config.json"},
+        {"metavar": "RECIPE[:ARG]", "help": "a recipe, such as camvid or configs/mine.py, or a run's config.json"},
     ),
     "workdir": ([*jobs.JOBS], {"type": _path, "metavar": "DIR", "help": "directory of the run; default: runs/<recipe name>"}),
     "checkpoint": (
@@ -192,7 +192,7 @@ def _start_jax() -> None:
         reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
         raise errors.UserError(
             f"JAX finds no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}{reason}; install the JAX build "
-            "for it (pip install -e '.[cuda]'), or unset JAX_PLATFORMS"
+            "for it (pip install 'pspnet_jax[cuda13]'), or unset JAX_PLATFORMS"
         ) from error
 
 
@@ -215,7 +215,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = _Parser(
-        prog="python -m pspnet_jax.main",
+        prog="pspnet",
         description="Train, evaluate and use PSPNet. Any field of the config can be set, as in --config.batch_size=8",
         allow_abbrev=False,
     )
@@ -234,5 +234,10 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return arguments, overrides
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """The console script `pspnet`."""
     peers.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,6 +1,6 @@
 """The benchmarks as TFDS datasets, which a team prepares once in a directory or bucket. To prepare one, run
 
-    pip install -e ".[prepare]"
+    pip install "pspnet_jax[train,prepare]"
     tfds build pspnet_ade20k --imports=pspnet_jax.data.builders --file_format=array_record \\
       --manual_dir=DOWNLOADS --data_dir=DATA
 

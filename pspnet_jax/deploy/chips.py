@@ -96,5 +96,5 @@ def devices(generation: str, topology: str) -> list[jax.Device]:
     except (RuntimeError, ImportError) as error:
         raise UserError(
             f"the TPU compiler cannot compile for {generation}:{topology} here ({str(error).splitlines()[0]}); it comes with "
-            'libtpu: pip install -e ".[tpu]"'
+            'libtpu: pip install "pspnet_jax[tpu]"'
         ) from error

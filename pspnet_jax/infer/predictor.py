@@ -169,15 +169,17 @@ class Predictor:
         Raises:
           UserError: see `check`; or the network does not return logits [N, H, W, K].
         """
-        plan = self._plan(variables, images)
-        return self._in_order(self._most_probable(*self._add_views(variables, plan, plan.held)), plan)
+        with jax.enable_x64(False):
+            plan = self._plan(variables, images)
+            return self._in_order(self._most_probable(*self._add_views(variables, plan, plan.held)), plan)
 
     def probabilities(self, variables: Any, images: Sequence[np.ndarray]) -> jax.Array:
         """Returns probabilities f32[M, S, T, K]; otherwise like `labels`."""
-        plan = self._plan(variables, images)
-        total, _ = self._add_views(variables, plan, held=0)
-        assert total is not None
-        return self._in_order(total / len(plan.canvases), plan)
+        with jax.enable_x64(False):
+            plan = self._plan(variables, images)
+            total, _ = self._add_views(variables, plan, held=0)
+            assert total is not None
+            return self._in_order(total / len(plan.canvases), plan)
 
     def check(self, image: np.ndarray) -> None:
         """Raises a UserError if an image is not uint8[H, W, 3] or needs more memory than there is."""
@@ -215,7 +217,8 @@ class Predictor:
         """Compiles a forward pass of `windows` windows of a size on each device, given the weights or their shapes."""
         shape = (self._groups * windows, *frame_size(window, self._protocol), 3)
         frames = jax.ShapeDtypeStruct(shape, np.float32, sharding=self._sharding)
-        return self._network(window).lower(variables, frames, 0).compile()
+        with jax.enable_x64(False):
+            return self._network(window).lower(variables, frames, 0).compile()
 
     def bytes_per_pixel(self, variables: Any, window: tuple[int, int]) -> float:
         """Returns the memory that a device needs per pixel of a window; compiles the network for one window, once."""

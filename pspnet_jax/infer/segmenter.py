@@ -23,6 +23,7 @@ THREADS = 2 + (os.cpu_count() or 1)
 AHEAD = 2 * THREADS  # maximum number of images read ahead
 Item = TypeVar("Item")
 Made = TypeVar("Made")
+EXPECTED = "a path, a PIL image or an array uint8[H, W, 3]"
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
 OnError = Callable[[Example, UserError], None]
 
@@ -70,6 +71,8 @@ class Segmenter:
         if _is_image(images):
             [result] = self._in_order([images])
             return result
+        if not isinstance(images, Iterable):
+            raise UserError(f"an image is of type {type(images).__name__}; expected {EXPECTED}, or several of these")
         return list(self._in_order(images)) if isinstance(images, Sequence) else self._in_order(images)
 
     def _in_order(self, images: Iterable[ImageLike]) -> Iterator["Result"]:
@@ -82,7 +85,10 @@ class Segmenter:
                 waiting[result.example["number"]] = result  # with several devices, some images overtake others
                 while expected in waiting:
                     first = waiting.pop(expected)
-                    first.labels  # noqa: B018 -- waits for the devices, and raises their errors
+                    try:
+                        first.labels  # noqa: B018 -- waits for the devices
+                    except UserError as error:
+                        raise UserError(f"{first.example['name']}: {error}") from error
                     expected = next(following)
                     yield first
 
@@ -143,9 +149,17 @@ def _read(numbered: tuple[int, ImageLike]) -> Example:
         return {"number": number, "name": str(path), "image": image_files.read(path)}
     name = f"image {number}"
     if not _is_image(image):
-        raise UserError(f"{name}: is of type {type(image).__name__}; expected a path, a PIL image or an array uint8[H, W, 3]")
-    pixels = image_files.pixels(image, name) if isinstance(image, Image.Image) else np.asarray(image)
-    return {"number": number, "name": name, "image": pixels}
+        raise UserError(f"{name}: is of type {type(image).__name__}; expected {EXPECTED}")
+    return {"number": number, "name": name, "image": _pixels(image, name)}
+
+
+def _pixels(image: Any, name: str) -> np.ndarray:
+    if not isinstance(image, Image.Image):
+        return np.asarray(image)
+    try:
+        return image_files.pixels(image, name)
+    except Exception as error:  # whatever Pillow raises for a damaged file, which it reads only now
+        raise UserError(f"{name}: cannot be read ({image_files.reason(error)})") from error
 
 
 class Confidence(NamedTuple):

@@ -158,7 +158,9 @@ def _import_torch(path: epath.PathLike) -> ModuleType:
     try:
         import torch
     except ImportError as error:
-        raise UserError(f'{path}: this format needs PyTorch: pip install ".[torch]", or use .safetensors instead') from error
+        raise UserError(
+            f'{path}: this format needs PyTorch: pip install "pspnet_jax[torch]", or use .safetensors instead'
+        ) from error
     return torch
 
 

@@ -186,7 +186,7 @@ def test_a_file_that_is_missing_is_named(tmp_path):
 def test_without_torch_the_sentence_says_what_to_do(tmp_path, monkeypatch):
     torch.save(tensors(), tmp_path / "net.pth")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ValueError, match=r'needs PyTorch: pip install "\.\[torch\]", or use \.safetensors'):
+    with pytest.raises(ValueError, match=r'needs PyTorch: pip install "pspnet_jax\[torch\]", or use \.safetensors'):
         weights.inspect(tmp_path / "net.pth")
 
 
