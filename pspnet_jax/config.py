@@ -182,7 +182,7 @@ def _find_recipe(name: str) -> pathlib.Path:
     raise MissingFileError(f"--config {name}: no such file or recipe; the recipes are {', '.join(recipes)}")
 
 
-def check(config: ConfigDict, name: str = "the config") -> ConfigDict:
+def check(config: ConfigDict, name: str = "config") -> ConfigDict:
     """Locks a config and returns it, after checking that it has the fields of `base_config` with values of their types."""
     values, defaults = dict(leaves(config)), dict(leaves(base_config()))
     if unknown := values.keys() - defaults.keys():

@@ -5,6 +5,7 @@ A test runs this, and CI in an environment into which only the wheel and what it
 
 import pathlib
 import sys
+from typing import Any
 
 BLOCKED = ("tensorflow", "tensorflow_datasets", "clu.metric_writers", "tensorboard", "torch", "matplotlib")
 if __name__ == "__main__":
@@ -26,8 +27,14 @@ def write_run(workdir: pathlib.Path, num_classes: int = 3) -> None:
     config.model.update(depth=18, width=8, output_stride=32, bins=(1, 2))
     config.eval.update(crop=(40, 48), base_size=60, batch_size=2)
     config.dataset.class_names = tuple(f"class {i}" for i in range(num_classes))
-    model = models.build(config.model, num_classes)
-    variables = jax.jit(lambda: model.init(jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32), train=False))()
+    model, generator = models.build(config.model, num_classes), np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32), train=False))
+    kinds = {"bias": np.zeros, "scale": np.ones, "var": np.ones}
+
+    def make(path: Any, array: Any) -> np.ndarray:
+        return kinds.get(path[-1].key, generator.standard_normal)(array.shape).astype(np.float32)
+
+    variables = jax.tree_util.tree_map_with_path(make, shapes)
     state = step.new_state(config, optimizers.build(config.optimizer, 1), variables)
     checkpoint.create_run(workdir, config, jax.device_put(state, parallel.replicated(parallel.make_mesh())))
 
@@ -35,9 +42,10 @@ def write_run(workdir: pathlib.Path, num_classes: int = 3) -> None:
 def run(folder: pathlib.Path) -> None:
     """Segments an image in Python and with the command line, which have to agree."""
     write_run(folder / "run")
-    pixels = np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8)
+    pixels = np.kron(np.random.default_rng(0).integers(0, 256, (2, 2, 3)), np.ones((25, 30, 1))).astype(np.uint8)
     Image.fromarray(pixels).save(folder / "image.png")
     result = pspnet_jax.load(folder / "run")(folder / "image.png")
+    assert len(np.unique(result.labels)) > 1
     np.testing.assert_array_equal(result.labels, result.probabilities().argmax(-1))
     result.overlay().save(folder / "overlay.png")
     arguments = [f"--workdir={folder}/run", f"--input={folder}/image.png", f"--output={folder}/predictions"]

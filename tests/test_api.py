@@ -157,9 +157,9 @@ def test_training_takes_the_name_of_a_recipe_and_refuses_others(config, tmp_path
     config.total_steps = 0
     with pytest.raises(UserError, match="total_steps=0: expected more than 0"):
         pspnet_jax.train(config, workdir=tmp_path)
-    with pytest.raises(UserError, match="the config: the config lacks batch_size, "):
+    with pytest.raises(UserError, match="config: the config lacks augment"):
         pspnet_jax.train(configs.ConfigDict({"name": "x"}))
     with config.unlocked():
         config.batchsize = 8
-    with pytest.raises(UserError, match="the config: unknown field batchsize"):
+    with pytest.raises(UserError, match="config: unknown field batchsize"):
         pspnet_jax.train(config)
