@@ -80,7 +80,7 @@ class Segmenter:
         following = itertools.count()
         waiting, expected = dict[int, Result](), next(following)
         with ThreadPoolExecutor(THREADS) as pool:
-            read = ahead(pool, _read, enumerate(images))
+            read = ahead(pool, _read, itertools.starmap(_take, enumerate(images)))
             for result in self.results(future.result() for _, future in read):
                 waiting[result.example["number"]] = result  # with several devices, some images overtake others
                 while expected in waiting:
@@ -141,25 +141,28 @@ def _is_image(given: object) -> bool:
     return isinstance(given, str | os.PathLike | Image.Image) or hasattr(given, "__array__")
 
 
-def _read(numbered: tuple[int, ImageLike]) -> Example:
-    """Reads or converts an image of any kind."""
-    number, image = numbered
+def _take(number: int, image: ImageLike) -> Example:
+    """Returns an example with a file's path, or with a copy of an image in memory, which its iterator may close or reuse.
+
+    It also has a number and a name, for messages.
+    """
     if isinstance(image, str | os.PathLike):
-        path = files.absolute(image)
-        return {"number": number, "name": str(path), "image": image_files.read(path)}
+        return {"number": number, "name": str(path := files.absolute(image)), "image": path}
     name = f"image {number}"
     if not _is_image(image):
         raise UserError(f"{name}: is of type {type(image).__name__}; expected {EXPECTED}")
-    return {"number": number, "name": name, "image": _pixels(image, name)}
-
-
-def _pixels(image: Any, name: str) -> np.ndarray:
     if not isinstance(image, Image.Image):
-        return np.asarray(image)
+        return {"number": number, "name": name, "image": np.array(image)}
     try:
-        return image_files.pixels(image, name)
+        return {"number": number, "name": name, "image": image_files.pixels(image, name)}
     except Exception as error:  # whatever Pillow raises for a damaged file, which it reads only now
         raise UserError(f"{name}: cannot be read ({image_files.reason(error)})") from error
+
+
+def _read(example: Example) -> Example:
+    """Reads the image, if the example has its path."""
+    image = example["image"]
+    return example if isinstance(image, np.ndarray) else {**example, "image": image_files.read(image)}
 
 
 class Confidence(NamedTuple):
@@ -207,24 +210,26 @@ class Result:
         labels, index = self._pending
         with self._segmenter.predictor.explain_out_of_memory([self.image]):
             label = np.array(np.asarray(labels)[index, :height, :width])
-        del self._pending  # frees the memory of the group
         if (label == IGNORE).any():
             raise UserError("the network's scores are not finite (NaN), so there is no most probable class")
+        del self._pending  # frees the memory of the group
         return label
 
     def probabilities(self) -> np.ndarray:
         """Returns the probability of each class at each pixel, f32[H, W, K]. They are not kept: the network is run again."""
-        return np.asarray(self._probabilities())
+        return self._from_probabilities(lambda probabilities: probabilities)
 
     @functools.cached_property
     def confidence(self) -> Confidence:
         """The highest probability and the entropy at each pixel, from `probabilities`."""
-        return Confidence(*map(np.asarray, _confidence(self._probabilities())))
+        return Confidence(*self._from_probabilities(_confidence))
 
-    def _probabilities(self) -> jax.Array:
-        height, width, _ = self.image.shape
-        with self._segmenter.predictor.explain_out_of_memory([self.image]):
-            return self._segmenter.predictor.probabilities(self._segmenter.variables, [self.image])[0, :height, :width]
+    def _from_probabilities(self, function: Callable[[jax.Array], Any]) -> Any:
+        """Applies a function to the probabilities, on the devices."""
+        predictor, (height, width, _) = self._segmenter.predictor, self.image.shape
+        with predictor.explain_out_of_memory([self.image]):
+            probabilities = predictor.probabilities(self._segmenter.variables, [self.image])[0, :height, :width]
+            return jax.tree.map(np.asarray, function(probabilities))
 
     def overlay(self, alpha: float = 0.5) -> Image.Image:
         """Returns the image with the class colors drawn over it: (1 - alpha) * image + alpha * colors."""

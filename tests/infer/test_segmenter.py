@@ -68,6 +68,26 @@ def test_several_images_keep_their_order(devices, kind):
         np.testing.assert_array_equal(result.labels, image.argmax(-1))
 
 
+def test_an_iterator_may_close_and_reuse_its_images(tmp_path):
+    images = [picture(33, 33, seed) for seed in range(4)]
+
+    def reused():
+        buffer = np.empty_like(images[0])
+        for image in images:
+            np.copyto(buffer, image)
+            yield buffer
+
+    def closed():
+        for image in images:
+            Image.fromarray(image).save(tmp_path / "image.png")
+            with Image.open(tmp_path / "image.png") as opened:
+                yield opened
+
+    for iterator in (reused(), closed()):
+        for image, result in zip(images, segmenter()(iterator), strict=True):
+            np.testing.assert_array_equal(result.labels, image.argmax(-1))
+
+
 def test_no_images_have_no_results():
     assert segmenter()([]) == list(segmenter()(iter([]))) == []
 
