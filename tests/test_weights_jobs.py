@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import pspnet_jax
 from pspnet_jax import config as configs
 from pspnet_jax import models, parallel, weights
+from pspnet_jax.errors import UserError
 from pspnet_jax.main import main
 from pspnet_jax.train import checkpoint, resume
 from tests import fakes
@@ -49,6 +51,21 @@ def test_an_import_predicts_like_the_original_network(imported, tmp_path):
         print(f"{same:.4%} of the pixels have the same class; classes {np.unique(label)}")
         assert same > 0.999
         assert len(np.unique(label)) > 1
+
+
+def test_a_file_predicts_in_python_as_its_import_does_on_the_command_line(imported, tmp_path):
+    workdir, data, _ = imported
+    file, images = workdir.parent / "net.pth", sorted((data / "images/val").iterdir())
+    assert main(["--mode=import", f"--input={file}", f"--workdir={tmp_path}/run"]) == 0
+    settings = ["--config.eval.scales=0.5,1.0", f"--output={tmp_path}/out"]
+    assert main(["--mode=predict", f"--workdir={tmp_path}/run", f"--input={data}/images/val", *settings]) == 0
+    segmenter = pspnet_jax.load(file, scales=(0.5, 1.0))
+    assert segmenter.classes == ("class 0", "class 1", "class 2")
+    for image, result in zip(images, segmenter(images), strict=True):
+        np.testing.assert_array_equal(result.labels, np.asarray(Image.open(tmp_path / "out/index" / f"{image.stem}.png")))
+    torch.save(reference.ResNet(18).state_dict(), tmp_path / "resnet.pth")
+    with pytest.raises(UserError, match=r"resnet\.pth: .* backbone only; there is nothing to evaluate: train from it"):
+        pspnet_jax.load(tmp_path / "resnet.pth")
 
 
 def test_an_import_is_evaluated_with_its_own_protocol(imported, capsys):
