@@ -11,6 +11,7 @@ from pspnet_jax.errors import UserError
 from pspnet_jax.infer import submission
 from pspnet_jax.infer.inputs import find_images
 from pspnet_jax.infer.predict import predict
+from pspnet_jax.infer.segmenter import Segmenter
 from tests.infer.test_evaluate import INFO, STRONGEST, predictor
 
 FORMS = {server_format: datasets.table(server.dataset) for server_format, server in submission.SUBMISSIONS.items()}
@@ -61,7 +62,7 @@ def test_files_are_named_like_the_images_in_all_subfolders(tmp_path, monkeypatch
     for name in ("berlin/berlin_000000_000019_leftImg8bit", "bonn/bonn_000001_000019_leftImg8bit"):
         (tmp_path / "in" / name).parent.mkdir(parents=True)
         Image.fromarray(picture).save(tmp_path / "in" / f"{name}.png")
-    predict(predictor(), STRONGEST, find_images(tmp_path / "in", flat=True), tmp_path / "out", INFO, "own")
+    predict(Segmenter(predictor(), STRONGEST, INFO), find_images(tmp_path / "in", flat=True), tmp_path / "out", "own")
     assert sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png")) == [
         "results/here/berlin_000000_000019_leftImg8bit.png",
         "results/here/bonn_000001_000019_leftImg8bit.png",
