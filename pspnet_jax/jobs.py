@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from pspnet_jax import config as configs
 from pspnet_jax import datasets, files, losses, models, optimizers, parallel, runs, weights
 from pspnet_jax.errors import UserError
-from pspnet_jax.infer import draw, inputs
+from pspnet_jax.infer import draw, inputs, video
 from pspnet_jax.infer import evaluate as evaluation
 from pspnet_jax.infer import predict as prediction
 from pspnet_jax.infer.predictor import Predictor
@@ -194,11 +194,13 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """--mode predict: segments an image, a folder, or the images of config.eval.split."""
+    """--mode predict: segments an image, a folder, a video, or the images of config.eval.split."""
     if not arguments.output:
         raise UserError(
             "--mode predict needs --output (a directory); without --input (an image or a folder) it predicts config.eval.split"
         )
+    if arguments.input and video.is_video(arguments.input):
+        return _predict_video(arguments, overrides)
     config, step, variables, workdir, _ = runs.restore(arguments, overrides)
     server_format = arguments.format or ""
     with parallel.fail_together("listing the images"):
@@ -212,6 +214,20 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     split = {field: config.dataset[field] for field in ("name", "root")} | {"split": config.eval.split}
     origin = {"checkpoint": str(workdir), "step": step, "input": str(arguments.input) if arguments.input else split}
     prediction.predict(network, paths, arguments.output, server_format, arguments.skip_existing, origin)
+
+
+def _predict_video(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Writes OUTPUT/overlay/NAME.mp4."""
+    source, target = arguments.input, arguments.output / "overlay" / f"{video.name_of(arguments.input)}.mp4"
+    if arguments.format or jax.process_count() > 1:
+        raise UserError(f"--input {source}: is a video, which is predicted without --format, and in a single process")
+    if arguments.skip_existing and files.is_there(target):
+        return logger.info(f"{target} is there already")
+    config, step, variables, workdir, _ = runs.restore(arguments, overrides)
+    network, began = segmenter(config, variables), time.perf_counter()
+    logger.info(f"predicting {source} with step {step} of {workdir} on {network.predictor.device}")
+    frames = video.write_overlay(network, source, target)
+    logger.info(f"{frames} frames written to {target}, {frames / (time.perf_counter() - began):.3g} frames/s")
 
 
 def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from etils import epath
 import pspnet_jax
 from pspnet_jax import clusters, errors, files, jobs, parallel, peers, programs
 from pspnet_jax import config as configs
+from pspnet_jax.infer import video
 
 logger = logging.getLogger("pspnet_jax")
 ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")  # device files: TPUs, then GPUs
@@ -36,6 +37,10 @@ def _path(given: str) -> epath.Path:
         return files.user_path(_nonempty(given))
     except errors.UserError as error:  # argparse would drop the message, since UserError is a ValueError
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _input(given: str) -> epath.PathLike:
+    return given if video.is_live(given) else _path(given)
 
 
 def _steps(given: str) -> tuple[int, int]:
@@ -63,7 +68,11 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
     ),
     "input": (
         ["predict", "import", "verify"],
-        {"type": _path, "metavar": "PATH", "help": "an image or a folder to predict; a file to import or verify"},
+        {
+            "type": _input,
+            "metavar": "PATH",
+            "help": "an image, a folder, a video, a URL or a camera (/dev/video0) to predict; a file to import or verify",
+        },
     ),
     "output": (
         ["predict", "check", "export", "preflight"],

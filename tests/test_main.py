@@ -194,6 +194,19 @@ def test_predict_writes_three_pictures_per_image_in_its_size(run, tmp_path):
         assert (tmp_path / "overlay" / f"{image.stem}.jpg").exists()
 
 
+def test_predict_draws_over_a_video(run, capsys, tmp_path):
+    pytest.importorskip("av", reason="PyAV is not installed")
+    from tests.infer.test_video import TIMES, write
+
+    write(tmp_path / "clip.mp4", (40, 48))
+    command = ["--mode=predict", f"--workdir={run[0]}", f"--input={tmp_path}/clip.mp4", f"--output={tmp_path}/out"]
+    assert main(command) == 0
+    assert f"{len(TIMES)} frames written to {tmp_path}/out/overlay/clip.mp4" in capsys.readouterr().out
+    assert main([*command, "--skip_existing"]) == 0
+    assert "overlay/clip.mp4 is there already" in capsys.readouterr().out
+    assert "is predicted without --format" in error(capsys, *command, "--format=voc")
+
+
 def test_repeating_the_command_of_a_finished_run_changes_nothing(run, capsys):
     workdir, root = run
     before = (workdir / "metrics.jsonl").read_text()
