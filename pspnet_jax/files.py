@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import pathlib
 import re
 import secrets
 from collections.abc import Iterator
@@ -65,6 +66,11 @@ def user_path(path: epath.PathLike) -> epath.Path:
     if not exists:
         raise MissingFileError(f"{found}: there is no bucket {bucket}")
     return found
+
+
+def user_cache() -> pathlib.Path:
+    """Returns this package's directory in the user's cache, which may not exist; a relative path if no home is known."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "pspnet_jax"
 
 
 def is_there(path: epath.PathLike) -> bool:

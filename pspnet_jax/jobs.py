@@ -202,12 +202,14 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode import: converts third-party weights to a run that the other modes can use."""
     if not (arguments.input and arguments.workdir):
-        raise UserError("--mode import needs --input (a weights file) and --workdir (the directory of the new run)")
+        raise UserError(
+            "--mode import needs --input (a weights file, or its name) and --workdir (the directory of the new run)"
+        )
     config = configs.load_recipe(arguments.config) if arguments.config else configs.base_config()
     recipe = config.copy_and_resolve_references()
     source = weights.inspect(arguments.input)
     weights.configure(config, source)
-    config.name = arguments.input.stem
+    config.name = epath.Path(arguments.input).stem
     if arguments.config:  # the recipe overrides what the file says about its dataset
         config.name, config.dataset, config.eval = recipe.name, recipe.dataset, recipe.eval
     config = configs.override(config, overrides)

@@ -18,7 +18,7 @@ from absl import logging as absl_logging
 from etils import epath
 
 import pspnet_jax
-from pspnet_jax import clusters, errors, files, jobs, parallel, peers, programs
+from pspnet_jax import clusters, errors, files, jobs, parallel, peers, programs, weights
 from pspnet_jax import config as configs
 
 logger = logging.getLogger("pspnet_jax")
@@ -36,6 +36,10 @@ def _path(given: str) -> epath.Path:
         return files.user_path(_nonempty(given))
     except errors.UserError as error:  # argparse would drop the message, since UserError is a ValueError
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _path_or_name(given: str) -> epath.PathLike:
+    return given if weights.is_name(given) else _path(given)
 
 
 def _steps(given: str) -> tuple[int, int]:
@@ -63,7 +67,7 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
     ),
     "input": (
         ["predict", "import", "verify"],
-        {"type": _path, "metavar": "PATH", "help": "an image or a folder to predict; a file to import or verify"},
+        {"type": _path_or_name, "metavar": "PATH", "help": "an image or a folder to predict; weights to import or verify"},
     ),
     "output": (
         ["predict", "check", "export", "preflight"],

@@ -1,4 +1,4 @@
-"""The progress of a job over many images: a bar on stderr or, if that is not a terminal, log lines."""
+"""The progress of a job over many images, or of a download: a bar on stderr or, if that is not a terminal, log lines."""
 
 import contextlib
 import datetime
@@ -16,33 +16,36 @@ SECONDS_PER_LINE = 30  # between log lines, when stderr is not a terminal
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with the number of images just processed. The job's first process shows rate and time left."""
+def progress(title: str, total: float, unit: str = "images") -> Iterator[Callable[[float], None]]:
+    """Yields a function to call with the number of images just processed. The job's first process shows rate and time left.
+
+    The total is counted in the unit, as are the numbers.
+    """
     if jax.process_index():
-        yield lambda images: None
+        yield lambda number: None
     elif sys.stderr and sys.stderr.isatty():  # stderr is None if it was closed
         name = bars.TextColumn("{task.description}", markup=False)
         columns = (name, bars.BarColumn(), bars.MofNCompleteColumn(), "{task.fields[rate]}")
         left = (bars.TimeRemainingColumn(), "left")
         with bars.Progress(*columns, *left, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(title, total=total, rate="")
-            yield lambda images: bar.update(task, advance=images, rate=f"{bar.tasks[0].speed or 0:.3g} images/s")
+            yield lambda number: bar.update(task, advance=number, rate=f"{bar.tasks[0].speed or 0:.3g} {unit}/s")
     else:
-        yield _line_logger(title, total)
+        yield _line_logger(title, total, unit)
 
 
-def _line_logger(title: str, total: int) -> Callable[[int], None]:
-    done, began = 0, time.monotonic()
+def _line_logger(title: str, total: float, unit: str) -> Callable[[float], None]:
+    done, began = 0.0, time.monotonic()
     due = began + SECONDS_PER_LINE
 
-    def advance(images: int) -> None:
+    def advance(number: float) -> None:
         nonlocal done, due
-        done += images
+        done += number
         now = time.monotonic()
         if now >= due:
             due = now + SECONDS_PER_LINE
             rate = done / (now - began)
             left = datetime.timedelta(seconds=round((total - done) / rate))
-            logger.info(f"{title}: {done}/{total} images, {rate:.3g} images/s, {left} left")
+            logger.info(f"{title}: {done:.0f}/{total:.0f} {unit}, {rate:.3g} {unit}/s, {left} left")
 
     return advance

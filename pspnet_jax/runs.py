@@ -67,11 +67,12 @@ def comparable(config: ConfigDict) -> dict[str, Any]:
 
 
 def check_init_from(config: ConfigDict, workdir: epath.Path) -> None:
-    """Makes config.init_from absolute, and checks that it exists unless the run already has a checkpoint."""
-    config.init_from = str(files.user_path(config.init_from))
+    """Makes config.init_from absolute, and checks that it exists, or downloads it, unless the run already has a checkpoint."""
+    if not weights.is_name(config.init_from):
+        config.init_from = str(files.user_path(config.init_from))
     if checkpoint.exists(workdir):
         return
-    path, _ = weights.split_entry(epath.Path(config.init_from))
+    path, _ = weights.split_entry(epath.Path(weights.fetch(config.init_from)))
     if not files.is_there(path):
         raise MissingFileError(f"init_from={path}: no such file or directory")
     if path.is_dir():
