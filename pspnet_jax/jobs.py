@@ -19,7 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from pspnet_jax import config as configs
-from pspnet_jax import datasets, files, losses, models, optimizers, parallel, runs, validation, weights
+from pspnet_jax import datasets, files, losses, models, optimizers, parallel, pretrain, runs, validation, weights
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer import draw, inputs
 from pspnet_jax.infer import evaluate as evaluation
@@ -297,6 +297,7 @@ def preflight(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 JOBS = {
     "check": check,
     "train": train,
+    "pretrain": pretrain.pretrain,
     "evaluate": evaluate,
     "predict": predict,
     "import": import_weights,
@@ -304,7 +305,7 @@ JOBS = {
     "preflight": preflight,
     "export": export_weights,
 }
-MULTI_PROCESS_JOBS = ("train", "evaluate", "predict")  # modes that several processes can run together
+MULTI_PROCESS_JOBS = ("train", "pretrain", "evaluate", "predict")  # modes that several processes can run together
 
 
 def _load_weights(source: weights.Source, model: nn.Module, class_names: Sequence[str]) -> Any:

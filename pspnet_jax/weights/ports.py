@@ -68,6 +68,8 @@ def read_npy(path: epath.Path) -> Arrays:
                 raise UserError(f"{path}: has an array {dtype}{list(shape)}; {expected}")
             content = _Unpickler(file, encoding="latin1").load()  # Python 2's text, and bytes of its arrays
             layers = content.value[0] if isinstance(content, _Array) else content
+            if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
+                raise UserError(f"{path}: has {type(layers).__name__} {list(layers)[:3]}; {expected}")
             flat = {(str(k), str(n)): v.value for k, layer in layers.items() for n, v in layer.items()}
             arrays = {f"{layer}/{KERAS_NAMES.get(name, name)}": np.asarray(array) for (layer, name), array in flat.items()}
         except (UserError, MemoryError):
@@ -98,7 +100,9 @@ class _Array:
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, is_fortran, content = state
         if dtype.code.startswith("O"):
-            self.value = list(content)
+            if not isinstance(content, list):
+                raise _ForbiddenError("an array of pointers")
+            self.value = content
         else:
             content = content.encode("latin1") if isinstance(content, str) else content
             numbers = np.frombuffer(content, dtype.order + dtype.code)
