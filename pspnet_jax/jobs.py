@@ -53,6 +53,8 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
             )
         if config.init_from:
             runs.check_init_from(config, workdir)
+        elif not checkpoint.exists(workdir):
+            runs.warn_of_random_weights(config)
     parallel.require_same(runs.comparable(config))
     validation_source = sources.open_source(config.dataset, config.eval.split)
     data = pipeline.open_training(config)

@@ -80,6 +80,31 @@ def check_init_from(config: ConfigDict, workdir: epath.Path) -> None:
             checkpoints.find("latest")
 
 
+# Names of ImageNet weights by stem and depth: timm's ResNet-S and -C, and torchvision's ResNets.
+PRETRAINED = {
+    "deep": ("hf://timm/resnet{}s.gluon_in1k", (50, 101, 152)),
+    "deep32": ("hf://timm/resnet{}c.gluon_in1k", (50, 101, 152)),
+    "conv7": ("hf://timm/resnet{}.tv_in1k", (18, 34, 50, 101, 152)),
+}
+
+
+def warn_of_random_weights(config: ConfigDict) -> None:
+    """Says which flag gets weights like those that the published scores of a benchmark started from."""
+    benchmark, model = config.dataset.name, config.model
+    if benchmark == "tfds":
+        benchmark = config.dataset.tfds_name.removeprefix("pspnet_")
+    if benchmark not in datasets.COUNTS:
+        return
+    name, depths = PRETRAINED[model.stem]
+    how = f"add --config.init_from={name.format(model.depth)}"
+    if model.depth not in depths or model.width != 64:
+        how = f"for such a backbone, see configs/imagenet.py:{model.depth} and --config.init_from"
+    logger.warning(
+        f"starting from random weights, but the published scores on {benchmark} are of networks that started from ImageNet "
+        f"weights: {how}"
+    )
+
+
 def class_weights(config: ConfigDict, training: Sequence[Any]) -> tuple[float, ...]:
     """Returns config.loss.class_weights, or computes them from the pixels of the training data if class_weighting is set."""
     names, given = config.dataset.class_names, config.loss.class_weights
