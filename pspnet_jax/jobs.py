@@ -239,7 +239,7 @@ def verify(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     source = weights.inspect(arguments.input)
     network, config = published.find(source), configs.base_config()
     weights.configure(config, source)
-    config.name, config.dataset.name = f"verify_{arguments.input.stem}", network.dataset
+    config.name, config.dataset.name = f"verify_{epath.Path(arguments.input).stem}", network.dataset
     info = datasets.table(network.dataset)
     config.dataset.class_names, config.dataset.colors = info.class_names, info.colors
     config = runs.override_data(config, overrides)

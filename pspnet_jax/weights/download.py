@@ -6,11 +6,12 @@ import http.client
 import io
 import logging
 import pathlib
+import secrets
 import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import BinaryIO, NamedTuple
 
 import filelock
@@ -53,12 +54,12 @@ def download(name: str, target: pathlib.Path, open_at: OpenAt, sha256: str = "",
     Raises:
       UserError: the file cannot be reached or written, or has another checksum; what has arrived is kept unless it is wrong.
     """
-    part = target.with_name(f"{target.name}.incomplete")
     lock = lock or target.with_name(f"{target.name}.lock")
     with files.writing(target.parent, SPACE):
         for folder in (target.parent, lock.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(lock):
+        with _alone(lock) as alone:
+            part = target.with_name(f"{target.name}{'' if alone else f'.{secrets.token_hex(4)}'}.incomplete")
             while not target.exists():
                 resumed = part.exists() and part.stat().st_size > 0
                 _receive(name, part, open_at)
@@ -72,6 +73,21 @@ def download(name: str, target: pathlib.Path, open_at: OpenAt, sha256: str = "",
                     raise UserError(
                         f"{name}: has the SHA-256 {found}, not {sha256}, so it was deleted; check the name and the checksum"
                     )
+
+
+@contextlib.contextmanager
+def _alone(lock: pathlib.Path) -> Iterator[bool]:
+    """Waits until no other process holds the lock. Yields False where the file system has no locks."""
+    held = filelock.FileLock(lock)
+    try:
+        held.acquire()
+    except NotImplementedError:  # such as Lustre, as it is often mounted
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        held.release()
 
 
 def _receive(name: str, part: pathlib.Path, open_at: OpenAt) -> None:

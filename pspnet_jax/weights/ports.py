@@ -2,6 +2,15 @@
 
 All of them use Caffe's layer names; the batch norm of a layer is called NAME_bn. Arrays are returned by "LAYER/ARRAY", where
 ARRAY is Keras' name: kernel (in OIHW order), bias, gamma, beta, moving_mean or moving_variance. No code in a file is run.
+
+The weights were trained by Caffe, so they are imported as Caffe's, with its protocol. The ports' own code, Vladkryvoruchko's
+PSPNet-Keras-tensorflow and hellochick's PSPNet-tensorflow, agrees with Caffe's in the epsilon of batch norm (1e-5), the mean
+and channel order of the images, the pooling kernels and the interpolation. It differs in this:
+- At depth 101, it has the stride of conv3_1 in the 1x1 convolution. To compute what it computes, set model.stride_in=conv1x1.
+- It pads the strided layers as TensorFlow does. That is the same for odd sizes, such as 473 and 713. For even sizes, such as
+  the 720 pixels of hellochick's Cityscapes model, the features are shifted by a pixel.
+- The Keras port pads windows with black instead of the mean. hellochick's predicts whole images, where pooling kernels that are
+  made for a crop give other cells.
 """
 
 import pickle

@@ -248,6 +248,15 @@ def test_a_download_that_was_killed_at_its_very_end(hub):
     assert read(weights.fetch(name)) == CONTENT
 
 
+def test_a_file_system_without_locks_serves_too(hub, monkeypatch):
+    def acquire(self: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock; use SoftFileLock instead")
+
+    monkeypatch.setattr(download.filelock.FileLock, "acquire", acquire)
+    hub.files["/net.pth"] = CONTENT
+    assert read(weights.fetch(f"{hub.url}/files/net.pth#sha256={SUM}")) == CONTENT
+
+
 def test_a_server_that_cannot_be_reached_or_lacks_the_file(hub):
     assert refusal(f"{hub.url}/files/net.pth#sha256={SUM}") == "the server answers 404 Not Found; check the name"
     message = refusal(f"http://127.0.0.1:1/net.pth#sha256={SUM}")
