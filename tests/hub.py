@@ -44,6 +44,7 @@ class Hub:
 def serve() -> Iterator[Hub]:
     hub = Hub()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server.handle_error = lambda *ignored: None  # of a client that closes a connection
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     hub.url = f"http://127.0.0.1:{server.server_port}"
     try:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import BinaryIO, NamedTuple
 
 import filelock
+from etils import epath
 
 import pspnet_jax
 from pspnet_jax import files
@@ -38,7 +39,8 @@ class Stream(NamedTuple):
     size: int  # of the whole file, in bytes; 0 if unknown
 
 
-OpenAt = Callable[[int], Stream]  # called with the first byte that is missing; a server that cannot resume starts at 0
+# Opens a remote file at the first byte that is missing; a server that cannot resume starts at 0.
+OpenAt = Callable[[int], contextlib.AbstractContextManager[Stream]]
 
 
 def download(name: str, target: pathlib.Path, open_at: OpenAt, sha256: str = "", lock: pathlib.Path | None = None) -> None:
@@ -96,8 +98,7 @@ def _receive(name: str, part: pathlib.Path, open_at: OpenAt) -> None:
     with part.open("ab") as out:
         while True:
             done = out.tell()
-            stream = open_at(done)
-            with stream.file:
+            with open_at(done) as stream:
                 if stream.start != done:
                     out.truncate(0)
                     done = 0
@@ -141,7 +142,8 @@ def _append(name: str, out: BinaryIO, stream: Stream, done: int) -> str:
 def from_server(name: str, url: str, private: Mapping[str, str] | None = None) -> OpenAt:
     """Returns an opener of a URL. `private` headers are not sent to the hosts that it may redirect to."""
 
-    def open_at(start: int) -> Stream:
+    @contextlib.contextmanager
+    def open_at(start: int) -> Iterator[Stream]:
         request = urllib.request.Request(url, headers={"User-Agent": f"pspnet_jax/{pspnet_jax.__version__}"})
         if start:
             request.add_header("Range", f"bytes={start}-")
@@ -150,28 +152,33 @@ def from_server(name: str, url: str, private: Mapping[str, str] | None = None) -
         try:
             response = urllib.request.urlopen(request, timeout=TIMEOUT)
         except urllib.error.HTTPError as error:
-            with error:
-                if error.code == 416 and start:  # nothing is missing, or the file is shorter now
-                    complete = error.headers.get("Content-Range", "") == f"bytes */{start}"
-                    return Stream(io.BytesIO(), start, start) if complete else open_at(0)
-                advice = ADVICE.get(error.code, "try again later")
-                raise UserError(f"{name}: the server answers {error.code} {error.reason}; {advice}") from error
+            error.close()
+            if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{start}":
+                yield Stream(io.BytesIO(), start, start)  # nothing is missing
+                return
+            if error.code == 416 and start:  # the file is shorter now
+                with open_at(0) as stream:
+                    yield stream
+                return
+            advice = ADVICE.get(error.code, "try again later")
+            raise UserError(f"{name}: the server answers {error.code} {error.reason}; {advice}") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", "") or error
             raise UserError(f"{name}: cannot be reached ({reason}); check the network and the name") from error
-        size = int(response.headers.get("Content-Length") or 0)
-        start = start if response.status == 206 else 0
-        return Stream(response, start, size and start + size)
+        with response:
+            size, start = int(response.headers.get("Content-Length") or 0), start if response.status == 206 else 0
+            yield Stream(response, start, size and start + size)
 
     return open_at
 
 
-def from_bucket(path: files.epath.Path, size: int) -> OpenAt:
+def from_bucket(path: epath.Path, size: int) -> OpenAt:
     """Returns an opener of a gs:// path of this size."""
 
-    def open_at(start: int) -> Stream:
-        file = path.open("rb")
-        file.seek(start)
-        return Stream(file, start, size)
+    @contextlib.contextmanager
+    def open_at(start: int) -> Iterator[Stream]:
+        with path.open("rb") as file:
+            file.seek(start)
+            yield Stream(file, start, size)
 
     return open_at
