@@ -208,6 +208,7 @@ def test_recipes_that_are_refused(imagenet, tmp_path, capsys, monkeypatch):
     root = f"--config.dataset.root={imagenet}"
     assert "has no split 'test'; expected one of train, validation" in error(capsys, *command, root, "--config.eval.split=test")
     assert "needs a TFDS dataset of classified images: imagenet2012" in error(capsys, *command, "--config.dataset.tfds_name=")
+    assert "parallel.spatial=2: --mode pretrain needs 1" in error(capsys, *command, root, "--config.parallel.spatial=2")
     assert "multiple of" in error(capsys, *command, root, "--config.optimizer.accumulate=3")
     assert not (tmp_path / "run").exists()
     features = {"image": tfds.features.Image(), "label": tfds.features.Image(shape=(None, None, 1))}

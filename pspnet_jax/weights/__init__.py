@@ -5,6 +5,8 @@ weights.configure(config, source)                       # sets the config to mat
 print(weights.assumptions(config, source))              # lists what the file does not specify
 model = models.build(config.model, source.num_classes)
 variables = weights.load("pspnet_r50-d8_769x769.pth", model)
+
+In place of a file, a name can be given, such as hf://timm/resnet50.tv_in1k (see `fetch`).
 """
 
 from pspnet_jax.weights.container import split_entry

@@ -100,8 +100,7 @@ def _receive(name: str, part: pathlib.Path, open_at: OpenAt) -> None:
             done = out.tell()
             with open_at(done) as stream:
                 if stream.start != done:
-                    out.truncate(0)
-                    done = 0
+                    done = out.truncate(out.seek(0))
                 reason = _append(name, out, stream, done)
             if not reason:
                 return

@@ -25,6 +25,7 @@ URL = re.compile(r"(?P<url>https?://[^/#]+/[^#]*?)(#sha256=(?P<sha256>[0-9a-fA-F
 CHECKSUM_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+")
 SAFE = (".safetensors", ".safetensors.index.json")  # preferred, since such files hold nothing but arrays
 STANDARD = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+SETTINGS = {"config.json", "preprocessor_config.json"}  # which describe the network of a weights file beside them
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 MAX_LISTED = 12  # files in a message
 
@@ -44,7 +45,7 @@ def fetch(name: epath.PathLike) -> str:
         name of a file, see `container.read`.
 
     Returns:
-      The path in the cache, with :ENTRY if given. Beside it are the other shards of an index, and a repository's config.json.
+      The path in the cache, with :ENTRY if given. Beside it are the other shards of an index, and a repository's SETTINGS.
 
     Raises:
       UserError: the name is wrong, the file cannot be reached, read or stored, or its checksum differs.
@@ -117,7 +118,10 @@ def _from_hub(name: str) -> str:
             raise UserError(
                 f"{name}: the hub cannot be reached ({reason}), and {cache} has no copy; check the network"
             ) from error
-        local = cached[_choose(name, repo, cached, match["file"])]
+        try:
+            local = cached[_choose(name, repo, cached, match["file"])]
+        except UserError as problem:
+            raise UserError(f"{problem} in {cache}; the hub cannot be reached ({reason})") from error
         logger.warning(f"{name}: the hub cannot be reached ({reason}); using the copy {local}")
     return f"{local}{match['entry'] or ''}"
 
@@ -128,11 +132,11 @@ def _download_from_hub(name: str, repo: str, revision: str, given: str | None) -
     info = huggingface_hub.HfApi().model_info(repo, revision=revision)
     listing, commit = [sibling.rfilename for sibling in info.siblings or ()], info.sha or revision
     path = _choose(name, repo, listing, given)
-    local = _hub_file(name, repo, revision, commit, path)
+    local = _hub_file(repo, revision, commit, path)
     folder = posixpath.dirname(path)
     siblings = [posixpath.basename(other) for other in listing if posixpath.dirname(other) == folder]
-    for other in (*container.shards(epath.Path(local), siblings), *({"config.json"} & {*siblings})):
-        _hub_file(name, repo, revision, commit, posixpath.join(folder, other))
+    for other in (*container.shards(epath.Path(local), siblings), *sorted(SETTINGS & {*siblings})):
+        _hub_file(repo, revision, commit, posixpath.join(folder, other))
     return local
 
 
@@ -182,7 +186,7 @@ def _choose(name: str, repo: str, listing: Collection[str], given: str | None) -
     return found[0]
 
 
-def _hub_file(name: str, repo: str, revision: str, commit: str, file: str) -> str:
+def _hub_file(repo: str, revision: str, commit: str, file: str) -> str:
     """Returns the path of a file in the hub's cache, whose layout its documentation describes.
 
     The hub's own client starts an interrupted download anew. So large files, whose ETag is their SHA-256, are downloaded here
@@ -201,9 +205,8 @@ def _hub_file(name: str, repo: str, revision: str, commit: str, file: str) -> st
         cache, folder = pathlib.Path(constants.HF_HUB_CACHE), f"models--{repo.replace('/', '--')}"
         private = {k: v for k, v in utils.build_hf_headers().items() if k.lower() == "authorization"}
         lock = cache / ".locks" / folder / f"{etag}.lock"  # the client's own
-        download(
-            f"hf://{repo}/{file}", cache / folder / "blobs" / etag, from_server(f"hf://{repo}/{file}", url, private), etag, lock
-        )
+        shown = f"hf://{repo}/{file}"
+        download(shown, cache / folder / "blobs" / etag, from_server(shown, url, private), etag, lock)
     return api.hf_hub_download(repo, file, revision=revision)
 
 

@@ -114,7 +114,9 @@ def test_offline_the_cached_copy_is_used(hub, monkeypatch, caplog):
     assert weights.fetch(f"hf://{REPO}/model.safetensors:ema") == f"{path}:ema"
     assert "has no copy; check the network" in refusal("hf://timm/other")
     assert "has no copy; check the network" in refusal(f"hf://{REPO}@v2")
-    assert refusal(f"hf://{REPO}/pytorch_model.bin").startswith("the repository has no file pytorch_model.bin; it has ")
+    message = refusal(f"hf://{REPO}/pytorch_model.bin")
+    assert message.startswith("the repository has no file pytorch_model.bin; it has config.json, model.safetensors in ")
+    assert "; the hub cannot be reached (" in message
 
 
 def test_a_server_in_trouble_does_not_stop_a_cached_copy(hub):
