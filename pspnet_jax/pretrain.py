@@ -31,13 +31,13 @@ def pretrain(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         if not arguments.config:
             raise UserError("--config is missing; name a recipe, such as --config configs/imagenet.py")
         config = configs.override(configs.load_recipe(arguments.config), overrides)
+        if config.parallel.spatial != 1:
+            raise UserError(f"parallel.spatial={config.parallel.spatial}: --mode pretrain needs 1")
         validation.validate(config, jax.device_count())
         config.eval.best_metric = "accuracy"
         workdir, dataset = runs.workdir_of(arguments, config.name), config.dataset
         if not dataset.tfds_name:
             raise UserError("dataset.tfds_name='': --mode pretrain needs a TFDS dataset of classified images: imagenet2012")
-        if config.parallel.spatial != 1:
-            raise UserError(f"parallel.spatial={config.parallel.spatial}: --mode pretrain needs 1")
         dataset.root = dataset.root and str(files.user_path(dataset.root))
         splits = dataset.train_split, config.eval.split
         data, validation_data = (classified.ClassifiedImages(dataset, split) for split in splits)
