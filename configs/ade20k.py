@@ -2,7 +2,7 @@
 
 `configs/ade20k.py:101` trains depth 101. Published mIoU on the 2,000 validation images with flip, at one scale / six scales:
 depth 50: 41.68 / 42.78, 101: 41.96 / 43.29, 152: 42.62 / 43.51, 269: 43.81 / 44.94 (paper, depth ablation).
-All start from a backbone pretrained on ImageNet: add --config.init_from=FILE.
+All start from ImageNet weights: add --config.init_from=hf://timm/resnet50s.gluon_in1k, or see configs/imagenet.py.
 Six scales: --mode evaluate --config.eval.scales=0.5,0.75,1.0,1.25,1.5,1.75
 """
 

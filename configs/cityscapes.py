@@ -2,7 +2,7 @@
 
 `configs/cityscapes.py:50` trains depth 50. Published mIoU on the 500 validation images with flip, at one scale / six scales:
 depth 101: 79.70 / 80.91 (Caffe), 78.63 / 79.29 (semseg); depth 50: 77.30 / 78.38 (semseg). On the test server: 78.4 (paper).
-All start from a backbone pretrained on ImageNet: add --config.init_from=FILE.
+All start from ImageNet weights: add --config.init_from=hf://timm/resnet101s.gluon_in1k, or see configs/imagenet.py.
 Six scales: --mode evaluate --config.eval.scales=0.5,0.75,1.0,1.25,1.5,1.75
 """
 

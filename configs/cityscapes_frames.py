@@ -4,7 +4,7 @@ python -m pspnet_jax.main --config configs/cityscapes_frames.py --config.dataset
 
 `configs/cityscapes_frames.py:50` trains depth 50. No score of this recipe is published; the networks of `cityscapes.py` were
 trained on crops. To share a frame among more devices, which then need less memory each, add --config.parallel.spatial=4.
-Start from a backbone pretrained on ImageNet: --config.init_from=FILE.
+Start from ImageNet weights: --config.init_from=hf://timm/resnet101s.gluon_in1k.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
 `configs/voc2012.py:50` trains depth 50. Published mIoU on the 1,449 validation images with flip, at one scale / six scales:
 depth 101: 79.07 / 79.63, depth 50: 77.05 / 78.02 (semseg, 50 epochs). The paper's 82.6 is from the test server.
-All start from a backbone pretrained on ImageNet: add --config.init_from=FILE.
+All start from ImageNet weights: add --config.init_from=hf://timm/resnet101s.gluon_in1k, or see configs/imagenet.py.
 Six scales: --mode evaluate --config.eval.scales=0.5,0.75,1.0,1.25,1.5,1.75
 """
 

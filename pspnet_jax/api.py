@@ -37,7 +37,8 @@ def load(
       MissingFileError: there is no such run, checkpoint or file.
       UserError: it is damaged, its network is unknown, or a setting is wrong.
     """
-    change, place = functools.partial(_set, settings), _resolve(path)
+    change = functools.partial(_set, settings)
+    place = files.user_path(weights.fetch(path if weights.is_name(path) else files.user_path(path)))
     file, _ = weights.split_entry(place)
     if not files.is_there(file):
         raise MissingFileError(f"{path}: no such file or directory; expected a run or a weights file")
@@ -47,11 +48,6 @@ def load(
     if checkpoint != "latest":
         raise UserError(f"checkpoint={checkpoint!r}: {path} is a file, and only runs have checkpoints; leave it out")
     return jobs.segmenter(*runs.read_weights(place, change), devices)
-
-
-def _resolve(path: str | os.PathLike) -> epath.Path:
-    """Returns the path of a run or weights file."""
-    return files.user_path(path)
 
 
 def _set(settings: Mapping[str, Any], config: ConfigDict) -> ConfigDict:

@@ -30,7 +30,8 @@ def base_config() -> ConfigDict:
     config.seed = 0  # determines initial weights, order of examples, augmentation and dropout
     config.batch_size = 16  # images per optimizer step, over all devices; BatchNorm sees batch_size / optimizer.accumulate
     config.total_steps = 150_000  # optimizer steps; the learning rate reaches 0 at the end
-    config.init_from = ""  # a run's workdir or a third-party file to take the initial weights from; empty: random
+    config.init_from = ""  # a run's workdir or third-party weights to start from: a file, or a name such as
+    # hf://timm/resnet50s.gluon_in1k; empty: random
 
     config.model = model = ConfigDict()
     model.depth = 50  # ResNet depth: 18, 34, 50, 101, 152 or 269

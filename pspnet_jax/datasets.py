@@ -103,7 +103,8 @@ def describe(dataset: ConfigDict) -> DatasetInfo:
     names = dataset.class_names or (own and own[0])
     if not names and dataset.name == "tfds":
         raise UserError(
-            f"dataset.class_names is empty: the recipe must name the classes of dataset.tfds_name={dataset.tfds_name!r}"
+            f"dataset.class_names is empty: the recipe must name the classes of dataset.tfds_name={dataset.tfds_name!r}; to "
+            "pretrain a backbone on images with one class each, use --mode pretrain"
         )
     if not names:
         root = epath.Path(dataset.root).expanduser()

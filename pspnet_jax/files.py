@@ -5,6 +5,7 @@ import errno
 import importlib.util
 import json
 import os
+import pathlib
 import re
 import secrets
 from collections.abc import Iterator
@@ -69,6 +70,11 @@ def user_path(path: epath.PathLike) -> epath.Path:
     if not exists:
         raise MissingFileError(f"{found}: there is no bucket {bucket}")
     return found
+
+
+def user_cache() -> pathlib.Path:
+    """Returns this package's directory in the user's cache, which may not exist; a relative path if no home is known."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "pspnet_jax"
 
 
 def is_there(path: epath.PathLike) -> bool:

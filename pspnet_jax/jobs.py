@@ -19,7 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from pspnet_jax import config as configs
-from pspnet_jax import datasets, files, losses, models, optimizers, parallel, runs, weights
+from pspnet_jax import datasets, files, losses, models, optimizers, parallel, pretrain, runs, weights
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer import draw, inputs, video
 from pspnet_jax.infer import evaluate as evaluation
@@ -68,6 +68,8 @@ def train_run(config: ConfigDict, workdir: epath.Path, traced: tuple[int, int] |
     with parallel.fail_together("checking init_from"):
         if config.init_from:
             runs.check_init_from(config, workdir)
+        elif not checkpoint.exists(workdir):
+            runs.warn_of_random_weights(config)
     parallel.require_same(runs.comparable(config))
     validation_source = sources.open_source(config.dataset, config.eval.split)
     data = pipeline.open_training(config)
@@ -233,7 +235,9 @@ def _predict_video(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
 def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode import: converts third-party weights to a run that the other modes can use."""
     if not (arguments.input and arguments.workdir):
-        raise UserError("--mode import needs --input (a weights file) and --workdir (the directory of the new run)")
+        raise UserError(
+            "--mode import needs --input (a weights file, or its name) and --workdir (the directory of the new run)"
+        )
     recipe = configs.load_recipe(arguments.config) if arguments.config else None
     workdir = arguments.workdir
     config, variables = runs.read_weights(arguments.input, lambda config: configs.override(config, overrides), recipe)
@@ -252,7 +256,7 @@ def verify(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     source = weights.inspect(arguments.input)
     network, config = published.find(source), configs.base_config()
     weights.configure(config, source)
-    config.name, config.dataset.name = f"verify_{arguments.input.stem}", network.dataset
+    config.name, config.dataset.name = f"verify_{epath.Path(arguments.input).stem}", network.dataset
     info = datasets.table(network.dataset)
     config.dataset.class_names, config.dataset.colors = info.class_names, info.colors
     config = runs.override_data(config, overrides)
@@ -311,6 +315,7 @@ def preflight(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 JOBS = {
     "check": check,
     "train": train,
+    "pretrain": pretrain.pretrain,
     "evaluate": evaluate,
     "predict": predict,
     "import": import_weights,
@@ -318,7 +323,7 @@ JOBS = {
     "preflight": preflight,
     "export": export_weights,
 }
-MULTI_PROCESS_JOBS = ("train", "evaluate", "predict")  # modes that several processes can run together
+MULTI_PROCESS_JOBS = ("train", "pretrain", "evaluate", "predict")  # modes that several processes can run together
 
 
 def _warn_of_training_images(saved: ConfigDict, source: Any) -> None:

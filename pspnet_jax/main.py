@@ -18,7 +18,7 @@ from absl import logging as absl_logging
 from etils import epath
 
 import pspnet_jax
-from pspnet_jax import clusters, errors, files, jobs, parallel, peers, programs
+from pspnet_jax import clusters, errors, files, jobs, parallel, peers, programs, weights
 from pspnet_jax import config as configs
 from pspnet_jax.infer import video
 
@@ -40,7 +40,7 @@ def _path(given: str) -> epath.Path:
 
 
 def _input(given: str) -> epath.PathLike:
-    return given if video.is_live(given) else _path(given)
+    return given if video.is_live(given) or weights.is_name(given) else _path(given)
 
 
 def _steps(given: str) -> tuple[int, int]:
@@ -71,7 +71,7 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
         {
             "type": _input,
             "metavar": "PATH",
-            "help": "an image, a folder, a video, a URL or a camera (/dev/video0) to predict; a file to import or verify",
+            "help": "an image, a folder, a video, a URL or a camera (/dev/video0) to predict; weights to import or verify",
         },
     ),
     "output": (

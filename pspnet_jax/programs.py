@@ -9,6 +9,8 @@ import zlib
 import jax
 from jax.sharding import Mesh
 
+from pspnet_jax import files
+
 ONEDNN = "xla_cpu_experimental_onednn_custom_call"
 
 
@@ -36,9 +38,8 @@ def keep() -> None:
     """
     if jax.config.jax_compilation_cache_dir or not (features := cpu_features()):  # type: ignore[attr-defined]
         return
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    programs = cache / "pspnet_jax" / f"{zlib.crc32(features.encode()):08x}"
-    if not cache.is_absolute():  # no home directory is known
+    programs = files.user_cache() / f"{zlib.crc32(features.encode()):08x}"
+    if not programs.is_absolute():  # no home directory is known
         return
     try:
         programs.mkdir(parents=True, exist_ok=True)

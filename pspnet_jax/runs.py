@@ -77,16 +77,42 @@ def comparable(config: ConfigDict) -> dict[str, Any]:
 
 
 def check_init_from(config: ConfigDict, workdir: epath.Path) -> None:
-    """Makes config.init_from absolute, and checks that it exists unless the run already has a checkpoint."""
-    config.init_from = str(files.user_path(config.init_from))
+    """Makes config.init_from absolute, and checks that it exists, or downloads it, unless the run already has a checkpoint."""
+    if not weights.is_name(config.init_from):
+        config.init_from = str(files.user_path(config.init_from))
     if checkpoint.exists(workdir):
         return
-    path, _ = weights.split_entry(epath.Path(config.init_from))
+    path, _ = weights.split_entry(epath.Path(weights.fetch(config.init_from)))
     if not files.is_there(path):
-        raise MissingFileError(f"init_from={path}: no such file or directory")
+        raise MissingFileError(f"init_from={path}: no such file or directory; a repository on the hub is named hf://USER/REPO")
     if path.is_dir():
         with contextlib.closing(checkpoint.Checkpoints(path, read_only=True)) as checkpoints:
             checkpoints.find("latest")
+
+
+# Names of ImageNet weights by stem and depth: timm's ResNet-S and -C, and torchvision's ResNets.
+PRETRAINED = {
+    "deep": ("hf://timm/resnet{}s.gluon_in1k", (50, 101, 152)),
+    "deep32": ("hf://timm/resnet{}c.gluon_in1k", (50, 101, 152)),
+    "conv7": ("hf://timm/resnet{}.tv_in1k", (18, 34, 50, 101, 152)),
+}
+
+
+def warn_of_random_weights(config: ConfigDict) -> None:
+    """Says which flag gets weights like those that the published scores of a benchmark started from."""
+    benchmark, model = config.dataset.name, config.model
+    if benchmark == "tfds":
+        benchmark = config.dataset.tfds_name.removeprefix("pspnet_")
+    if benchmark not in datasets.COUNTS:
+        return
+    name, depths = PRETRAINED[model.stem]
+    how = f"add --config.init_from={name.format(model.depth)}"
+    if model.depth not in depths or model.width != 64:
+        how = f"for such a backbone, see configs/imagenet.py:{model.depth} and --config.init_from"
+    logger.warning(
+        f"starting from random weights, but the published scores on {benchmark} are of networks that started from ImageNet "
+        f"weights: {how}"
+    )
 
 
 def class_weights(config: ConfigDict, training: Sequence[Any]) -> tuple[float, ...]:
@@ -162,11 +188,11 @@ def restore_run(workdir: epath.Path, which: str, change: Change) -> Restored:
     return Restored(config, step, variables, workdir, saved)
 
 
-def read_weights(path: epath.Path, change: Change, recipe: ConfigDict | None = None) -> tuple[ConfigDict, Variables]:
+def read_weights(path: epath.PathLike, change: Change, recipe: ConfigDict | None = None) -> tuple[ConfigDict, Variables]:
     """Reads a third-party weights file, and logs what is assumed about it.
 
     Args:
-      path: see `weights.inspect`.
+      path: a file or a name, see `weights.inspect`.
       change: applied to the config.
       recipe: its classes, data and evaluation settings replace those that follow from the file.
 
@@ -175,7 +201,7 @@ def read_weights(path: epath.Path, change: Change, recipe: ConfigDict | None = N
     """
     config, source = recipe.copy_and_resolve_references() if recipe else configs.base_config(), weights.inspect(path)
     weights.configure(config, source)
-    config.name = path.stem
+    config.name = epath.Path(path).stem
     if recipe:  # it overrides what the file says about its dataset
         config.name, config.dataset, config.eval = recipe.name, recipe.dataset, recipe.eval
     config = change(config)

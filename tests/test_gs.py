@@ -60,7 +60,7 @@ def run(cloud, folder: Path, *commands: list[str], stopped_after: str = "") -> s
     done = subprocess.run(
         [sys.executable, "-c", CHILD, plan],
         cwd=cwd,
-        env={**os.environ, **environment, **flags},
+        env={**os.environ, **environment, **flags, "XDG_CACHE_HOME": str(folder / "cache")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -147,8 +147,12 @@ def test_weights_are_imported_from_and_exported_to_gs(cloud, tmp_path):
         tmp_path,
         ["--mode=import", "--input=gs://bucket/net.pth", "--workdir=gs://bucket/imported"],
         ["--mode=export", "--workdir=gs://bucket/imported", "--format=safetensors", "--output=gs://bucket/x/net.safetensors"],
+        ["--mode=import", "--input=gs://bucket/net.pth", f"--workdir={tmp_path}/again"],
     )
-    assert [status for status, _ in statuses(output)] == ["0", "0"]
+    assert [status for status, _ in statuses(output)] == ["0", "0", "0"]
+    assert output.count("downloading gs://bucket/net.pth: ") == 1
+    [copy] = (tmp_path / "cache").rglob("net.pth")
+    assert copy.read_bytes() == (tmp_path / "net.pth").read_bytes()
     assert [key for key in bucket.names("bucket/x/") if not key.endswith("/")] == ["bucket/x/net.safetensors"]
     (tmp_path / "net.safetensors").write_bytes(bucket.objects["bucket/x/net.safetensors"].content)
     back = pytorch.read_safetensors(tmp_path / "net.safetensors")

@@ -46,8 +46,9 @@ def test_first_ten_rates_worked_out_by_hand(recipe):
 def test_first_ten_rates_of_each_recipe_computed_with_forty_digits(recipe):
     config, rates = first_rates(recipe)
     base, total, power = (Decimal(str(x)) for x in (config.optimizer.learning_rate, config.total_steps, config.optimizer.power))
+    warmup = Decimal(config.optimizer.warmup_steps or 1)
     with localcontext(prec=40):
-        expected = [float(base * (1 - step / total) ** power) for step in range(10)]
+        expected = [float(base * (1 - step / total) ** power * min(1, (step + 1) / warmup)) for step in range(10)]
     np.testing.assert_allclose(rates, expected, rtol=2e-7)
 
 

@@ -18,7 +18,7 @@ class Tfds(Source):
     """A TFDS dataset with the features image and label, stored as array_record, which can be read in any order."""
 
     def __init__(self, dataset: ConfigDict, split: str, num_classes: int):
-        builder = _prepared_builder(dataset.tfds_name, os.path.expanduser(dataset.root).rstrip("/"))
+        builder = prepared_builder(dataset.tfds_name, os.path.expanduser(dataset.root).rstrip("/"))
         where, features = f"dataset.tfds_name={dataset.tfds_name!r} at {builder.data_path}", builder.info.features
         kinds = {key: (len(feature.shape), feature.shape[2:], feature.np_dtype) for key, feature in features.items()}
         if (kinds.get("image"), kinds.get("label")) != ((3, (3,), np.uint8), (3, (1,), np.uint8)):
@@ -55,7 +55,7 @@ class Tfds(Source):
         return self._files
 
 
-def _prepared_builder(name: str, root: str) -> tfds.core.DatasetBuilder:
+def prepared_builder(name: str, root: str) -> tfds.core.DatasetBuilder:
     try:
         builder = tfds.builder(name, data_dir=root or None)
         if name == "pspnet_scenes" and not builder.is_prepared():

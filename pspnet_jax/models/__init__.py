@@ -4,6 +4,7 @@ model = models.build(config.model, num_classes=150)                             
 model = models.PSPNet(backbone=MyBackbone(), head=models.PyramidHead(num_classes=150), pyramid=models.Pyramid())
 """
 
+from pspnet_jax.models.classifier import ImageClassifier
 from pspnet_jax.models.heads import AuxiliaryHead, Classifier, PyramidHead
 from pspnet_jax.models.layers import CoarseLogits, ConvNorm, by_rows, resize, share_rows
 from pspnet_jax.models.pspnet import CHOICES, PSPNet, build, normalize, problems
@@ -16,6 +17,7 @@ __all__ = [
     "Classifier",
     "CoarseLogits",
     "ConvNorm",
+    "ImageClassifier",
     "PSPNet",
     "Pyramid",
     "PyramidHead",

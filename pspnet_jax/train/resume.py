@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from pspnet_jax import config as configs
 from pspnet_jax import parallel, weights
 from pspnet_jax.errors import UserError
+from pspnet_jax.models.pspnet import RESNET_FIELDS
 from pspnet_jax.optimizers import Optimizer
 from pspnet_jax.train import checkpoint
 from pspnet_jax.train.step import TrainState, Variables, make_init_state
@@ -109,9 +110,9 @@ def initial_weights(config: ConfigDict, model: nn.Module, mesh: Mesh) -> tuple[V
       MissingFileError: there is no such run or file.
       UserError: it cannot be read, belongs to another network, or was trained on differently normalized images.
     """
-    if epath.Path(config.init_from).is_dir():
+    if not weights.is_name(config.init_from) and epath.Path(config.init_from).is_dir():
         saved, step, variables = checkpoint.load(config.init_from, "latest", mesh)
-        _check_compatible(saved, config)
+        _check_compatible(saved, config, "head_conv" in variables["params"])
         logger.info("starting from the weights of %s, step %s", config.init_from, step)
         return variables, saved.dataset.class_names
     source = weights.inspect(config.init_from)
@@ -120,11 +121,15 @@ def initial_weights(config: ConfigDict, model: nn.Module, mesh: Mesh) -> tuple[V
     return weights.load(config.init_from, model, partial=True), source.class_names
 
 
-def _check_compatible(saved: ConfigDict, config: ConfigDict) -> None:
-    """Raises if a run's weights would have another meaning under this config, even if their shapes match."""
+def _check_compatible(saved: ConfigDict, config: ConfigDict, has_head: bool) -> None:
+    """Raises if a run's weights would have another meaning under this config, even if their shapes match.
+
+    Without a head, as from --mode pretrain, only the fields of the backbone count.
+    """
     for section in ("model", "normalize"):
         given, free = config[section], MAY_DIFFER_AT_START
-        if fields := {k: v for k, v in saved[section].items() if v != given[k] and f"{section}.{k}" not in free}:
+        used = saved[section] if has_head or section != "model" else RESNET_FIELDS
+        if fields := {k: saved[section][k] for k in used if saved[section][k] != given[k] and f"{section}.{k}" not in free}:
             raise UserError(f"init_from={config.init_from}: it has a different network; set {weights.flags(section, fields)}")
 
 

@@ -5,11 +5,26 @@ weights.configure(config, source)                       # sets the config to mat
 print(weights.assumptions(config, source))              # lists what the file does not specify
 model = models.build(config.model, source.num_classes)
 variables = weights.load("pspnet_r50-d8_769x769.pth", model)
+
+In place of a file, a name can be given, such as hf://timm/resnet50.tv_in1k (see `fetch`).
 """
 
 from pspnet_jax.weights.container import split_entry
+from pspnet_jax.weights.remote import fetch, is_name
 from pspnet_jax.weights.settings import assumptions, check_normalize, configure, flags
 from pspnet_jax.weights.source import Source, inspect
 from pspnet_jax.weights.transfer import load, save
 
-__all__ = ["Source", "assumptions", "check_normalize", "configure", "flags", "inspect", "load", "save", "split_entry"]
+__all__ = [
+    "Source",
+    "assumptions",
+    "check_normalize",
+    "configure",
+    "fetch",
+    "flags",
+    "inspect",
+    "is_name",
+    "load",
+    "save",
+    "split_entry",
+]

@@ -1,20 +1,26 @@
 """Reads a weights file of any format into a flat dict of arrays: detects the format, joins shards, and strips prefixes."""
 
+import functools
 import json
 import os
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from etils import epath
 
 from pspnet_jax import files
 from pspnet_jax.errors import MissingFileError, UserError
-from pspnet_jax.weights import caffe, pytorch
+from pspnet_jax.weights import caffe, ports, pytorch
 from pspnet_jax.weights.pytorch import Content
 
 Reader = Callable[[epath.Path, str], Content]
-EXPECTED = "PyTorch's .pth, .pt, .bin or .ckpt, .safetensors, an .index.json of shards, or a .caffemodel"
+EXPECTED = (
+    "PyTorch's .pth, .pt, .bin or .ckpt, .safetensors, an .index.json of shards, a .caffemodel, Keras' .h5, "
+    "caffe-tensorflow's .npy, or the .index of a TensorFlow checkpoint"
+)
+ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".caffemodel", ".h5", ".npy", ".index", ".index.json")
 AGAIN = "download it again"
 # First bytes of files that do not hold weights, what they are, and what to do.
 UNSUPPORTED = (
@@ -25,8 +31,9 @@ UNSUPPORTED = (
     (b"\xfd7zXZ", "an xz archive: unpack it, and name the weights file in it"),
     (b"7z\xbc\xaf", "a 7z archive: unpack it, and name the weights file in it"),
     (b"Rar!", "a rar archive: unpack it, and name the weights file in it"),
-    (b"\x89HDF", "an HDF5 file, as Keras writes, which is not supported: convert it to .safetensors"),
 )
+SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})(\.\w+)")
+TABLE_END = 0xDB4775248B80FB57.to_bytes(8, "little")  # of the index of a TensorFlow checkpoint, as of LevelDB's tables
 # Prefixes of all keys, from DataParallel, torch.compile, Lightning, and modules that contain the network.
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "encoder.")
 # Keys that are not part of the network: counters of weight averages, weights of losses, and heads of image classifiers.
@@ -37,7 +44,7 @@ def read(path: epath.PathLike) -> Content:
     """Reads a weights file.
 
     Args:
-      path: local or gs://; FILE:NAME selects the entry NAME of a PyTorch checkpoint, such as "net.pth:state_dict_ema".
+      path: a local file; FILE:NAME selects the entry NAME of a PyTorch checkpoint, such as "net.pth:state_dict_ema".
 
     Returns:
       The arrays by key, without `PREFIXES`, and the metadata of the file.
@@ -61,9 +68,13 @@ def read(path: epath.PathLike) -> Content:
 
 
 def split_entry(path: epath.Path) -> tuple[epath.Path, str]:
-    """Splits FILE:NAME, unless a file with the whole name exists."""
+    """Splits FILE:NAME, unless a file with the whole name exists. NAME.index replaces TensorFlow's NAME of a checkpoint."""
     name, _, entry = path.name.rpartition(":")
-    return (path.with_name(name), entry) if name and not path.exists() else (path, "")
+    if path.exists() or not path.name:
+        return path, ""
+    if (index := path.with_name(f"{path.name}.index")).exists():
+        return index, ""
+    return (path.with_name(name), entry) if name else (path, "")
 
 
 def _directory_advice(path: epath.Path) -> str:
@@ -74,18 +85,20 @@ def _directory_advice(path: epath.Path) -> str:
                 f"belongs to a training run; to evaluate, predict or export, use --workdir={run}; to train from it, use "
                 f"--config.init_from={run}"
             )
-    found = sorted(
-        p.name for p in path.iterdir() if re.search(r"\.(pth|pt|bin|ckpt|safetensors|caffemodel|index\.json)$", p.name)
-    )
+    found = sorted(p.name for p in path.iterdir() if p.name.endswith(ENDINGS))
     return f"is a directory; name a weights file{', such as ' + ', '.join(found[:3]) if found else ''}"
 
 
 def _detect_reader(path: epath.Path) -> Reader:
     with path.open("rb") as file:
         head = file.read(512)
+        file.seek(max(file.seek(0, os.SEEK_END) - len(TABLE_END), 0))
+        end = file.read()
     if not head.strip(b"\0"):
         raise UserError(f"{path}: {'has only zeros' if head else 'is empty'}: {AGAIN}")
-    if shard := re.search(r"(.*)-\d{5}-of-(\d{5})(\.\w+)$", path.name):
+    if path.suffix == ".meta" or re.search(r"\.data-\d{5}-of-\d{5}$", path.name):
+        raise UserError(f"{path}: is a part of a TensorFlow checkpoint; give its index instead: {path.with_suffix('.index')}")
+    if shard := SHARD.fullmatch(path.name):
         index = f"{shard[1]}{shard[3]}.index.json"
         raise UserError(f"{path}: is one of {int(shard[2])} shards; give their index instead: {path.with_name(index)}")
     for magic, advice in UNSUPPORTED:
@@ -95,13 +108,22 @@ def _detect_reader(path: epath.Path) -> Reader:
         return _detect_zip_reader(path)
     if head[257:262] == b"ustar":
         raise UserError(f"{path}: is a tar archive: unpack it, and name the weights file in it")
-    if path.suffix.lower() == ".caffemodel":
-        return lambda path, entry: Content(caffe.read(path))
-    if head[8:9] == b"{":
-        return lambda path, entry: Content(pytorch.read_safetensors(path))
+    for recognized, read_arrays in (
+        (path.suffix.lower() == ".caffemodel", caffe.read),
+        (head.startswith(b"\x89HDF"), ports.read_h5),
+        (head.startswith(b"\x93NUMPY"), ports.read_npy),
+        (end == TABLE_END, ports.read_checkpoint),
+        (head[8:9] == b"{", pytorch.read_safetensors),
+    ):
+        if recognized:
+            return functools.partial(_read_arrays, read_arrays)
     if head[:1] == b"\x80":
         return pytorch.read_torch
     raise UserError(f"{path}: is not a supported weights file: expected {EXPECTED}")
+
+
+def _read_arrays(read_arrays: Callable[[epath.Path], pytorch.Arrays], path: epath.Path, entry: str) -> Content:
+    return Content(read_arrays(path))
 
 
 def _detect_zip_reader(path: epath.Path) -> Reader:
@@ -122,16 +144,28 @@ def _detect_zip_reader(path: epath.Path) -> Reader:
 
 def _read_index(path: epath.Path, entry: str) -> Content:
     """Joins the shards of a model.safetensors.index.json or pytorch_model.bin.index.json."""
-    try:
-        shards = sorted({os.path.basename(name) for name in json.loads(path.read_text())["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is not an index of shards: expected a weight_map from keys to files") from error
-    arrays: pytorch.Arrays = {}
-    for shard in map(path.with_name, shards):
+    names, arrays = shards(path), dict[str, Any]()
+    for shard in map(path.with_name, names):
         if not shard.is_file():
-            raise MissingFileError(f"{shard}: no such file; it is one of the {len(shards)} shards in {path.name}")
+            raise MissingFileError(f"{shard}: no such file; it is one of the {len(names)} shards in {path.name}")
         arrays |= pytorch.read_safetensors(shard) if shard.suffix == ".safetensors" else pytorch.read_torch(shard).arrays
     return Content(arrays)
+
+
+def shards(path: epath.Path, siblings: Iterable[str] = ()) -> list[str]:
+    """Returns the names of the files that belong to an index: of shards or, among its siblings, of a TensorFlow checkpoint.
+
+    Raises:
+      UserError: the index is damaged.
+    """
+    if path.suffix == ".index":
+        return [name for name in siblings if name.startswith(f"{path.stem}.data-")]
+    if not path.name.endswith(".index.json"):
+        return []
+    try:
+        return sorted({os.path.basename(name) for name in json.loads(path.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: is not an index of shards: expected a weight_map from keys to files") from error
 
 
 def without_prefixes(arrays: pytorch.Arrays) -> pytorch.Arrays:

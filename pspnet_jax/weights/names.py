@@ -40,12 +40,14 @@ def _stem_of_three(sequential: str) -> dict[str, str]:
     return {f"backbone/stem_conv{i + 1}/{part}": f"{sequential}.{3 * i + j}" for j, part in parts for i in range(3)}
 
 
+TIMM_DEEP = TORCHVISION | _stem_of_three("conv1") | {"backbone/stem_conv3/bn": "bn1"}  # its ResNet-C and ResNet-S
 SEMSEG = TORCHVISION | _stem_of_three("layer0") | {ours: semseg for ours, (semseg, _) in HEADS.items()}
 # Models with a b in their names, such as r50b, have torchvision's stem.
 MMSEG_B = {m: f"backbone.{theirs}" for m, theirs in TORCHVISION.items()} | {m: mmseg for m, (_, mmseg) in HEADS.items()}
 MMSEG = MMSEG_B | _stem_of_three("backbone.stem")
 TORCH_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 CAFFE_LEAVES = {"kernel": 0, "scale": 0, "bias": 1, "mean": 2, "var": 3}  # indices of a layer's blobs
+PORT_LEAVES = (("kernel", "bias"), ("gamma", "beta", "moving_mean", "moving_variance"))  # of convolutions, batch norms
 
 
 def _torch_key(table: Mapping[str, str], path: str, bins: Sequence[int], depth: int) -> str | None:
@@ -56,11 +58,16 @@ def _torch_key(table: Mapping[str, str], path: str, bins: Sequence[int], depth: 
     return f"{name.format(*re.findall('[0-9]+', module))}.{TORCH_LEAVES[leaf]}"
 
 
-def _caffe_key(path: str, bins: Sequence[int], depth: int) -> str | None:
+def _caffe_key(path: str, bins: Sequence[int], depth: int) -> str:
     module, leaf = path.split("/", 1)[1].rsplit("/", 1)
     norm = "/bn" if module.endswith("bn") else ""
     module = "head_conv" if module == "head_bn" else module.removesuffix("/conv").removesuffix("/bn")
     return f"{caffe.layer_name(module, bins, depth)}{norm}:{CAFFE_LEAVES[leaf]}"
+
+
+def _port_key(path: str, bins: Sequence[int], depth: int) -> str:
+    layer, index = _caffe_key(path, bins, depth).rsplit(":", 1)
+    return f"{layer.replace('/', '_')}/{PORT_LEAVES[layer.endswith('/bn')][int(index)]}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,25 +103,34 @@ _MMSEG = Family(
     protocol="mmseg",
     normalize=_IMAGENET,
 )
+_BACKBONE = Family(
+    title="an ImageNet ResNet",
+    key=functools.partial(_torch_key, TORCHVISION),
+    ignored=_COUNTS + r"|(fc|classifier)\..*",
+    model=_RESNET,
+    protocol="",
+    normalize=_IMAGENET,
+)
+_CAFFE = dataclasses.replace(
+    _SEMSEG,
+    title="a PSPNet of Caffe",
+    key=_caffe_key,
+    ignored="",
+    protocol="caffe",
+    normalize={"mean": (123.68, 116.779, 103.939), "std": (1.0, 1.0, 1.0), "order": "BGR"},
+)
 FAMILIES = {
-    "resnet": Family(
-        title="an ImageNet ResNet",
-        key=functools.partial(_torch_key, TORCHVISION),
-        ignored=_COUNTS + r"|(fc|classifier)\..*",
-        model=_RESNET,
-        protocol="",
-        normalize=_IMAGENET,
-    ),
+    "resnet": _BACKBONE,
+    "timm_deep": dataclasses.replace(_BACKBONE, key=functools.partial(_torch_key, TIMM_DEEP)),
     "semseg": _SEMSEG,
     "mmseg": _MMSEG,
     "mmseg_b": dataclasses.replace(_MMSEG, key=functools.partial(_torch_key, MMSEG_B)),
-    "caffe": dataclasses.replace(
-        _SEMSEG,
-        title="a PSPNet of Caffe",
-        key=_caffe_key,
-        ignored="",
-        protocol="caffe",
-        normalize={"mean": (123.68, 116.779, 103.939), "std": (1.0, 1.0, 1.0), "order": "BGR"},
+    "caffe": _CAFFE,
+    "port": dataclasses.replace(
+        _CAFFE,
+        title="a PSPNet of Caffe, ported to Keras or TensorFlow",
+        key=_port_key,
+        ignored=r".*/(Momentum|Adam(_1)?)|global_step|beta[12]_power",  # of TensorFlow's optimizers
     ),
 }
 

@@ -1,13 +1,10 @@
 """Reads and writes PyTorch and safetensors files as flat dicts of arrays, and never runs code in a file."""
 
-import contextlib
 import io
-import os
 import re
-import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
@@ -71,8 +68,7 @@ def read_safetensors(path: epath.Path) -> Arrays:
       UserError: the file is damaged, of another kind, or has a type that NumPy lacks.
     """
     try:
-        with _local_file(path) as file:
-            return safetensors.numpy.load_file(file)  # supports bfloat16, unlike `load`
+        return safetensors.numpy.load_file(path)  # supports bfloat16, unlike `load`
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: cannot be read as safetensors ({error}); download it again, or check its format") from error
     except (AttributeError, TypeError, KeyError) as error:
@@ -123,25 +119,14 @@ def _has_tensors(value: object) -> bool:
     return any(hasattr(t, "detach") for t in value.values()) or any(_has_tensors(value.get(name)) for name in ENTRIES)
 
 
-@contextlib.contextmanager
-def _local_file(path: epath.Path) -> Iterator[str]:
-    """Yields a local path of the file: its own, or for gs:// that of a temporary copy."""
-    if "://" not in os.fspath(path):
-        yield os.fspath(path)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path.copy(copy := os.path.join(folder, path.name))
-        yield copy
-
-
 def _load(path: epath.Path, torch: ModuleType) -> object:
     safe: list[Any] = [*((_Ignored, name) for name in IGNORED_TYPES), *((dict, name) for name in DICT_TYPES)]
     try:
-        with _local_file(path) as file, warnings.catch_warnings(), torch.serialization.safe_globals(safe):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(safe):
             warnings.simplefilter("ignore")  # about the pickle protocol; real problems raise
-            if zipfile.is_zipfile(file) and (damaged := zipfile.ZipFile(file).testzip()):  # torch does not check CRCs
+            if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch does not check CRCs
                 raise UserError(f"{path}: is damaged ({damaged} does not match its CRC-32); download it again")
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (MemoryError, OSError, UserError):
         raise
     except Exception as error:  # a damaged or hostile file can make torch raise anything

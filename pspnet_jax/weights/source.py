@@ -10,7 +10,7 @@ from typing import Any
 from pspnet_jax import datasets, files
 from pspnet_jax.errors import UserError
 from pspnet_jax.models.resnet import BASIC_DEPTHS, BLOCKS, STEMS
-from pspnet_jax.weights import caffe, container, mmseg, pytorch
+from pspnet_jax.weights import caffe, container, mmseg, pytorch, remote
 from pspnet_jax.weights.names import FAMILIES, Family
 
 # (our path of an array, optionally the depth) -> the array's shape in the file, or () if it is missing.
@@ -55,7 +55,7 @@ def inspect(path: str | os.PathLike) -> Source:
     """Detects the network in a weights file.
 
     Args:
-      path: a weights file, local or gs://; FILE:NAME selects the entry NAME of a checkpoint.
+      path: a weights file, or a name that `remote.fetch` accepts; FILE:NAME selects the entry NAME of a checkpoint.
 
     Raises:
       MissingFileError: the file does not exist.
@@ -66,11 +66,12 @@ def inspect(path: str | os.PathLike) -> Source:
 
 def read(path: str | os.PathLike) -> tuple[Source, pytorch.Arrays]:
     """Detects the network in a weights file, as `inspect` does, and returns the arrays, too."""
-    content = container.read(path)
-    return _describe(str(files.absolute(path)), content), content.arrays
+    content = container.read(local := remote.fetch(path))
+    shown = os.fspath(path if remote.is_name(path) else files.absolute(path))
+    return _describe(shown, os.path.basename(local), content), content.arrays
 
 
-def _describe(path: str, content: pytorch.Content) -> Source:
+def _describe(path: str, file_name: str, content: pytorch.Content) -> Source:
     arrays = content.arrays
     family, bins = _detect_family(path, arrays), _caffe_bins(arrays)
 
@@ -95,7 +96,7 @@ def _describe(path: str, content: pytorch.Content) -> Source:
         elif levels in LEVELS:
             assumed["bins"] = LEVELS[levels]
         if family.protocol == "mmseg":
-            saved, implied = mmseg.settings(content.metadata), mmseg.settings_from_name(os.path.basename(path))
+            saved, implied = mmseg.settings(content.metadata), mmseg.settings_from_name(file_name)
             model |= mmseg.model_fields(path, saved)
             normalize = mmseg.normalize_fields(saved)
             assumed |= {} if saved else mmseg.model_fields(path, implied)
@@ -134,14 +135,19 @@ def _head_fields(shape: ShapeOf, levels: int, depth: int) -> dict[str, Any]:
 
 
 def _detect_family(path: str, arrays: pytorch.Arrays) -> Family:
+    if any(re.search(r"\.downsample\.1\.weight$", key) and array.ndim == 4 for key, array in arrays.items()):
+        raise UserError(
+            f"{path}: its shortcuts pool before they project, as in ResNet-D and -T, which our networks do not; use another "
+            "ResNet, such as timm/resnet50s.gluon_in1k, which has the deep stem"
+        )
     for family in FAMILIES.values():
         anchors = (f"params/backbone/{module}/conv/kernel" for module in ("stem_conv1", "layer1_block0/conv1"))
         if all(family.key(anchor, (), 50) in arrays for anchor in anchors):
             return family
-    modules = list(dict.fromkeys(re.split(r"[.:]", key)[0] for key in arrays))
+    modules = list(dict.fromkeys(re.split(r"[.:/]", key)[0] for key in arrays))
     raise UserError(
-        f"{path}: has no network that can be imported; expected a ResNet of torchvision, timm (but not ResNet-C, -D, -T) "
-        f"or semseg, or a PSPNet of semseg, mmsegmentation or Caffe. It has {len(arrays)} arrays in "
+        f"{path}: has no network that can be imported; expected a ResNet of torchvision, timm or semseg, or a "
+        f"PSPNet of semseg, mmsegmentation, or Caffe and its ports to Keras and TensorFlow. It has {len(arrays)} arrays in "
         f"{', '.join(modules[:6])}{', ...' * (len(modules) > 6)}, such as {min(arrays, default='none')}"
     )
 
@@ -178,7 +184,7 @@ def _detect_stem(path: str, shape: ShapeOf) -> str:
 
 def _caffe_bins(arrays: pytorch.Arrays) -> tuple[int, ...]:
     """Returns the bins in the layer names, in the order in which the release concatenates the levels."""
-    found = (re.fullmatch(r"conv5_3_pool(\d+)_conv:0", key) for key in arrays)
+    found = (re.fullmatch(r"conv5_3_pool(\d+)_conv(:0|/kernel)", key) for key in arrays)
     return tuple(sorted((int(match[1]) for match in found if match), reverse=True))
 
 

@@ -1,28 +1,15 @@
-"""Another task: image classification with our ResNet on one folder per class, to pretrain a backbone for `init_from`."""
+"""Image classification on one folder per class instead of a TFDS dataset, to pretrain a backbone for `init_from`."""
 
 import pathlib
 
-import flax.linen as nn
 import jax
 import numpy as np
-import optax
-from clu.metrics import Average
 from PIL import Image
 
 from pspnet_jax import losses, models, optimizers
-from pspnet_jax.losses import Term
+from pspnet_jax.pretrain import cross_entropy
 from pspnet_jax.train.loop import fit
 from tests.extend import noise, small_config
-
-
-class ImageClassifier(nn.Module):
-    backbone: nn.Module
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, images, train):
-        _, x = self.backbone(images, train)
-        return nn.Dense(self.num_classes, name="fc")(x.mean((1, 2)))
 
 
 class ClassFolder:
@@ -42,13 +29,6 @@ class ClassFolder:
             start += 1
 
 
-def cross_entropy(logits, batch, step):
-    values = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    correct = (logits.argmax(-1) == batch["label"]).sum()
-    count = np.float32(len(values))
-    return {"cross_entropy": Term(values.sum(), count)}, {"accuracy": Average(correct, count)}
-
-
 def write_images(root):
     for color in ("red", "green", "blue"):
         (root / color).mkdir(parents=True)
@@ -63,9 +43,9 @@ def test_a_backbone_is_pretrained_and_then_segments(tmp_path, logged):
     config = small_config(steps=12)
     config.optimizer.learning_rate = 0.1
     data = ClassFolder(tmp_path / "images", (33, 33), config.batch_size)
-    model = ImageClassifier(models.ResNet(depth=18, width=8), len(data.classes))
+    model = models.ImageClassifier(models.ResNet(depth=18, width=8), len(data.classes))
     optimizer = optimizers.build(config.optimizer, config.total_steps)
-    trained = fit(config, model=model, loss=cross_entropy, optimizer=optimizer, batches=data, evaluate=None, workdir=tmp_path)
+    trained = fit(config, model=model, loss=cross_entropy(), optimizer=optimizer, batches=data, evaluate=None, workdir=tmp_path)
     assert logged("accuracy")[-1] > logged("accuracy")[0]
     assert sum(logged("cross_entropy")[-3:]) < 0.7 * sum(logged("cross_entropy")[:3])
 

@@ -12,7 +12,7 @@ LINES = {
     "optimizer": 20,
     "reader": 40,
     "regression": 90,
-    "classification": 90,
+    "classification": 60,
 }
 
 

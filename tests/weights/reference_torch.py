@@ -86,6 +86,20 @@ class ResNet(nn.Module):
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 
+class TimmDeepResNet(nn.Module):
+    """timm's ResNet-C (32 channels in the stem) or ResNet-S (64)."""
+
+    def __init__(self, depth: int, channels: int):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Sequential(*stem_of_three(channels)[:-2]), nn.BatchNorm2d(2 * channels)
+        add_stages(self, depth, 2 * channels, (1, 2, 2, 2), [(1, 1)] * 4)
+        self.fc = nn.Linear(2048, 1000)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
 class Levels(nn.Module):
     """semseg's pyramid."""
 

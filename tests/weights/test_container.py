@@ -132,7 +132,6 @@ REFUSED = {
     "tar": (tarred(), "is a tar archive: unpack it"),
     "zip": (zipped(["a/net.pth", "a/read.me"]), "is an archive of a/net.pth, a/read.me: unpack it"),
     "truncated": (saved()[:-200], "is damaged (its end is missing): download it again"),
-    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(99), "is an HDF5 file"),
     "text": (b"name: 'PSPNet'\n", "is not a supported weights file: expected PyTorch's .pth"),
 }
 

@@ -107,11 +107,20 @@ def test_depth_50_computes_the_same_logits_at_the_published_crop(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "depth", "stem"),
-    [("resnet18.pth", 18, "conv7"), ("model.safetensors", 34, "conv7"), ("resnet50_v2.pth", 50, "deep")],
+    [
+        ("resnet18.pth", 18, "conv7"),
+        ("model.safetensors", 34, "conv7"),
+        ("resnet50_v2.pth", 50, "deep"),
+        ("resnet50s.safetensors", 50, "deep"),
+        ("resnet50c.safetensors", 50, "deep32"),
+    ],
 )
 @torch.no_grad()
 def test_an_imported_backbone_computes_the_same_features(name, depth, stem, tmp_path):
-    network = reference.randomized(reference.ResNet(depth, deep=stem == "deep"))
+    if name.startswith(("resnet50s", "resnet50c")):
+        network = reference.randomized(reference.TimmDeepResNet(depth, {"deep": 64, "deep32": 32}[stem]))
+    else:
+        network = reference.randomized(reference.ResNet(depth, deep=stem == "deep"))
     write(tmp_path / name, network.state_dict())
     source = weights.inspect(tmp_path / name)
     assert (source.num_classes, source.model["depth"], source.model["stem"]) == (None, depth, stem)

@@ -256,10 +256,11 @@ class Deeper(reference.ResNet):
         self.layer4.append(self.layer4[1])
 
 
-class TimmD(reference.ResNet):
+class TimmD(reference.TimmDeepResNet):
     def __init__(self):
-        super().__init__(50)
-        self.conv1 = torch.nn.Sequential(*reference.stem_of_three(32)[:-2])
+        super().__init__(50, 32)
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            layer[0].downsample = torch.nn.Sequential(torch.nn.AvgPool2d(2, 2), *layer[0].downsample)
 
 
 class OtherHead(reference.MmsegPSPNet):
@@ -286,7 +287,7 @@ class TensorFlowKernels(reference.MmsegPSPNet):
     [
         (Grouped, "grouped or wide"),
         (Deeper, r"\(3, 4, 6, 4\) bottlenecks; expected a ResNet of depth 18, 34, 50"),
-        (TimmD, "not ResNet-C, -D, -T"),
+        (TimmD, "its shortcuts pool before they project, as in ResNet-D"),
         (OtherHead, "has no decode_head.conv_seg.bias; a network with another head, such as FCN or DeepLab"),
         (WithoutPyramid, "from mmsegmentation, but not a PSPNet: it has no decode_head.psp_modules"),
         (TensorFlowKernels, "transpose them to PyTorch's"),
