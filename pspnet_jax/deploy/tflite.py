@@ -1,0 +1,41 @@
+"""TensorFlow Lite (LiteRT), by TensorFlow's converter from a SavedModel.
+
+The converter takes sizes that are left open for 1 and writes a file that computes something else, without a message
+(TensorFlow 2.21). So the number and the size of images are fixed.
+"""
+
+import os
+import tempfile
+
+from etils import epath
+
+from pspnet_jax import files
+from pspnet_jax.deploy import savedmodel
+from pspnet_jax.deploy.export import Program
+from pspnet_jax.errors import UserError
+from pspnet_jax.models import layers
+
+
+def write(program: Program, path: epath.Path) -> None:
+    """Writes a file for `Interpreter(path).get_signature_runner()(image=images)`."""
+    content = convert(program)
+    with files.atomic(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def convert(program: Program) -> bytes:
+    """Returns the contents of a .tflite file.
+
+    Raises:
+      UserError: the converter refuses the network.
+    """
+    tf = savedmodel.import_tensorflow()
+    with tempfile.TemporaryDirectory() as folder:
+        saved = os.path.join(folder, "saved")
+        with layers.plain():
+            savedmodel.save(program.in_float32(), epath.Path(saved))
+        try:
+            return tf.lite.TFLiteConverter.from_saved_model(saved).convert()
+        except Exception as error:
+            reason = str(error).splitlines()[0][:300]
+            raise UserError(f"TensorFlow's converter to TFLite refuses this network: {reason}") from error
