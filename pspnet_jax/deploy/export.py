@@ -7,8 +7,7 @@ import dataclasses
 import functools
 import importlib
 import json
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -52,7 +51,7 @@ class Program:
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Segments RGB images: uint8[N, H, W, 3] -> labels uint8[N, H, W] or probabilities f32[N, H, W, K]."""
-        logits = self.model.apply(self.variables, models.normalize(images, self.config.normalize), train=False)
+        logits: Any = self.model.apply(self.variables, models.normalize(images, self.config.normalize), train=False)
         return jnp.argmax(logits, -1).astype(jnp.uint8) if self.outputs == "labels" else jax.nn.softmax(logits)
 
     @property
@@ -131,8 +130,6 @@ def export(program: Program, fmt: str, path: epath.Path) -> None:
         raise UserError(f"--batch 0: a {fmt} file holds a fixed number of images (see README.md); set --batch 1 or more")
     if program.size == ANY_SIZE and not kind.any_size:
         raise UserError(f"--size any: a {fmt} file has a fixed image size (see README.md); set it, such as --size 473x473")
-    if program.size == ANY_SIZE and program.config.model.pool == "max":
-        raise UserError("--size any: jax.export cannot lower model.pool=max for any size; set a size, such as --size 473x473")
     if program.size != ANY_SIZE and min(program.size) < SMALLEST:
         raise UserError(f"--size {program.size[0]}x{program.size[1]}: expected at least {SMALLEST} pixels in height and width")
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(program.variables)):

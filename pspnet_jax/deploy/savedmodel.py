@@ -1,30 +1,23 @@
 """TensorFlow's SavedModel, by jax2tf: the same StableHLO as in `stablehlo`, in one operation of TensorFlow."""
 
-import secrets
-import shutil
+import pathlib
 from types import ModuleType
 
 from etils import epath
 
+from pspnet_jax import files
 from pspnet_jax.deploy.export import PLATFORMS, Program
 from pspnet_jax.errors import UserError
 
 
 def write(program: Program, path: epath.Path) -> None:
     """Writes a directory for `tf.saved_model.load(path).signatures["serving_default"](image=images)`."""
-    if "://" in str(path):
-        raise UserError(f"--output {path}: a SavedModel is written to a local directory; copy it to the bucket afterwards")
-    temporary = path.with_name(f".{secrets.token_hex(8)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with files.new_folder(path) as temporary:
         save(program, temporary)
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save(program: Program, folder: epath.Path) -> None:
-    """Writes a SavedModel into a local folder that does not exist yet."""
+def save(program: Program, folder: pathlib.Path) -> None:
+    """Writes a SavedModel into a local folder."""
     tf = import_tensorflow()
     from jax.experimental import jax2tf
 

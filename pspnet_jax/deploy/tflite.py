@@ -4,7 +4,7 @@ The converter takes sizes that are left open for 1 and writes a file that comput
 (TensorFlow 2.21). So the number and the size of images are fixed.
 """
 
-import os
+import pathlib
 import tempfile
 
 from etils import epath
@@ -17,25 +17,19 @@ from pspnet_jax.models import layers
 
 
 def write(program: Program, path: epath.Path) -> None:
-    """Writes a file for `Interpreter(path).get_signature_runner()(image=images)`."""
-    content = convert(program)
-    with files.atomic(path) as temporary:
-        temporary.write_bytes(content)
-
-
-def convert(program: Program) -> bytes:
-    """Returns the contents of a .tflite file.
+    """Writes a file for `Interpreter(path).get_signature_runner()(image=images)`.
 
     Raises:
-      UserError: the converter refuses the network.
+      UserError: TensorFlow is missing, or its converter refuses the network.
     """
     tf = savedmodel.import_tensorflow()
     with tempfile.TemporaryDirectory() as folder:
-        saved = os.path.join(folder, "saved")
         with layers.plain():
-            savedmodel.save(program.in_float32(), epath.Path(saved))
+            savedmodel.save(program.in_float32(), pathlib.Path(folder))
         try:
-            return tf.lite.TFLiteConverter.from_saved_model(saved).convert()
+            content = tf.lite.TFLiteConverter.from_saved_model(folder).convert()
         except Exception as error:
             reason = str(error).splitlines()[0][:300]
             raise UserError(f"TensorFlow's converter to TFLite refuses this network: {reason}") from error
+    with files.atomic(path) as temporary:
+        temporary.write_bytes(content)

@@ -109,7 +109,7 @@ def initial_weights(config: ConfigDict, model: nn.Module, mesh: Mesh) -> tuple[V
       MissingFileError: there is no such run or file.
       UserError: it cannot be read, belongs to another network, or was trained on differently normalized images.
     """
-    if epath.Path(config.init_from).is_dir():
+    if (folder := epath.Path(config.init_from)).is_dir() and not weights.is_folder(folder):
         saved, step, variables = checkpoint.load(config.init_from, "latest", mesh)
         _check_compatible(saved, config)
         logger.info("starting from the weights of %s, step %s", config.init_from, step)

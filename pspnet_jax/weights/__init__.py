@@ -8,8 +8,21 @@ variables = weights.load("pspnet_r50-d8_769x769.pth", model)
 """
 
 from pspnet_jax.weights.container import split_entry
+from pspnet_jax.weights.own import is_folder
 from pspnet_jax.weights.settings import assumptions, check_normalize, configure, flags
 from pspnet_jax.weights.source import Source, inspect
-from pspnet_jax.weights.transfer import load, save
+from pspnet_jax.weights.transfer import FORMATS, load, save
 
-__all__ = ["Source", "assumptions", "check_normalize", "configure", "flags", "inspect", "load", "save", "split_entry"]
+__all__ = [
+    "FORMATS",
+    "Source",
+    "assumptions",
+    "check_normalize",
+    "configure",
+    "flags",
+    "inspect",
+    "is_folder",
+    "load",
+    "save",
+    "split_entry",
+]

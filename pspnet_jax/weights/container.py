@@ -10,7 +10,7 @@ from etils import epath
 
 from pspnet_jax import files
 from pspnet_jax.errors import MissingFileError, UserError
-from pspnet_jax.weights import caffe, pytorch
+from pspnet_jax.weights import caffe, own, pytorch
 from pspnet_jax.weights.pytorch import Content
 
 Reader = Callable[[epath.Path, str], Content]
@@ -47,6 +47,7 @@ def read(path: epath.PathLike) -> Content:
       UserError: the file is empty, damaged or of another kind.
     """
     path, entry = split_entry(files.absolute(path))
+    path = path / own.WEIGHTS if own.is_folder(path) else path
     if path.is_dir():
         raise UserError(f"{path}: {_directory_advice(path)}")
     if not files.is_there(path):
@@ -98,7 +99,7 @@ def _detect_reader(path: epath.Path) -> Reader:
     if path.suffix.lower() == ".caffemodel":
         return lambda path, entry: Content(caffe.read(path))
     if head[8:9] == b"{":
-        return lambda path, entry: Content(pytorch.read_safetensors(path))
+        return lambda path, entry: Content(pytorch.read_safetensors(path), own.read_config(path))
     if head[:1] == b"\x80":
         return pytorch.read_torch
     raise UserError(f"{path}: is not a supported weights file: expected {EXPECTED}")
