@@ -127,9 +127,9 @@ def export(program: Program, fmt: str, path: epath.Path) -> None:
     if path.exists():
         raise UserError(f"--output {path}: already exists; choose another name, or delete it")
     if not program.batch and not kind.any_batch:
-        raise UserError(f"--batch 0: a {fmt} file holds a fixed number of images (see README.md); set --batch 1 or more")
+        raise UserError(f"--batch 0: {fmt} files hold a fixed number of images (see README.md); set --batch 1 or more")
     if program.size == ANY_SIZE and not kind.any_size:
-        raise UserError(f"--size any: a {fmt} file has a fixed image size (see README.md); set it, such as --size 473x473")
+        raise UserError(f"--size any: {fmt} files have a fixed image size (see README.md); set it, such as --size 473x473")
     if program.size != ANY_SIZE and min(program.size) < SMALLEST:
         raise UserError(f"--size {program.size[0]}x{program.size[1]}: expected at least {SMALLEST} pixels in height and width")
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(program.variables)):

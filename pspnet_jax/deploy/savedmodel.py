@@ -43,6 +43,6 @@ def import_tensorflow() -> ModuleType:
     try:
         import tensorflow as tf
     except ImportError as error:
-        raise UserError('--format savedmodel, tflite and onnx need TensorFlow: pip install ".[export]"') from error
+        raise UserError('--format savedmodel and tflite need TensorFlow: pip install ".[export]"') from error
     tf.config.set_visible_devices([], "GPU")
     return tf
