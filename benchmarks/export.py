@@ -21,7 +21,8 @@ from etils import epath
 from pspnet_jax.deploy import export
 from tests.deploy import networks
 
-STEMS, BINS = ("deep", "deep32", "conv7"), ((1, 2, 3, 6), (), (1, 2, 4, 8))
+STANDARD = (1, 2, 3, 6)
+NETWORKS = (("deep", STANDARD), ("deep", ()), ("deep", (1, 2, 4, 8)), ("deep32", STANDARD), ("conv7", STANDARD))  # stem, bins
 Run = Callable[[np.ndarray], np.ndarray]
 
 
@@ -73,7 +74,7 @@ def agreement() -> None:
     """Prints a table of `compare` for small networks."""
     print(f"| stem, bins, align_corners | {' | '.join(export.FORMATS)} |", flush=True)
     images = networks.random_images(2, 97, 113)
-    for stem, bins, align_corners in itertools.product(STEMS, BINS, (True, False)):
+    for (stem, bins), align_corners in itertools.product(NETWORKS, (True, False)):
         config = networks.make_config(21, depth=50, width=16, stem=stem, bins=bins, align_corners=align_corners)
         found = compare(config, networks.random_variables(config, images), images)
         print(f"| {stem}, {bins}, {align_corners} | {' | '.join(found.values())} |", flush=True)
