@@ -42,7 +42,7 @@ def load(
     file, _ = weights.split_entry(place)
     if not files.is_there(file):
         raise MissingFileError(f"{path}: no such file or directory; expected a run or a weights file")
-    if file.is_dir():
+    if file.is_dir() and not weights.is_folder(file):
         restored = runs.restore_run(file, str(checkpoint), change)
         return jobs.segmenter(restored.config, restored.variables, devices)
     if checkpoint != "latest":

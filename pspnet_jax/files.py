@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,6 +113,28 @@ def atomic(path: epath.PathLike) -> Iterator[epath.Path]:
     finally:
         with contextlib.suppress(OSError):  # the original exception matters more
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: epath.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a temporary directory beside `path`, and renames it to `path` if the block succeeds.
+
+    Raises:
+      UserError: `path` exists, is in a bucket or cannot be written.
+    """
+    folder = pathlib.Path(path)
+    if is_remote(path):
+        raise UserError(f"{os.fspath(path)}: directories are only written locally; copy it to the bucket afterwards")
+    if folder.exists():
+        raise UserError(f"{folder}: already exists; choose another name, or delete it")
+    temporary = folder.with_name(f".{secrets.token_hex(8)}")
+    with writing(folder, "nothing was written"):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def storage_error(error: BaseException | None) -> str | None:

@@ -274,11 +274,53 @@ def verify(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     published.require_agreement(network, scores)
 
 
-def export_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """--mode export: writes the weights of a checkpoint under semseg's parameter names."""
+def export(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """--mode export: writes a checkpoint for semseg's code, for the hub, or as a program for another runtime."""
+    from pspnet_jax.deploy import export as programs
+
+    formats = (*weights.FORMATS, "hf", *programs.FORMATS)
     if not (arguments.output and arguments.format):
-        raise UserError("--mode export needs --output (a file to write) and --format (torch or safetensors)")
-    config, step, variables, workdir, _ = runs.restore(arguments, overrides)
+        raise UserError(f"--mode export needs --output (a file or directory to write) and --format ({', '.join(formats)})")
+    if arguments.format not in formats:
+        raise UserError(f"--format {arguments.format}: expected one of {', '.join(formats)}")
+    for names, users in ((("outputs", "batch", "size"), tuple(programs.FORMATS)), (("license", "input"), ("hf",))):
+        for name in names:
+            if arguments.format not in users and getattr(arguments, name) is not None:
+                raise UserError(f"--{name}: --format {arguments.format} does not use it, only {', '.join(users)}; leave it out")
+    restored = runs.restore(arguments, overrides)
+    variables = jax.tree.map(parallel.local, restored.variables)
+    if arguments.format in programs.FORMATS:
+        batch = 1 if arguments.batch is None else arguments.batch
+        size = arguments.size or tuple(restored.config.eval.crop)
+        program = programs.Program(restored.config, variables, arguments.outputs or "labels", batch, size)
+        programs.export(program, arguments.format, arguments.output)
+    elif arguments.format == "hf":
+        _export_folder(arguments, restored)
+    else:
+        _export_weights(arguments, restored)
+    logger.info(f"step {restored.step} of {restored.workdir} written to {arguments.output}")
+
+
+def _export_folder(arguments: argparse.Namespace, restored: runs.Restored) -> None:
+    """Writes a folder for the hub, with the prediction of --input or a picture of the run."""
+    from pspnet_jax.deploy import hub
+
+    config, step, variables, workdir, _ = restored
+    picture = hub.example(lambda: segmenter(config, variables), arguments.input, workdir)
+    if not picture:
+        logger.warning(f"{workdir} has no pictures, so the model card has none; --input IMAGE adds the prediction of an image")
+    with contextlib.closing(checkpoint.Checkpoints(workdir, read_only=True)) as checkpoints:
+        scores = hub.read_scores(workdir, step, config, checkpoints.score(step))
+    if not scores:
+        logger.warning(f"{workdir} has no score of step {step}, so the model card has none; --mode evaluate measures it")
+    if not arguments.license:
+        logger.warning("the model card says `license: unknown`; choose one with --license, such as --license mit")
+    hub.write(config, variables, arguments.output, arguments.license or "unknown", scores, picture)
+
+
+def _export_weights(arguments: argparse.Namespace, restored: runs.Restored) -> None:
+    """Writes the weights of a checkpoint under semseg's parameter names."""
+    config, _, variables, workdir, _ = restored
     if config.normalize.to_dict() != (usual := configs.base_config().normalize.to_dict()):
         raise UserError(
             f"{workdir}: the network was trained with normalize={config.normalize.to_dict()}, but the exported file is for "
@@ -286,7 +328,6 @@ def export_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
         )
     model = models.build(config.model, len(config.dataset.class_names))
     weights.save(arguments.output, variables, model, arguments.format)
-    logger.info(f"step {step} of {workdir} written to {arguments.output}, under semseg's parameter names")
 
 
 def preflight(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -321,7 +362,7 @@ JOBS = {
     "import": import_weights,
     "verify": verify,
     "preflight": preflight,
-    "export": export_weights,
+    "export": export,
 }
 MULTI_PROCESS_JOBS = ("train", "pretrain", "evaluate", "predict")  # modes that several processes can run together
 

@@ -50,6 +50,15 @@ def _steps(given: str) -> tuple[int, int]:
     return int(step), int(count)
 
 
+def _size(given: str) -> tuple[int, int]:
+    if given == "any":
+        return 0, 0
+    height, _, width = given.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{given!r}: expected HEIGHTxWIDTH in pixels, such as 473x473, or any")
+    return int(height), int(width)
+
+
 def _number(given: str) -> int:
     if not given.isdecimal():
         raise argparse.ArgumentTypeError(f"{given!r}: expected a whole number")
@@ -67,21 +76,36 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
         {"type": _nonempty, "metavar": "WHICH", "help": "latest (the default), best or a step number"},
     ),
     "input": (
-        ["predict", "import", "verify"],
+        ["predict", "import", "verify", "export"],
         {
             "type": _input,
             "metavar": "PATH",
-            "help": "an image, a folder, a video, a URL or a camera (/dev/video0) to predict; weights to import or verify",
+            "help": "an image, a folder, a video, a URL or a camera (/dev/video0) to predict; weights to import or verify; "
+            "export: an image to show in the model card",
         },
     ),
     "output": (
         ["predict", "check", "export", "preflight"],
-        {"type": _path, "metavar": "PATH", "help": "directory for the results; export: the file to write"},
+        {"type": _path, "metavar": "PATH", "help": "directory for the results; export: the file or directory to write"},
     ),
     "format": (
         ["predict", "export"],
-        {"type": _nonempty, "help": "format of a benchmark server: cityscapes, ade20k or voc; export: torch or safetensors"},
+        {
+            "type": _nonempty,
+            "help": "format of a benchmark server: cityscapes, ade20k or voc; export: torch, safetensors, hf, stablehlo, "
+            "savedmodel, onnx or tflite",
+        },
     ),
+    "outputs": (["export"], {"choices": ("labels", "probabilities"), "help": "of a program; default: labels"}),
+    "batch": (
+        ["export"],
+        {"type": _number, "metavar": "N", "help": "images that a program takes at once; 0: any number; default: 1"},
+    ),
+    "size": (
+        ["export"],
+        {"type": _size, "metavar": "HEIGHTxWIDTH", "help": "of a program's images, or any; default: config.eval.crop"},
+    ),
+    "license": (["export"], {"type": _nonempty, "metavar": "ID", "help": "of the weights, in the model card of --format hf"}),
     "profile": (
         ["train"],
         {"type": _steps, "metavar": "STEP:COUNT", "help": "trace COUNT steps from step STEP on into WORKDIR/profile"},

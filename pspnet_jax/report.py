@@ -40,15 +40,11 @@ class Report:
         If classes are missing, the means say so, as in "mIoU 41.68% over 4 of 9 classes". Mean IoU is over the classes in the
         truth or the prediction; mean accuracy is over those in the truth.
         """
-        metrics, protocol = self.metrics, self.protocol
-        size = f"long side {protocol['base_size']}" if protocol["base_size"] else "own size"
-        size += f", short side at most {protocol['short_size']}" if protocol["short_size"] else ""
-        scales = ", ".join(map(str, protocol["scales"]))
+        metrics = self.metrics
         return (
             f"mIoU {metrics.mean_iou:.2%}{_over(metrics.iou)}  "
             f"mean accuracy {metrics.mean_accuracy:.2%}{_over(metrics.accuracy)}  pixel accuracy {metrics.pixel_accuracy:.2%}\n"
-            f"{self.images} images of {protocol['split']}, {_windows(protocol)}, {size}, scales {scales}, "
-            f"flip {'on' if protocol['flip'] else 'off'}, protocol {protocol['protocol']}; "
+            f"{self.images} images of {self.protocol['split']}, {describe_protocol(self.protocol)}; "
             f"{self.images_per_second:.2f} images/s on {self.device}, "
             f"{self.slots_used:.1%} of window slots used"
         )
@@ -133,7 +129,16 @@ def _over(fractions: np.ndarray) -> str:
     return f" over {present} of {len(fractions)} classes" if present < len(fractions) else ""
 
 
-def _windows(protocol: dict[str, Any]) -> str:
+def describe_protocol(protocol: Mapping[str, Any]) -> str:
+    """Returns the settings of an evaluation, the fields of config.eval, in words."""
+    size = f"long side {protocol['base_size']}" if protocol["base_size"] else "own size"
+    size += f", short side at most {protocol['short_size']}" if protocol["short_size"] else ""
+    scales = ", ".join(map(str, protocol["scales"]))
+    flip = "on" if protocol["flip"] else "off"
+    return f"{_windows(protocol)}, {size}, scales {scales}, flip {flip}, protocol {protocol['protocol']}"
+
+
+def _windows(protocol: Mapping[str, Any]) -> str:
     if protocol["inference"] == "whole":
         return "whole images"
     stride = " stride {}x{}".format(*protocol["stride"]) if any(protocol["stride"]) else ""

@@ -85,7 +85,7 @@ def check_init_from(config: ConfigDict, workdir: epath.Path) -> None:
     path, _ = weights.split_entry(epath.Path(weights.fetch(config.init_from)))
     if not files.is_there(path):
         raise MissingFileError(f"init_from={path}: no such file or directory; a repository on the hub is named hf://USER/REPO")
-    if path.is_dir():
+    if path.is_dir() and not weights.is_folder(path):
         with contextlib.closing(checkpoint.Checkpoints(path, read_only=True)) as checkpoints:
             checkpoints.find("latest")
 

@@ -1,8 +1,13 @@
-"""Layers shared by all parts of the network. All tensors are [N, H, W, C]; all sizes are static."""
+"""Layers shared by all parts of the network. All tensors are [N, H, W, C].
 
+Sizes are static, except in `jax.export`, which may leave N, H and W open: there they are symbols, such as "8*h + 1".
+"""
+
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -10,6 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
@@ -19,6 +25,28 @@ from pspnet_jax.models import cpu
 from pspnet_jax.models.norm import BatchNorm
 
 T = TypeVar("T")
+Matrix = np.ndarray | jax.Array  # NumPy, or traced if its size is a symbol
+_plain = contextvars.ContextVar("plain", default=False)
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Traces networks with one operation per layer and no code for single platforms, which converters understand."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+def is_plain() -> bool:
+    """Returns whether networks are traced within `plain`."""
+    return _plain.get()
+
+
+def is_known(*sizes: Any) -> bool:
+    """Returns whether sizes are numbers, not symbols of `jax.export`."""
+    return not any(export.is_symbolic_dim(size) for size in sizes)
 
 
 def choose(choices: Mapping[Any, T], field: str, value: object) -> T:
@@ -42,13 +70,16 @@ def convolve(
     """`jax.lax.conv_general_dilated` in NHWC with HWIO kernels; 1x1 convolutions are matrix products and ignore `padding`.
 
     On CPUs, where XLA computes matrix products and their gradients faster than convolutions, 3x3 convolutions that keep the
-    size and have many pixels and channels are matrix products as well, see `cpu`; they agree to rounding.
+    size and have many pixels and channels are matrix products as well, see `cpu`; they agree to rounding. Where sizes are not
+    known, and within `plain`, all are convolutions.
     """
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")} | options
+    direct: cpu.Function = functools.partial(jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **options)
+    if is_plain() or not is_known(*x.shape[1:3]):
+        return direct(x, kernel)
     if kernel.shape[:2] == (1, 1):
         x = x[:, :: strides[0], :: strides[1]]
         return jax.lax.platform_dependent(x, kernel[0, 0], cpu=cpu.matmul, default=jnp.matmul)
-    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")} | options
-    direct: cpu.Function = functools.partial(jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **options)
     dilation = (options.get("rhs_dilation") or (1,))[0]
     keeps_size = tuple(strides) == (1, 1) and padding in ("SAME", [(dilation, dilation)] * 2)
     is_large = math.prod((*x.shape[1:3], *kernel.shape[2:])) >= cpu.WINOGRAD
@@ -136,6 +167,8 @@ def max_pool(x: jax.Array) -> jax.Array:
 
     Where values of a window are tied, the gradient is shared or goes to the first of them.
     """
+    if is_plain():
+        return max_pool_by_windows(x)
     return jax.lax.platform_dependent(x, tpu=max_pool_by_windows, default=max_pool_by_slices)
 
 
@@ -149,40 +182,41 @@ def max_pool_by_slices(x: jax.Array) -> jax.Array:
 
     On CPUs, this is five times faster than XLA's windowed maximum, whose gradient searches every window.
     """
-    height, width = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
+    height, width = ((size - 1) // 2 + 1 for size in x.shape[1:3])
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
     x = functools.reduce(jnp.maximum, (x[:, i : i + 2 * height - 1 : 2] for i in range(3)))
     return functools.reduce(jnp.maximum, (x[:, :, i : i + 2 * width - 1 : 2] for i in range(3)))
 
 
-def resize_matrix(size: int, new_size: int, align_corners: bool) -> np.ndarray:
+def resize_matrix(size: int, new_size: int, align_corners: bool) -> Matrix:
     """Bilinear interpolation along one axis as a matrix f32[new_size, size]; each row has at most two weights, which sum to 1.
 
     With align_corners, the first and last pixels of input and output coincide (Caffe's Interp, semseg). Otherwise, pixel
     centers lie at half-integers and the borders are replicated (mmseg). Neither antialiases when downsampling.
     """
-    target = np.arange(new_size, dtype=np.float64)
-    if align_corners:
-        source = target * ((size - 1) / (new_size - 1)) if new_size > 1 else np.zeros(1)
+    xp: Any = np if is_known(size, new_size) else jnp
+    source, target = xp.arange(size), xp.arange(new_size)
+    if align_corners:  # the position in the source is numerator / denominator, which are integers
+        numerator, denominator = target * (size - 1), new_size - 1 if new_size != 1 else 1
     else:
-        source = (target + 0.5) * (size / new_size) - 0.5
-    source = np.clip(source, 0, size - 1)
-    low = np.minimum(source.astype(int), max(size - 2, 0))
-    high = np.minimum(low + 1, size - 1)
-    matrix = np.zeros((new_size, size))
-    np.add.at(matrix, (np.arange(new_size), low), 1 - (source - low))
-    np.add.at(matrix, (np.arange(new_size), high), source - low)
-    return matrix.astype(np.float32)
+        numerator, denominator = (2 * target + 1) * size - new_size, 2 * new_size
+    numerator = xp.clip(numerator, 0, (size - 1) * denominator)
+    low = (numerator // denominator)[:, None]
+    weight = (numerator % denominator / denominator)[:, None]
+    return (xp.where(source == low, 1 - weight, 0) + xp.where(source == low + 1, weight, 0)).astype(np.float32)
 
 
-def apply_separable(x: jax.Array, rows: np.ndarray | jax.Array, columns: np.ndarray) -> jax.Array:
+def apply_separable(x: jax.Array, rows: Matrix, columns: Matrix) -> jax.Array:
     """Applies one matrix along each axis, in float32: [N, H, W, C], [H', H], [W', W] -> f32[N, H', W', C]."""
     exact = jax.lax.Precision.HIGHEST  # TPUs and GPUs would round the weights to bfloat16 or TF32
+    if is_plain():
+        x = jnp.einsum("yh,nhwc->nywc", rows, x.astype(jnp.float32), precision=exact)
+        return jnp.einsum("xw,nywc->nyxc", columns, x, precision=exact)
     # As batches of matrix products, neither they nor their gradients need transposed copies of x on CPUs.
     (n, height, width, channels), multiply = x.shape, functools.partial(jnp.matmul, precision=exact)
     x = multiply(jnp.broadcast_to(rows, (n, *rows.shape)), x.astype(jnp.float32).reshape(n, height, -1))
-    x = x.reshape(n, len(rows), width, channels)
-    return multiply(jnp.broadcast_to(columns, (n, len(rows), *columns.shape)), x)
+    x = x.reshape(n, rows.shape[0], width, channels)
+    return multiply(jnp.broadcast_to(columns, (n, rows.shape[0], *columns.shape)), x)
 
 
 def resize(x: jax.Array, height: int, width: int, align_corners: bool) -> jax.Array:
@@ -271,14 +305,14 @@ def share_rows(outputs: Any, mesh: Mesh) -> Any:
 
 def pool_cells(size: int, bins: int) -> list[tuple[int, int]]:
     """Cells of adaptive pooling along one axis: cell i covers floor(i * size / bins) up to ceil((i + 1) * size / bins)."""
-    return [(i * size // bins, math.ceil((i + 1) * size / bins)) for i in range(bins)]
+    return [(i * size // bins, ((i + 1) * size + bins - 1) // bins) for i in range(bins)]
 
 
-def _average_matrix(size: int, bins: int) -> np.ndarray:
-    matrix = np.zeros((bins, size), np.float32)
-    for i, (start, stop) in enumerate(pool_cells(size, bins)):
-        matrix[i, start:stop] = 1 / (stop - start)
-    return matrix
+def _average_matrix(size: int, bins: int) -> Matrix:
+    xp: Any = np if is_known(size) else jnp
+    start, stop = (xp.array(bounds)[:, None] for bounds in zip(*pool_cells(size, bins), strict=True))
+    pixel = xp.arange(size)
+    return (((start <= pixel) & (pixel < stop)) / (stop - start)).astype(np.float32)
 
 
 def adaptive_average_pool(x: jax.Array, bins: int) -> jax.Array:
@@ -289,5 +323,7 @@ def adaptive_average_pool(x: jax.Array, bins: int) -> jax.Array:
 def adaptive_max_pool(x: jax.Array, bins: int) -> jax.Array:
     """Takes the maximum of each cell: [N, H, W, C] -> [N, bins, bins, C]."""
     rows, columns = pool_cells(x.shape[1], bins), pool_cells(x.shape[2], bins)
-    cells = [[x[:, top:bottom, left:right].max((1, 2)) for left, right in columns] for top, bottom in rows]
-    return jnp.stack([jnp.stack(row, 1) for row in cells], 1)
+    strips = [jax.lax.slice_in_dim(x, top, bottom, axis=1).max(1, keepdims=True) for top, bottom in rows]
+    x = jnp.concatenate(strips, 1)
+    cells = [jax.lax.slice_in_dim(x, left, right, axis=2).max(2, keepdims=True) for left, right in columns]
+    return jnp.concatenate(cells, 2)

@@ -129,4 +129,4 @@ def normalize(images: jax.Array, statistics: ConfigDict) -> jax.Array:
     """
     mean, std = jnp.asarray(statistics.mean, jnp.float32), jnp.asarray(statistics.std, jnp.float32)
     normalized = (images.astype(jnp.float32) - mean) / std
-    return normalized[..., ::-1] if statistics.order == "BGR" else normalized
+    return jnp.flip(normalized, -1) if statistics.order == "BGR" else normalized

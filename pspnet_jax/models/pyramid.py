@@ -1,6 +1,7 @@
 """The pyramid pooling module and the convolution over its output, plain and factored (Zhao et al. 2017, section 3.2)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pspnet_jax.models import layers
-from pspnet_jax.models.layers import ConvNorm, convolve, resize, resize_matrix
+from pspnet_jax.models.layers import ConvNorm, Matrix, convolve, resize, resize_matrix
 
 POOLS = {"average": layers.adaptive_average_pool, "max": layers.adaptive_max_pool}
 
@@ -84,7 +85,8 @@ def convolve_upsampled(level: jax.Array, kernel: jax.Array, height: int, width: 
     return jnp.einsum("uyi,nuixo->nyxo", rows, products, precision=exact)
 
 
-def _stack_shifted(matrix: np.ndarray, shifts: int) -> np.ndarray:
+def _stack_shifted(matrix: Matrix, shifts: int) -> Matrix:
     """[size, b] -> [shifts, size, b]: row y of slice t is the matrix's row y + t - shifts // 2, or zero outside."""
-    padded = np.pad(matrix, ((shifts // 2, shifts // 2), (0, 0)))
-    return np.stack([padded[t : t + len(matrix)] for t in range(shifts)])
+    xp: Any = np if isinstance(matrix, np.ndarray) else jnp
+    padded = xp.pad(matrix, ((shifts // 2, shifts // 2), (0, 0)))
+    return xp.stack([padded[t : t + matrix.shape[0]] for t in range(shifts)])

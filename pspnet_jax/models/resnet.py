@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pspnet_jax.errors import UserError
-from pspnet_jax.models.layers import ConvNorm, choose, max_pool, recompute
+from pspnet_jax.models.layers import ConvNorm, choose, is_plain, max_pool, recompute
 
 BLOCKS = {  # number of blocks in each stage, by depth
     18: (2, 2, 2, 2),
@@ -125,7 +125,7 @@ class ResNet(nn.Module):
             of_stage = functools.partial(block, channels=self.width * 2**stage, conv_norm=conv_norm)
             x = of_stage(stride=stride, dilation=max(1, dilation // divisor), name=first)(x, train)
             equal = functools.partial(of_stage, stride=1, dilation=dilation)
-            if len(others) < LOOP or self.is_initializing():
+            if len(others) < LOOP or self.is_initializing() or is_plain():
                 for name in others:
                     x = equal(name=name)(x, train)
             else:

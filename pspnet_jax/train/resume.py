@@ -110,7 +110,8 @@ def initial_weights(config: ConfigDict, model: nn.Module, mesh: Mesh) -> tuple[V
       MissingFileError: there is no such run or file.
       UserError: it cannot be read, belongs to another network, or was trained on differently normalized images.
     """
-    if not weights.is_name(config.init_from) and epath.Path(config.init_from).is_dir():
+    folder = not weights.is_name(config.init_from) and epath.Path(config.init_from)
+    if folder and folder.is_dir() and not weights.is_folder(folder):
         saved, step, variables = checkpoint.load(config.init_from, "latest", mesh)
         _check_compatible(saved, config, "head_conv" in variables["params"])
         logger.info("starting from the weights of %s, step %s", config.init_from, step)

@@ -10,12 +10,14 @@ In place of a file, a name can be given, such as hf://timm/resnet50.tv_in1k (see
 """
 
 from pspnet_jax.weights.container import split_entry
+from pspnet_jax.weights.own import is_folder
 from pspnet_jax.weights.remote import fetch, is_name
 from pspnet_jax.weights.settings import assumptions, check_normalize, configure, flags
 from pspnet_jax.weights.source import Source, inspect
-from pspnet_jax.weights.transfer import load, save
+from pspnet_jax.weights.transfer import FORMATS, load, save
 
 __all__ = [
+    "FORMATS",
     "Source",
     "assumptions",
     "check_normalize",
@@ -23,6 +25,7 @@ __all__ = [
     "fetch",
     "flags",
     "inspect",
+    "is_folder",
     "is_name",
     "load",
     "save",

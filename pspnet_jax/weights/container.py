@@ -12,7 +12,7 @@ from etils import epath
 
 from pspnet_jax import files
 from pspnet_jax.errors import MissingFileError, UserError
-from pspnet_jax.weights import caffe, ports, pytorch
+from pspnet_jax.weights import caffe, own, ports, pytorch
 from pspnet_jax.weights.pytorch import Content
 
 Reader = Callable[[epath.Path, str], Content]
@@ -54,6 +54,7 @@ def read(path: epath.PathLike) -> Content:
       UserError: the file is empty, damaged or of another kind.
     """
     path, entry = split_entry(files.absolute(path))
+    path = path / own.WEIGHTS if own.is_folder(path) else path
     if path.is_dir():
         raise UserError(f"{path}: {_directory_advice(path)}")
     if not files.is_there(path):
@@ -113,10 +114,11 @@ def _detect_reader(path: epath.Path) -> Reader:
         (head.startswith(b"\x89HDF"), ports.read_h5),
         (head.startswith(b"\x93NUMPY"), ports.read_npy),
         (end == TABLE_END, ports.read_checkpoint),
-        (head[8:9] == b"{", pytorch.read_safetensors),
     ):
         if recognized:
             return functools.partial(_read_arrays, read_arrays)
+    if head[8:9] == b"{":
+        return lambda path, entry: Content(pytorch.read_safetensors(path), own.read_config(path))
     if head[:1] == b"\x80":
         return pytorch.read_torch
     raise UserError(f"{path}: is not a supported weights file: expected {EXPECTED}")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from rich.table import Column, Table
 
 from pspnet_jax.errors import UserError
+from pspnet_jax.weights import own
 from pspnet_jax.weights.source import Source
 
 SCALES = {"one scale": (1.0,), "six scales": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)}
@@ -95,6 +96,10 @@ def find(source: Source) -> Published:
     Raises:
       UserError: it is none of them, or its name does not say which; lists those that it may be.
     """
+    if source.family is own.FAMILY:
+        raise UserError(
+            f"{source}; only networks of other projects have published scores: use --mode import and --mode evaluate"
+        )
     project = [known for known in PUBLISHED if known.protocol == source.family.protocol]
     depth, classes = source.model["depth"], source.num_classes
     alike = [known for known in project if (known.depth, CLASSES[known.dataset]) == (depth, classes)]

@@ -149,10 +149,10 @@ def _import_torch(path: epath.PathLike) -> ModuleType:
     return torch
 
 
-def write_safetensors(path: epath.PathLike, arrays: Arrays) -> None:
-    """Writes arrays, which must be contiguous, under their keys."""
+def write_safetensors(path: epath.PathLike, arrays: Arrays, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes arrays, which must be contiguous, under their keys, and metadata."""
     with files.atomic(path) as temporary:
-        temporary.write_bytes(safetensors.numpy.save(arrays))
+        temporary.write_bytes(safetensors.numpy.save(arrays, dict(metadata or {})))
 
 
 def write_torch(path: epath.PathLike, arrays: Arrays) -> None:

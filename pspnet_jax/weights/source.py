@@ -10,7 +10,7 @@ from typing import Any
 from pspnet_jax import datasets, files
 from pspnet_jax.errors import UserError
 from pspnet_jax.models.resnet import BASIC_DEPTHS, BLOCKS, STEMS
-from pspnet_jax.weights import caffe, container, mmseg, pytorch, remote
+from pspnet_jax.weights import caffe, container, mmseg, own, pytorch, remote
 from pspnet_jax.weights.names import FAMILIES, Family
 
 # (our path of an array, optionally the depth) -> the array's shape in the file, or () if it is missing.
@@ -55,7 +55,8 @@ def inspect(path: str | os.PathLike) -> Source:
     """Detects the network in a weights file.
 
     Args:
-      path: a weights file, or a name that `remote.fetch` accepts; FILE:NAME selects the entry NAME of a checkpoint.
+      path: a weights file, or a name that `remote.fetch` accepts; FILE:NAME selects the entry NAME of a checkpoint. Or a folder
+        with model.safetensors, such as --mode export --format hf writes.
 
     Raises:
       MissingFileError: the file does not exist.
@@ -72,6 +73,8 @@ def read(path: str | os.PathLike) -> tuple[Source, pytorch.Arrays]:
 
 
 def _describe(path: str, file_name: str, content: pytorch.Content) -> Source:
+    if content.metadata.get("library_name") == own.LIBRARY:
+        return Source(path=path, **own.fields(path, content.metadata))
     arrays = content.arrays
     family, bins = _detect_family(path, arrays), _caffe_bins(arrays)
 

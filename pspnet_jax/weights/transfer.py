@@ -192,12 +192,13 @@ def save(path: str | os.PathLike, variables: Any, model: nn.Module, fmt: str) ->
             f"{given.get(path, 'missing')}; expected {wanted.get(path, 'none')}"
         )
     try:
-        write(file, _semseg_arrays(variables, fields))
+        write(file, semseg_arrays(variables, fields))
     except OSError as error:
         raise UserError(f"--output {file}: cannot be written ({error}); no partial file was left") from error
 
 
-def _semseg_arrays(variables: Any, fields: Mapping[str, Any]) -> pytorch.Arrays:
+def semseg_arrays(variables: Any, fields: Mapping[str, Any]) -> pytorch.Arrays:
+    """Returns a network's arrays under semseg's names; `fields` are those of `model_fields` or config.model."""
     arrays = {}
     for path, value in traverse_util.flatten_dict(variables, sep="/").items():
         key = SEMSEG.key(path, fields["bins"], fields["depth"])

@@ -1,0 +1,86 @@
+"""Our own format: a safetensors file with semseg's array names for any of our networks, and the config that describes it.
+
+`--mode export --format hf` writes it as a folder, with the config in config.json and, for the file alone, in its metadata.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+import pspnet_jax
+from pspnet_jax import config as configs
+from pspnet_jax import files, models
+from pspnet_jax.errors import UserError
+from pspnet_jax.models.pspnet import RESNET_FIELDS
+from pspnet_jax.weights import names
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"  # file names of the Hugging Face hub
+LIBRARY = "pspnet_jax"  # the value of "library_name", by which our configs are recognized
+FAMILY = dataclasses.replace(names.FAMILIES["semseg"], title="a PSPNet of this package", model={}, normalize={})
+# Fields of config.model that belong to the weights; the others belong to training or to the device.
+MODEL_FIELDS = (*RESNET_FIELDS, "bins", "pool", "reduce_channels", "head_kernel", "align_corners", "auxiliary")
+EVAL_FIELDS = ("protocol", "inference", "crop", "stride", "base_size", "short_size", "scales", "flip")
+
+
+def describe(config: ConfigDict) -> dict[str, Any]:
+    """Returns the contents of config.json for a network: plain values, with class names as the hub expects them."""
+    classes = config.dataset.class_names
+    return {
+        "library_name": LIBRARY,
+        "library_version": pspnet_jax.__version__,
+        "architectures": ["PSPNet"],
+        "id2label": {str(i): name for i, name in enumerate(classes)},
+        "label2id": {name: i for i, name in enumerate(classes)},
+        "colors": [list(color) for color in config.dataset.colors],
+        "model": {field: config.model[field] for field in MODEL_FIELDS},
+        "normalize": config.normalize.to_dict(),
+        "eval": {field: config.eval[field] for field in EVAL_FIELDS},
+    }
+
+
+def is_folder(path: epath.Path) -> bool:
+    """Returns whether the path is a directory with model.safetensors."""
+    return (path / WEIGHTS).exists()
+
+
+def read_config(path: epath.Path) -> dict[str, Any]:
+    """Returns the config beside a safetensors file, otherwise the one in its metadata; empty if it has neither of ours."""
+    if (beside := files.read_json(path.with_name(CONFIG))).get("library_name") == LIBRARY:
+        return beside
+    with path.open("rb") as file, contextlib.suppress(ValueError):  # a stranger's metadata may be anything
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        found = json.loads(header.get("__metadata__", {}).get(LIBRARY, "{}"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def fields(path: str, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a `Source` that a config determines.
+
+    Raises:
+      UserError: the config is incomplete or has an invalid value.
+    """
+    try:
+        config = configs.from_dict({section: saved[section] for section in ("model", "normalize", "eval")})
+        classes = tuple(saved["id2label"][str(i)] for i in range(len(saved["id2label"])))
+        colors = tuple((int(r), int(g), int(b)) for r, g, b in saved["colors"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: its {CONFIG} is incomplete or damaged ({error!r}); download it again") from error
+    if problems := models.problems(config.model):
+        raise UserError("\n".join(f"{path}: its {CONFIG} has {problem}" for problem in problems))
+    return {
+        "family": FAMILY,
+        "model": {field: config.model[field] for field in MODEL_FIELDS},
+        "normalize": config.normalize.to_dict(),
+        "assumed": {"model": {}, "normalize": {}},
+        "evaluation": {field: config.eval[field] for field in EVAL_FIELDS},
+        "num_classes": len(classes),
+        "levels": len(config.model.bins),
+        "class_names": classes,
+        "colors": colors,
+    }
