@@ -139,7 +139,7 @@ def test_a_damaged_file_ends_in_one_sentence(ending, damage, tmp_path):
     print(message)
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
-    assert len(message) < 300
+    assert len(message.replace(str(tmp_path), "")) < 300
 
 
 MOMENTUM = {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
