@@ -3,7 +3,7 @@
 python -m pspnet_jax.main --mode pretrain --config configs/imagenet.py --config.dataset.root=DIR
 python -m pspnet_jax.main --config configs/ade20k.py --config.dataset.root=ADE --config.init_from=runs/imagenet_50
 
-DIR holds the TFDS dataset imagenet2012. After `pip install -e ".[prepare]"`, it is made from the two official archives,
+DIR holds the TFDS dataset imagenet2012. After `pip install "pspnet_jax[train,prepare]"`, it is made from the official archives
 ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, in ARCHIVES:
 tfds build imagenet2012 --file_format=array_record --manual_dir=ARCHIVES --data_dir=DIR
 

@@ -26,8 +26,8 @@ def load(
     """Returns a network that is ready to segment images: `load("runs/camvid")("photo.jpg").labels`.
 
     Args:
-      path: the directory of a run, or a weights file of another project (see `weights.inspect`); local or gs://. What a weights
-        file does not specify is assumed and logged; --mode import can set it.
+      path: the directory of a run, or a weights file of another project (see `weights.inspect`); local, gs:// or a name such as
+        hf://USER/REPO. What a weights file does not specify is assumed and logged; --mode import can set it.
       checkpoint: of a run: "latest", "best" (by validation score) or a step.
       devices: devices of this process to compute on; None: all of them.
       **settings: fields of config.eval, which replace those saved with a run or usual for the weights: protocol, inference,

@@ -38,12 +38,10 @@ def read_h5(path: epath.Path) -> Arrays:
     """Reads what Keras 2 writes by `save_weights` or `save`.
 
     Raises:
-      UserError: h5py is missing, or the file is damaged.
+      UserError: the file is damaged.
     """
-    try:
-        import h5py
-    except ImportError as error:
-        raise UserError(f"{path}: .h5 files need another package: pip install h5py") from error
+    import h5py
+
     found: Arrays = {}
 
     def add(name: str, item: Any) -> None:
@@ -165,7 +163,7 @@ def read_checkpoint(path: epath.Path) -> Arrays:
     try:
         import tensorflow as tf
     except ImportError as error:
-        raise UserError(f"{path}: checkpoints of TensorFlow need it to be read: pip install tensorflow-cpu") from error
+        raise UserError(f"{path}: this format needs TensorFlow: pip install 'pspnet_jax[train]'") from error
     try:
         reader = tf.train.load_checkpoint(str(path).removesuffix(".index"))
         arrays = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
