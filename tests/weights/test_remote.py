@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from etils import epath
 
+import pspnet_jax
+from pspnet_jax import config as configs
 from pspnet_jax import models, parallel, runs, weights
 from pspnet_jax.config import base_config
 from pspnet_jax.errors import UserError
+from pspnet_jax.main import main
 from pspnet_jax.train import resume
 from pspnet_jax.weights import download, pytorch, remote
 from tests import hub as hubs
@@ -316,6 +319,24 @@ def test_a_run_starts_from_a_name(backbone, hub, tmp_path, caplog):
     assert "starting from hf://timm/resnet18: an ImageNet ResNet, depth 18, backbone only" in caplog.text
     kernel = variables["params"]["backbone"]["layer3_block1"]["conv2"]["conv"]["kernel"]
     np.testing.assert_array_equal(kernel.transpose(3, 2, 0, 1), backbone)
+
+
+@pytest.mark.slow
+def test_load_and_import_take_a_name(hub, tmp_path, capsys):
+    reference = pytest.importorskip("tests.weights.reference_torch")
+    state = reference.randomized(reference.MmsegPSPNet(18, 3, "deep32", False)).state_dict()
+    file = "pspnet_r18-d8_769x769_80k_cityscapes.safetensors"  # for whose name align_corners is True
+    pytorch.write_safetensors(tmp_path / file, {key: tensor.numpy() for key, tensor in state.items()})
+    hub.repos["me/zoo"] = {file: (tmp_path / file).read_bytes()}
+    segmenter = pspnet_jax.load("hf://me/zoo")
+    assert segmenter.classes == ("class 0", "class 1", "class 2")
+    kernel = np.asarray(segmenter.variables["params"]["head_conv"]["kernel"]).transpose(3, 2, 0, 1)
+    np.testing.assert_array_equal(kernel, state["decode_head.bottleneck.conv.weight"].numpy())
+    assert main(["--mode=import", f"--input=hf://me/zoo/{file}", f"--workdir={tmp_path}/run"]) == 0
+    assert f"hf://me/zoo/{file}: a PSPNet of mmseg, depth 18, 3 classes" in capsys.readouterr().out
+    config = configs.read(epath.Path(tmp_path / "run/config.json"))
+    assert (config.name, config.model.align_corners) == (pathlib.Path(file).stem, True)
+    assert hub.downloads() == [""]
 
 
 @pytest.mark.slow
