@@ -5,9 +5,12 @@ import dataclasses
 import hashlib
 import http.server
 import json
+import pathlib
 import re
 import threading
 from collections.abc import Iterator
+
+import pytest
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -52,6 +55,24 @@ def serve() -> Iterator[Hub]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextlib.contextmanager
+def used(cache: pathlib.Path) -> Iterator[Hub]:
+    """Yields a hub that this process uses, without pauses, with caches below a folder."""
+    from huggingface_hub import constants
+
+    from pspnet_jax.weights import download
+
+    with serve() as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", hub.url)
+        template = "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + template)
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
+        patch.setenv("XDG_CACHE_HOME", str(cache / "cache"))
+        patch.setenv("HF_TOKEN", "hf_secret")
+        patch.setattr(download, "PAUSES", (0, 0))
+        yield hub
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

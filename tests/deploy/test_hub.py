@@ -13,6 +13,7 @@ import yaml
 from etils import epath
 from PIL import Image
 
+import pspnet_jax
 from pspnet_jax import class_lists, models, optimizers, parallel, weights
 from pspnet_jax.config import base_config
 from pspnet_jax.deploy import hub
@@ -21,6 +22,7 @@ from pspnet_jax.main import main
 from pspnet_jax.train import checkpoint, resume
 from pspnet_jax.train.step import new_state
 from tests import fakes
+from tests import hub as hubs
 from tests.deploy import networks
 from tests.test_main import error
 
@@ -217,3 +219,22 @@ def test_a_program_has_the_size_of_the_evaluation_crop(run, tmp_path):
     assert [(aval.shape, str(aval.dtype)) for aval in loaded.in_avals] == [((1, 41, 49, 3), "uint8")]
     assert [(aval.shape, str(aval.dtype)) for aval in loaded.out_avals] == [((1, 41, 49), "uint8")]
     assert json.loads((tmp_path / "x.stablehlo.json").read_text())["classes"] == list(NAMES)
+
+
+def test_the_folder_is_read_back_from_the_hub(folder, run, tmp_path):
+    with hubs.used(tmp_path) as served:
+        served.repos["me/streets"] = {path.name: path.read_bytes() for path in folder.iterdir()}
+        segmenter = pspnet_jax.load("hf://me/streets")
+        assert {path.name for path in Path(weights.fetch("hf://me/streets")).parent.iterdir()} == {
+            "model.safetensors",
+            "config.json",
+            "preprocessor_config.json",
+        }
+        assert main(["--mode=import", "--input=hf://me/streets", f"--workdir={tmp_path}/imported"]) == 0
+    _, _, variables = checkpoint.load(run[0], "latest", parallel.make_mesh())
+    config, _, imported = checkpoint.load(tmp_path / "imported", "latest", parallel.make_mesh())
+    assert segmenter.classes == config.dataset.class_names == NAMES
+    assert (config.model.bins, config.normalize.order) == ((1, 3), "BGR")
+    kernel = variables["params"]["head_conv"]["kernel"]
+    for other in (segmenter.variables, imported):
+        np.testing.assert_array_equal(other["params"]["head_conv"]["kernel"], kernel)

@@ -32,15 +32,8 @@ REPO = "timm/resnet50.tv_in1k"
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    with hubs.serve() as served:
-        monkeypatch.setattr(constants, "ENDPOINT", served.url)
-        template = "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.url + template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", "hf_secret")
-        monkeypatch.setattr(download, "PAUSES", (0, 0))
+def hub(tmp_path):
+    with hubs.used(tmp_path) as served:
         served.repos[REPO] = {"README.md": b"# ResNet", "config.json": b"{}", "model.safetensors": CONTENT}
         served.repos[REPO]["pytorch_model.bin"] = OTHER
         yield served
