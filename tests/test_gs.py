@@ -142,17 +142,23 @@ def test_weights_are_imported_from_and_exported_to_gs(cloud, tmp_path):
     state = reference.randomized(reference.SemsegPSPNet(50, 3)).state_dict()
     torch.save({"state_dict": state}, tmp_path / "net.pth")
     bucket.write("bucket/net.pth", (tmp_path / "net.pth").read_bytes())
+    pytorch.write_safetensors(tmp_path / "model.safetensors", {key: tensor.numpy() for key, tensor in state.items()})
+    bucket.write("bucket/folder/model.safetensors", (tmp_path / "model.safetensors").read_bytes())
+    bucket.write("bucket/folder/config.json", b"{}")
     output = run(
         cloud,
         tmp_path,
         ["--mode=import", "--input=gs://bucket/net.pth", "--workdir=gs://bucket/imported"],
         ["--mode=export", "--workdir=gs://bucket/imported", "--format=safetensors", "--output=gs://bucket/x/net.safetensors"],
         ["--mode=import", "--input=gs://bucket/net.pth", f"--workdir={tmp_path}/again"],
+        ["--mode=import", "--input=gs://bucket/folder", f"--workdir={tmp_path}/folder"],
     )
-    assert [status for status, _ in statuses(output)] == ["0", "0", "0"]
+    assert [status for status, _ in statuses(output)] == ["0"] * 4
     assert output.count("downloading gs://bucket/net.pth: ") == 1
     [copy] = (tmp_path / "cache").rglob("net.pth")
     assert copy.read_bytes() == (tmp_path / "net.pth").read_bytes()
+    [copy] = (tmp_path / "cache").rglob("model.safetensors")
+    assert copy.with_name("config.json").read_text() == "{}"
     assert [key for key in bucket.names("bucket/x/") if not key.endswith("/")] == ["bucket/x/net.safetensors"]
     (tmp_path / "net.safetensors").write_bytes(bucket.objects["bucket/x/net.safetensors"].content)
     back = pytorch.read_safetensors(tmp_path / "net.safetensors")

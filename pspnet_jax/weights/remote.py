@@ -15,7 +15,7 @@ from etils import epath
 
 from pspnet_jax import files
 from pspnet_jax.errors import UserError
-from pspnet_jax.weights import container
+from pspnet_jax.weights import container, own
 from pspnet_jax.weights.download import download, from_bucket, from_server
 
 logger = logging.getLogger(__name__)
@@ -39,10 +39,10 @@ def fetch(name: epath.PathLike) -> str:
     """Returns the local path of a weights file, after downloading it to a cache if it is not there.
 
     Args:
-      name: a local path, which is returned unchanged, as is that of a gs:// directory; a gs:// file;
-        hf://USER/REPO[@REVISION][/FILE], from the Hugging Face hub (HF_ENDPOINT, HF_HOME and HF_TOKEN apply); or
-        https://HOST/FILE#sha256=DIGITS, where a FILE named NAME-DIGITS.pth needs no further checksum. :ENTRY may follow the
-        name of a file, see `container.read`.
+      name: a local path, or that of a run on gs://, which are returned unchanged; a gs:// file, or a gs:// folder with
+        model.safetensors; hf://USER/REPO[@REVISION][/FILE], from the Hugging Face hub (HF_ENDPOINT, HF_HOME and HF_TOKEN
+        apply); or https://HOST/FILE#sha256=DIGITS, where a FILE named NAME-DIGITS.pth needs no further checksum. :ENTRY may
+        follow the name of a file, see `container.read`.
 
     Returns:
       The path in the cache, with :ENTRY if given. Beside it are the other shards of an index, and a repository's SETTINGS.
@@ -88,11 +88,13 @@ def _last_part(url: str) -> str:
 
 def _from_bucket(name: str) -> str:
     path, entry = container.split_entry(files.user_path(name))
+    path = path / own.WEIGHTS if own.is_folder(path) else path
     if not path.is_file():
         return name
     parts = [path]
-    if path.name.endswith((".index", ".index.json")):
-        parts += [path.parent / part for part in container.shards(path, [sibling.name for sibling in path.parent.iterdir()])]
+    if path.name == own.WEIGHTS or path.name.endswith((".index", ".index.json")):
+        siblings = {sibling.name for sibling in path.parent.iterdir()}
+        parts += [path.parent / part for part in (*container.shards(path, siblings), *sorted(SETTINGS & siblings))]
     version = [(os.fspath(part), stat.length, stat.mtime) for part in parts if (stat := part.stat())]
     target = _cache(version) / path.name
     for part, (_, size, _) in reversed(list(zip(parts, version, strict=True))):
