@@ -4,21 +4,18 @@ python -m benchmarks.pyramid [--seeds 0 1 2] [--workdir DIR] [--picture docs/qui
 """
 
 import argparse
-import functools
 import itertools
 import json
 import pathlib
 import subprocess
 import sys
-from collections.abc import Sequence
 
 import numpy as np
 
-from pspnet_jax import datasets, models, parallel
+import pspnet_jax
+from pspnet_jax import datasets
 from pspnet_jax.data import scenes
 from pspnet_jax.infer.draw import save, side_by_side
-from pspnet_jax.infer.predictor import Predictor
-from pspnet_jax.train import checkpoint
 
 VARIANTS = ("none", "1", "1236")
 SHOWN = ("boat", "car", "sheep", "boulder", "pole", "bird")
@@ -34,16 +31,6 @@ def train(variant: str, seed: int, workdir: pathlib.Path) -> dict[str, float]:
     return {"mIoU": 100 * last["mean_iou"]} | {name: classes[name] for name in SHOWN}
 
 
-def predict(workdir: pathlib.Path, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Returns the labels that a trained variant predicts for scenes."""
-    config, _, variables = checkpoint.load(workdir, "latest", parallel.make_mesh())
-    model = models.build(config.model, len(config.dataset.class_names))
-    apply = functools.partial(model.apply, train=False)
-    predictor = Predictor(apply, config, len(config.dataset.class_names))
-    placed = predictor.place(variables)
-    return [np.asarray(predictor.labels(placed, [image]))[0, : len(image), : image.shape[1]] for image in images]
-
-
 def draw(workdir: pathlib.Path, seed: int, path: pathlib.Path) -> None:
     """Draws scenes that have a boat and a car, with their predictions without and with the pyramid."""
     examples = (scenes.scene("validation", index) for index in range(200))
@@ -51,7 +38,8 @@ def draw(workdir: pathlib.Path, seed: int, path: pathlib.Path) -> None:
     images, labels = zip(*itertools.islice(both, 4), strict=True)
     columns = {"ground truth": labels}
     for caption, variant in {"without the pyramid": "none", "with the pyramid": "1236"}.items():
-        columns[caption] = predict(workdir / f"{variant}_{seed}", images)
+        segmenter = pspnet_jax.load(workdir / f"{variant}_{seed}")
+        columns[caption] = [result.labels for result in segmenter(images)]
     stacked = {caption: np.vstack(column) for caption, column in columns.items()}
     save(side_by_side(np.vstack(images), stacked, datasets.table("scenes")), path)
 
