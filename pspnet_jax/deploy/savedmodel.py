@@ -45,5 +45,5 @@ def import_tensorflow() -> ModuleType:
 
         import pspnet_jax.data  # noqa: F401 -- hides TensorFlow's messages and leaves GPUs to JAX
     except ImportError as error:
-        raise UserError('--format savedmodel and tflite need TensorFlow: pip install ".[export]"') from error
+        raise UserError("--format savedmodel and tflite need TensorFlow: pip install 'pspnet_jax[train]'") from error
     return tf
