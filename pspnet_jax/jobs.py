@@ -283,6 +283,8 @@ def export(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise UserError(f"--mode export needs --output (a file or directory to write) and --format ({', '.join(formats)})")
     if arguments.format not in formats:
         raise UserError(f"--format {arguments.format}: expected one of {', '.join(formats)}")
+    if arguments.output.exists():
+        raise UserError(f"--output {arguments.output}: already exists; choose another name, or delete it")
     for names, users in ((("outputs", "batch", "size"), tuple(programs.FORMATS)), (("license", "input"), ("hf",))):
         for name in names:
             if arguments.format not in users and getattr(arguments, name) is not None:

@@ -95,22 +95,20 @@ class Format:
     """A file format and what it can hold.
 
     Attributes:
-      writer: the module in this package whose `write(program, path)` writes the file.
       ending: of the file's name; "" for a directory.
       any_batch, any_size: whether the number and the size of images can be left open.
     """
 
-    writer: str
     ending: str
     any_batch: bool
     any_size: bool
 
 
-FORMATS = {
-    "stablehlo": Format("stablehlo", ".stablehlo", any_batch=True, any_size=True),
-    "savedmodel": Format("savedmodel", "", any_batch=True, any_size=True),
-    "onnx": Format("onnx", ".onnx", any_batch=True, any_size=False),
-    "tflite": Format("tflite", ".tflite", any_batch=False, any_size=False),
+FORMATS = {  # each is written by the module of this name
+    "stablehlo": Format(".stablehlo", any_batch=True, any_size=True),
+    "savedmodel": Format("", any_batch=True, any_size=True),
+    "onnx": Format(".onnx", any_batch=True, any_size=False),
+    "tflite": Format(".tflite", any_batch=False, any_size=False),
 }
 
 
@@ -134,7 +132,7 @@ def export(program: Program, fmt: str, path: epath.Path) -> None:
         raise UserError(f"--size {program.size[0]}x{program.size[1]}: expected at least {SMALLEST} pixels in height and width")
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(program.variables)):
         raise UserError(f"{path}: the run's weights contain values that are not finite, so they were not exported")
-    write: Callable[[Program, epath.Path], None] = importlib.import_module(f"pspnet_jax.deploy.{kind.writer}").write
+    write: Callable[[Program, epath.Path], None] = importlib.import_module(f"pspnet_jax.deploy.{fmt}").write
     with files.writing(path, "nothing was exported"):
         write(program, path)
         with files.atomic(path.with_name(f"{path.name}.json")) as temporary:

@@ -30,7 +30,7 @@ def write(program: Program, path: epath.Path) -> None:
     try:
         import onnx
     except ImportError as error:
-        raise UserError('--format onnx needs the package onnx: pip install ".[export]"') from error
+        raise UserError("--format onnx needs the package onnx: pip install 'pspnet_jax[export]'") from error
     program = program.in_float32()
     with layers.plain():
         traced = jax.make_jaxpr(program.__call__)(program.images)

@@ -35,14 +35,15 @@ def save(program: Program, folder: pathlib.Path) -> None:
 
 
 def import_tensorflow() -> ModuleType:
-    """Returns TensorFlow, which leaves all GPU memory to JAX.
+    """Returns TensorFlow.
 
     Raises:
       UserError: it is not installed.
     """
     try:
         import tensorflow as tf
+
+        import pspnet_jax.data  # noqa: F401 -- hides TensorFlow's messages and leaves GPUs to JAX
     except ImportError as error:
-        raise UserError('--format savedmodel and tflite need TensorFlow: pip install ".[export]"') from error
-    tf.config.set_visible_devices([], "GPU")
+        raise UserError("--format savedmodel and tflite need TensorFlow: pip install 'pspnet_jax[train]'") from error
     return tf

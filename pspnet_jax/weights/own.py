@@ -14,14 +14,14 @@ from ml_collections import ConfigDict
 
 import pspnet_jax
 from pspnet_jax import config as configs
-from pspnet_jax import files, models
+from pspnet_jax import datasets, files, models
 from pspnet_jax.errors import UserError
 from pspnet_jax.models.pspnet import RESNET_FIELDS
-from pspnet_jax.weights import names
+from pspnet_jax.weights.names import FAMILIES
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # file names of the Hugging Face hub
 LIBRARY = "pspnet_jax"  # the value of "library_name", by which our configs are recognized
-FAMILY = dataclasses.replace(names.FAMILIES["semseg"], title="a PSPNet of this package", model={}, normalize={})
+FAMILY = dataclasses.replace(FAMILIES["semseg"], title="a PSPNet of this package", model={}, normalize={})
 # Fields of config.model that belong to the weights; the others belong to training or to the device.
 MODEL_FIELDS = (*RESNET_FIELDS, "bins", "pool", "reduce_channels", "head_kernel", "align_corners", "auxiliary")
 EVAL_FIELDS = ("protocol", "inference", "crop", "stride", "base_size", "short_size", "scales", "flip")
@@ -29,14 +29,14 @@ EVAL_FIELDS = ("protocol", "inference", "crop", "stride", "base_size", "short_si
 
 def describe(config: ConfigDict) -> dict[str, Any]:
     """Returns the contents of config.json for a network: plain values, with class names as the hub expects them."""
-    classes = config.dataset.class_names
+    info = datasets.describe(config.dataset)
     return {
         "library_name": LIBRARY,
         "library_version": pspnet_jax.__version__,
         "architectures": ["PSPNet"],
-        "id2label": {str(i): name for i, name in enumerate(classes)},
-        "label2id": {name: i for i, name in enumerate(classes)},
-        "colors": [list(color) for color in config.dataset.colors],
+        "id2label": {str(i): name for i, name in enumerate(info.class_names)},
+        "label2id": {name: i for i, name in enumerate(info.class_names)},
+        "colors": [list(color) for color in info.colors],
         "model": {field: config.model[field] for field in MODEL_FIELDS},
         "normalize": config.normalize.to_dict(),
         "eval": {field: config.eval[field] for field in EVAL_FIELDS},
@@ -67,8 +67,8 @@ def fields(path: str, saved: Mapping[str, Any]) -> dict[str, Any]:
     """
     try:
         config = configs.from_dict({section: saved[section] for section in ("model", "normalize", "eval")})
-        classes = tuple(saved["id2label"][str(i)] for i in range(len(saved["id2label"])))
-        colors = tuple((int(r), int(g), int(b)) for r, g, b in saved["colors"])
+        names = tuple(str(saved["id2label"][str(i)]) for i in range(len(saved["id2label"])))
+        info = datasets.DatasetInfo("", names, tuple((int(r), int(g), int(b)) for r, g, b in saved["colors"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: its {CONFIG} is incomplete or damaged ({error!r}); download it again") from error
     if problems := models.problems(config.model):
@@ -79,8 +79,8 @@ def fields(path: str, saved: Mapping[str, Any]) -> dict[str, Any]:
         "normalize": config.normalize.to_dict(),
         "assumed": {"model": {}, "normalize": {}},
         "evaluation": {field: config.eval[field] for field in EVAL_FIELDS},
-        "num_classes": len(classes),
+        "num_classes": info.num_classes,
         "levels": len(config.model.bins),
-        "class_names": classes,
-        "colors": colors,
+        "class_names": info.class_names,
+        "colors": info.colors,
     }

@@ -93,7 +93,7 @@ def network(request, images) -> tuple[Any, Any, np.ndarray]:
 @pytest.mark.parametrize("fmt", export.FORMATS)
 def test_probabilities_agree_with_ours(fmt, network, images, tmp_path):
     """For as many images as the file allows, of any size if it allows that. In bfloat16, rounding differs."""
-    pytest.importorskip(PACKAGES.get(fmt, "jax"), reason="needs the packages of the extras export and dev")
+    pytest.importorskip(PACKAGES.get(fmt, "jax"), reason="needs the extra dev")
     config, variables, expected = network
     kind = export.FORMATS[fmt]
     path = epath.Path(tmp_path) / f"network{kind.ending}"
@@ -108,7 +108,7 @@ def test_probabilities_agree_with_ours(fmt, network, images, tmp_path):
 @pytest.mark.parametrize("fmt", export.FORMATS)
 @pytest.mark.parametrize("network", ["semseg"], indirect=True)
 def test_labels_agree_with_ours_but_for_ties(fmt, network, images, tmp_path):
-    pytest.importorskip(PACKAGES.get(fmt, "jax"), reason="needs the packages of the extras export and dev")
+    pytest.importorskip(PACKAGES.get(fmt, "jax"), reason="needs the extra dev")
     config, variables, probabilities = network
     path = epath.Path(tmp_path) / f"network{export.FORMATS[fmt].ending}"
     export.export(export.Program(config, variables, "labels", 2, SIZE), fmt, path)
@@ -176,11 +176,14 @@ def test_programs_that_a_format_cannot_hold_are_refused(given, fmt, name, messag
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("fmt", "package"), [("onnx", "onnx"), ("savedmodel", "tensorflow"), ("tflite", "tensorflow")])
-def test_a_missing_package_is_named_with_its_extra(fmt, package, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("fmt", "package", "extra"),
+    [("onnx", "onnx", "export"), ("savedmodel", "tensorflow", "train"), ("tflite", "tensorflow", "train")],
+)
+def test_a_missing_package_is_named_with_its_extra(fmt, package, extra, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     path = epath.Path(tmp_path) / f"network{export.FORMATS[fmt].ending}"
-    with pytest.raises(UserError, match=rf'{fmt}.* need.*pip install "\.\[export\]"'):
+    with pytest.raises(UserError, match=rf"{fmt}.* need.*pip install 'pspnet_jax\[{extra}\]'"):
         export.export(program(), fmt, path)
     assert list(tmp_path.iterdir()) == []
 
