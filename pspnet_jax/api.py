@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from pspnet_jax import config as configs
-from pspnet_jax import files, jobs, runs, weights
+from pspnet_jax import files, jobs, programs, runs, scoring, weights
 from pspnet_jax.errors import MissingFileError, UserError
 from pspnet_jax.infer.segmenter import Segmenter
 from pspnet_jax.train import checkpoint as checkpoints
@@ -37,6 +37,7 @@ def load(
       MissingFileError: there is no such run, checkpoint or file.
       UserError: it is damaged, its network is unknown, or a setting is wrong.
     """
+    programs.skip_tpu_compiler()
     change = functools.partial(_set, settings)
     place = files.user_path(weights.fetch(path if weights.is_name(path) else files.user_path(path)))
     file, _ = weights.split_entry(place)
@@ -44,10 +45,10 @@ def load(
         raise MissingFileError(f"{path}: no such file or directory; expected a run or a weights file")
     if file.is_dir() and not weights.is_folder(file):
         restored = runs.restore_run(file, str(checkpoint), change)
-        return jobs.segmenter(restored.config, restored.variables, devices)
+        return scoring.segmenter(restored.config, restored.variables, devices)
     if checkpoint != "latest":
         raise UserError(f"checkpoint={checkpoint!r}: {path} is a file, and only runs have checkpoints; leave it out")
-    return jobs.segmenter(*runs.read_weights(place, change), devices)
+    return scoring.segmenter(*runs.read_weights(place, change), devices)
 
 
 def _set(settings: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
@@ -85,6 +86,7 @@ def train(config: ConfigDict | str | os.PathLike, *, workdir: str | os.PathLike 
       UserError: the config or the data is wrong, or the workdir holds another run; see also `train.loop.fit`.
       SystemExit: SIGTERM (143) or Ctrl-C (130) was received, and the state is saved.
     """
+    programs.skip_tpu_compiler()
     given = config if isinstance(config, ConfigDict) else configs.load_recipe(os.fspath(config))
     config = runs.prepare(configs.check(given.copy_and_resolve_references()), jax.device_count())
     directory = files.user_path(workdir or f"runs/{config.name}")

@@ -1,6 +1,7 @@
 """The modes of the command line, one function each, which connect config, data, network, training and inference.
 
-Each function takes the parsed arguments (see `main`) and the overrides of the config.
+Those that exchange networks with other projects are in `exchange`, and that of pretraining is in `pretrain`. Each function
+takes the parsed arguments (see `main`) and the overrides of the config.
 """
 
 import argparse
@@ -18,21 +19,15 @@ import rich
 from etils import epath
 from ml_collections import ConfigDict
 
-from pspnet_jax import config as configs
-from pspnet_jax import datasets, files, losses, models, optimizers, parallel, pretrain, runs, weights
+from pspnet_jax import datasets, exchange, files, losses, models, optimizers, parallel, pretrain, runs, scoring
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer import draw, inputs, video
-from pspnet_jax.infer import evaluate as evaluation
 from pspnet_jax.infer import predict as prediction
-from pspnet_jax.infer.predictor import Predictor
 from pspnet_jax.infer.segmenter import Segmenter
-from pspnet_jax.report import Report
 from pspnet_jax.train import checkpoint
-from pspnet_jax.train.step import new_state
 
 logger = logging.getLogger("pspnet_jax")
 Evaluation = tuple[Mapping[str, Any], Mapping[str, Any]]  # metrics, and pictures by name
-PICTURES = 4  # of the validation split, written in each evaluation
 PANELS = 12  # images of each split in the contact sheet of --mode check
 
 
@@ -113,11 +108,11 @@ def evaluator(config: ConfigDict, model: nn.Module, source: Any) -> Callable[[An
       source: the opened split (see `data.sources`).
     """
     info = datasets.describe(config.dataset)
-    predictor = _predictor(config, model)
-    source = _sort_by_size(predictor, source)
+    predictor = scoring.build_predictor(config, model)
+    source = scoring.sort_by_size(predictor, source)
 
     def evaluate(variables: Any) -> Evaluation:
-        report, pictures = _score(Segmenter(predictor, variables, info), config, source)
+        report, pictures = scoring.score(Segmenter(predictor, variables, info), config, source)
         logger.info(report)
         return report.to_json() | {"data": source.fingerprint}, pictures
 
@@ -178,12 +173,12 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from pspnet_jax.data import palettes, sources
 
     config, step, variables, workdir, saved = runs.restore(arguments, overrides)
-    network, source = segmenter(config, variables), sources.open_source(config.dataset, config.eval.split)
+    network, source = scoring.segmenter(config, variables), sources.open_source(config.dataset, config.eval.split)
     parallel.require_same({"validation data": source.fingerprint})
     _warn_of_training_images(saved, source)
     palettes.require_agreement([palettes.training_colors(saved.dataset), source.palette])
-    source = _sort_by_size(network.predictor, source)
-    report, _ = _score(network, config, source)
+    source = scoring.sort_by_size(network.predictor, source)
+    report, _ = scoring.score(network, config, source)
     if jax.process_index() == 0:
         with contextlib.suppress(OSError):  # the reader of the pipe is gone, as after `| head -1`
             rich.print(report.table())
@@ -211,7 +206,7 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
             if arguments.input
             else _split_images(config)
         )
-    network = segmenter(config, variables)
+    network = scoring.segmenter(config, variables)
     logger.info(f"predicting {len(paths)} image(s) with step {step} of {workdir} on {network.predictor.device}")
     split = {field: config.dataset[field] for field in ("name", "root")} | {"split": config.eval.split}
     origin = {"checkpoint": str(workdir), "step": step, "input": str(arguments.input) if arguments.input else split}
@@ -226,110 +221,10 @@ def _predict_video(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
     if arguments.skip_existing and files.is_there(target):
         return logger.info(f"{target} is there already")
     config, step, variables, workdir, _ = runs.restore(arguments, overrides)
-    network, began = segmenter(config, variables), time.perf_counter()
+    network, began = scoring.segmenter(config, variables), time.perf_counter()
     logger.info(f"predicting {source} with step {step} of {workdir} on {network.predictor.device}")
     frames = video.write_overlay(network, source, target)
     logger.info(f"{frames} frames written to {target}, {frames / (time.perf_counter() - began):.3g} frames/s")
-
-
-def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """--mode import: converts third-party weights to a run that the other modes can use."""
-    if not (arguments.input and arguments.workdir):
-        raise UserError(
-            "--mode import needs --input (a weights file, or its name) and --workdir (the directory of the new run)"
-        )
-    recipe = configs.load_recipe(arguments.config) if arguments.config else None
-    workdir = arguments.workdir
-    config, variables = runs.read_weights(arguments.input, lambda config: configs.override(config, overrides), recipe)
-    state = new_state(config, optimizers.build(config.optimizer, config.total_steps), variables)
-    checkpoint.create_run(workdir, config, jax.device_put(state, parallel.replicated(parallel.make_mesh())))
-    logger.info(f"written to {workdir}; use it in --mode evaluate, predict and export with --workdir {workdir}")
-
-
-def verify(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """--mode verify: evaluates a published network by the protocol of its publication, and compares the scores."""
-    from pspnet_jax.data import sources
-    from pspnet_jax.weights import published
-
-    if not arguments.input:
-        raise UserError("--mode verify needs --input (a published weights file) and --config.dataset.root (the dataset)")
-    source = weights.inspect(arguments.input)
-    network, config = published.find(source), configs.base_config()
-    weights.configure(config, source)
-    config.name, config.dataset.name = f"verify_{epath.Path(arguments.input).stem}", network.dataset
-    info = datasets.table(network.dataset)
-    config.dataset.class_names, config.dataset.colors = info.class_names, info.colors
-    config = runs.override_data(config, overrides)
-    variables = runs.load_weights(source, config, info)
-    logger.info(f"{source}; recognized as {network}")
-    workdir, scores = runs.workdir_of(arguments, config.name), {}
-    for title, (fields, _) in network.evaluations().items():
-        config.eval.update(fields)
-        data, ready = sources.open_source(config.dataset, config.eval.split), segmenter(config, variables)
-        report, _ = _score(ready, config, _sort_by_size(ready.predictor, data))
-        scores[title] = 100 * report.metrics.mean_iou
-        saved = report.save(workdir / "evaluation", {"checkpoint": source.path, "data": data.fingerprint})
-        logger.info(f"{title}: {report}\nwritten to {saved}")
-    rich.print(published.table(network, scores))
-    published.require_agreement(network, scores)
-
-
-def export(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """--mode export: writes a checkpoint for semseg's code, for the hub, or as a program for another runtime."""
-    from pspnet_jax.deploy import export as programs
-
-    formats = (*weights.FORMATS, "hf", *programs.FORMATS)
-    if not (arguments.output and arguments.format):
-        raise UserError(f"--mode export needs --output (a file or directory to write) and --format ({', '.join(formats)})")
-    if arguments.format not in formats:
-        raise UserError(f"--format {arguments.format}: expected one of {', '.join(formats)}")
-    if arguments.output.exists():
-        raise UserError(f"--output {arguments.output}: already exists; choose another name, or delete it")
-    for names, users in ((("outputs", "batch", "size"), tuple(programs.FORMATS)), (("license", "input"), ("hf",))):
-        for name in names:
-            if arguments.format not in users and getattr(arguments, name) is not None:
-                raise UserError(f"--{name}: --format {arguments.format} does not use it, only {', '.join(users)}; leave it out")
-    restored = runs.restore(arguments, overrides)
-    variables = jax.tree.map(parallel.local, restored.variables)
-    if arguments.format in programs.FORMATS:
-        batch = 1 if arguments.batch is None else arguments.batch
-        size = arguments.size or tuple(restored.config.eval.crop)
-        program = programs.Program(restored.config, variables, arguments.outputs or "labels", batch, size)
-        programs.export(program, arguments.format, arguments.output)
-    elif arguments.format == "hf":
-        _export_folder(arguments, restored)
-    else:
-        _export_weights(arguments, restored)
-    logger.info(f"step {restored.step} of {restored.workdir} written to {arguments.output}")
-
-
-def _export_folder(arguments: argparse.Namespace, restored: runs.Restored) -> None:
-    """Writes a folder for the hub, with the prediction of --input or a picture of the run."""
-    from pspnet_jax.deploy import hub
-
-    config, step, variables, workdir, _ = restored
-    picture = hub.example(lambda: segmenter(config, variables), arguments.input, workdir)
-    if not picture:
-        logger.warning(f"{workdir} has no pictures, so the model card has none; --input IMAGE adds the prediction of an image")
-    with contextlib.closing(checkpoint.Checkpoints(workdir, read_only=True)) as checkpoints:
-        scores = hub.read_scores(workdir, step, config, checkpoints.score(step))
-    if not scores:
-        logger.warning(f"{workdir} has no score of step {step}, so the model card has none; --mode evaluate measures it")
-    if not arguments.license:
-        logger.warning("the model card says `license: unknown`; choose one with --license, such as --license mit")
-    hub.write(config, variables, arguments.output, arguments.license or "unknown", scores, picture)
-
-
-def _export_weights(arguments: argparse.Namespace, restored: runs.Restored) -> None:
-    """Writes the weights of a checkpoint under semseg's parameter names."""
-    config, _, variables, workdir, _ = restored
-    if config.normalize.to_dict() != (usual := configs.base_config().normalize.to_dict()):
-        raise UserError(
-            f"{workdir}: the network was trained with normalize={config.normalize.to_dict()}, but the exported file is for "
-            f"semseg's code, which uses {usual}; this network cannot be exported"
-        )
-    model = models.build(config.model, len(config.dataset.class_names))
-    weights.save(arguments.output, variables, model, arguments.format)
 
 
 def preflight(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -361,10 +256,10 @@ JOBS = {
     "pretrain": pretrain.pretrain,
     "evaluate": evaluate,
     "predict": predict,
-    "import": import_weights,
-    "verify": verify,
+    "import": exchange.import_weights,
+    "verify": exchange.verify,
     "preflight": preflight,
-    "export": export,
+    "export": exchange.export,
 }
 MULTI_PROCESS_JOBS = ("train", "pretrain", "evaluate", "predict")  # modes that several processes can run together
 
@@ -388,35 +283,3 @@ def _split_images(config: ConfigDict) -> dict[str, str]:
         raise UserError(f"--mode predict needs --input, since the images of dataset.name={dataset.name!r} are not files")
     pairs = layouts.list_pairs(dataset.name, dataset.root, config.eval.split, dataset.extra_root)
     return {pair.name: pair.image for pair in pairs}
-
-
-def segmenter(config: ConfigDict, variables: Any, devices: Sequence[jax.Device] | None = None) -> Segmenter:
-    """Returns the segmenter of the network that a config describes, on these devices of this process, by default all."""
-    info = datasets.describe(config.dataset)
-    return Segmenter(_predictor(config, models.build(config.model, info.num_classes), devices), variables, info)
-
-
-def _predictor(config: ConfigDict, model: nn.Module, devices: Sequence[jax.Device] | None = None) -> Predictor:
-    def apply(variables: Any, images: jax.Array) -> Any:
-        return model.apply(variables, images, train=False)
-
-    return Predictor(apply, config, datasets.describe(config.dataset).num_classes, devices)
-
-
-def _sort_by_size(predictor: Predictor, source: Any) -> Any:
-    """Returns the source sorted by image size for whole-image inference, otherwise unchanged; logs the number of sizes."""
-    if predictor.settings.inference != "whole":
-        return source
-    from pspnet_jax.data.by_size import BySize
-
-    ordered = BySize(source)
-    predictor.log_compilations(ordered.sizes)
-    return ordered
-
-
-def _score(network: Segmenter, config: ConfigDict, source: Any) -> tuple[Report, Mapping[str, Any]]:
-    """Evaluates config.eval.split, opened as `source`."""
-    from pspnet_jax.data import pipeline
-
-    dataset = pipeline.eval_dataset(config, host=jax.process_index(), hosts=jax.process_count(), source=source)
-    return evaluation.evaluate(network, pipeline.as_numpy(dataset), len(source), config.eval.split, pictures=PICTURES)

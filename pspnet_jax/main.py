@@ -2,8 +2,6 @@
 
 import argparse
 import contextlib
-import glob
-import importlib.util
 import io
 import logging
 import os
@@ -23,7 +21,6 @@ from pspnet_jax import config as configs
 from pspnet_jax.infer import video
 
 logger = logging.getLogger("pspnet_jax")
-ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")  # device files: TPUs, then GPUs
 
 
 def _nonempty(given: str) -> str:
@@ -214,10 +211,7 @@ def _start_jax() -> None:
         logger.warning("JAX_ENABLE_X64 is set; this program computes in float32 and int32, so it is turned off")
         jax.config.update("jax_enable_x64", False)
     programs.keep()
-    # JAX would load an installed TPU compiler even where there is no TPU; it prints complaints, and JAX's profiler crashes.
-    only_cpu = importlib.util.find_spec("libtpu") and not any(map(glob.glob, ACCELERATORS))
-    if only_cpu and not jax.config.jax_platforms:  # type: ignore[attr-defined]
-        jax.config.update("jax_platforms", "cpu")
+    programs.skip_tpu_compiler()
     logging.getLogger("jax._src.xla_bridge").addFilter(_without_traceback)
     try:
         jax.devices()

@@ -1,6 +1,8 @@
 """Compiled programs: the options that they are compiled with, and the directory that keeps them for later runs."""
 
 import functools
+import glob
+import importlib.util
 import os
 import pathlib
 import warnings
@@ -11,6 +13,7 @@ from jax.sharding import Mesh
 
 from pspnet_jax import files
 
+ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg")  # device files: TPUs, then GPUs
 ONEDNN = "xla_cpu_experimental_onednn_custom_call"
 
 
@@ -28,6 +31,17 @@ def options(dtype: str, mesh: Mesh) -> dict[str, bool] | None:
         return None
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry .* MemoryError: std::bad_alloc")
     return {ONEDNN: True}
+
+
+def skip_tpu_compiler() -> None:
+    """Makes JAX use only the CPU where the TPU compiler is installed, but there is neither a TPU nor a GPU.
+
+    JAX would load it, and with it, prints complaints and crashes in its profiler. Called before JAX starts; JAX_PLATFORMS, if set,
+    prevails.
+    """
+    only_cpu = importlib.util.find_spec("libtpu") and not any(map(glob.glob, ACCELERATORS))
+    if only_cpu and not jax.config.jax_platforms:  # type: ignore[attr-defined]
+        jax.config.update("jax_platforms", "cpu")
 
 
 def keep() -> None:
