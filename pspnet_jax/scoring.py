@@ -23,7 +23,7 @@ def segmenter(config: ConfigDict, variables: Any, devices: Sequence[jax.Device] 
 
 
 def build_predictor(config: ConfigDict, model: nn.Module, devices: Sequence[jax.Device] | None = None) -> Predictor:
-    """Returns the predictor of a model that maps normalized images f32[N, H, W, 3] to logits [N, H, W, K], with train=False."""
+    """Returns the predictor of a model, which maps normalized images f32[N, H, W, 3] to logits [N, H, W, K]."""
 
     def apply(variables: Any, images: jax.Array) -> Any:
         return model.apply(variables, images, train=False)
