@@ -36,8 +36,8 @@ def options(dtype: str, mesh: Mesh) -> dict[str, bool] | None:
 def skip_tpu_compiler() -> None:
     """Makes JAX use only the CPU where the TPU compiler is installed, but there is neither a TPU nor a GPU.
 
-    JAX would load it, and with it, prints complaints and crashes in its profiler. Called before JAX starts; JAX_PLATFORMS, if set,
-    prevails.
+    JAX would load it, and with it, prints complaints and crashes in its profiler. Called before JAX starts; if JAX_PLATFORMS is
+    set, it prevails.
     """
     only_cpu = importlib.util.find_spec("libtpu") and not any(map(glob.glob, ACCELERATORS))
     if only_cpu and not jax.config.jax_platforms:  # type: ignore[attr-defined]
