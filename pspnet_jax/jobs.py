@@ -214,17 +214,38 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def _predict_video(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """Writes OUTPUT/overlay/NAME.mp4."""
+    """Writes OUTPUT/overlay/NAME.mp4, and in it how it was made."""
     source, target = arguments.input, arguments.output / "overlay" / f"{video.name_of(arguments.input)}.mp4"
     if arguments.format or jax.process_count() > 1:
         raise UserError(f"--input {source}: is a video, which is predicted without --format, and in a single process")
-    if arguments.skip_existing and files.is_there(target):
-        return logger.info(f"{target} is there already")
+    if arguments.output.suffix == ".mp4":
+        raise UserError(
+            f"--output {arguments.output}: is a directory, in which overlay/{target.name} is written; leave out .mp4"
+        )
+    video.check_output(source, target)
     config, step, variables, workdir, _ = runs.restore(arguments, overrides)
-    network, began = scoring.segmenter(config, variables), time.perf_counter()
+    network = scoring.segmenter(config, variables)
+    origin = {"input": str(source), "checkpoint": str(workdir), "step": step, **network.predictor.description}
+    if files.is_there(target):
+        found = _origin_of(target)
+        if arguments.skip_existing and found == origin:
+            return logger.info(f"{target} is there already")
+        if arguments.skip_existing or found.get("input") != origin["input"]:
+            raise UserError(
+                f"{target}: was made from another video or with other settings; delete it, or choose another --output"
+            )
     logger.info(f"predicting {source} with step {step} of {workdir} on {network.predictor.device}")
-    frames = video.write_overlay(network, source, target)
+    began = time.perf_counter()
+    frames = video.write_overlay(network, source, target, comment=json.dumps(origin))
     logger.info(f"{frames} frames written to {target}, {frames / (time.perf_counter() - began):.3g} frames/s")
+
+
+def _origin_of(path: epath.Path) -> dict[str, Any]:
+    """Returns what `_predict_video` has written about a video; empty if it did not write it."""
+    with contextlib.suppress(ValueError):
+        if isinstance(found := json.loads(video.comment_of(path)), dict):
+            return found
+    return {}
 
 
 def preflight(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:

@@ -204,7 +204,13 @@ def test_predict_draws_over_a_video(run, capsys, tmp_path):
     assert f"{len(TIMES)} frames written to {tmp_path}/out/overlay/clip.mp4" in capsys.readouterr().out
     assert main([*command, "--skip_existing"]) == 0
     assert "overlay/clip.mp4 is there already" in capsys.readouterr().out
+    assert main(command) == 0  # replaces it
     assert "is predicted without --format" in error(capsys, *command, "--format=voc")
+    assert "with other settings; delete it" in error(capsys, *command, "--skip_existing", "--config.eval.flip=false")
+    assert "leave out .mp4" in error(capsys, *command, f"--output={tmp_path}/out.mp4")
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other/clip.mp4", (40, 48))
+    assert "was made from another video" in error(capsys, *command, f"--input={tmp_path}/other/clip.mp4")
 
 
 def test_repeating_the_command_of_a_finished_run_changes_nothing(run, capsys):

@@ -20,7 +20,7 @@ from pspnet_jax.infer import draw
 from pspnet_jax.infer.predictor import Example, Predictor
 
 THREADS = 2 + (os.cpu_count() or 1)
-AHEAD = 2 * THREADS  # maximum number of images read ahead
+AHEAD = min(2 * THREADS, 16)  # maximum number of images read ahead
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 EXPECTED = "a path, a PIL image or an array uint8[H, W, 3]"

@@ -4,9 +4,12 @@ import collections
 import contextlib
 import fractions
 import logging
+import math
 import os
 import pathlib
 import re
+import signal
+import threading
 import urllib.parse
 from collections.abc import Iterator
 from typing import Any
@@ -21,9 +24,27 @@ from pspnet_jax.infer.segmenter import Segmenter
 from pspnet_jax.progress import progress
 
 logger = logging.getLogger(__name__)
-SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv")
+SUFFIXES = (
+    ".3gp",
+    ".avi",
+    ".flv",
+    ".m2ts",
+    ".m4v",
+    ".mkv",
+    ".mov",
+    ".mp4",
+    ".mpeg",
+    ".mpg",
+    ".mts",
+    ".ogv",
+    ".ts",
+    ".webm",
+    ".wmv",
+)
 LIVE = re.compile(r"(rtsp|rtsps|rtmp|rtmps|srt|udp|rtp|tcp|https?)://|/dev/video\d")  # URLs, and cameras on Linux
 KEPT_AUDIO = ("aac", "ac3", "alac", "eac3", "flac", "mp3", "opus")  # that an .mp4 can hold; other codecs are converted to AAC
+SILENCE = 10.0  # seconds without data after which a stream counts as ended
+BT601, LIMITED = 6, 1  # FFmpeg's numbers of the color space and range to which RGB is converted here
 QUALITY = {"crf": "18", "preset": "fast"}  # of x264: the loss is hardly visible
 
 
@@ -39,8 +60,13 @@ def is_live(source: epath.PathLike) -> bool:
 
 def name_of(source: epath.PathLike) -> str:
     """Returns the name of a result: of a file or a camera, its own; of a URL, its last part or its host."""
-    path = pathlib.PurePosixPath(urllib.parse.urlsplit(os.fspath(source)).path)
-    return path.stem or urllib.parse.urlsplit(os.fspath(source)).hostname or "video"
+    if not is_live(source):
+        return pathlib.Path(source).stem
+    try:
+        url = urllib.parse.urlsplit(os.fspath(source))
+        return pathlib.PurePosixPath(url.path).stem or url.hostname or "stream"
+    except ValueError as error:
+        raise UserError(f"{source}: is not a valid URL ({error})") from error
 
 
 def frames(source: epath.PathLike) -> Iterator[np.ndarray]:
@@ -50,21 +76,25 @@ def frames(source: epath.PathLike) -> Iterator[np.ndarray]:
       UserError: PyAV is not installed, or the video cannot be read.
     """
     with _opened(source) as (container, stream):
-        for packet in container.demux(stream):
+        for packet in _packets(container, [stream], os.fspath(source)):
             for frame in _decoded(packet):
                 yield _pixels(frame)
 
 
-def write_overlay(segmenter: Segmenter, source: epath.PathLike, output: epath.PathLike, alpha: float = 0.5) -> int:
-    """Writes a video with the class colors drawn over its frames, which keep their times, and with its sound.
+def write_overlay(
+    segmenter: Segmenter, source: epath.PathLike, output: epath.PathLike, alpha: float = 0.5, comment: str = ""
+) -> int:
+    """Writes a video with the class colors drawn over its frames, which keep their distances in time, and with its sound.
 
-    At any time, only some frames are in memory. A stream or a camera is read until it ends or Ctrl-C is pressed.
+    At any time, only some frames are in memory. A stream or a camera is read until it ends, breaks off or Ctrl-C is pressed;
+    what was read until then is written.
 
     Args:
       segmenter: segments the frames.
-      source: a video file, a URL (rtsp://, http:// and others), or a camera (/dev/video0).
+      source: a video file, a URL (rtsp://, http:// and others), or a camera (/dev/video0, on Linux).
       output: a local name that ends in .mp4; an existing file is replaced once the new one is complete.
       alpha: weight of the colors.
+      comment: is stored in the file, see `comment_of`.
 
     Returns:
       The number of frames.
@@ -72,33 +102,53 @@ def write_overlay(segmenter: Segmenter, source: epath.PathLike, output: epath.Pa
     Raises:
       UserError: PyAV is not installed, the video cannot be read, the output cannot be written, or a frame cannot be segmented.
     """
+    target = check_output(source, output)
+    with _opened(source) as (container, stream), files.writing(target, "the video is missing"), files.atomic(target) as path:
+        return _Writer(segmenter, container, stream, os.fspath(source), alpha).write(pathlib.Path(path), comment)
+
+
+def check_output(source: epath.PathLike, output: epath.PathLike) -> epath.Path:
+    """Returns the absolute path of the output.
+
+    Raises:
+      UserError: it is not a local .mp4 file, or is the source itself.
+    """
     target = files.absolute(output)
     if target.suffix.lower() != ".mp4" or files.is_remote(target):
         raise UserError(f"{output}: videos are written as .mp4 files on a local disk; choose such a name")
     if os.path.realpath(target) == os.path.realpath(source):
         raise UserError(f"{output}: is the video itself, which would be replaced; choose another name")
-    with _opened(source) as (container, stream), files.writing(target, "the video is missing"), files.atomic(target) as path:
-        return _Writer(segmenter, container, stream, os.fspath(source), alpha).write(pathlib.Path(path))
+    return target
+
+
+def comment_of(path: epath.PathLike) -> str:
+    """Returns the comment in a video file; "" if it has none."""
+    with _opened(path) as (container, _):
+        return container.metadata.get("comment", "")
 
 
 class _Writer:
     """Copies a video with the overlay of its frames."""
 
     def __init__(self, segmenter: Segmenter, container: Any, stream: Any, name: str, alpha: float):
-        self._segmenter, self._alpha, self._live, self._name = segmenter, alpha, is_live(name), name
-        self._container, self._stream = container, stream
-        self._audio = next(iter(container.streams.audio), None)
+        import av
+
+        self._segmenter, self._alpha, self._name = segmenter, alpha, name
+        self._container, self._stream, self._audio = container, stream, next(iter(container.streams.audio), None)
+        self._start = fractions.Fraction(container.start_time or 0, av.time_base)  # in seconds; cameras count from their start
         self._out_video: Any = None  # added at the first frame, whose size they have to know, as is the sound
         self._out_audio: Any = None
         self._early: list[Any] = []  # sound that is read before the first frame
-        self._times = collections.deque[tuple[int | None, fractions.Fraction | None]]()  # of frames that are being segmented
+        self._times = collections.deque[int | None]()  # of frames that are being segmented
+        self._last, self._last_audio, self._interrupted = -1, -math.inf, False
 
-    def write(self, path: pathlib.Path) -> int:
+    def write(self, path: pathlib.Path, comment: str) -> int:
         import av
 
         done, length = 0, _number_of_frames(self._container, self._stream)
         with av.open(os.fspath(path), "w", format="mp4") as self._output:
-            with progress("segmenting", length, "frames") as advance, self._until_interrupted():
+            self._output.metadata["comment"] = comment
+            with progress("segmenting", length, "frames") as advance, self._interruptible():
                 for result in self._segmenter(self._frames()):
                     self._write_frame(draw.overlay(result.image, result.labels, self._segmenter.info.colors, self._alpha))
                     done += 1
@@ -111,34 +161,49 @@ class _Writer:
         return done
 
     @contextlib.contextmanager
-    def _until_interrupted(self) -> Iterator[None]:
-        """Lets Ctrl-C end the reading of a stream or a camera; what was read until then is written."""
+    def _interruptible(self) -> Iterator[None]:
+        """Lets Ctrl-C end the reading of a stream or a camera, so that the frames read before are still written."""
+        if not is_live(self._name) or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(*_: Any) -> None:
+            self._interrupted = True
+
+        previous = signal.signal(signal.SIGINT, stop)
         try:
             yield
-        except KeyboardInterrupt:
-            if not self._live:
-                raise
-            logger.info(f"{self._name}: stopped by Ctrl-C")
+        finally:
+            signal.signal(signal.SIGINT, previous)
 
     def _frames(self) -> Iterator[np.ndarray]:
         """Yields the frames, remembers their times, and copies the sound on the way."""
-        for packet in self._container.demux([stream for stream in (self._stream, self._audio) if stream]):
+        for packet in _packets(self._container, [s for s in (self._stream, self._audio) if s], self._name):
             if packet.stream is self._audio:
                 self._write_audio(packet)
-                continue
-            for frame in _decoded(packet):
+            for frame in _decoded(packet) if packet.stream is self._stream else ():
                 pixels = _pixels(frame)
                 if not self._out_video:
-                    self._add_streams(*pixels.shape[:2])
-                self._times.append((frame.pts, frame.time_base))
+                    self._add_streams(pixels.shape, turned=round(frame.rotation / 90) % 2 == 1)
+                self._times.append(self._from_start(frame.pts, self._stream))
                 yield pixels
+            if self._interrupted:
+                return logger.info(f"{self._name}: stopped by Ctrl-C")
 
-    def _add_streams(self, height: int, width: int) -> None:
+    def _from_start(self, time: int | None, stream: Any) -> int | None:
+        """Returns a time in units of a stream as a time since the start of the video."""
+        return None if time is None else time - round(self._start / stream.time_base)
+
+    def _add_streams(self, shape: tuple[int, ...], turned: bool) -> None:
         import av
 
+        height, width, _ = shape
         self._out_video = video = self._output.add_stream("libx264", rate=self._stream.average_rate or 25, options=QUALITY)
         video.width, video.height = width + width % 2, height + height % 2  # both are even in the usual pixel format
-        video.pix_fmt, video.codec_context.time_base = "yuv420p", self._stream.time_base
+        video.pix_fmt, context = "yuv420p", video.codec_context
+        context.time_base, context.colorspace, context.color_range = self._stream.time_base, BT601, LIMITED
+        if ratio := self._stream.sample_aspect_ratio:
+            context.sample_aspect_ratio = 1 / ratio if turned else ratio
         if self._audio:
             self._copies_audio = self._audio.codec_context.name in KEPT_AUDIO
             if self._copies_audio:
@@ -153,11 +218,14 @@ class _Writer:
         if not self._out_video:
             self._early.append(packet)
         elif self._copies_audio:
-            if packet.dts is not None:  # the last packet only says that there are no more
+            if packet.dts is not None and packet.dts > self._last_audio:  # the last one only says that there are no more
+                self._last_audio = packet.dts
+                packet.pts, packet.dts = (self._from_start(time, self._audio) for time in (packet.pts, packet.dts))
                 packet.stream = self._out_audio
                 self._output.mux(packet)
         else:
             for frame in _decoded(packet):
+                frame.pts = self._from_start(frame.pts, frame)
                 for resampled in self._resampler.resample(frame):
                     self._output.mux(self._out_audio.encode(resampled))
 
@@ -166,11 +234,27 @@ class _Writer:
 
         video, (height, width, _) = self._out_video, pixels.shape
         padded = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        frame = av.VideoFrame.from_ndarray(padded, format="rgb24")
-        frame.pts, frame.time_base = self._times.popleft()
-        if frame.pts is None:  # some streams have no times
-            frame.time_base = None
+        frame, time = av.VideoFrame.from_ndarray(padded, format="rgb24"), self._times.popleft()
+        if time is not None:  # some streams have no times; times that go back are those of a camera that was started again
+            self._last = frame.pts = max(time, self._last + 1)
+            frame.time_base = self._stream.time_base
         self._output.mux(video.encode(frame))
+
+
+def _packets(container: Any, streams: list[Any], name: str) -> Iterator[Any]:
+    """Yields the packets of a video. A live one ends where it breaks off.
+
+    Raises:
+      UserError: a file cannot be read to its end.
+    """
+    import av
+
+    try:
+        yield from container.demux(streams)
+    except av.FFmpegError as error:
+        if not is_live(name):
+            raise UserError(f"{name}: cannot be read any further ({_reason(error)})") from error
+        logger.warning(f"{name}: ends here, since nothing more can be read ({_reason(error)})")
 
 
 @contextlib.contextmanager
@@ -186,8 +270,11 @@ def _opened(source: epath.PathLike) -> Iterator[tuple[Any, Any]]:
         raise UserError(f'{source}: reading videos needs PyAV: pip install "pspnet_jax[video]"') from error
     name = os.fspath(source)
     name = name if is_live(name) else os.fspath(files.user_path(name))
+    if files.is_remote(name) and not is_live(name):
+        raise UserError(f"{name}: videos in buckets cannot be read; copy it to a local disk")
     try:
-        container = av.open(name, format="v4l2" if name.startswith("/dev/") else None)
+        timeout = (SILENCE, SILENCE) if is_live(name) else None  # without one, Ctrl-C cannot end the wait for a silent stream
+        container = av.open(name, format="v4l2" if name.startswith("/dev/") else None, timeout=timeout)
     except (OSError, av.FFmpegError) as error:
         raise UserError(f"{name}: cannot be read as a video ({_reason(error)})") from error
     with container:
@@ -195,10 +282,7 @@ def _opened(source: epath.PathLike) -> Iterator[tuple[Any, Any]]:
             raise UserError(f"{name}: has no pictures, only {', '.join(s.type for s in container.streams) or 'other data'}")
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        try:
-            yield container, stream
-        except av.FFmpegError as error:
-            raise UserError(f"{name}: cannot be read any further ({_reason(error)})") from error
+        yield container, stream
 
 
 def _decoded(packet: Any) -> Iterator[Any]:

@@ -4,6 +4,7 @@ import fractions
 import functools
 import http.server
 import math
+import signal
 import threading
 import types
 
@@ -44,18 +45,23 @@ def write(path, size=(48, 64), audio="", codec="mpeg4", format="yuv420p"):
 
 
 class Fake:
-    """A segmenter that finds class 0, which is black, everywhere; it reads `lead` images ahead."""
+    """A segmenter that finds only class 0, which is black. It reads three images ahead, and after some, Ctrl-C is pressed."""
 
     info = types.SimpleNamespace(colors=((0, 0, 0),))
 
     def __init__(self, stop_after=math.inf):
-        self.stop_after = stop_after
+        self.stop_after, self.read = stop_after, 0
 
     def __call__(self, images):
-        for number, image in enumerate(images):
-            if number == self.stop_after:
-                raise KeyboardInterrupt
-            yield types.SimpleNamespace(image=image, labels=np.zeros(image.shape[:2], np.uint8))
+        waiting = []
+        for image in images:
+            self.read += 1
+            waiting.append(types.SimpleNamespace(image=image, labels=np.zeros(image.shape[:2], np.uint8)))
+            if self.read == self.stop_after:
+                signal.raise_signal(signal.SIGINT)
+            if len(waiting) > 3:
+                yield waiting.pop(0)
+        yield from waiting
 
 
 def decoded(path):
@@ -126,7 +132,7 @@ def test_a_video_is_segmented_like_its_frames(tmp_path, monkeypatch):
     def count(self, drawn):
         ahead.append(len(read) - len(written))
         written.append(0)
-        self._times[0] = (len(written), fractions.Fraction(1, 1000))
+        self._times[0] = len(written)
         write_frame(self, drawn)
 
     monkeypatch.setattr(video._Writer, "_write_frame", count)
@@ -159,12 +165,85 @@ def test_a_url_is_read_like_a_file(served, tmp_path):
 
 
 def test_an_interrupted_stream_is_kept_and_an_interrupted_file_is_not(served, tmp_path):
-    assert video.write_overlay(Fake(stop_after=4), served, tmp_path / "stream.mp4") == 4
-    assert decoded(tmp_path / "stream.mp4")[0] == pytest.approx([0, 0.1, 0.2, 0.4])
-    with pytest.raises(KeyboardInterrupt):
-        video.write_overlay(Fake(stop_after=4), tmp_path / "clip.mp4", tmp_path / "file.mp4")
+    """All frames that were read are written. The handler is set, since tests in the background of a shell ignore Ctrl-C."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        network = Fake(stop_after=5)
+        assert 5 <= video.write_overlay(network, served, tmp_path / "stream.mp4") == network.read < len(TIMES)
+        with pytest.raises(KeyboardInterrupt):
+            video.write_overlay(Fake(stop_after=5), tmp_path / "clip.mp4", tmp_path / "file.mp4")
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert decoded(tmp_path / "stream.mp4")[0][:5] == pytest.approx([0, 0.1, 0.2, 0.4, 0.7])
     assert not (tmp_path / "file.mp4").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mp4", "stream.mp4"]
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_where_a_video_breaks_off(live, tmp_path, monkeypatch):
+    """What a stream has sent until then is kept; a file that ends in the middle is named."""
+    monkeypatch.setattr(video, "is_live", lambda name: live)
+
+    class Broken:
+        def demux(self, streams):
+            yield "packet"
+            raise av.error.ConnectionResetError(104, "Connection reset by peer")
+
+    packets = video._packets(Broken(), [], "clip")
+    assert next(packets) == "packet"
+    if live:
+        assert list(packets) == []
+    else:
+        with pytest.raises(UserError, match=r"^clip: cannot be read any further \(Connection reset by peer\)$"):
+            next(packets)
+
+
+def test_times_begin_at_zero_and_never_go_back(tmp_path, monkeypatch):
+    """Those of a camera count from the start of its machine, and begin anew when it is started again."""
+    with av.open(str(tmp_path / "clip.ts"), "w", format="mpegts") as container:
+        pictures = container.add_stream("mpeg2video", rate=10)
+        pictures.height, pictures.width, pictures.pix_fmt = 48, 64, "yuv420p"
+        for time in range(10):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 100, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = 36_000 + time, fractions.Fraction(1, 10)
+            container.mux(pictures.encode(frame))
+        container.mux(pictures.encode())
+    assert video.write_overlay(Fake(), tmp_path / "clip.ts", tmp_path / "out.mp4") == 10
+    assert decoded(tmp_path / "out.mp4")[0] == pytest.approx([time / 10 for time in range(10)], abs=0.001)
+    header = (tmp_path / "out.mp4").read_bytes()
+    header = header[header.index(b"mvhd") :]  # version and flags, two dates, the time scale and the duration
+    scale, duration = (int.from_bytes(header[start : start + 4], "big") for start in (16, 20))
+    assert duration / scale == pytest.approx(1, abs=0.2)
+    from_start = video._Writer._from_start
+    monkeypatch.setattr(video._Writer, "_from_start", lambda self, time, stream: from_start(self, time, stream) % 30_000)
+    assert video.write_overlay(Fake(), tmp_path / "clip.ts", tmp_path / "out.mp4") == 10
+    times = decoded(tmp_path / "out.mp4")[0]
+    assert times == sorted(set(times))
+
+
+def test_colors_and_shape_of_pixels_are_tagged(tmp_path):
+    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+        pictures = container.add_stream("libx264", rate=10)
+        pictures.height, pictures.width, pictures.pix_fmt = 48, 64, "yuv420p"
+        pictures.codec_context.sample_aspect_ratio = fractions.Fraction(4, 3)
+        container.mux(pictures.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 100, np.uint8), format="rgb24")))
+        container.mux(pictures.encode())
+    video.write_overlay(Fake(), tmp_path / "clip.mp4", tmp_path / "out.mp4", comment="step 3")
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        [stream] = container.streams.video
+        assert stream.sample_aspect_ratio == fractions.Fraction(4, 3)
+        assert (stream.codec_context.colorspace, stream.codec_context.color_range) == (video.BT601, video.LIMITED)
+    assert video.comment_of(tmp_path / "out.mp4") == "step 3"
+
+
+def test_names_of_results(tmp_path):
+    assert [video.name_of(name) for name in ("a/take #1.mp4", "what? now.mp4", "/dev/video0")] == [
+        "take #1",
+        "what? now",
+        "video0",
+    ]
+    with pytest.raises(UserError, match="is not a valid URL"):
+        video.name_of("http://[cam]/x")
 
 
 def test_mistakes(tmp_path):
