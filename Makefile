@@ -29,6 +29,13 @@ else  # runs each candidate, because pyenv's commands may exist but fail, and De
 PYTHON = $(shell for p in python3.13 python3.12 python3.11; do $$p -c 'import ensurepip' 2>/dev/null && echo $$p && break; done)
 endif
 
+# An environment that has tensorflow is recreated, because tensorflow-cpu, which replaces it there, has the same files.
+ifeq ($(shell uname -sm),Linux x86_64)
+ifneq ($(wildcard .venv/lib/python3.*/site-packages/tensorflow-*.dist-info),)
+CLEAR := --clear
+endif
+endif
+
 .venv/runtime: requirements.txt pyproject.toml
 	@test "$(PYTHON)" || { echo "error: no python3.13, python3.12 or python3.11 that runs and has ensurepip (Debian, Ubuntu:" \
 	  "apt install python3.12-venv); name one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }

@@ -38,6 +38,10 @@ def load(
       UserError: it is damaged, its network is unknown, or a setting is wrong.
     """
     programs.skip_tpu_compiler()
+    if not os.fspath(path) or (devices is not None and not devices):
+        raise UserError(
+            f"load({os.fspath(path)!r}, devices={devices}): expected a path or a name, and at least one device or None"
+        )
     change = functools.partial(_set, settings)
     place = files.user_path(weights.fetch(path if weights.is_name(path) else files.user_path(path)))
     file, _ = weights.split_entry(place)
@@ -56,10 +60,13 @@ def _set(settings: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
     for field, value in settings.items():
         if field not in SETTINGS:
             raise UserError(f"{field}: unknown setting; expected checkpoint, devices, {', '.join(SETTINGS)}")
+        wrong = UserError(f"{field}={value!r}: expected a value like {config.eval[field]!r}")
+        if value is None:  # ConfigDict accepts it for any field
+            raise wrong
         try:
             config.eval[field] = tuple(value) if isinstance(value, list) else value
         except TypeError as error:
-            raise UserError(f"{field}={value!r}: expected a value like {config.eval[field]!r}") from error
+            raise wrong from error
     return config
 
 

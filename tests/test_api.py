@@ -42,6 +42,19 @@ print(time.perf_counter() - began, *{"jax", "numpy", "flax", "tensorflow", "torc
     assert loaded == []
 
 
+def test_a_script_may_end_before_its_iterator():
+    """Without a traceback of threads that Python has already ended."""
+    code = """
+import itertools
+import numpy as np
+from tests.infer.test_segmenter import segmenter
+results = segmenter()(np.zeros((30, 30, 3), np.uint8) for _ in itertools.count())
+print(next(results).labels.shape)
+"""
+    done = python("-c", code)
+    assert (done.stdout, done.stderr) == ("(30, 30)\n", "")
+
+
 def test_names_of_the_package():
     assert {*pspnet_jax.__all__} == {"load", "train"}
     assert all(map(callable, (pspnet_jax.load, pspnet_jax.train)))
@@ -94,8 +107,10 @@ def test_devices_and_batch_size(run):
         ({"scales": 1.0}, r"scales=1\.0: expected a value like \(1\.0,\)"),
         ({"scales": (0.0,)}, r"eval\.scales=\(0\.0,\): expected one or more scales"),
         ({"flip": 1}, "flip=1: expected a value like True"),
+        ({"flip": None}, "flip=None: expected a value like True"),
+        ({"devices": []}, "expected a path or a name, and at least one device or None"),
         ({"protocol": "semsge"}, "eval.protocol='semsge': expected one of 'semseg', 'caffe', 'mmseg'"),
-        ({"checkpoint": 7}, r"--checkpoint 7: .* has checkpoints \[0\]; expected latest, best or one of these"),
+        ({"checkpoint": 7}, r"checkpoint '7': .* has checkpoints \[0\]; expected latest, best or one of these"),
     ],
 )
 def test_settings_that_are_refused(run, settings, message):

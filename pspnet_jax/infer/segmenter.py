@@ -75,22 +75,26 @@ class Segmenter:
             raise UserError(f"an image is of type {type(images).__name__}; expected {EXPECTED}, or several of these")
         return list(self._in_order(images)) if isinstance(images, Sequence) else self._in_order(images)
 
+    @functools.cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        """Reads images. It outlives the iterators, one of which a script may leave before its end."""
+        return ThreadPoolExecutor(THREADS)
+
     def _in_order(self, images: Iterable[ImageLike]) -> Iterator["Result"]:
         """Yields the images' results in order, when the devices have computed them."""
         following = itertools.count()
         waiting, expected = dict[int, Result](), next(following)
-        with ThreadPoolExecutor(THREADS) as pool:
-            read = ahead(pool, _read, itertools.starmap(_take, enumerate(images)))
-            for result in self.results(future.result() for _, future in read):
-                waiting[result.example["number"]] = result  # with several devices, some images overtake others
-                while expected in waiting:
-                    first = waiting.pop(expected)
-                    try:
-                        first.labels  # noqa: B018 -- waits for the devices
-                    except UserError as error:
-                        raise UserError(f"{first.example['name']}: {error}") from error
-                    expected = next(following)
-                    yield first
+        read = ahead(self._threads, _read, itertools.starmap(_take, enumerate(images)))
+        for result in self.results(future.result() for _, future in read):
+            waiting[result.example["number"]] = result  # with several devices, some images overtake others
+            while expected in waiting:
+                first = waiting.pop(expected)
+                try:
+                    first.labels  # noqa: B018 -- waits for the devices
+                except UserError as error:
+                    raise UserError(f"{first.example['name']}: {error}") from error
+                expected = next(following)
+                yield first
 
     def results(self, examples: Iterable[Example], on_error: OnError | None = None) -> Iterator["Result"]:
         """Yields the results of examples, each when the devices have begun to compute the group of images after its own.

@@ -260,7 +260,7 @@ class Checkpoints:
             partial = f" (and {', '.join(others)}, left by an interrupted save or copy)" if others else ""
             complete = f"checkpoints {steps}" if steps else "no complete checkpoint"
             raise MissingFileError(
-                f"--checkpoint {which}: {self._directory} has {complete}{partial}; expected latest, best or one of these"
+                f"checkpoint {which!r}: {self._directory} has {complete}{partial}; expected latest, best or one of these"
             )
         return step
 

@@ -85,7 +85,7 @@ def test_the_newest_two_and_the_best_are_kept(tmp_path):
 @pytest.mark.parametrize("which", ["best", "7", "newest"])
 def test_a_missing_checkpoint_is_an_error_that_lists_the_existing_ones(tmp_path, which):
     save(tmp_path, {1: None, 2: None})
-    with pytest.raises(FileNotFoundError, match=rf"--checkpoint {which}: .*checkpoints has checkpoints \[1, 2\]"):
+    with pytest.raises(FileNotFoundError, match=rf"checkpoint '{which}': .*checkpoints has checkpoints \[1, 2\]"):
         Checkpoints(tmp_path, read_only=True).find(which)
 
 
@@ -181,7 +181,7 @@ def test_a_checkpoint_with_a_damaged_score_remains_usable(tmp_path, caplog):
     assert "the score of checkpoint 2 cannot be read" in caplog.text
     assert checkpoints.steps == [2, 3]
     assert_equal(checkpoints.restore_newest(target()), small_state(3))
-    with pytest.raises(FileNotFoundError, match="--checkpoint best"):
+    with pytest.raises(FileNotFoundError, match="checkpoint 'best'"):
         checkpoints.find("best")
 
 
