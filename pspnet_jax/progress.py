@@ -16,12 +16,15 @@ SECONDS_PER_LINE = 30  # between log lines, when stderr is not a terminal
 
 
 @contextlib.contextmanager
-def progress(title: str, total: float | None, unit: str = "images") -> Iterator[Callable[[float], None]]:
+def progress(
+    title: str, total: float | None, unit: str = "images", every_process: bool = False
+) -> Iterator[Callable[[float], None]]:
     """Yields a function to call with the number of images just processed. The job's first process shows rate and time left.
 
-    The total is counted in the unit, as are the numbers; None if it is unknown.
+    The total is counted in the unit, as are the numbers; None if it is unknown. With `every_process`, all processes of the job
+    show theirs, and JAX does not take hold of the devices to learn which process this is.
     """
-    if jax.process_index():
+    if not every_process and jax.process_index():
         yield lambda number: None
     elif sys.stderr and sys.stderr.isatty():  # stderr is None if it was closed
         name = bars.TextColumn("{task.description}", markup=False)

@@ -20,20 +20,25 @@ class Hub:
     """The repositories, the other files, and what was asked for.
 
     Attributes:
-      repos: {"USER/REPO": {file: content}}; each has the branch main and the tag v1, both at `COMMIT`.
+      repos: {"USER/REPO": {file: content}}; each has the branch main and the tag v1, both at `COMMIT`. Without content
+        (None), a file is listed but not there.
+      moved: {old: new} names of repositories.
       files: {path: content}, such as {"/net.pth": ...}.
       status: answer to every request for a repository: (status, X-Error-Code), as for a gated one; None: as it should be.
       cut: number of bytes after which the connection is closed during the next download of a large file.
       resumes: whether it honors Range.
+      busy: how many times it answers 503 when a download is to be continued.
       requests: "METHOD path range" of each request; its authorization follows if there is one.
     """
 
     url: str = ""
-    repos: dict[str, dict[str, bytes]] = dataclasses.field(default_factory=dict)
+    repos: dict[str, dict[str, bytes | None]] = dataclasses.field(default_factory=dict)
+    moved: dict[str, str] = dataclasses.field(default_factory=dict)
     files: dict[str, bytes] = dataclasses.field(default_factory=dict)
     status: tuple[int, str] | None = None
     cut: int = 0
     resumes: bool = True
+    busy: int = 0
     requests: list[str] = dataclasses.field(default_factory=list)
 
     def downloads(self) -> list[str]:
@@ -100,6 +105,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._answer(404)
 
     def _describe(self, repo: str, revision: str) -> None:
+        repo = self.hub.moved.get(repo, repo)
         if repo not in self.hub.repos:
             return self._answer(401, {"X-Error-Code": "RepoNotFound"})
         if revision not in ("main", "v1", COMMIT):
@@ -109,7 +115,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _resolve(self, repo: str, revision: str, name: str) -> None:
         """Sends a small file; a large one is on another server, and its ETag is its SHA-256."""
-        content = self.hub.repos[repo][name]
+        if moved := self.hub.moved.get(repo):
+            return self._answer(307, {"Location": f"/{moved}/resolve/{revision}/{name}"})
+        if (content := self.hub.repos[repo][name]) is None:
+            return self._answer(404, {"X-Error-Code": "EntryNotFound"})
         headers = {"X-Repo-Commit": COMMIT}
         if len(content) < 1000:
             etag = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -126,6 +135,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _send(self, content: bytes | None) -> None:
         if content is None:
             return self._answer(404)
+        if self.hub.busy and self.headers.get("Range"):
+            self.hub.busy -= 1
+            return self._answer(503)
         start, size = 0, len(content)
         if (wanted := self.headers.get("Range")) and self.hub.resumes:
             start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
@@ -92,6 +93,28 @@ def test_crops_depend_only_on_the_seed_and_the_position(imagenet):
     labels = np.concatenate([batch["label"] for batch in batches[:3]])
     assert sorted(labels) == sorted(CLASSES * 8)  # an epoch has each image once
     assert not np.array_equal(next(classified.train_batches(small(imagenet, seed=1), data))["image"], batches[0]["image"])
+
+
+def test_crops_are_flipped_whatever_their_shape():
+    """In an image whose red grows with x, and whose green with y, a crop shows its own shape and direction."""
+
+    class Ramps:
+        def __len__(self) -> int:
+            return 2000
+
+        def example(self, index_of, number):
+            y, x = np.mgrid[:240, :240].astype(np.uint8)
+            return tf.constant(np.stack([x, y, 0 * x], -1)), tf.constant(0)
+
+    batches = classified.train_batches(small(Path(), batch_size=100, total_steps=20), Ramps())
+    images = np.concatenate([batch["image"] for batch in batches]).astype(int)
+    across = images[:, 16, -1, 0] - images[:, 16, 0, 0]
+    down = images[:, -1, 24, 1] - images[:, 0, 24, 1]
+    wide = abs(across) > down
+    assert len(images) == 2000
+    for shape in (wide, ~wide):
+        assert shape.sum() > 500
+        assert 0.45 < (across[shape] < 0).mean() < 0.55
 
 
 def test_the_center_of_each_image_is_evaluated_once(imagenet):

@@ -68,11 +68,11 @@ def train_batches(config: ConfigDict, data: ClassifiedImages, start_step: int = 
 
     def element(number: tf.Tensor) -> dict[str, tf.Tensor]:
         image, label = data.example(lambda n: order[position(n)][1], number)
-        seed = tf.stack([tf.constant(config.seed, tf.int64), position(number)])
+        seeds = tf.random.split(tf.stack([tf.constant(config.seed, tf.int64), position(number)]))  # else, crops decide on flips
         begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
             tf.shape(image),
             tf.zeros((1, 0, 4)),
-            seed,
+            seeds[0],
             0.0,
             (3 / 4, 4 / 3),
             augment.scale,
@@ -80,7 +80,7 @@ def train_batches(config: ConfigDict, data: ClassifiedImages, start_step: int = 
             use_image_if_no_bounding_boxes=True,
         )
         image = _resize(tf.slice(image, begin, size), augment.crop)
-        flip = tf.random.stateless_uniform((), seed) < augment.flip_probability
+        flip = tf.random.stateless_uniform((), seeds[1]) < augment.flip_probability
         return {"image": tf.cond(flip, lambda: image[:, ::-1], lambda: image), "label": label}
 
     numbers = tf.data.Dataset.range(start_step * share, config.total_steps * share)

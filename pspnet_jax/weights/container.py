@@ -165,9 +165,12 @@ def shards(path: epath.Path, siblings: Iterable[str] = ()) -> list[str]:
     if not path.name.endswith(".index.json"):
         return []
     try:
-        return sorted({os.path.basename(name) for name in json.loads(path.read_text())["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = {os.path.basename(name) for name in json.loads(path.read_text())["weight_map"].values()}
+        if names & {"", ".", ".."}:
+            raise ValueError("a shard without a name")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: is not an index of shards: expected a weight_map from keys to files") from error
+    return sorted(names)
 
 
 def without_prefixes(arrays: pytorch.Arrays) -> pytorch.Arrays:

@@ -49,10 +49,11 @@ def is_folder(path: epath.Path) -> bool:
 
 
 def read_config(path: epath.Path) -> dict[str, Any]:
-    """Returns the config beside a safetensors file, otherwise the one in its metadata; empty if it has neither of ours."""
-    if (beside := files.read_json(path.with_name(CONFIG))).get("library_name") == LIBRARY:
+    """Returns the config beside a model.safetensors, or else in a file's metadata; empty if neither is ours."""
+    if path.name == WEIGHTS and (beside := files.read_json(path.with_name(CONFIG))).get("library_name") == LIBRARY:
         return beside
-    with path.open("rb") as file, contextlib.suppress(ValueError):  # a stranger's metadata may be anything
+    anything = ValueError, TypeError, AttributeError, RecursionError  # which a stranger's metadata may cause
+    with path.open("rb") as file, contextlib.suppress(*anything):
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         found = json.loads(header.get("__metadata__", {}).get(LIBRARY, "{}"))
         return found if isinstance(found, dict) else {}

@@ -14,13 +14,14 @@ and channel order of the images, the pooling kernels and the interpolation. It d
 """
 
 import pickle
+import pickletools
 import re
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from pspnet_jax.errors import UserError
+from pspnet_jax.errors import UserError, first_line
 
 Arrays = dict[str, np.ndarray]
 KERAS_NAMES = {  # of the arrays of caffe-tensorflow's layers
@@ -32,30 +33,34 @@ KERAS_NAMES = {  # of the arrays of caffe-tensorflow's layers
     "variance": "moving_variance",
 }
 AGAIN = "copy or download it again"
+MAX_TUPLES = 100_000  # in a pickle; hashing more of them, nested, would overflow the stack
 
 
 def read_h5(path: epath.Path) -> Arrays:
     """Reads what Keras 2 writes by `save_weights` or `save`.
 
     Raises:
-      UserError: the file is damaged.
+      UserError: the file is damaged, or its arrays are in other files.
     """
     import h5py
 
     found: Arrays = {}
 
     def add(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset):
+        if isinstance(item, h5py.Dataset) and "/" in name and item.shape is not None and item.dtype.kind in "fiu":
+            if item.external or item.is_virtual:
+                raise UserError(f"{path}: keeps {name} in another file, so nothing was read; save all weights in one file")
             layer, *_, array = name.split("/")
             found[_unique(f"{layer}/{array.split(':')[0]}", found, name)] = _oihw(item[()])
 
     try:
         with h5py.File(path, "r") as file:
-            file.get("model_weights", file).visititems(add)  # follows no links to other files
+            own = isinstance(file.get("model_weights", getlink=True), h5py.HardLink)  # other links may lead to other files
+            (file["model_weights"] if own else file).visititems(add)  # which follows hard links alone
+    except (UserError, MemoryError):
+        raise
     except Exception as error:  # a damaged file can make HDF5 raise anything
-        if isinstance(error, MemoryError):
-            raise
-        raise UserError(f"{path}: cannot be read as HDF5; {AGAIN} ({error})") from error
+        raise UserError(f"{path}: cannot be read as HDF5; {AGAIN} ({first_line(error)})") from error
     return found
 
 
@@ -73,6 +78,10 @@ def read_npy(path: epath.Path) -> Arrays:
             shape, _, dtype = read_header(file)
             if not dtype.hasobject:
                 raise UserError(f"{path}: has an array {dtype}{list(shape)}; {expected}")
+            begin = file.tell()
+            if sum(operation.name.startswith("TUPLE") for operation, *_ in pickletools.genops(file)) > MAX_TUPLES:
+                raise _ForbiddenError(f"more than {MAX_TUPLES} tuples")
+            file.seek(begin)
             content = _Unpickler(file, encoding="latin1").load()  # Python 2's text, and bytes of its arrays
             layers = content.value[0] if isinstance(content, _Array) else content
             if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
@@ -84,7 +93,7 @@ def read_npy(path: epath.Path) -> Arrays:
         except _ForbiddenError as error:
             raise UserError(f"{path}: has {error}, which could run code, so nothing was read; {expected}") from error
         except Exception as error:  # a damaged or hostile file can raise anything
-            raise UserError(f"{path}: cannot be read; {expected}, or {AGAIN} ({error})") from error
+            raise UserError(f"{path}: cannot be read; {expected}, or {AGAIN} ({first_line(error)})") from error
     return {key: _oihw(array if key.endswith("/kernel") else array.ravel()) for key, array in arrays.items()}
 
 
@@ -130,10 +139,6 @@ class _Dtype:
         self.order = {"<": "<", ">": ">"}.get(state[1], "=")
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    return text.encode("latin1")
-
-
 class _Unpickler(pickle.Unpickler):
     """Constructs nothing but dicts, lists, text, numbers and the classes above."""
 
@@ -142,7 +147,7 @@ class _Unpickler(pickle.Unpickler):
         "numpy._core.multiarray._reconstruct": _Array,
         "numpy.ndarray": _Array,
         "numpy.dtype": _Dtype,
-        "_codecs.encode": _encode,  # with which Python 3 writes bytes
+        "_codecs.encode": str.encode,  # with which Python 3 writes bytes
     }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -170,7 +175,7 @@ def read_checkpoint(path: epath.Path) -> Arrays:
     except MemoryError:
         raise
     except Exception as error:  # TensorFlow's, of many kinds
-        raise UserError(f"{path}: cannot be read as a checkpoint; {AGAIN} ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: cannot be read as a checkpoint; {AGAIN} ({first_line(error)})") from error
     found: Arrays = {}
     for name, array in arrays.items():
         layer, _, last = name.rpartition("/")

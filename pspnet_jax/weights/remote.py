@@ -1,7 +1,9 @@
 """Weights by name: hf://, https:// and gs:// names become files in a local cache."""
 
+import contextlib
 import errno
 import hashlib
+import json
 import logging
 import os
 import pathlib
@@ -14,19 +16,20 @@ from typing import Any
 from etils import epath
 
 from pspnet_jax import files
-from pspnet_jax.errors import UserError
+from pspnet_jax.errors import UserError, first_line
 from pspnet_jax.weights import container, own
 from pspnet_jax.weights.download import download, from_bucket, from_server
 
 logger = logging.getLogger(__name__)
 HUB = re.compile(r"hf://(?P<repo>[^/@:#?]+/[^/@:#?]+)(@(?P<revision>[^/@:]+))?(/(?P<file>[^:]+))?(?P<entry>:[^/:]+)?")
 URL = re.compile(r"(?P<url>https?://[^/#]+/[^#]*?)(#sha256=(?P<sha256>[0-9a-fA-F]{64}))?(?P<entry>:[\w.-]+)?")
-# The first digits of the SHA-256, at the end of a name: a convention of torch.hub.load_state_dict_from_url.
-CHECKSUM_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+")
+# The first digits of the SHA-256, at the end of a name: a convention of torch.hub.load_state_dict_from_url. No dates.
+CHECKSUM_IN_NAME = re.compile(r".*-(?!20\d{6}\.)([0-9a-f]{8,64})\.\w+")
 SAFE = (".safetensors", ".safetensors.index.json")  # preferred, since such files hold nothing but arrays
 STANDARD = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 SETTINGS = {"config.json", "preprocessor_config.json"}  # which describe the network of a weights file beside them
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}  # hosts whose answers nobody can alter on the way
 MAX_LISTED = 12  # files in a message
 
 
@@ -69,11 +72,13 @@ def _from_server(name: str) -> str:
     if not (match := URL.fullmatch(name)) or not (file := _last_part(match["url"])):
         raise UserError(f"{name}: {expected}")
     if not (checksum := (match["sha256"] or "").lower()):
-        if not (found := CHECKSUM_IN_NAME.search(file)):
+        if not (found := CHECKSUM_IN_NAME.fullmatch(file)):
             hint = f"{expected}, or a file name with its first 8 digits, such as resnet50-0676ba61.pth"
             if urllib.parse.urlsplit(match["url"]).hostname == "huggingface.co":
                 hint = "name files on the hub as hf://USER/REPO/FILE"
             raise UserError(f"{name}: has no checksum, so it was not downloaded; {hint}")
+        if name.startswith("http://") and urllib.parse.urlsplit(match["url"]).hostname not in LOOPBACK:
+            raise UserError(f"{name}: http:// needs the whole checksum, as others can alter the file on the way; {expected}")
         checksum = found[1]
     if file.endswith((".index", ".index.json")):
         raise UserError(f"{name}: is only the index of several files; download them all, and name the local index")
@@ -83,7 +88,10 @@ def _from_server(name: str) -> str:
 
 
 def _last_part(url: str) -> str:
-    return posixpath.basename(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).replace("\0", "")
+    with contextlib.suppress(ValueError):  # such as an invalid IPv6 address
+        file = posixpath.basename(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).replace("\0", "")
+        return "" if file in (".", "..") else file
+    return ""
 
 
 def _from_bucket(name: str) -> str:
@@ -94,7 +102,7 @@ def _from_bucket(name: str) -> str:
     parts = [path]
     if path.name == own.WEIGHTS or path.name.endswith((".index", ".index.json")):
         siblings = {sibling.name for sibling in path.parent.iterdir()}
-        parts += [path.parent / part for part in (*container.shards(path, siblings), *sorted(SETTINGS & siblings))]
+        parts += [path.parent / part for part in (*_shards(name, path, siblings), *sorted(SETTINGS & siblings))]
     version = [(os.fspath(part), stat.length, stat.mtime) for part in parts if (stat := part.stat())]
     target = _cache(version) / path.name
     for part, (_, size, _) in reversed(list(zip(parts, version, strict=True))):
@@ -103,7 +111,7 @@ def _from_bucket(name: str) -> str:
 
 
 def _from_hub(name: str) -> str:
-    from huggingface_hub import constants
+    from huggingface_hub import constants, errors
 
     if not (match := HUB.fullmatch(name)):
         raise UserError(f"{name}: expected hf://USER/REPO, hf://USER/REPO@REVISION or hf://USER/REPO/FILE")
@@ -112,10 +120,11 @@ def _from_hub(name: str) -> str:
         local = _download_from_hub(name, repo, revision, match["file"])
     except UserError:
         raise
-    except Exception as error:  # of the hub's HTTP client, which differs between versions
+    # OSError includes the hub's own; HTTPError is that of its client, which is another in each version.
+    except (OSError, errors.HTTPError, errors.HFValidationError, json.JSONDecodeError) as error:
         if sentence := _hub_problem(error, repo, revision):
             raise UserError(f"{name}: {sentence}") from error
-        reason, cache = _first_line(error), constants.HF_HUB_CACHE
+        reason, cache = first_line(error), constants.HF_HUB_CACHE
         if not (cached := _cached(repo, revision)):
             raise UserError(
                 f"{name}: the hub cannot be reached ({reason}), and {cache} has no copy; check the network"
@@ -137,9 +146,18 @@ def _download_from_hub(name: str, repo: str, revision: str, given: str | None) -
     local = _hub_file(repo, revision, commit, path)
     folder = posixpath.dirname(path)
     siblings = [posixpath.basename(other) for other in listing if posixpath.dirname(other) == folder]
-    for other in (*container.shards(epath.Path(local), siblings), *sorted(SETTINGS & {*siblings})):
+    for other in (*_shards(name, epath.Path(local), siblings), *sorted(SETTINGS & {*siblings})):
         _hub_file(repo, revision, commit, posixpath.join(folder, other))
     return local
+
+
+def _shards(name: str, path: epath.Path, siblings: Collection[str]) -> list[str]:
+    """Returns the other files that belong to a local index. All of them are among its siblings where it comes from."""
+    names = container.shards(path, siblings)
+    if missing := [shard for shard in names if shard not in siblings]:
+        shown = ", ".join(missing[:MAX_LISTED]) + ", ..." * (len(missing) > MAX_LISTED)
+        raise UserError(f"{name}: lacks {len(missing)} of the {len(names)} shards in {path.name}: {shown}; ask its authors")
+    return names
 
 
 def _hub_problem(error: Exception, repo: str, revision: str) -> str:
@@ -149,22 +167,20 @@ def _hub_problem(error: Exception, repo: str, revision: str) -> str:
     status = getattr(getattr(error, "response", None), "status_code", 0)
     match error:
         case errors.HFValidationError():
-            return f"is not the name of a repository ({_first_line(error)})"
+            return f"is not the name of a repository ({first_line(error)})"
         case errors.GatedRepoError():
             return f"its authors have to grant access: ask for it at {constants.ENDPOINT}/{repo}, and {LOG_IN}"
         case errors.RepositoryNotFoundError():
             return f"there is no such repository, or it is private: check the name, or {LOG_IN}"
         case errors.RevisionNotFoundError():
             return f"the repository has no revision {revision!r}; use a branch, a tag or a commit"
+        case errors.RemoteEntryNotFoundError():
+            return f"the hub lists {error.response.url}, but does not have it; try again later, or name another revision"
         case _ if status in (401, 403):
             return f"the hub denies access (status {status}); {LOG_IN}"
         case OSError() if error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"cannot be stored in {constants.HF_HUB_CACHE} ({error.strerror}); free some space, or set HF_HOME"
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _choose(name: str, repo: str, listing: Collection[str], given: str | None) -> str:
@@ -198,18 +214,16 @@ def _hub_file(repo: str, revision: str, commit: str, file: str) -> str:
     from huggingface_hub import constants, utils
 
     api = huggingface_hub.HfApi()
-    found = huggingface_hub.try_to_load_from_cache(repo, file, revision=commit)
-    if isinstance(found, str):
-        return found
-    url = huggingface_hub.hf_hub_url(repo, file, revision=commit)
-    etag = api.get_hf_file_metadata(url=url).etag or ""
+    url, etag = huggingface_hub.hf_hub_url(repo, file, revision=commit), ""
+    if not isinstance(huggingface_hub.try_to_load_from_cache(repo, file, revision=commit), str):
+        etag = api.get_hf_file_metadata(url=url).etag or ""
     if re.fullmatch("[0-9a-f]{64}", etag):
         cache, folder = pathlib.Path(constants.HF_HUB_CACHE), f"models--{repo.replace('/', '--')}"
-        private = {k: v for k, v in utils.build_hf_headers().items() if k.lower() == "authorization"}
+        token = utils.build_hf_headers().get("authorization", "")
         lock = cache / ".locks" / folder / f"{etag}.lock"  # the client's own
         shown = f"hf://{repo}/{file}"
-        download(shown, cache / folder / "blobs" / etag, from_server(shown, url, private), etag, lock)
-    return api.hf_hub_download(repo, file, revision=revision)
+        download(shown, cache / folder / "blobs" / etag, from_server(shown, url, token), etag, lock)
+    return api.hf_hub_download(repo, file, revision=revision)  # records in the cache which commit the revision is
 
 
 def _cached(repo: str, revision: str) -> Mapping[str, str]:

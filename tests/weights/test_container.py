@@ -183,8 +183,9 @@ def test_shards_are_joined(ending, stem, tmp_path):
     assert refusal(shard) == f"{shard}: is one of 2 shards; give their index instead: {index}"
     shard.unlink()
     assert refusal(index).startswith(f"{shard}: no such file; it is one of the 2 shards in {index.name}")
-    index.write_text("[]")
-    assert "is not an index of shards" in refusal(index)
+    for content in ("[]", "[" * 100_000, *(json.dumps({"weight_map": {"a": name}}) for name in ("", "x/", ".", ".."))):
+        index.write_text(content)
+        assert "is not an index of shards" in refusal(index)
 
 
 def test_a_directory_is_refused(tmp_path):

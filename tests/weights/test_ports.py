@@ -212,6 +212,46 @@ def test_other_and_damaged_files_are_refused(small, tmp_path):
     assert "has no network that can be imported" in refusal(tmp_path / "other.h5")
 
 
+def test_an_h5_reads_no_other_file(small, tmp_path):
+    secret, kernel = tmp_path / "secret.h5", small["conv6"]["weights"]
+    reference.write_h5(secret, small)
+    for link in (h5py.ExternalLink("secret.h5", "/"), h5py.SoftLink("/elsewhere")):
+        with h5py.File(tmp_path / "link.h5", "w") as file:
+            file["elsewhere"] = h5py.ExternalLink("secret.h5", "/")
+            file["model_weights"] = link
+        assert "has no weights" in refusal(tmp_path / "link.h5")
+    kernel.tofile(tmp_path / "raw")
+    with h5py.File(tmp_path / "external.h5", "w") as file:
+        file.create_dataset("conv6/conv6/kernel:0", kernel.shape, "f4", external=[(str(tmp_path / "raw"), 0, kernel.nbytes)])
+    layout = h5py.VirtualLayout(kernel.shape, "f4")
+    with h5py.File(secret) as file:
+        layout[...] = h5py.VirtualSource(next(file[name] for name in names(file) if name.endswith("conv6/kernel:0")))
+    with h5py.File(tmp_path / "virtual.h5", "w") as file:
+        file.create_virtual_dataset("conv6/conv6/kernel:0", layout)
+    for name in ("external.h5", "virtual.h5"):
+        assert "keeps conv6/conv6/kernel:0 in another file, so nothing was read" in refusal(tmp_path / name)
+
+
+def names(file: h5py.File) -> list[str]:
+    found: list[str] = []
+    file.visit(found.append)
+    return found
+
+
+def test_what_is_no_array_of_a_layer_in_an_h5_is_skipped(small, tmp_path):
+    FORMS["weights.h5"](tmp_path / "net.h5", small)
+    with h5py.File(tmp_path / "net.h5", "a") as file:
+        file["step"], file["conv6/note"], file["conv6/nothing"] = 3, "trained twice", h5py.Empty("f4")
+    assert_same(container.read(tmp_path / "net.h5").arrays, small)
+
+
+def test_a_pickle_with_deeply_nested_tuples_is_refused(tmp_path):
+    """A dict hashes its keys, and a tuple hashes what it contains, without any limit."""
+    nested = b"\x80\x02})" + b"\x85" * 3_000_000 + b"K\x00s."
+    (tmp_path / "net.npy").write_bytes(header() + nested)
+    assert "has more than 100000 tuples" in refusal(tmp_path / "net.npy")
+
+
 @pytest.fixture(scope="module")
 def published() -> tuple[dict, np.ndarray, np.ndarray]:
     """The layers of a network like the ports' R50, an image, and its logits."""

@@ -115,6 +115,33 @@ def test_offline_the_cached_copy_is_used(hub, monkeypatch, caplog):
     assert "; the hub cannot be reached (" in message
 
 
+def test_offline_a_file_is_found_under_every_revision_it_was_fetched_by(hub, monkeypatch):
+    path = weights.fetch(f"hf://{REPO}@{hubs.COMMIT}")
+    assert weights.fetch(f"hf://{REPO}") == path
+    assert hub.downloads() == [""]
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    assert weights.fetch(f"hf://{REPO}@main") == path
+    assert "has no copy" in refusal(f"hf://{REPO}@v1")
+
+
+def test_a_bug_is_not_taken_for_an_unreachable_hub(hub, monkeypatch):
+    monkeypatch.setattr(remote, "_choose", lambda *ignored: {}["x"])
+    with pytest.raises(KeyError):
+        weights.fetch(f"hf://{REPO}")
+
+
+def test_files_that_the_hub_lists_but_lacks_are_named(hub):
+    hub.repos["me/net"] = {"model.safetensors": None}
+    message = refusal("hf://me/net")
+    assert message.startswith(f"the hub lists {hub.url}/me/net/resolve/{hubs.COMMIT}/model.safetensors, but does not have it;")
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}}).encode()
+    hub.repos["me/net"] = {"model.safetensors.index.json": index, shards[0]: CONTENT}
+    expected = f"lacks 1 of the 2 shards in model.safetensors.index.json: {shards[1]}; ask its authors"
+    assert refusal("hf://me/net") == expected
+    assert hub.downloads() == []
+
+
 def test_a_server_in_trouble_does_not_stop_a_cached_copy(hub):
     path = weights.fetch(f"hf://{REPO}")
     hub.status = (500, "")
@@ -220,6 +247,9 @@ def test_the_checksum_in_a_name_of_torch_counts(hub):
     message = refusal(f"{hub.url}/files/resnet18-01234567.pth")
     assert message == f"has the SHA-256 {SUM}, not 01234567, so it was deleted; check the name and the checksum"
     assert not list(pathlib.Path(os.environ["XDG_CACHE_HOME"]).rglob("resnet18*.*th*plete"))
+    for file in ("net-20240115.pth", "net-01234567.v2.pth", "01234567.pth"):
+        assert "has no checksum, so it was not downloaded" in refusal(f"https://host/{file}")
+    assert "http:// needs the whole checksum" in refusal("http://host.invalid/resnet18-01234567.pth")
 
 
 def test_a_file_replaced_between_two_attempts_is_downloaded_anew(hub, monkeypatch):
@@ -247,7 +277,7 @@ def test_a_download_that_was_killed_at_its_very_end(hub):
 
 
 def test_a_file_system_without_locks_serves_too(hub, monkeypatch):
-    def acquire(self: object) -> None:
+    def acquire(self: object, **ignored: object) -> None:
         raise NotImplementedError("FileSystem does not appear to support flock; use SoftFileLock instead")
 
     monkeypatch.setattr(download.filelock.FileLock, "acquire", acquire)
@@ -260,7 +290,8 @@ def test_a_server_that_cannot_be_reached_or_lacks_the_file(hub):
     message = refusal(f"http://127.0.0.1:1/net.pth#sha256={SUM}")
     assert message == "cannot be reached ([Errno 111] Connection refused); check the network and the name"
     assert refusal(f"https://no host/net.pth#sha256={SUM}").startswith("cannot be reached (")
-    assert refusal("https://host").startswith("expected https://HOST/FILE")
+    for wrong in ("https://host", "https://[bad/x-01234567.pth", "https://host/a/..", f"https://host/.#sha256={SUM}"):
+        assert refusal(wrong).startswith("expected https://HOST/FILE")
 
 
 def test_a_full_or_closed_disk_is_named(hub, monkeypatch):
