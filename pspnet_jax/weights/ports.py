@@ -13,6 +13,7 @@ and channel order of the images, the pooling kernels and the interpolation. It d
   made for a crop give other cells.
 """
 
+import itertools
 import pickle
 import pickletools
 import re
@@ -33,7 +34,7 @@ KERAS_NAMES = {  # of the arrays of caffe-tensorflow's layers
     "variance": "moving_variance",
 }
 AGAIN = "copy or download it again"
-MAX_TUPLES = 100_000  # in a pickle; hashing more of them, nested, would overflow the stack
+MAX_TUPLES = 20_000  # in a pickle, ten times those of depth 101; hashing many more, nested, would overflow the stack
 
 
 def read_h5(path: epath.Path) -> Arrays:
@@ -79,8 +80,9 @@ def read_npy(path: epath.Path) -> Arrays:
             if not dtype.hasobject:
                 raise UserError(f"{path}: has an array {dtype}{list(shape)}; {expected}")
             begin = file.tell()
-            if sum(operation.name.startswith("TUPLE") for operation, *_ in pickletools.genops(file)) > MAX_TUPLES:
-                raise _ForbiddenError(f"more than {MAX_TUPLES} tuples")
+            tuples = (operation for operation, *_ in pickletools.genops(file) if operation.name.startswith("TUPLE"))
+            if next(itertools.islice(tuples, MAX_TUPLES, None), None):
+                raise UserError(f"{path}: has more than {MAX_TUPLES} tuples; {expected}")
             file.seek(begin)
             content = _Unpickler(file, encoding="latin1").load()  # Python 2's text, and bytes of its arrays
             layers = content.value[0] if isinstance(content, _Array) else content

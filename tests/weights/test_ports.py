@@ -16,7 +16,7 @@ import pytest
 from pspnet_jax import models, weights
 from pspnet_jax.config import base_config
 from pspnet_jax.errors import UserError
-from pspnet_jax.weights import container
+from pspnet_jax.weights import container, ports
 
 reference = pytest.importorskip("tests.weights.reference_ports")  # needs torch
 K = 7
@@ -247,9 +247,11 @@ def test_what_is_no_array_of_a_layer_in_an_h5_is_skipped(small, tmp_path):
 
 def test_a_pickle_with_deeply_nested_tuples_is_refused(tmp_path):
     """A dict hashes its keys, and a tuple hashes what it contains, without any limit."""
-    nested = b"\x80\x02})" + b"\x85" * 3_000_000 + b"K\x00s."
-    (tmp_path / "net.npy").write_bytes(header() + nested)
-    assert "has more than 100000 tuples" in refusal(tmp_path / "net.npy")
+    for depth in (ports.MAX_TUPLES, 3_000_000):
+        nested = b"\x80\x02}N" + b"\x85" * depth + b"K\x00s."
+        (tmp_path / "net.npy").write_bytes(header() + nested)
+        message = refusal(tmp_path / "net.npy")
+    assert "has more than 20000 tuples" in message
 
 
 @pytest.fixture(scope="module")
