@@ -215,7 +215,8 @@ def _hub_file(repo: str, revision: str, commit: str, file: str) -> str:
 
     api = huggingface_hub.HfApi()
     url, etag = huggingface_hub.hf_hub_url(repo, file, revision=commit), ""
-    if not isinstance(huggingface_hub.try_to_load_from_cache(repo, file, revision=commit), str):
+    found = huggingface_hub.try_to_load_from_cache(repo, file, revision=commit)
+    if not isinstance(found, str):
         etag = api.get_hf_file_metadata(url=url).etag or ""
     if re.fullmatch("[0-9a-f]{64}", etag):
         cache, folder = pathlib.Path(constants.HF_HUB_CACHE), f"models--{repo.replace('/', '--')}"
@@ -223,7 +224,12 @@ def _hub_file(repo: str, revision: str, commit: str, file: str) -> str:
         lock = cache / ".locks" / folder / f"{etag}.lock"  # the client's own
         shown = f"hf://{repo}/{file}"
         download(shown, cache / folder / "blobs" / etag, from_server(shown, url, token), etag, lock)
-    return api.hf_hub_download(repo, file, revision=revision)  # records in the cache which commit the revision is
+    try:
+        return api.hf_hub_download(repo, file, revision=revision)  # records in the cache which commit the revision is
+    except OSError:  # perhaps the cache cannot be written
+        if isinstance(found, str):
+            return found
+        raise
 
 
 def _cached(repo: str, revision: str) -> Mapping[str, str]:

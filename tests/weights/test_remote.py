@@ -124,6 +124,14 @@ def test_offline_a_file_is_found_under_every_revision_it_was_fetched_by(hub, mon
     assert "has no copy" in refusal(f"hf://{REPO}@v1")
 
 
+def test_a_file_in_a_cache_that_cannot_be_written_is_used(hub):
+    path = weights.fetch(f"hf://{REPO}@{hubs.COMMIT}")
+    refs = pathlib.Path(path).parents[2] / "refs"
+    assert not refs.exists()
+    refs.write_text("not a directory")
+    assert weights.fetch(f"hf://{REPO}") == path
+
+
 def test_a_bug_is_not_taken_for_an_unreachable_hub(hub, monkeypatch):
     monkeypatch.setattr(remote, "_choose", lambda *ignored: {}["x"])
     with pytest.raises(KeyError):
