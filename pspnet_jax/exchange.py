@@ -52,9 +52,10 @@ def verify(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     variables = runs.load_weights(source, config, info)
     logger.info(f"{source}; recognized as {network}")
     workdir, scores = runs.workdir_of(arguments, config.name), {}
+    data = sources.open_source(config.dataset, published.SPLITS[network.dataset])
     for title, (fields, _) in network.evaluations().items():
         config.eval.update(fields)
-        data, ready = sources.open_source(config.dataset, config.eval.split), scoring.segmenter(config, variables)
+        ready = scoring.segmenter(config, variables)
         report, _ = scoring.score(ready, config, scoring.sort_by_size(ready.predictor, data))
         scores[title] = 100 * report.metrics.mean_iou
         saved = report.save(workdir / "evaluation", {"checkpoint": source.path, "data": data.fingerprint})

@@ -47,7 +47,9 @@ class Program:
 
     @functools.cached_property
     def model(self) -> nn.Module:
-        return models.build(self.config.model, len(self.config.dataset.class_names))
+        model = self.config.model.copy_and_resolve_references()
+        model.remat = "none"  # it concerns the gradient alone
+        return models.build(model, len(self.config.dataset.class_names))
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Segments RGB images: uint8[N, H, W, 3] -> labels uint8[N, H, W] or probabilities f32[N, H, W, K]."""

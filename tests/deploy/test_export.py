@@ -28,6 +28,7 @@ NETWORKS = {
     "conv7": {"stem": "conv7", "bins": (1, 2, 4, 8), "output_stride": 16, "head_kernel": 1, "factored_head": False},
     "maximum": {"pool": "max", "bins": (1, 3), "reduce_channels": False, "align_corners": False},
     "fcn": {"bins": (), "dtype": "bfloat16"},  # TFLite and ONNX compute in float32
+    "recomputed": {"bins": (), "remat": "norm"},
     "bottlenecks": {"depth": 50, "stride_in": "conv1x1"},
 }
 PACKAGES = {"savedmodel": "tensorflow", "tflite": "tensorflow", "onnx": "onnxruntime"}
