@@ -1,9 +1,11 @@
 """Exported programs agree with ours in their own runtimes, and need nothing of this package there."""
 
+import errno
 import json
 import pathlib
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -189,8 +191,30 @@ def test_a_missing_package_is_named_with_its_extra(fmt, package, extra, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_existing_files_are_kept(tmp_path):
-    (tmp_path / "x.onnx").write_text("mine")
-    with pytest.raises(UserError, match="already exists"):
+@pytest.mark.parametrize("name", ["x.onnx", "x.onnx.json"])
+def test_existing_files_are_kept(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name}: already exists"):
         export.export(program(), "onnx", epath.Path(tmp_path) / "x.onnx")
     assert [path.read_text() for path in pathlib.Path(tmp_path).iterdir()] == ["mine"]
+
+
+def test_without_its_description_no_program_is_written(tmp_path, monkeypatch):
+    def fail(self: export.Program) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export.Program, "describe", fail)
+    monkeypatch.setitem(sys.modules, "pspnet_jax.deploy.onnx", types.SimpleNamespace(write=lambda _, path: path.write_text("")))
+    with pytest.raises(UserError, match=r"No space left on device.*nothing was exported"):
+        export.export(program(), "onnx", epath.Path(tmp_path) / "x.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_too_long_for_the_description_is_refused_first(tmp_path):
+    with pytest.raises(UserError, match=r"File name too long.*nothing was exported"):
+        export.check("onnx", epath.Path(tmp_path) / f"{'x' * 248}.onnx", 1, (64, 64))
+
+
+def test_a_savedmodel_in_a_bucket_is_refused_first():
+    with pytest.raises(UserError, match="gs://bucket/x: directories are only written locally"):
+        export.check("savedmodel", epath.Path("gs://bucket/x"), 0, None)

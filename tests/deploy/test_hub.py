@@ -208,6 +208,15 @@ def test_exports_that_are_refused(run, folder, tmp_path, capsys):
     assert "--batch: --format hf does not use it, only stablehlo, savedmodel, onnx, tflite; leave it out" in output
     output = error(capsys, *command, "--format=onnx", f"--output={tmp_path}/x.onnx", "--license=mit")
     assert "--license: --format onnx does not use it, only hf; leave it out" in output
+    missing = ["--mode=export", f"--workdir={tmp_path}/nowhere"]  # what can be refused without the run comes first
+    for given, message in [
+        (["--format=hf", f"--output={tmp_path}/x", "--input=hf://a/b"], "hf://a/b: cannot be read or written here"),
+        (["--format=hf", f"--output={tmp_path}/x", f"--input={tmp_path}/y"], "no such image"),
+        (["--format=torch", f"--output={tmp_path}/x"], "expected a name that ends in .pth"),
+        (["--format=onnx", f"--output={tmp_path}/x.onnx", "--size=any"], "--size any: onnx files have a fixed image size"),
+        (["--format=tflite", f"--output={tmp_path}/x.tflite", "--batch=0"], "--batch 0: tflite files hold a fixed number"),
+    ]:
+        assert message in error(capsys, *missing, *given)
     assert "expected HEIGHTxWIDTH" in error(capsys, *command, "--format=onnx", f"--output={tmp_path}/x.onnx", "--size=473")
     assert list(tmp_path.iterdir()) == []
 
