@@ -39,7 +39,7 @@ def _message(error: BaseException) -> str:
     if isinstance(error, OSError) and (error.filename is not None or error.errno in ADVICE):
         return f"{error}; {ADVICE[error.errno]}" if error.errno in ADVICE else str(error)
     if "No space left on device" in str(error):  # TensorFlow and TensorStore do not raise OSError
-        return f"{_first_line(error)}; {ADVICE[errno.ENOSPC]}"
+        return f"{first_line(error)}; {ADVICE[errno.ENOSPC]}"
     if "Too many open files" in str(error):
         return f"too many files are open; {ADVICE[errno.EMFILE]}"
     if "can't start new thread" in str(error):
@@ -48,12 +48,13 @@ def _message(error: BaseException) -> str:
         return f"a name is not valid in the encoding of the locale: {error.object!r}; set LC_ALL=C.UTF-8"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return (
-            f"out of memory ({_first_line(error)}); lower batch_size, the crop or the scales, or set a smaller eval.batch_size"
+            f"out of memory ({first_line(error)}); lower batch_size, the crop or the scales, or set a smaller eval.batch_size"
         )
     if isinstance(error, ImportError) and not (error.name or "").startswith("pspnet_jax"):
-        return f"{error.name or 'a package'} cannot be imported ({_first_line(error)}); run pip install 'pspnet_jax[train]'"
+        return f"{error.name or 'a package'} cannot be imported ({first_line(error)}); run pip install 'pspnet_jax[train]'"
     return ""
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an exception's message, of at most 300 characters, or its type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from pspnet_jax.errors import MissingFileError, UserError
+from pspnet_jax.errors import MissingFileError, UserError, first_line
 
 # Storage errors that the user can fix; libraries quote their texts in exceptions of their own.
 _FULL_OR_CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -67,7 +67,7 @@ def user_path(path: epath.PathLike) -> epath.Path:
     try:
         exists = epath.Path(bucket).exists()
     except Exception as error:  # TensorFlow's: no permission, no credentials, no connection
-        raise UserError(f"{found}: {bucket} cannot be read ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{found}: {bucket} cannot be read ({first_line(error)})") from error
     if not exists:
         raise MissingFileError(f"{found}: there is no bucket {bucket}")
     return found

@@ -165,7 +165,7 @@ def shards(path: epath.Path, siblings: Iterable[str] = ()) -> list[str]:
     if not path.name.endswith(".index.json"):
         return []
     try:
-        return sorted({os.path.basename(name) for name in json.loads(path.read_text())["weight_map"].values()})
+        return sorted({os.path.basename(name) for name in json.loads(path.read_bytes())["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is not an index of shards: expected a weight_map from keys to files") from error
 

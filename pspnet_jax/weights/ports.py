@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from pspnet_jax.errors import UserError
+from pspnet_jax.errors import UserError, first_line
 
 Arrays = dict[str, np.ndarray]
 KERAS_NAMES = {  # of the arrays of caffe-tensorflow's layers
@@ -170,7 +170,7 @@ def read_checkpoint(path: epath.Path) -> Arrays:
     except MemoryError:
         raise
     except Exception as error:  # TensorFlow's, of many kinds
-        raise UserError(f"{path}: cannot be read as a checkpoint; {AGAIN} ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: cannot be read as a checkpoint; {AGAIN} ({first_line(error)})") from error
     found: Arrays = {}
     for name, array in arrays.items():
         layer, _, last = name.rpartition("/")

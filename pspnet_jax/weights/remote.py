@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 
 from pspnet_jax import files
-from pspnet_jax.errors import UserError
+from pspnet_jax.errors import UserError, first_line
 from pspnet_jax.weights import container, own
 from pspnet_jax.weights.download import download, from_bucket, from_server
 
@@ -115,7 +115,7 @@ def _from_hub(name: str) -> str:
     except Exception as error:  # of the hub's HTTP client, which differs between versions
         if sentence := _hub_problem(error, repo, revision):
             raise UserError(f"{name}: {sentence}") from error
-        reason, cache = _first_line(error), constants.HF_HUB_CACHE
+        reason, cache = first_line(error), constants.HF_HUB_CACHE
         if not (cached := _cached(repo, revision)):
             raise UserError(
                 f"{name}: the hub cannot be reached ({reason}), and {cache} has no copy; check the network"
@@ -149,7 +149,7 @@ def _hub_problem(error: Exception, repo: str, revision: str) -> str:
     status = getattr(getattr(error, "response", None), "status_code", 0)
     match error:
         case errors.HFValidationError():
-            return f"is not the name of a repository ({_first_line(error)})"
+            return f"is not the name of a repository ({first_line(error)})"
         case errors.GatedRepoError():
             return f"its authors have to grant access: ask for it at {constants.ENDPOINT}/{repo}, and {LOG_IN}"
         case errors.RepositoryNotFoundError():
@@ -161,10 +161,6 @@ def _hub_problem(error: Exception, repo: str, revision: str) -> str:
         case OSError() if error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"cannot be stored in {constants.HF_HUB_CACHE} ({error.strerror}); free some space, or set HF_HOME"
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _choose(name: str, repo: str, listing: Collection[str], given: str | None) -> str:
