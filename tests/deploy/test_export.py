@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from pspnet_jax.deploy import export
+from pspnet_jax.deploy import export, savedmodel
 from pspnet_jax.errors import UserError
 from tests.deploy import networks
 
@@ -41,7 +41,7 @@ def run_stablehlo(path: epath.Path, images: np.ndarray, output: str) -> np.ndarr
     code = (
         "import sys; sys.modules['pspnet_jax'] = None\n"
         "import jax.export, numpy as np\n"
-        "program = jax.export.deserialize(bytearray(open(sys.argv[1], 'rb').read()))\n"
+        "program = jax.export.deserialize(open(sys.argv[1], 'rb').read())\n"
         "assert program.platforms == ('cpu', 'cuda', 'tpu')\n"
         "np.save(sys.argv[3], program.call(np.load(sys.argv[2])))\n"
         "assert not [m for m in sys.modules if m.startswith(('pspnet_jax.', 'flax'))]\n"
@@ -218,3 +218,16 @@ def test_a_name_that_is_too_long_for_the_description_is_refused_first(tmp_path):
 def test_a_savedmodel_in_a_bucket_is_refused_first():
     with pytest.raises(UserError, match="gs://bucket/x: directories are only written locally"):
         export.check("savedmodel", epath.Path("gs://bucket/x"), 0, None)
+
+
+def test_a_refusal_of_the_converter_to_tflite_without_a_text_is_named(tmp_path, monkeypatch):
+    tf = pytest.importorskip("tensorflow", reason="needs the extra train")
+
+    def refuse(folder: str) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(savedmodel, "save", lambda program, folder: None)
+    monkeypatch.setattr(tf.lite.TFLiteConverter, "from_saved_model", refuse)
+    with pytest.raises(UserError, match="refuses this network: RuntimeError"):
+        export.export(program(), "tflite", epath.Path(tmp_path) / "x.tflite")
+    assert list(tmp_path.iterdir()) == []

@@ -219,7 +219,8 @@ def test_exports_that_are_refused(run, folder, tmp_path, capsys):
     assert "--license: --format onnx does not use it, only hf; leave it out" in output
     missing = ["--mode=export", f"--workdir={tmp_path}/nowhere"]  # what can be refused without the run comes first
     for given, message in [
-        (["--format=hf", f"--output={tmp_path}/x", "--input=hf://a/b"], "hf://a/b: cannot be read or written here"),
+        (["--format=hf", f"--output={tmp_path}/x", "--input=hf://a/b"], "--mode export takes images there"),
+        (["--format=hf", f"--output={tmp_path}/x", "--input=https://a/b.png"], "a/b.png: cannot be read or written here"),
         (["--format=hf", f"--output={tmp_path}/x", f"--input={tmp_path}/y"], "no such image"),
         (["--format=torch", f"--output={tmp_path}/x"], "expected a name that ends in .pth"),
         (["--format=onnx", f"--output={tmp_path}/x.onnx", "--size=any"], "--size any: onnx files have a fixed image size"),
