@@ -294,7 +294,7 @@ def read(path: epath.Path) -> ConfigDict:
       UserError: the file is missing or damaged.
     """
     try:
-        return from_dict(json.loads(path.read_text()))
+        return from_dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as a saved config ({error}); restore the file, or use a recipe") from error
 

@@ -56,5 +56,5 @@ def _message(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an exception's message, or the name of its class if it has none."""
+    """Returns the first line of an exception's message, of at most 300 characters, or its type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -13,8 +13,8 @@ import rich
 from etils import epath
 
 from pspnet_jax import config as configs
-from pspnet_jax import datasets, models, optimizers, parallel, runs, scoring, weights
-from pspnet_jax.errors import UserError
+from pspnet_jax import datasets, files, models, optimizers, parallel, runs, scoring, weights
+from pspnet_jax.errors import MissingFileError, UserError
 from pspnet_jax.train import checkpoint
 from pspnet_jax.train.step import new_state
 
@@ -52,9 +52,10 @@ def verify(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     variables = runs.load_weights(source, config, info)
     logger.info(f"{source}; recognized as {network}")
     workdir, scores = runs.workdir_of(arguments, config.name), {}
+    data = sources.open_source(config.dataset, published.SPLITS[network.dataset])
     for title, (fields, _) in network.evaluations().items():
         config.eval.update(fields)
-        data, ready = sources.open_source(config.dataset, config.eval.split), scoring.segmenter(config, variables)
+        ready = scoring.segmenter(config, variables)
         report, _ = scoring.score(ready, config, scoring.sort_by_size(ready.predictor, data))
         scores[title] = 100 * report.metrics.mean_iou
         saved = report.save(workdir / "evaluation", {"checkpoint": source.path, "data": data.fingerprint})
@@ -67,21 +68,11 @@ def export(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode export: writes a checkpoint for semseg's code, for the hub, or as a program for another runtime."""
     from pspnet_jax.deploy import export as programs
 
-    formats = (*weights.FORMATS, "hf", *programs.FORMATS)
-    if not (arguments.output and arguments.format):
-        raise UserError(f"--mode export needs --output (a file or directory to write) and --format ({', '.join(formats)})")
-    if arguments.format not in formats:
-        raise UserError(f"--format {arguments.format}: expected one of {', '.join(formats)}")
-    if arguments.output.exists():
-        raise UserError(f"--output {arguments.output}: already exists; choose another name, or delete it")
-    for names, users in ((("outputs", "batch", "size"), tuple(programs.FORMATS)), (("license", "input"), ("hf",))):
-        for name in names:
-            if arguments.format not in users and getattr(arguments, name) is not None:
-                raise UserError(f"--{name}: --format {arguments.format} does not use it, only {', '.join(users)}; leave it out")
+    batch = 1 if arguments.batch is None else arguments.batch
+    _check_export(arguments, batch)
     restored = runs.restore(arguments, overrides)
     variables = jax.tree.map(parallel.local, restored.variables)
     if arguments.format in programs.FORMATS:
-        batch = 1 if arguments.batch is None else arguments.batch
         size = arguments.size or tuple(restored.config.eval.crop)
         program = programs.Program(restored.config, variables, arguments.outputs or "labels", batch, size)
         programs.export(program, arguments.format, arguments.output)
@@ -90,6 +81,29 @@ def export(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     else:
         _export_weights(arguments, restored)
     logger.info(f"step {restored.step} of {restored.workdir} written to {arguments.output}")
+
+
+def _check_export(arguments: argparse.Namespace, batch: int) -> None:
+    """Refuses an export that cannot succeed, before its checkpoint is read."""
+    from pspnet_jax.deploy import export as programs
+
+    formats = (*weights.FORMATS, "hf", *programs.FORMATS)
+    if not (arguments.output and arguments.format):
+        raise UserError(f"--mode export needs --output (a file or directory to write) and --format ({', '.join(formats)})")
+    if arguments.format not in formats:
+        raise UserError(f"--format {arguments.format}: expected one of {', '.join(formats)}")
+    for names, users in ((("outputs", "batch", "size"), tuple(programs.FORMATS)), (("license", "input"), ("hf",))):
+        for name in names:
+            if arguments.format not in users and getattr(arguments, name) is not None:
+                raise UserError(f"--{name}: --format {arguments.format} does not use it, only {', '.join(users)}; leave it out")
+    if arguments.format in programs.FORMATS:
+        programs.check(arguments.format, arguments.output, batch, arguments.size)
+    elif arguments.format == "hf":
+        files.require_new_folder(arguments.output)
+        if arguments.input and not files.is_there(files.absolute(arguments.input)):
+            raise MissingFileError(f"--input {arguments.input}: no such image")
+    else:
+        weights.check_output(arguments.output, arguments.format)
 
 
 def _export_folder(arguments: argparse.Namespace, restored: runs.Restored) -> None:

@@ -115,6 +115,18 @@ def atomic(path: epath.PathLike) -> Iterator[epath.Path]:
             temporary.unlink(missing_ok=True)
 
 
+def require_new_folder(path: epath.PathLike) -> None:
+    """Checks that `new_folder` can create a folder.
+
+    Raises:
+      UserError: `path` exists or is in a bucket.
+    """
+    if is_remote(path):
+        raise UserError(f"{os.fspath(path)}: directories are only written locally; copy it to the bucket afterwards")
+    if is_there(path):
+        raise UserError(f"{os.fspath(path)}: already exists; choose another name, or delete it")
+
+
 @contextlib.contextmanager
 def new_folder(path: epath.PathLike) -> Iterator[pathlib.Path]:
     """Yields a temporary directory beside `path`, and renames it to `path` if the block succeeds.
@@ -122,11 +134,8 @@ def new_folder(path: epath.PathLike) -> Iterator[pathlib.Path]:
     Raises:
       UserError: `path` exists, is in a bucket or cannot be written.
     """
+    require_new_folder(path)
     folder = pathlib.Path(path)
-    if is_remote(path):
-        raise UserError(f"{os.fspath(path)}: directories are only written locally; copy it to the bucket afterwards")
-    if folder.exists():
-        raise UserError(f"{folder}: already exists; choose another name, or delete it")
     temporary = folder.with_name(f".{secrets.token_hex(8)}")
     with writing(folder, "nothing was written"):
         try:

@@ -194,7 +194,8 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode predict: segments an image, a folder, a video, or the images of config.eval.split."""
     if not arguments.output:
         raise UserError(
-            "--mode predict needs --output (a directory); without --input (an image or a folder) it predicts config.eval.split"
+            "--mode predict needs --output (a directory); without --input (an image, a folder or a video), it predicts "
+            "config.eval.split"
         )
     if arguments.input and video.is_video(arguments.input):
         return _predict_video(arguments, overrides)

@@ -256,8 +256,13 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     if unknown := [o for o in overrides if o.startswith("--") and not o.startswith(("--config.", "--noconfig."))]:
         parser.error(f"{unknown[0]}: unknown argument; --help lists all, and --config.field=value sets a field of the config")
     for name, (modes, _) in OPTIONS.items():
-        if getattr(arguments, name) and arguments.mode not in modes:
+        if getattr(arguments, name) != parser.get_default(name) and arguments.mode not in modes:
             parser.error(f"--{name}: --mode {arguments.mode} does not use it, only {', '.join(modes)}; leave it out")
+    if arguments.mode in ("predict", "export") and str(arguments.input).startswith("hf://"):
+        parser.error(
+            f"--input {arguments.input}: is a name of weights, but --mode {arguments.mode} takes images there; --mode import "
+            "makes a run of the weights, for --workdir"
+        )
     return arguments, overrides
 
 

@@ -16,7 +16,7 @@ import shlex
 import sys
 from typing import Any, NoReturn
 
-import yaml  # PyYAML, which Flax requires
+import yaml
 
 TPUS = {  # what --tpu calls it: GKE's label, dimensions of a topology, name of a slice in xpk and its count per chip
     "v4": ("tpu-v4-podslice", 3, "v4", 2),

@@ -8,7 +8,7 @@ import jax
 from jax.experimental import topologies
 from rich.table import Column, Table
 
-from pspnet_jax.errors import UserError
+from pspnet_jax.errors import UserError, first_line
 
 
 class Chip(NamedTuple):
@@ -95,6 +95,6 @@ def devices(generation: str, topology: str) -> list[jax.Device]:
         return topologies.get_topology_desc(topology_name=f"{generation}:{topology}", platform="tpu").devices
     except (RuntimeError, ImportError) as error:
         raise UserError(
-            f"the TPU compiler cannot compile for {generation}:{topology} here ({str(error).splitlines()[0]}); it comes with "
+            f"the TPU compiler cannot compile for {generation}:{topology} here ({first_line(error)}); it comes with "
             'libtpu: pip install "pspnet_jax[tpu]"'
         ) from error

@@ -47,7 +47,9 @@ class Program:
 
     @functools.cached_property
     def model(self) -> nn.Module:
-        return models.build(self.config.model, len(self.config.dataset.class_names))
+        model = self.config.model.copy_and_resolve_references()
+        model.remat = "none"  # it concerns the gradient alone
+        return models.build(model, len(self.config.dataset.class_names))
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Segments RGB images: uint8[N, H, W, 3] -> labels uint8[N, H, W] or probabilities f32[N, H, W, K]."""
@@ -112,28 +114,44 @@ FORMATS = {  # each is written by the module of this name
 }
 
 
-def export(program: Program, fmt: str, path: epath.Path) -> None:
-    """Writes a program in one of `FORMATS`, and beside it PATH.json with its input, output and classes.
+def check(fmt: str, path: epath.Path, batch: int, size: tuple[int, int] | None) -> None:
+    """Checks what `export` needs, as far as it is known without the network; a size of None is not known yet.
 
     Raises:
-      UserError: the format cannot hold the program; a package is missing; or the path exists, has another ending or cannot be
-        written.
+      UserError: the format cannot hold such a program, the path has another ending, PATH or PATH.json exists, or a directory
+        is to be written into a bucket.
     """
     kind = FORMATS[fmt]
     if kind.ending and path.suffix != kind.ending:
         raise UserError(f"--output {path}: expected a name that ends in {kind.ending}, for --format {fmt}")
-    if path.exists():
-        raise UserError(f"--output {path}: already exists; choose another name, or delete it")
-    if not program.batch and not kind.any_batch:
+    with files.writing(path, "nothing was exported"):
+        if not kind.ending:
+            files.require_new_folder(path)
+        for existing in filter(files.is_there, (path, _description(path))):
+            raise UserError(f"{existing}: already exists; choose another --output, or delete it")
+    if not batch and not kind.any_batch:
         raise UserError(f"--batch 0: {fmt} files hold a fixed number of images (see README.md); set --batch 1 or more")
-    if program.size == ANY_SIZE and not kind.any_size:
+    if size == ANY_SIZE and not kind.any_size:
         raise UserError(f"--size any: {fmt} files have a fixed image size (see README.md); set it, such as --size 473x473")
-    if program.size != ANY_SIZE and min(program.size) < SMALLEST:
-        raise UserError(f"--size {program.size[0]}x{program.size[1]}: expected at least {SMALLEST} pixels in height and width")
+    if size and size != ANY_SIZE and min(size) < SMALLEST:
+        raise UserError(f"--size {size[0]}x{size[1]}: expected at least {SMALLEST} pixels in height and width")
+
+
+def export(program: Program, fmt: str, path: epath.Path) -> None:
+    """Writes a program in one of `FORMATS`, and beside it PATH.json with its input, output and classes.
+
+    Raises:
+      UserError: as `check`; or the weights are not finite, a package is missing or the path cannot be written.
+    """
+    check(fmt, path, program.batch, program.size)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(program.variables)):
         raise UserError(f"{path}: the run's weights contain values that are not finite, so they were not exported")
     write: Callable[[Program, epath.Path], None] = importlib.import_module(f"pspnet_jax.deploy.{fmt}").write
-    with files.writing(path, "nothing was exported"):
+    # The description gets its name last, and nothing but that can still fail once the program is there.
+    with files.writing(path, "nothing was exported"), files.atomic(_description(path)) as temporary:
+        temporary.write_text(json.dumps(program.describe(), indent=1) + "\n")
         write(program, path)
-        with files.atomic(path.with_name(f"{path.name}.json")) as temporary:
-            temporary.write_text(json.dumps(program.describe(), indent=1) + "\n")
+
+
+def _description(path: epath.Path) -> epath.Path:
+    return path.with_name(f"{path.name}.json")

@@ -20,13 +20,18 @@ from pspnet_jax.infer import draw
 from pspnet_jax.infer.segmenter import Segmenter
 from pspnet_jax.weights import own, pytorch, transfer
 
+INSTALL = 'pip install "pspnet_jax @ git+https://github.com/OWNER/pspnet_jax"'  # as in README.md
+EXAMPLE = """import pspnet_jax
+
+segmenter = pspnet_jax.load("hf://USER/REPO")  # or the path of this folder
+labels = segmenter("photo.jpg").labels  # uint8[H, W]"""
 METRICS = {"mean_iou": "mIoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"}
 
 
 class Score(NamedTuple):
     """One evaluation of the exported weights."""
 
-    dataset: str
+    dataset: str  # its name or, for a folder of images, that of the run
     split: str
     protocol: str  # in words
     metrics: Mapping[str, float]  # fractions, by the keys of METRICS
@@ -58,14 +63,14 @@ def write(
         pytorch.write_safetensors(temporary / own.WEIGHTS, arrays, metadata)
         _write_json(temporary / own.CONFIG, described)
         _write_json(temporary / "preprocessor_config.json", preprocessor(config.normalize))
-        (temporary / "classes.txt").write_text("".join(colors))
+        (temporary / "classes.txt").write_text("".join(colors), encoding="utf-8")
         if picture:
             picture.save(temporary / "example.png")
-        (temporary / "README.md").write_text(card(config, licence, scores, bool(picture)))
+        (temporary / "README.md").write_text(card(config, licence, scores, bool(picture)), encoding="utf-8")
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def preprocessor(normalize: ConfigDict) -> dict[str, Any]:
@@ -85,7 +90,7 @@ def preprocessor(normalize: ConfigDict) -> dict[str, Any]:
 
 def card(config: ConfigDict, licence: str, scores: list[Score], has_picture: bool) -> str:
     """Returns the model card: its header, which the hub reads, and a text."""
-    model, info = config.model, datasets.describe(config.dataset)
+    model, data, info = config.model, config.dataset, datasets.describe(config.dataset)
     header: dict[str, Any] = {
         "library_name": own.LIBRARY,
         "pipeline_tag": "image-segmentation",
@@ -102,9 +107,10 @@ def card(config: ConfigDict, licence: str, scores: list[Score], has_picture: boo
         f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n",
         f"# {config.name}\n",
         f"PSPNet (Zhao et al., CVPR 2017) with a ResNet-{model.depth} of output stride {model.output_stride}, for "
-        f"{info.num_classes} classes of {info.name}.\n",
+        f"{info.num_classes} classes{'' if data.name == 'folder' else f' of {data.tfds_name or data.name}'}.\n",
         *(["![An image and its segmentation](example.png)\n"] if has_picture else []),
-        "```python\nimport pspnet_jax\n\nsegmenter = pspnet_jax.load(FOLDER)\nlabels = segmenter(image).labels\n```\n",
+        f"```sh\n{INSTALL}\n```\n",
+        f"```python\n{EXAMPLE}\n```\n",
         "## Score\n",
         *(["\n".join(table) + "\n"] if scores else ["These weights were not evaluated.\n"]),
         "## Input\n",
@@ -150,8 +156,14 @@ def read_scores(workdir: epath.Path, step: int, config: ConfigDict, trained: Map
     if not found and trained and trained.get("settings"):
         settings = {key.split(".", 1)[-1]: value for key, value in trained["settings"].items()}
         found = [{**settings, **trained, "dataset": settings.get("name")}]
+    known = datasets.tables()
     return [
-        Score(r["dataset"], r["split"], report.describe_protocol(r), {key: r[key] for key in METRICS})
+        Score(
+            r["dataset"] if r["dataset"] in known else r.get("tfds_name") or config.name,
+            r["split"],
+            report.describe_protocol(r),
+            {key: r[key] for key in METRICS},
+        )
         for r in found
         if {"dataset", "split", "protocol"} <= r.keys() and all(math.isfinite(r.get(key, math.nan)) for key in METRICS)
     ]

@@ -12,7 +12,7 @@ from etils import epath
 from pspnet_jax import files
 from pspnet_jax.deploy import savedmodel
 from pspnet_jax.deploy.export import Program
-from pspnet_jax.errors import UserError
+from pspnet_jax.errors import UserError, first_line
 from pspnet_jax.models import layers
 
 
@@ -29,7 +29,6 @@ def write(program: Program, path: epath.Path) -> None:
         try:
             content = tf.lite.TFLiteConverter.from_saved_model(folder).convert()
         except Exception as error:
-            reason = str(error).splitlines()[0][:300]
-            raise UserError(f"TensorFlow's converter to TFLite refuses this network: {reason}") from error
+            raise UserError(f"TensorFlow's converter to TFLite refuses this network: {first_line(error)}") from error
     with files.atomic(path) as temporary:
         temporary.write_bytes(content)

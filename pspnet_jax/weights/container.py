@@ -165,7 +165,7 @@ def shards(path: epath.Path, siblings: Iterable[str] = ()) -> list[str]:
     if not path.name.endswith(".index.json"):
         return []
     try:
-        names = {os.path.basename(name) for name in json.loads(path.read_text())["weight_map"].values()}
+        names = {os.path.basename(name) for name in json.loads(path.read_bytes())["weight_map"].values()}
         if names & {"", ".", ".."}:
             raise ValueError("a shard without a name")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -1,4 +1,8 @@
-"""Published PSPNets with their scores on a validation split, for `--mode verify`."""
+"""Published PSPNets with their scores on a validation split, for `--mode verify`.
+
+mmsegmentation's networks for Pascal Context, COCO-Stuff, Potsdam and LoveDA are left out, because there is no reader for these
+datasets yet.
+"""
 
 import os
 from collections.abc import Mapping

@@ -150,6 +150,21 @@ def _format_count(wrong: np.ndarray) -> str:
     return f"({np.count_nonzero(wrong)} of {wrong.size} values)" if wrong.any() else ""
 
 
+def check_output(path: str | os.PathLike, fmt: str) -> None:
+    """Checks what `save` needs, as far as it is known without the network.
+
+    Raises:
+      UserError: fmt is unknown, or the path exists or has another ending.
+    """
+    if fmt not in FORMATS:
+        raise UserError(f"--format {fmt}: expected one of {', '.join(FORMATS)}")
+    file, (_, endings) = files.absolute(path), FORMATS[fmt]
+    if file.suffix not in endings:
+        raise UserError(f"--output {file}: expected a name that ends in {' or '.join(endings)}, for --format {fmt}")
+    if file.exists():
+        raise UserError(f"--output {file}: already exists; choose another name, or delete it")
+
+
 def save(path: str | os.PathLike, variables: Any, model: nn.Module, fmt: str) -> None:
     """Writes the variables of a network in semseg's format.
 
@@ -161,16 +176,11 @@ def save(path: str | os.PathLike, variables: Any, model: nn.Module, fmt: str) ->
         "safetensors", the same arrays without the prefix.
 
     Raises:
-      UserError: semseg's code cannot compute this network, fmt is unknown, torch is missing, or the file cannot be written.
+      UserError: as `check_output`; or semseg's code cannot compute this network, torch is missing, or the file cannot be
+        written.
     """
-    if fmt not in FORMATS:
-        raise UserError(f"--format {fmt}: expected one of {', '.join(FORMATS)}")
-    file = files.absolute(path)
-    write, endings = FORMATS[fmt]
-    if file.suffix not in endings:
-        raise UserError(f"--output {file}: expected a name that ends in {' or '.join(endings)}, for --format {fmt}")
-    if file.exists():
-        raise UserError(f"--output {file}: already exists; choose another name, or delete it")
+    check_output(path, fmt)
+    file, (write, _) = files.absolute(path), FORMATS[fmt]
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):
         raise UserError(f"{file}: the run's weights contain values that are not finite, so they were not exported")
     fields = model_fields(model)

@@ -1,9 +1,11 @@
 """Exported programs agree with ours in their own runtimes, and need nothing of this package there."""
 
+import errno
 import json
 import pathlib
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from pspnet_jax.deploy import export
+from pspnet_jax.deploy import export, savedmodel
 from pspnet_jax.errors import UserError
 from tests.deploy import networks
 
@@ -28,6 +30,7 @@ NETWORKS = {
     "conv7": {"stem": "conv7", "bins": (1, 2, 4, 8), "output_stride": 16, "head_kernel": 1, "factored_head": False},
     "maximum": {"pool": "max", "bins": (1, 3), "reduce_channels": False, "align_corners": False},
     "fcn": {"bins": (), "dtype": "bfloat16"},  # TFLite and ONNX compute in float32
+    "recomputed": {"bins": (), "remat": "norm"},
     "bottlenecks": {"depth": 50, "stride_in": "conv1x1"},
 }
 PACKAGES = {"savedmodel": "tensorflow", "tflite": "tensorflow", "onnx": "onnxruntime"}
@@ -38,7 +41,7 @@ def run_stablehlo(path: epath.Path, images: np.ndarray, output: str) -> np.ndarr
     code = (
         "import sys; sys.modules['pspnet_jax'] = None\n"
         "import jax.export, numpy as np\n"
-        "program = jax.export.deserialize(bytearray(open(sys.argv[1], 'rb').read()))\n"
+        "program = jax.export.deserialize(open(sys.argv[1], 'rb').read())\n"
         "assert program.platforms == ('cpu', 'cuda', 'tpu')\n"
         "np.save(sys.argv[3], program.call(np.load(sys.argv[2])))\n"
         "assert not [m for m in sys.modules if m.startswith(('pspnet_jax.', 'flax'))]\n"
@@ -188,8 +191,43 @@ def test_a_missing_package_is_named_with_its_extra(fmt, package, extra, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_existing_files_are_kept(tmp_path):
-    (tmp_path / "x.onnx").write_text("mine")
-    with pytest.raises(UserError, match="already exists"):
+@pytest.mark.parametrize("name", ["x.onnx", "x.onnx.json"])
+def test_existing_files_are_kept(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name}: already exists"):
         export.export(program(), "onnx", epath.Path(tmp_path) / "x.onnx")
     assert [path.read_text() for path in pathlib.Path(tmp_path).iterdir()] == ["mine"]
+
+
+def test_without_its_description_no_program_is_written(tmp_path, monkeypatch):
+    def fail(self: export.Program) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export.Program, "describe", fail)
+    monkeypatch.setitem(sys.modules, "pspnet_jax.deploy.onnx", types.SimpleNamespace(write=lambda _, path: path.write_text("")))
+    with pytest.raises(UserError, match=r"No space left on device.*nothing was exported"):
+        export.export(program(), "onnx", epath.Path(tmp_path) / "x.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_too_long_for_the_description_is_refused_first(tmp_path):
+    with pytest.raises(UserError, match=r"File name too long.*nothing was exported"):
+        export.check("onnx", epath.Path(tmp_path) / f"{'x' * 248}.onnx", 1, (64, 64))
+
+
+def test_a_savedmodel_in_a_bucket_is_refused_first():
+    with pytest.raises(UserError, match="gs://bucket/x: directories are only written locally"):
+        export.check("savedmodel", epath.Path("gs://bucket/x"), 0, None)
+
+
+def test_a_refusal_of_the_converter_to_tflite_without_a_text_is_named(tmp_path, monkeypatch):
+    tf = pytest.importorskip("tensorflow", reason="needs the extra train")
+
+    def refuse(folder: str) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(savedmodel, "save", lambda program, folder: None)
+    monkeypatch.setattr(tf.lite.TFLiteConverter, "from_saved_model", refuse)
+    with pytest.raises(UserError, match="refuses this network: RuntimeError"):
+        export.export(program(), "tflite", epath.Path(tmp_path) / "x.tflite")
+    assert list(tmp_path.iterdir()) == []

@@ -60,7 +60,7 @@ def folder(run) -> Path:
 
 
 def header(folder: Path) -> dict[str, Any]:
-    return yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+    return yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])
 
 
 def same(a: Any, b: Any) -> bool:
@@ -70,10 +70,10 @@ def same(a: Any, b: Any) -> bool:
 def test_the_folder_has_what_the_hub_expects(folder):
     names = ["README.md", "classes.txt", "config.json", "example.png", "model.safetensors", "preprocessor_config.json"]
     assert sorted(path.name for path in folder.iterdir()) == names
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["id2label"] == {"0": NAMES[0], "1": NAMES[1], "2": NAMES[2]}
     assert config["model"]["bins"] == [1, 3]
-    names, colors = class_lists.parse((folder / "classes.txt").read_text(), "classes.txt")
+    names, colors = class_lists.parse((folder / "classes.txt").read_text(encoding="utf-8"), "classes.txt")
     assert (names, colors) == (NAMES, {0: (0, 20, 30), 1: (1, 20, 30), 2: (2, 20, 30)})
     with Image.open(folder / "example.png") as picture:
         assert picture.width > 2 * 57
@@ -87,12 +87,21 @@ def test_the_card_states_the_score_of_the_run_with_its_protocol(run, folder):
     found = header(folder)
     assert (found["library_name"], found["pipeline_tag"], found["license"]) == ("pspnet_jax", "image-segmentation", "mit")
     (result,) = found["model-index"][0]["results"]
-    assert result["dataset"] == {"name": "folder", "type": "folder", "split": "val"}
+    assert result["dataset"] == {"name": "streets", "type": "streets", "split": "val"}
     metric = result["metrics"][0]
     assert metric["type"] == "mean_iou"
     assert metric["value"] == round(100 * report["mean_iou"], 2)
     assert "windows 41x49, own size, scales 0.5, 1.0, flip on, protocol semseg" in metric["name"]
-    assert f"| {report['mean_iou']:.2%} |" in (folder / "README.md").read_text()
+    assert f"| {report['mean_iou']:.2%} |" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_card_shows_a_stranger_how_to_use_the_network(folder):
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "output stride 16, for 3 classes.\n" in text
+    install, code = (text.split(f"```{language}\n")[1].split("\n```")[0] for language in ("sh", "python"))
+    assert install in Path("README.md").read_text(encoding="utf-8").replace("[train]", "")
+    exec(code.replace("hf://USER/REPO", str(folder)).replace("photo.jpg", str(folder / "example.png")), found := {})
+    assert found["labels"].dtype == np.uint8
 
 
 def test_without_an_evaluation_the_card_states_no_score(run, tmp_path, capsys):
@@ -106,7 +115,7 @@ def test_without_an_evaluation_the_card_states_no_score(run, tmp_path, capsys):
     found = header(tmp_path / "hub")
     assert "model-index" not in found
     assert found["license"] == "unknown"
-    assert "These weights were not evaluated." in (tmp_path / "hub/README.md").read_text()
+    assert "These weights were not evaluated." in (tmp_path / "hub/README.md").read_text(encoding="utf-8")
     assert not (tmp_path / "hub/example.png").exists()
 
 
@@ -125,7 +134,7 @@ def test_the_score_of_training_is_stated_if_there_is_no_other(tmp_path):
     (score,) = hub.read_scores(
         epath.Path(tmp_path), 7, config, metrics | {"settings": resume.evaluation_settings(config) | {"data": "abc"}}
     )
-    assert score[:2] == ("folder", "val")
+    assert score[:2] == (config.name, "val")
     assert score.protocol == "windows 473x473, long side 512, scales 1.0, flip on, protocol semseg"
     assert score.metrics == {"mean_iou": 0.25, "mean_accuracy": 0.5, "pixel_accuracy": 0.75}
 
@@ -161,7 +170,7 @@ def test_the_file_alone_has_its_config(run, folder, tmp_path):
 
 def test_the_config_beside_the_weights_counts(folder, tmp_path):
     edited = shutil.copytree(folder, tmp_path / "edited")
-    config = json.loads((edited / "config.json").read_text())
+    config = json.loads((edited / "config.json").read_text(encoding="utf-8"))
     config["id2label"]["0"] = "lamp"
     (edited / "config.json").write_text(json.dumps(config))
     assert weights.inspect(edited).class_names == ("lamp", *NAMES[1:])
@@ -190,7 +199,7 @@ def test_training_starts_from_a_folder(run, folder):
 )
 def test_a_wrong_config_ends_in_one_sentence(change, message, folder, tmp_path, capsys):
     edited = shutil.copytree(folder, tmp_path / "edited")
-    config = json.loads((edited / "config.json").read_text())
+    config = json.loads((edited / "config.json").read_text(encoding="utf-8"))
     change(config)
     (edited / "config.json").write_text(json.dumps(config))
     assert message in error(capsys, "--mode=import", f"--input={edited}", f"--workdir={tmp_path}/run")
@@ -208,6 +217,16 @@ def test_exports_that_are_refused(run, folder, tmp_path, capsys):
     assert "--batch: --format hf does not use it, only stablehlo, savedmodel, onnx, tflite; leave it out" in output
     output = error(capsys, *command, "--format=onnx", f"--output={tmp_path}/x.onnx", "--license=mit")
     assert "--license: --format onnx does not use it, only hf; leave it out" in output
+    missing = ["--mode=export", f"--workdir={tmp_path}/nowhere"]  # what can be refused without the run comes first
+    for given, message in [
+        (["--format=hf", f"--output={tmp_path}/x", "--input=hf://a/b"], "--mode export takes images there"),
+        (["--format=hf", f"--output={tmp_path}/x", "--input=https://a/b.png"], "a/b.png: cannot be read or written here"),
+        (["--format=hf", f"--output={tmp_path}/x", f"--input={tmp_path}/y"], "no such image"),
+        (["--format=torch", f"--output={tmp_path}/x"], "expected a name that ends in .pth"),
+        (["--format=onnx", f"--output={tmp_path}/x.onnx", "--size=any"], "--size any: onnx files have a fixed image size"),
+        (["--format=tflite", f"--output={tmp_path}/x.tflite", "--batch=0"], "--batch 0: tflite files hold a fixed number"),
+    ]:
+        assert message in error(capsys, *missing, *given)
     assert "expected HEIGHTxWIDTH" in error(capsys, *command, "--format=onnx", f"--output={tmp_path}/x.onnx", "--size=473")
     assert list(tmp_path.iterdir()) == []
 

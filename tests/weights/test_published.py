@@ -93,7 +93,9 @@ def test_a_published_network_is_verified(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(published, "PUBLISHED", (exact,))
     capsys.readouterr()
     assert main(command) == 0
-    assert capsys.readouterr().out.count("+0.00") == 2
+    output = capsys.readouterr().out
+    assert output.count("+0.00") == 2
+    assert output.count("checked 2 pairs of files") == 1
 
 
 def test_only_the_data_can_be_set(tmp_path, capsys):
