@@ -29,7 +29,7 @@ Run = Callable[[np.ndarray], np.ndarray]
 def load(fmt: str, path: epath.Path, output: str) -> Run:
     """Returns a function of images that runs an exported program in its own runtime."""
     if fmt == "stablehlo":
-        program = jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
+        program = jax.jit(jax.export.deserialize(path.read_bytes()).call)
         return lambda images: np.asarray(program(images))
     if fmt == "onnx":
         import onnxruntime

@@ -234,7 +234,7 @@ def test_exports_that_are_refused(run, folder, tmp_path, capsys):
 def test_a_program_has_the_size_of_the_evaluation_crop(run, tmp_path):
     command = ["--mode=export", f"--workdir={run[0]}", "--format=stablehlo", f"--output={tmp_path}/x.stablehlo"]
     assert main(command) == 0
-    loaded = jax.export.deserialize(bytearray((tmp_path / "x.stablehlo").read_bytes()))
+    loaded = jax.export.deserialize((tmp_path / "x.stablehlo").read_bytes())
     assert [(aval.shape, str(aval.dtype)) for aval in loaded.in_avals] == [((1, 41, 49, 3), "uint8")]
     assert [(aval.shape, str(aval.dtype)) for aval in loaded.out_avals] == [((1, 41, 49), "uint8")]
     assert json.loads((tmp_path / "x.stablehlo.json").read_text())["classes"] == list(NAMES)
