@@ -267,7 +267,9 @@ def attempt(function):
 
 def hold(path):
     with lock.locked(path):
-        return sorted(os.listdir(path))
+        names = sorted(os.listdir(path))
+        parallel.exchange("")  # the first process removes the lock when it leaves
+        return names
 
 def fail():
     with parallel.fail_together("listing the images"):
