@@ -15,22 +15,12 @@ import pytest
 
 from pspnet_jax import models, weights
 from pspnet_jax.config import base_config
-from pspnet_jax.errors import UserError
 from pspnet_jax.weights import container, ports
+from tests.weights import refusal
 
 reference = pytest.importorskip("tests.weights.reference_ports")  # needs torch
 K = 7
 SIZE = 89  # the features are 12x12, which the ports' fixed pooling kernels divide
-
-
-def refusal(path: Path) -> str:
-    with pytest.raises(UserError) as error:
-        weights.inspect(path)
-    message = str(error.value)
-    print(message)
-    assert message.startswith(f"{path}: ")
-    assert "\n" not in message
-    return message
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +118,13 @@ def test_checkpoints_are_read_by_any_of_their_names(old, one_file, small, tmp_pa
         assert_same(arrays, small)
     if not one_file:
         data = f"{path}.data-00000-of-00001"
-        assert refusal(Path(data)).endswith(f"is a part of a TensorFlow checkpoint; give its index instead: {path}.index")
+        assert refusal(weights.inspect, Path(data)).endswith(
+            f"is a part of a TensorFlow checkpoint; give its index instead: {path}.index"
+        )
         os.truncate(data, 20)
-        assert "cannot be read as a checkpoint; copy or download it again (" in refusal(Path(f"{path}.index"))
+        assert "cannot be read as a checkpoint; copy or download it again (" in refusal(weights.inspect, Path(f"{path}.index"))
         os.remove(data)
-        assert "cannot be read as a checkpoint; copy or download it again (" in refusal(Path(f"{path}.index"))
+        assert "cannot be read as a checkpoint; copy or download it again (" in refusal(weights.inspect, Path(f"{path}.index"))
 
 
 @pytest.mark.slow
@@ -176,7 +168,7 @@ def hostile(tmp_path: Path) -> dict[str, object]:
 def test_nothing_but_dicts_and_arrays_is_constructed(protocol, tmp_path):
     for what, content in hostile(tmp_path).items():
         (tmp_path / "net.npy").write_bytes(header() + pickle.dumps(np.asarray(content), protocol))
-        message = refusal(tmp_path / "net.npy")
+        message = refusal(weights.inspect, tmp_path / "net.npy")
         name = {"os.system": "posix.system" if os.name == "posix" else "nt.system"}.get(what, what)
         if protocol == 0 or protocol == 2:
             name = name.replace("builtins", "__builtin__")
@@ -191,25 +183,27 @@ def test_an_array_of_pointers_is_refused(tmp_path):
     evil = pickled.replace(b"X\x02\x00\x00\x00f8", b"X\x02\x00\x00\x00O8")
     assert evil != pickled
     (tmp_path / "net.npy").write_bytes(header() + evil)
-    assert "has an array of pointers, which could run code, so nothing was read" in refusal(tmp_path / "net.npy")
+    assert "has an array of pointers, which could run code, so nothing was read" in refusal(
+        weights.inspect, tmp_path / "net.npy"
+    )
 
 
 def test_other_and_damaged_files_are_refused(small, tmp_path):
     np.save(tmp_path / "array.npy", np.ones((2, 3), np.float32))
-    assert "has an array float32[2, 3]; expected the dict of layers" in refusal(tmp_path / "array.npy")
+    assert "has an array float32[2, 3]; expected the dict of layers" in refusal(weights.inspect, tmp_path / "array.npy")
     for content in ([["conv6"]], {"conv6": [1.0]}):
         np.save(tmp_path / "other.npy", np.asarray(content, object), allow_pickle=True)
-        assert "; expected the dict of layers that caffe-tensorflow writes" in refusal(tmp_path / "other.npy")
+        assert "; expected the dict of layers that caffe-tensorflow writes" in refusal(weights.inspect, tmp_path / "other.npy")
     for name in ("net.npy", "weights.h5"):
         FORMS["net.npy" if name == "net.npy" else "weights.h5"](tmp_path / name, small)
         content = (tmp_path / name).read_bytes()
         for length in (20, 100, len(content) // 2, len(content) - 1):
             (tmp_path / name).write_bytes(content[:length])
-            assert "cannot be read" in refusal(tmp_path / name)
+            assert "cannot be read" in refusal(weights.inspect, tmp_path / name)
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["layers/conv2d/vars/0"] = np.ones((3, 3, 2, 4), np.float32)  # of Keras 3
         file["outside"] = h5py.ExternalLink("/etc/passwd", "/")
-    assert "has no network that can be imported" in refusal(tmp_path / "other.h5")
+    assert "has no network that can be imported" in refusal(weights.inspect, tmp_path / "other.h5")
 
 
 def test_an_h5_reads_no_other_file(small, tmp_path):
@@ -219,7 +213,7 @@ def test_an_h5_reads_no_other_file(small, tmp_path):
         with h5py.File(tmp_path / "link.h5", "w") as file:
             file["elsewhere"] = h5py.ExternalLink("secret.h5", "/")
             file["model_weights"] = link
-        assert "has no weights" in refusal(tmp_path / "link.h5")
+        assert "has no weights" in refusal(weights.inspect, tmp_path / "link.h5")
     kernel.tofile(tmp_path / "raw")
     with h5py.File(tmp_path / "external.h5", "w") as file:
         file.create_dataset("conv6/conv6/kernel:0", kernel.shape, "f4", external=[(str(tmp_path / "raw"), 0, kernel.nbytes)])
@@ -229,7 +223,7 @@ def test_an_h5_reads_no_other_file(small, tmp_path):
     with h5py.File(tmp_path / "virtual.h5", "w") as file:
         file.create_virtual_dataset("conv6/conv6/kernel:0", layout)
     for name in ("external.h5", "virtual.h5"):
-        assert "keeps conv6/conv6/kernel:0 in another file, so nothing was read" in refusal(tmp_path / name)
+        assert "keeps conv6/conv6/kernel:0 in another file, so nothing was read" in refusal(weights.inspect, tmp_path / name)
 
 
 def names(file: h5py.File) -> list[str]:
@@ -250,7 +244,7 @@ def test_a_pickle_with_deeply_nested_tuples_is_refused(tmp_path):
     for depth in (ports.MAX_TUPLES, 3_000_000):
         nested = b"\x80\x02}N" + b"\x85" * depth + b"K\x00s."
         (tmp_path / "net.npy").write_bytes(header() + nested)
-        message = refusal(tmp_path / "net.npy")
+        message = refusal(weights.inspect, tmp_path / "net.npy")
     assert "has more than 20000 tuples" in message
 
 

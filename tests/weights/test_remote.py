@@ -21,6 +21,7 @@ from pspnet_jax.main import main
 from pspnet_jax.train import resume
 from pspnet_jax.weights import download, pytorch, remote
 from tests import hub as hubs
+from tests.weights import refusal
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 from huggingface_hub import constants  # noqa: E402
@@ -37,16 +38,6 @@ def hub(tmp_path):
         served.repos[REPO] = {"README.md": b"# ResNet", "config.json": b"{}", "model.safetensors": CONTENT}
         served.repos[REPO]["pytorch_model.bin"] = OTHER
         yield served
-
-
-def refusal(name: str) -> str:
-    with pytest.raises(UserError) as error:
-        weights.fetch(name)
-    message = str(error.value)
-    print(message)
-    assert message.startswith(f"{name}: ")
-    assert "\n" not in message
-    return message.removeprefix(f"{name}: ")
 
 
 def read(path: str) -> bytes:
@@ -85,7 +76,7 @@ def test_the_token_is_sent_to_the_hub_alone(hub):
 def test_an_interrupted_download_is_continued_by_the_next_command(hub, resumes, monkeypatch):
     hub.cut, hub.resumes = 1_200_000, resumes
     monkeypatch.setattr(download, "PAUSES", ())
-    message = refusal(f"hf://{REPO}/model.safetensors")
+    message = refusal(weights.fetch, f"hf://{REPO}/model.safetensors")
     assert message.startswith("the download stopped after 1 of 3 MB (")
     assert message.endswith("run the command again to continue it")
     assert hub.downloads() == [""]
@@ -101,16 +92,16 @@ def test_a_lost_connection_is_opened_again(hub, caplog):
 
 
 def test_offline_the_cached_copy_is_used(hub, monkeypatch, caplog):
-    missing = refusal("hf://timm/other")
+    missing = refusal(weights.fetch, "hf://timm/other")
     assert missing.startswith("there is no such repository, or it is private: check the name, or log in with")
     path, tagged = weights.fetch(f"hf://{REPO}"), weights.fetch(f"hf://{REPO}@v1")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     assert weights.fetch(f"hf://{REPO}") == path == tagged == weights.fetch(f"hf://{REPO}@{hubs.COMMIT}")
     assert "the hub cannot be reached (" in caplog.text
     assert weights.fetch(f"hf://{REPO}/model.safetensors:ema") == f"{path}:ema"
-    assert "has no copy; check the network" in refusal("hf://timm/other")
-    assert "has no copy; check the network" in refusal(f"hf://{REPO}@v2")
-    message = refusal(f"hf://{REPO}/pytorch_model.bin")
+    assert "has no copy; check the network" in refusal(weights.fetch, "hf://timm/other")
+    assert "has no copy; check the network" in refusal(weights.fetch, f"hf://{REPO}@v2")
+    message = refusal(weights.fetch, f"hf://{REPO}/pytorch_model.bin")
     assert message.startswith("the repository has no file pytorch_model.bin; it has config.json, model.safetensors in ")
     assert "; the hub cannot be reached (" in message
 
@@ -121,7 +112,7 @@ def test_offline_a_file_is_found_under_every_revision_it_was_fetched_by(hub, mon
     assert hub.downloads() == [""]
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     assert weights.fetch(f"hf://{REPO}@main") == path
-    assert "has no copy" in refusal(f"hf://{REPO}@v1")
+    assert "has no copy" in refusal(weights.fetch, f"hf://{REPO}@v1")
 
 
 def test_a_file_in_a_cache_that_cannot_be_written_is_used(hub):
@@ -140,13 +131,13 @@ def test_a_bug_is_not_taken_for_an_unreachable_hub(hub, monkeypatch):
 
 def test_files_that_the_hub_lists_but_lacks_are_named(hub):
     hub.repos["me/net"] = {"model.safetensors": None}
-    message = refusal("hf://me/net")
+    message = refusal(weights.fetch, "hf://me/net")
     assert message.startswith(f"the hub lists {hub.url}/me/net/resolve/{hubs.COMMIT}/model.safetensors, but does not have it;")
     shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     index = json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}}).encode()
     hub.repos["me/net"] = {"model.safetensors.index.json": index, shards[0]: CONTENT}
     expected = f"lacks 1 of the 2 shards in model.safetensors.index.json: {shards[1]}; ask its authors"
-    assert refusal("hf://me/net") == expected
+    assert refusal(weights.fetch, "hf://me/net") == expected
     assert hub.downloads() == []
 
 
@@ -172,7 +163,7 @@ def test_a_server_in_trouble_does_not_stop_a_cached_copy(hub):
 )
 def test_a_repository_that_cannot_be_read(hub, status, words):
     hub.status = status
-    assert words in refusal(f"hf://{REPO}")
+    assert words in refusal(weights.fetch, f"hf://{REPO}")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +180,7 @@ def test_a_repository_that_cannot_be_read(hub, status, words):
     ],
 )
 def test_wrong_names(hub, name):
-    message = refusal(name)
+    message = refusal(weights.fetch, name)
     assert message.startswith(("expected hf://USER/REPO, hf://USER/REPO@REVISION", "is not the name of a repository ("))
     assert hub.requests == []
 
@@ -211,14 +202,14 @@ def test_the_file_with_weights_is_chosen(hub, listing, chosen):
 
 def test_the_files_are_listed_if_none_or_several_have_weights(hub):
     hub.repos["me/net"] = {"a.txt": b"", "b.onnx": b""}
-    assert "has no weights that can be read (.safetensors, .pth, " in refusal("hf://me/net")
-    assert refusal("hf://me/net").endswith("it has a.txt, b.onnx")
+    assert "has no weights that can be read (.safetensors, .pth, " in refusal(weights.fetch, "hf://me/net")
+    assert refusal(weights.fetch, "hf://me/net").endswith("it has a.txt, b.onnx")
     hub.repos["me/net"] = {"a.pth": b"", "b.pth": b"", "c.txt": b""}
     expected = "has several files with weights; name one, such as hf://me/net/a.pth: a.pth, b.pth"
-    assert refusal("hf://me/net") == expected
-    assert refusal("hf://me/net/d.pth") == "the repository has no file d.pth; it has a.pth, b.pth, c.txt"
+    assert refusal(weights.fetch, "hf://me/net") == expected
+    assert refusal(weights.fetch, "hf://me/net/d.pth") == "the repository has no file d.pth; it has a.pth, b.pth, c.txt"
     hub.repos["me/net"] = {}
-    assert refusal("hf://me/net").endswith("it has no files")
+    assert refusal(weights.fetch, "hf://me/net").endswith("it has no files")
 
 
 def test_all_shards_of_an_index_are_downloaded(hub):
@@ -237,11 +228,15 @@ def test_all_shards_of_an_index_are_downloaded(hub):
 def test_a_file_on_a_server_needs_a_checksum(hub):
     hub.files["/net.pth"] = CONTENT
     url = f"{hub.url}/files/net.pth"
-    assert "has no checksum, so it was not downloaded; expected https://HOST/FILE#sha256=DIGITS with the 64" in refusal(url)
+    assert "has no checksum, so it was not downloaded; expected https://HOST/FILE#sha256=DIGITS with the 64" in refusal(
+        weights.fetch, url
+    )
     for wrong in ("#sha256=12", "#md5=0123", f"#sha256={SUM}0", "#"):
-        assert refusal(url + wrong).startswith("expected https://HOST/FILE#sha256=DIGITS")
-    assert "name files on the hub as hf://USER/REPO/FILE" in refusal("https://huggingface.co/a/b/resolve/main/net.pth")
-    assert "is only the index of several files" in refusal(f"{url}.index.json#sha256={SUM}")
+        assert refusal(weights.fetch, url + wrong).startswith("expected https://HOST/FILE#sha256=DIGITS")
+    assert "name files on the hub as hf://USER/REPO/FILE" in refusal(
+        weights.fetch, "https://huggingface.co/a/b/resolve/main/net.pth"
+    )
+    assert "is only the index of several files" in refusal(weights.fetch, f"{url}.index.json#sha256={SUM}")
     assert hub.downloads() == []
     path = weights.fetch(f"{url}#sha256={SUM.upper()}")
     assert (os.path.basename(path), read(path)) == ("net.pth", CONTENT)
@@ -252,12 +247,12 @@ def test_a_file_on_a_server_needs_a_checksum(hub):
 def test_the_checksum_in_a_name_of_torch_counts(hub):
     hub.files[f"/resnet50-{SUM[:8]}.pth"] = hub.files["/resnet18-01234567.pth"] = CONTENT
     assert read(weights.fetch(f"{hub.url}/files/resnet50-{SUM[:8]}.pth?download=1")) == CONTENT
-    message = refusal(f"{hub.url}/files/resnet18-01234567.pth")
+    message = refusal(weights.fetch, f"{hub.url}/files/resnet18-01234567.pth")
     assert message == f"has the SHA-256 {SUM}, not 01234567, so it was deleted; check the name and the checksum"
     assert not list(pathlib.Path(os.environ["XDG_CACHE_HOME"]).rglob("resnet18*.*th*plete"))
     for file in ("net-20240115.pth", "net-01234567.v2.pth", "01234567.pth"):
-        assert "has no checksum, so it was not downloaded" in refusal(f"https://host/{file}")
-    assert "http:// needs the whole checksum" in refusal("http://host.invalid/resnet18-01234567.pth")
+        assert "has no checksum, so it was not downloaded" in refusal(weights.fetch, f"https://host/{file}")
+    assert "http:// needs the whole checksum" in refusal(weights.fetch, "http://host.invalid/resnet18-01234567.pth")
 
 
 def test_a_file_replaced_between_two_attempts_is_downloaded_anew(hub, monkeypatch):
@@ -265,7 +260,7 @@ def test_a_file_replaced_between_two_attempts_is_downloaded_anew(hub, monkeypatc
     name = f"{hub.url}/files/net.pth#sha256={SUM}"
     with monkeypatch.context() as patch:
         patch.setattr(download, "PAUSES", ())
-        assert "the download stopped after 1 of 3 MB" in refusal(name)
+        assert "the download stopped after 1 of 3 MB" in refusal(weights.fetch, name)
     hub.files["/net.pth"] = CONTENT
     assert read(weights.fetch(name)) == CONTENT
     assert hub.downloads() == ["", "bytes=1000000-", ""]
@@ -294,19 +289,19 @@ def test_a_file_system_without_locks_serves_too(hub, monkeypatch):
 
 
 def test_a_server_that_cannot_be_reached_or_lacks_the_file(hub):
-    assert refusal(f"{hub.url}/files/net.pth#sha256={SUM}") == "the server answers 404 Not Found; check the name"
-    message = refusal(f"http://127.0.0.1:1/net.pth#sha256={SUM}")
+    assert refusal(weights.fetch, f"{hub.url}/files/net.pth#sha256={SUM}") == "the server answers 404 Not Found; check the name"
+    message = refusal(weights.fetch, f"http://127.0.0.1:1/net.pth#sha256={SUM}")
     assert message == "cannot be reached ([Errno 111] Connection refused); check the network and the name"
-    assert refusal(f"https://no host/net.pth#sha256={SUM}").startswith("cannot be reached (")
+    assert refusal(weights.fetch, f"https://no host/net.pth#sha256={SUM}").startswith("cannot be reached (")
     for wrong in ("https://host", "https://[bad/x-01234567.pth", "https://host/a/..", f"https://host/.#sha256={SUM}"):
-        assert refusal(wrong).startswith("expected https://HOST/FILE")
+        assert refusal(weights.fetch, wrong).startswith("expected https://HOST/FILE")
 
 
 def test_a_full_or_closed_disk_is_named(hub, monkeypatch):
     usage = types.SimpleNamespace(free=2_000_000)
     with monkeypatch.context() as patch:
         patch.setattr(download.shutil, "disk_usage", lambda path: usage)
-        assert refusal(f"hf://{REPO}/model.safetensors").startswith("needs 3 MB, but only 2 MB are free in ")
+        assert refusal(weights.fetch, f"hf://{REPO}/model.safetensors").startswith("needs 3 MB, but only 2 MB are free in ")
     pathlib.Path(os.environ["XDG_CACHE_HOME"]).write_text("a file")
     hub.files["/net.pth"] = CONTENT
     with pytest.raises(UserError, match=r"cannot be written \(.*\); free some space, or set XDG_CACHE_HOME and HF_HOME"):
