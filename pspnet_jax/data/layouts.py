@@ -17,7 +17,11 @@ from pspnet_jax.errors import MissingFileError, UserError
 logger = logging.getLogger(__name__)
 MAX_LISTED = 3  # files in a warning
 IMAGES = (".jpg", ".jpeg", ".png")
-ALIASES = {"ade20k": {"train": "training", "val": "validation"}}
+ALIASES = {
+    "ade20k": {"train": "training", "val": "validation"},
+    "coco_stuff": {"train": "train2017", "val": "val2017"},
+    "loveda": {"train": "Train", "val": "Val", "test": "Test"},
+}
 
 
 class Pair(NamedTuple):
@@ -45,7 +49,8 @@ def list_pairs(name: str, root: str, split: str, extra_root: str = "") -> list[P
       name: config.dataset.name.
       root: the dataset's directory.
       split: for "folder", a subfolder of images/ and labels/; ade20k: training (train), validation (val); voc2012: train,
-        train_aug, trainval, val, test; cityscapes: train, val, test, train_extra.
+        train_aug, trainval, val, test; cityscapes: train, val, test, train_extra; pascal_context, coco_stuff, potsdam: train,
+        val; loveda: train, val, test.
       extra_root: SBD's directory, for voc2012.
 
     Raises:
@@ -99,12 +104,34 @@ def _ade20k(root: str, split: str, extra_root: str) -> list[Pair]:
     return _paired(f"{root}/images/{split}", f"{root}/annotations/{split}", raw=True)
 
 
-def _paired(image_directory: str, label_directory: str, raw: bool) -> list[Pair]:
-    """Pairs the files of the same name in two directories; pairs have no labels if there is no label directory."""
+def _coco_stuff(root: str, split: str, extra_root: str) -> list[Pair]:
+    """images/SPLIT/NAME.jpg with annotations/SPLIT/NAME.png; mmsegmentation writes NAME_labelTrainIds.png next to these."""
+    return _paired(f"{root}/images/{split}", f"{root}/annotations/{split}", raw=True, other="_labelTrainIds")
+
+
+def _loveda(root: str, split: str, extra_root: str) -> list[Pair]:
+    """SPLIT/{Rural,Urban}/images_png/NAME.png with masks_png/NAME.png; the test split has no labels."""
+    return [
+        pair._replace(name=f"{area}/{pair.name}")
+        for area in ("Rural", "Urban")
+        for pair in _paired(f"{root}/{split}/{area}/images_png", f"{root}/{split}/{area}/masks_png", raw=True)
+    ]
+
+
+def _potsdam(root: str, split: str, extra_root: str) -> list[Pair]:
+    """img_dir/SPLIT/NAME.png with ann_dir/SPLIT/NAME.png."""
+    return _paired(f"{root}/img_dir/{split}", f"{root}/ann_dir/{split}", raw=True)
+
+
+def _paired(image_directory: str, label_directory: str, raw: bool, other: str = "") -> list[Pair]:
+    """Pairs the files of the same name in two directories; pairs have no labels if there is no label directory.
+
+    Labels whose names end in `other` are left out.
+    """
     images = _files(image_directory, IMAGES)
     if not tf.io.gfile.isdir(label_directory):
         return [Pair(name, images[name], "", raw) for name in sorted(images)]
-    labels = _files(label_directory, (".png",))
+    labels = {name: path for name, path in _files(label_directory, (".png",)).items() if not (other and name.endswith(other))}
     check_partners(images, labels, label_directory)
     return [
         Pair(name, images.get(name, f"{image_directory}/{name}.jpg"), labels.get(name, f"{label_directory}/{name}.png"), raw)
@@ -121,6 +148,15 @@ def _voc2012(root: str, split: str, extra_root: str) -> list[Pair]:
     return [
         Pair(name, f"{root}/JPEGImages/{name}.jpg", f"{root}/SegmentationClass/{name}.png" if labeled else "")
         for name in sorted(_names(f"{root}/ImageSets/Segmentation/{split}.txt"))
+    ]
+
+
+def _pascal_context(root: str, split: str, extra_root: str) -> list[Pair]:
+    """JPEGImages/NAME.jpg with SegmentationClassContext/NAME.png, for the names in ImageSets/SegmentationContext/SPLIT.txt."""
+    root = _first_with("SegmentationClassContext", root, f"{root}/VOC2010", f"{root}/VOCdevkit/VOC2010")
+    return [
+        Pair(name, f"{root}/JPEGImages/{name}.jpg", f"{root}/SegmentationClassContext/{name}.png", raw=True)
+        for name in sorted(_names(f"{root}/ImageSets/SegmentationContext/{split}.txt"))
     ]
 
 
@@ -262,5 +298,9 @@ LAYOUTS: dict[str, Callable[[str, str, str], list[Pair]]] = {
     "ade20k": _ade20k,
     "voc2012": _voc2012,
     "cityscapes": _cityscapes,
+    "pascal_context": _pascal_context,
+    "coco_stuff": _coco_stuff,
+    "loveda": _loveda,
+    "potsdam": _potsdam,
 }
 assert LAYOUTS.keys() == datasets.EXPECTED_FILES.keys() >= datasets.RAW_VALUES.keys()
