@@ -59,6 +59,13 @@ def pixels(image: Image.Image, name: object) -> np.ndarray:
     return turn(rgb, orientation(image))  # 1 for a TIFF, which Pillow has turned while loading it
 
 
+def to_rgb(pixels: np.ndarray) -> np.ndarray:
+    """Returns uint8[h,w,3] of 1 to 4 stored channels: gray is repeated, and alpha ignored."""
+    if pixels.dtype != np.uint8:
+        raise UserError(f"has {pixels.dtype} pixels; convert it to 8 bits per channel")
+    return pixels[..., [0, 0, 0]] if pixels.shape[2] < 3 else pixels[..., :3]
+
+
 def _frames_remark(image: Image.Image) -> str:
     several = getattr(image, "n_frames", 1) > 1 and image.format != "MPO"  # MPO: a phone's JPEG followed by previews
     return "contains several images, of which only the first is read" if several else ""

@@ -64,6 +64,7 @@ class Predictor:
 
     Attributes:
       mesh: its devices, of which those along "spatial" share images.
+      protocol: of config.eval.protocol.
       windows: number of windows that went through the network so far.
       slots: number of windows for which there was room in these forward passes, on all devices of this process.
     """
@@ -91,7 +92,7 @@ class Predictor:
         self._num_classes = num_classes
         self._batch_size, self._bytes_per_pixel = config.eval.batch_size, 0.0  # until they are chosen and measured
         self.windows = self.slots = 0
-        self._protocol = protocol = PROTOCOLS[config.eval.protocol](config)
+        self.protocol = protocol = PROTOCOLS[config.eval.protocol](config)
         options = programs.options(config.model.dtype, self.mesh)
         compile_network = functools.partial(_compile_network, apply, num_classes, self.mesh, options)
         self._network = functools.lru_cache(MAX_NETWORKS)(compile_network)  # by window size
@@ -143,11 +144,11 @@ class Predictor:
             except UserError as error:
                 raise UserError(f"{example.get('name', 'an example')}: {error}") from error
             height, width, _ = example["image"].shape
-            return count_windows(views_of(height, width, self._protocol))
+            return count_windows(views_of(height, width, self.protocol))
 
         def room(example: Example) -> int:
             height, width, _ = example["image"].shape
-            return memory.room_for_images(height, width, self._protocol, self._num_classes, self._devices)
+            return memory.room_for_images(height, width, self.protocol, self._num_classes, self._devices)
 
         return form_groups(examples, windows, room, functools.partial(self._max_windows, variables), self._groups)
 
@@ -186,12 +187,12 @@ class Predictor:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise UserError(f"an image is {image.dtype}{list(image.shape)}: expected uint8[height, width, 3] (RGB)")
         height, width, _ = image.shape
-        memory.check(height, width, self._protocol, self._num_classes, self._devices)
+        memory.check(height, width, self.protocol, self._num_classes, self._devices)
 
     def log_compilations(self, sizes: Iterable[tuple[int, int]]) -> None:
         """Logs for how many window sizes the network is compiled, given the images' heights and widths."""
         known = {size for size in sizes if all(size)}  # (0, 0) means unknown
-        windows = {window for size in known for window in count_windows(views_of(*size, self._protocol))}
+        windows = {window for size in known for window in count_windows(views_of(*size, self.protocol))}
         if known:
             logger.info(f"the network is compiled for {len(windows)} window sizes, from {len(known)} image sizes")
 
@@ -204,7 +205,7 @@ class Predictor:
         for image in images:
             self.check(image)
         max_windows = functools.partial(self._max_windows, variables)
-        return plan_images(images, self._protocol, self._groups, max_windows)
+        return plan_images(images, self.protocol, self._groups, max_windows)
 
     def _max_windows(self, variables: Any, window: tuple[int, int]) -> int:
         """Returns the maximum number of windows of a size per device and forward pass."""
@@ -215,7 +216,7 @@ class Predictor:
 
     def compile_network(self, variables: Any, window: tuple[int, int], windows: int = 1) -> Compiled:
         """Compiles a forward pass of `windows` windows of a size on each device, given the weights or their shapes."""
-        shape = (self._groups * windows, *frame_size(window, self._protocol), 3)
+        shape = (self._groups * windows, *frame_size(window, self.protocol), 3)
         frames = jax.ShapeDtypeStruct(shape, np.float32, sharding=self._sharding)
         with jax.enable_x64(False):
             return self._network(window).lower(variables, frames, 0).compile()
@@ -224,7 +225,7 @@ class Predictor:
         """Returns the memory that a device needs per pixel of a window; compiles the network for one window, once."""
         if not self._bytes_per_pixel:
             stats = self.compile_network(variables, window).memory_analysis()
-            passes = 2 if self.settings.flip and not self._protocol.flips_views else 1
+            passes = 2 if self.settings.flip and not self.protocol.flips_views else 1
             pixels = 4 * 3 * (1 + passes) * math.prod(window)  # windows as they come, normalized and flipped
             needed = stats.temp_size_in_bytes + passes * stats.output_size_in_bytes + pixels if stats else math.inf
             self._bytes_per_pixel = needed / math.prod(window)

@@ -1,0 +1,111 @@
+"""Prediction of images that are too large for the memory: block by block, with the windows of the whole image.
+
+A block consists of whole windows. It is predicted like an image of its own, which has its windows at the same places, and
+provides the labels of those pixels that no other window covers. The windows between two blocks belong to both.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from pspnet_jax import files, image_files
+from pspnet_jax.errors import UserError
+from pspnet_jax.infer import draw
+from pspnet_jax.infer.plan import Axis, ceil_div, views_of
+from pspnet_jax.infer.segmenter import Segmenter
+from pspnet_jax.large_files import LargeTiff, is_large, write_labels
+from pspnet_jax.progress import progress
+
+MAX_SCORES = 2**31  # bytes for the scores of a block
+MAX_OVERLAY = 2048  # pixels of the long side
+
+
+def needs_blocks(path: epath.PathLike) -> bool:
+    """Returns whether a file is a TIFF with more pixels than an image that is read as a whole may have."""
+    return is_large(path, 2 * (Image.MAX_IMAGE_PIXELS or math.inf))
+
+
+def result_paths(output: epath.Path, name: str) -> list[epath.Path]:
+    return [output / "index" / f"{name}.tif", output / "overlay" / f"{name}.jpg"]
+
+
+def predict(segmenter: Segmenter, path: epath.PathLike, results: Sequence[epath.Path], signature: str) -> None:
+    """Predicts a large TIFF, and writes its labels with `write_labels` and a reduced overlay.
+
+    Args:
+      segmenter: predicts the blocks.
+      path: the image.
+      results: see `result_paths`.
+      signature: the description of the labels' file.
+
+    Raises:
+      UserError: the image cannot be read by windows, or config.eval scales it.
+    """
+    if any(map(files.is_remote, results)):
+        raise UserError(f"{results[0]}: the labels of a large image are only written locally; choose a local --output")
+    image = LargeTiff(path, image_files.to_rgb)
+    size = image.shape[:2]
+    _require_original_size(segmenter, f"{path}: {size[1]}x{size[0]} pixels")
+    step = ceil_div(max(size), MAX_OVERLAY)
+    reduced = np.zeros((*(ceil_div(side, step) for side in size), 4), np.uint8)  # of the pixels and labels
+    with progress(f"predicting {results[0].stem}", math.prod(size) / 1e6, "megapixels") as advance:
+        bands = _bands(segmenter, image, reduced, step, advance)
+        write_labels(results[0], bands, size, segmenter.info.colors, signature, image.georeference)
+    overlay = draw.overlay(reduced[..., :3], reduced[..., 3], segmenter.info.colors)
+    draw.save(Image.fromarray(overlay), results[1], "JPEG", quality=95, subsampling=0)
+
+
+def _bands(
+    segmenter: Segmenter, image: LargeTiff, reduced: np.ndarray, step: int, advance: Callable[[float], None]
+) -> Iterator[np.ndarray]:
+    """Yields the labels uint8[h,W] of all rows; copies every step-th row and column of pixels and labels to `reduced`."""
+    [view] = views_of(*image.shape[:2], segmenter.predictor.protocol)
+    longest = math.isqrt(MAX_SCORES // (4 * len(segmenter.classes)))
+    for rows, read_rows in split(view.rows, longest):
+        band = np.empty((rows.stop - rows.start, image.shape[1]), np.uint8)
+        blocks = (
+            {"name": f"columns {columns.start}...", "image": image[read_rows, read_columns], "place": (columns, read_columns)}
+            for columns, read_columns in split(view.columns, longest)
+        )
+        for result in segmenter.results(blocks):
+            columns, read_columns = result.example["place"]
+            inner = _shift(rows, -read_rows.start), _shift(columns, -read_columns.start)
+            band[:, columns] = result.labels[inner]
+            both = np.dstack([result.image[inner], result.labels[inner]])[-rows.start % step :: step, -columns.start % step :: step]
+            top, left = ceil_div(rows.start, step), ceil_div(columns.start, step)
+            reduced[top : top + both.shape[0], left : left + both.shape[1]] = both
+            advance(band[:, columns].size / 1e6)
+        yield band
+
+
+def split(axis: Axis, longest: int) -> Iterator[tuple[slice, slice]]:
+    """Yields for each block the pixels that it provides and those of its windows, at most `longest` or two windows."""
+    longest, starts, first = max(longest, 2 * axis.window), np.array(axis.starts), 0
+    while first < axis.source:
+        begin = starts[np.searchsorted(starts, first - axis.window, "right")]
+        last = starts[starts <= begin + longest - axis.window][-1]
+        end = min(last + axis.window, axis.source)
+        following = starts[starts > last]
+        stop = following[0] if len(following) else end
+        yield slice(first, stop), slice(begin, end)
+        first = stop
+
+
+def _shift(part: slice, by: int) -> slice:
+    return slice(part.start + by, part.stop + by)
+
+
+def _require_original_size(segmenter: Segmenter, what: str) -> None:
+    settings, protocol = segmenter.predictor.settings, segmenter.predictor.protocol
+    wanted = {"inference": "windows", "scales": (1.0,), "base_size": 0, "short_size": 0}
+    if settings.protocol == "caffe":
+        wanted["protocol"] = "semseg"
+    if protocol.flips_views:
+        wanted["flip"] = False
+    wrong = {field: value for field, value in wanted.items() if settings[field] != value}
+    if wrong:
+        flags = " ".join(f"--config.eval.{field}={value}" for field, value in wrong.items())
+        raise UserError(f"{what} are predicted in blocks of the original size; set {flags.replace('(1.0,)', '1.0')}")
