@@ -59,8 +59,8 @@ def apply_augmentation(
     """Returns the augmented crop of an example. Points and sizes are (vertical, horizontal) throughout this module.
 
     Args:
-      image: uint8[H,W,3], of any size.
-      label: uint8[H,W].
+      image: uint8[H,W,3], of any size, or a `LargeTiff`, of which only a window is read.
+      label: uint8[H,W], or a `LargeTiff`.
       params: see `sample_augmentation`.
       crop: height and width (h, w) of the result.
       mean: (R, G, B), which is rounded and used as the color of the padding.
@@ -106,8 +106,10 @@ def _warp_label(label: np.ndarray, a: np.ndarray, b: np.ndarray, rotated: bool, 
         box, b, _ = _source_box(label.shape, a, b, out.shape)
         _warp(label[box], a, b, out, cv2.INTER_NEAREST, cv2.BORDER_CONSTANT, IGNORE)
     else:
-        rows, columns = (np.floor(a[i, i] * np.arange(n) + b[i] + 0.5).astype(int) for i, n in enumerate(out.shape))
-        out[:] = label.take(rows, 0, mode="clip").take(columns, 1, mode="clip")
+        places = (np.floor(a[i, i] * np.arange(n) + b[i] + 0.5).astype(int) for i, n in enumerate(out.shape))
+        rows, columns = (place.clip(0, side - 1) for place, side in zip(places, label.shape, strict=True))
+        source = label[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        out[:] = source.take(rows - rows.min(), 0, mode="clip").take(columns - columns.min(), 1, mode="clip")
 
 
 def _warp_image(image: np.ndarray, a: np.ndarray, b: np.ndarray, rotated: bool, fill: np.ndarray, out: np.ndarray) -> None:

@@ -13,6 +13,7 @@ from PIL import Image, ImageFile
 
 from pspnet_jax import datasets, image_files
 from pspnet_jax.errors import MissingFileError, UserError
+from pspnet_jax.large_files import LargeTiff
 
 
 class WrongValues(UserError):
@@ -83,11 +84,19 @@ def example_problem(image: np.ndarray, label: np.ndarray, num_classes: int) -> s
         return f"has image {found[0]} and label {found[1]}, expected uint8[H, W, 3] and uint8[H, W]"
     if image.shape[:2] != label.shape:
         return f"the image is {image.shape[:2]}, but the label is {label.shape} (height, width)"
+    if isinstance(label, LargeTiff):
+        return None  # its values are checked in each window
     if not label.size:
         return "has no pixels"
     if (label + np.uint8(1)).max() > num_classes:  # IGNORE + 1 is 0
         return datasets.label_problem(np.bincount(label.ravel(), minlength=256).tolist(), num_classes)
     return None
+
+
+def histogram(label: np.ndarray | LargeTiff) -> np.ndarray:
+    """Returns int64[256], the number of pixels of each value of uint8[H,W]."""
+    parts = label.strips() if isinstance(label, LargeTiff) else (label,)
+    return np.sum([np.bincount(part.ravel(), minlength=256) for part in parts], axis=0)
 
 
 def decode_label(contents: bytes) -> np.ndarray:

@@ -137,25 +137,31 @@ def train_dataset(
         params = augment.sample_augmentation(generator(config.seed, AUGMENT, position(number)), config.augment)
         return augment.apply_augmentation(image, label, params, crop, config.normalize.mean)
 
+    def read_crop(number: int) -> tuple[np.ndarray, np.ndarray]:
+        dataset, index = example_at(number)
+        return crop_of(number, *opened.readers[dataset](index))
+
     def read_again(batch: int) -> None:
         for number in range((start_step + batch) * share, (start_step + batch + 1) * share):
-            dataset, index = example_at(number)
-            crop_of(number, *opened.readers[dataset](index))
+            read_crop(number)
 
     loads = [_load(source, read) for source, read in zip(opened.sources, opened.readers, strict=True)]
-    image_spec, label_spec = tf.TensorSpec((*crop, 3), tf.uint8), tf.TensorSpec(crop, tf.uint8)
+    by_windows = any(source.by_windows for source in opened.sources)
+    specs = [tf.TensorSpec((*crop, 3), tf.uint8), tf.TensorSpec(crop, tf.uint8)]
 
     def element(number: tf.Tensor) -> dict[str, tf.Tensor]:
+        if by_windows:
+            return dict(zip(("image", "label"), _call_python(read_crop, [number], specs), strict=True))
         dataset, index = _call_python(example_at, [number], [INDEX, INDEX])
         branches = [functools.partial(load, index) for load in loads]
         image, label = tf.switch_case(tf.cast(dataset, tf.int32), branches) if len(loads) > 1 else branches[0]()
-        image, label = _call_python(crop_of, [number, image, label], [image_spec, label_spec])
+        image, label = _call_python(crop_of, [number, image, label], specs)
         return {"image": image, "label": label}
 
     numbers = tf.data.Dataset.range(start_step * share, config.total_steps * share)
     mapped = _map(numbers, element, all(map(_in_graph, opened.sources, opened.readers)))
     dataset = mapped.batch(share, drop_remainder=True).prefetch(PREFETCH)
-    return _keep_alive(dataset, example_at, crop_of, loads, read_again=read_again)
+    return _keep_alive(dataset, example_at, crop_of, read_crop, loads, read_again=read_again)
 
 
 def eval_dataset(

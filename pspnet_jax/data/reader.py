@@ -39,6 +39,7 @@ class Source:
       names: one per example, see `layouts.Pair`.
       num_classes: K.
       in_graph: whether `tensors` is implemented, which loads an example without Python and is faster.
+      by_windows: whether some images and labels are `LargeTiff`s, of which training reads only the windows that it needs.
       totals: the number of pixels of each class, if known.
       image_sizes: size in bytes of each image file, which is the first of `files`; None without image files.
       palette: the colors of the label values if labels have palettes, see `palettes.Palettes.seen`.
@@ -48,6 +49,7 @@ class Source:
     names: Sequence[str]
     num_classes: int
     in_graph = False
+    by_windows = False
     totals: Totals | None = None
     image_sizes: Sequence[int] | None = None
     palette: ValueColors | None = None

@@ -91,7 +91,7 @@ def survey(dataset: ConfigDict, split: str, num_classes: int) -> Survey:
             _, label = source.read(index)
         except UserError as error:
             return str(error)
-        return label.shape, np.bincount(label.ravel(), minlength=256), seen
+        return label.shape, checks.histogram(label), seen
 
     sizes: collections.Counter[tuple[int, ...]] = collections.Counter()
     usable, problems, total, present = [], [], np.zeros(256, np.int64), np.zeros(256, np.int64)
@@ -182,7 +182,7 @@ def class_counts(source: Source, dataset: ConfigDict, read: Read) -> np.ndarray:
         logger.info(f"counting the classes in {len(source)} labels of {dataset.name}; the counts are cached")
         table = np.zeros(shape, np.int32)
         with progress("classes", len(source)) as advance, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            labels = pool.map(lambda index: np.bincount(read(index)[1].ravel(), minlength=256)[: shape[1]], range(len(source)))
+            labels = pool.map(lambda index: checks.histogram(read(index)[1])[: shape[1]], range(len(source)))
             for row, counts in zip(table, labels, strict=True):
                 row[:] = counts
                 advance(1)
