@@ -15,13 +15,14 @@ from pspnet_jax import files
 from pspnet_jax.datasets import Color
 from pspnet_jax.errors import UserError
 
+WHOLE = 2**24  # pixels; training reads windows of TIFFs with more
 MAX_PIECE = 2**26  # pixels in a tile or strip, of which a reader decodes one at a time
 TILE = 512  # height and width of the tiles that are written
 GEOREFERENCE = (33550, 33922, 34264, 34735, 34736, 34737, 50844)  # the tags of GeoTIFF, and rational polynomials
 Tag = tuple[int, int, int, Any, bool]  # as tifffile takes it
 
 
-def is_large(path: epath.PathLike, pixels: float) -> bool:
+def is_large(path: epath.PathLike, pixels: float = WHOLE) -> bool:
     """Returns whether a file is a TIFF of more than so many pixels."""
     if not os.fspath(path).lower().endswith((".tif", ".tiff")):
         return False
@@ -74,7 +75,19 @@ class LargeTiff:
         self.shape, self.ndim, self.dtype = (*size, *sample.shape[2:]), sample.ndim, sample.dtype
 
     def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
-        """Returns the pixels in ranges of rows and columns."""
+        """Returns the pixels in ranges of rows and columns.
+
+        Raises:
+          UserError: the file cannot be read, is damaged, or its pixels cannot be converted.
+        """
+        try:
+            return self._convert(self._read(window))
+        except UserError as error:
+            raise UserError(f"{self._path}: {error}") from error
+        except Exception as error:  # whatever a decoder raises
+            raise UserError(f"{self._path}: cannot be read because it is damaged or cut short ({error})") from error
+
+    def _read(self, window: tuple[slice, slice]) -> np.ndarray:
         (top, bottom, _), (left, right, _) = (part.indices(side) for part, side in zip(window, self._size, strict=True))
         (height, width), (channels, dtype) = self._piece, self._kind
         down, across = (math.ceil(side / length) for side, length in zip(self._size, self._piece, strict=True))
@@ -92,7 +105,7 @@ class LargeTiff:
                 y, x = max(y - top, 0), max(x - left, 0)
                 part = found[y : y + pixels.shape[0], x : x + pixels.shape[1]]
                 part[..., slice(plane, plane + 1) if self._planes > 1 else slice(None)] = pixels[: part.shape[0], : part.shape[1]]
-        return self._convert(found)
+        return found
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Returns all pixels."""
