@@ -14,6 +14,7 @@ from PIL import ExifTags
 from pspnet_jax import files
 from pspnet_jax.datasets import Color
 from pspnet_jax.errors import UserError
+from pspnet_jax.image_files import PixelFormat
 
 WHOLE = 2**24  # pixels; training reads windows of TIFFs with more
 MAX_PIECE = 2**26  # pixels in a tile or strip, of which a reader decodes one at a time
@@ -33,12 +34,26 @@ def is_large(path: epath.PathLike, pixels: float = WHOLE) -> bool:
         return False
 
 
+def open_image(path: epath.PathLike, expected: PixelFormat) -> "LargeTiff":
+    """Opens an image [H,W,C] of the expected format.
+
+    Raises:
+      UserError: see `LargeTiff`; or the file has another format.
+    """
+    image = LargeTiff(path, expected.fit)
+    if problem := "has a palette; convert it to RGB" if image.has_palette else expected.problem(image.stored):
+        raise UserError(f"{path}: {problem}")
+    return image
+
+
 class LargeTiff:
     """The first image of a TIFF, of which `image[rows, columns]` reads a window, in any thread.
 
     Attributes:
       shape: height, width and possibly channels.
       ndim, dtype: of the pixels.
+      stored: their format in the file.
+      has_palette: whether they are indices into one.
       georeference: its tags, for `write_labels`.
     """
 
@@ -61,9 +76,10 @@ class LargeTiff:
             self.georeference: list[Tag] = [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in tags]
             if page.tags.valueof(ExifTags.Base.Orientation, default=1) != 1:
                 raise UserError(f"{path}: is not upright; turn it, and remove its tag Orientation")
+            self.has_palette = page.photometric == tifffile.PHOTOMETRIC.PALETTE
             self._planes = page.samplesperpixel if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE else 1
-        size, stored = (page.imagelength, page.imagewidth), np.zeros((1, 1, page.samplesperpixel), page.dtype)
-        self._size, self._kind = size, (stored.shape[2], stored.dtype)
+        self._size = size = (page.imagelength, page.imagewidth)
+        self.stored = PixelFormat(page.samplesperpixel, str(page.dtype))
         piece = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, size[0]), size[1])
         if math.prod(piece) > MAX_PIECE:
             raise UserError(
@@ -71,7 +87,7 @@ class LargeTiff:
                 "tiles, for example with gdal_translate -co TILED=YES -co COMPRESS=DEFLATE"
             )
         self._piece = piece
-        sample = convert(stored)
+        sample = convert(np.zeros((1, 1, page.samplesperpixel), page.dtype))
         self.shape, self.ndim, self.dtype = (*size, *sample.shape[2:]), sample.ndim, sample.dtype
 
     def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
@@ -85,11 +101,11 @@ class LargeTiff:
         except UserError as error:
             raise UserError(f"{self._path}: {error}") from error
         except Exception as error:  # whatever a decoder raises
-            raise UserError(f"{self._path}: cannot be read because it is damaged or cut short ({error})") from error
+            raise UserError(f"{self._path}: cannot be read ({error}); replace it") from error
 
     def _read(self, window: tuple[slice, slice]) -> np.ndarray:
         (top, bottom, _), (left, right, _) = (part.indices(side) for part, side in zip(window, self._size, strict=True))
-        (height, width), (channels, dtype) = self._piece, self._kind
+        (height, width), (channels, dtype) = self._piece, self.stored
         down, across = (math.ceil(side / length) for side, length in zip(self._size, self._piece, strict=True))
         found = np.zeros((bottom - top, right - left, channels), dtype)  # a piece that is not stored is 0
         rows, columns = range(top // height, math.ceil(bottom / height)), range(left // width, math.ceil(right / width))
@@ -112,10 +128,15 @@ class LargeTiff:
         return self[:, :].astype(dtype or self.dtype, copy=False)
 
     def strips(self) -> Iterator[np.ndarray]:
-        """Yields all pixels in ranges of rows, of a few million pixels each or one piece's height."""
+        """Yields all rows in order, a few million pixels or one piece's height at a time."""
         height = max(self._piece[0], 2**22 // self._size[1] // self._piece[0] * self._piece[0])
         for top in range(0, self._size[0], height):
             yield self[top : top + height, :]
+
+
+def strips(array: "np.ndarray | LargeTiff") -> Iterable[np.ndarray]:
+    """Returns all rows in order, in one or more arrays."""
+    return array.strips() if isinstance(array, LargeTiff) else (array,)
 
 
 def read_description(path: epath.PathLike) -> str:

@@ -13,7 +13,7 @@ from PIL import Image, ImageFile
 
 from pspnet_jax import datasets, image_files
 from pspnet_jax.errors import MissingFileError, UserError
-from pspnet_jax.large_files import LargeTiff
+from pspnet_jax.large_files import LargeTiff, is_large, open_image, strips
 
 
 class WrongValues(UserError):
@@ -37,30 +37,45 @@ class CheckedPair(NamedTuple):
     palette: Mapping[int, tuple[int, ...]] = {}
 
 
-def check_pair(image_file: str, label_file: str, num_classes: int, read_pixels: bool, benchmark: str | None) -> CheckedPair:
+def check_pair(
+    image_file: str,
+    label_file: str,
+    num_classes: int,
+    read_pixels: bool,
+    benchmark: str | None,
+    pixel_format: image_files.PixelFormat = image_files.RGB8,
+) -> CheckedPair:
     """Checks a pair, and raises an error about its first fault.
 
     Args:
-      image_file: a JPEG or PNG.
+      image_file: see `image_files`.
       label_file: a PNG, or a .mat file of SBD.
       num_classes: K.
       read_pixels: whether to read all pixels, or only the headers.
       benchmark: the benchmark whose raw values the label has; None if it has class indices.
+      pixel_format: of the image.
 
     Raises:
       WrongValues: only the label's values are wrong.
       UserError: anything else is wrong.
     """
+    by_windows = is_large(image_file)
     with _opened(image_file, label_file) as file:
-        contents = file.read() if read_pixels else b""
-        size, tag = _check_image(io.BytesIO(contents) if read_pixels else file, contents)
+        contents = file.read() if read_pixels and not by_windows else b""
+        if by_windows:
+            size, tag = _check_large_image(image_file, read_pixels, pixel_format), 1
+        else:
+            size, tag = _check_image(io.BytesIO(contents) if read_pixels else file, image_file, contents, pixel_format)
     upright = size[::-1] if tag >= 5 else size
     with _opened(label_file, image_file) as file:
-        label_contents = file.read() if read_pixels else b""
+        label_contents = file.read() if read_pixels and not is_large(label_file) else b""
         if contents and contents == label_contents:
             raise UserError("is a copy of its image; replace it with the label")
         check = _check_mat if label_file.endswith(".mat") else _check_label
-        label_size, statistics = check(io.BytesIO(label_contents) if read_pixels else file, label_contents)
+        if is_large(label_file):
+            label_size, statistics = _check_large_label(label_file, read_pixels)
+        else:
+            label_size, statistics = check(io.BytesIO(label_contents) if read_pixels else file, label_contents)
         if label_size != upright:
             raise UserError(_size_problem(label_size, image_file, size, tag))
         if not statistics:
@@ -76,12 +91,15 @@ def check_pair(image_file: str, label_file: str, num_classes: int, read_pixels: 
     return CheckedPair(tag, pixels, palette)
 
 
-def example_problem(image: np.ndarray, label: np.ndarray, num_classes: int) -> str | None:
+def example_problem(
+    image: np.ndarray, label: np.ndarray, num_classes: int, pixel_format: image_files.PixelFormat = image_files.RGB8
+) -> str | None:
     """Returns a description of what is wrong with a loaded example's dtypes, shapes or label values, or None."""
     kinds = [(array.dtype, array.shape[2:], array.ndim) for array in (image, label)]
-    if kinds != [(np.uint8, (3,), 3), (np.uint8, (), 2)]:
+    channels, dtype = pixel_format
+    if kinds != [(dtype, (channels,), 3), (np.uint8, (), 2)]:
         found = [f"{array.dtype}{list(array.shape)}" for array in (image, label)]
-        return f"has image {found[0]} and label {found[1]}, expected uint8[H, W, 3] and uint8[H, W]"
+        return f"has image {found[0]} and label {found[1]}, expected {dtype}[H, W, {channels}] and uint8[H, W]"
     if image.shape[:2] != label.shape:
         return f"the image is {image.shape[:2]}, but the label is {label.shape} (height, width)"
     if isinstance(label, LargeTiff):
@@ -95,8 +113,12 @@ def example_problem(image: np.ndarray, label: np.ndarray, num_classes: int) -> s
 
 def histogram(label: np.ndarray | LargeTiff) -> np.ndarray:
     """Returns int64[256], the number of pixels of each value of uint8[H,W]."""
-    parts = label.strips() if isinstance(label, LargeTiff) else (label,)
-    return np.sum([np.bincount(part.ravel(), minlength=256) for part in parts], axis=0)
+    return sum(np.bincount(part.ravel(), minlength=256) for part in strips(label))
+
+
+def is_read_in_graph(file: str, pixel_format: image_files.PixelFormat) -> bool:
+    """Returns whether TensorFlow alone decodes an image file; otherwise, `image_files.decode` does."""
+    return pixel_format == image_files.RGB8 and file.lower().endswith((".jpg", ".jpeg", ".png"))
 
 
 def decode_label(contents: bytes) -> np.ndarray:
@@ -123,7 +145,7 @@ def _opened(file: str, partner: str) -> Iterator[BinaryIO]:
         with tf.io.gfile.GFile(file, "rb") as stream:
             yield stream
     except UserError as error:
-        raise type(error)(f"{file}: {error}") from None
+        raise type(error)(str(error) if str(error).startswith(f"{file}: ") else f"{file}: {error}") from None
     except tf.errors.NotFoundError as error:
         if os.path.islink(file):
             raise MissingFileError(f"{file}: is a broken link to {os.readlink(file)}") from error
@@ -139,21 +161,41 @@ def _opened(file: str, partner: str) -> Iterator[BinaryIO]:
         ) from error
 
 
-def _check_image(file: BinaryIO, contents: bytes) -> tuple[tuple[int, int], int]:
+def _check_image(
+    file: BinaryIO, name: str, contents: bytes, pixel_format: image_files.PixelFormat
+) -> tuple[tuple[int, int], int]:
     """Returns the stored (width, height) and the orientation; checks the pixels too if the contents are given."""
-    with Image.open(file) as image:
-        if image.format not in ("JPEG", "MPO", "PNG"):  # MPO: a phone's JPEG with further images behind the first
-            raise UserError(f"is a {image.format} file despite its name; convert it to JPEG or PNG")
-        if problem := image_files.pixel_format_problem(image):
-            raise UserError(problem)
-        size, kind, tag = image.size, image.format, image_files.orientation(image)
-    if contents and kind == "PNG" and not image_files.is_whole_png(contents):
-        raise ValueError(image_files.CUT_SHORT)
-    if contents and kind != "PNG":
+    header = image_files.read_header(file)
+    if is_read_in_graph(name, pixel_format) and header.kind not in ("JPEG", "MPO", "PNG"):  # MPO: a phone's JPEG, with previews
+        raise UserError(f"is a {header.kind} file despite its name; rename it, or convert it to JPEG or PNG")
+    if problem := pixel_format.problem(header.stored):
+        raise UserError(problem)
+    if contents and header.kind in ("JPEG", "MPO") and pixel_format == image_files.RGB8:
         with Image.open(io.BytesIO(contents)) as image:
             image.draft(None, (1, 1))  # decodes the whole file at an eighth of its size, which is faster
             image.load()
-    return size, tag
+    elif contents and header.kind == "PNG" and pixel_format == image_files.RGB8:
+        if not image_files.is_whole_png(contents):
+            raise ValueError(image_files.CUT_SHORT)
+    elif contents:
+        image_files.decode(contents, name, pixel_format)
+    return header.size[::-1], header.orientation
+
+
+def _check_large_image(path: str, read_pixels: bool, pixel_format: image_files.PixelFormat) -> tuple[int, int]:
+    """Returns the (width, height) of a large TIFF; checks its pixels too, if they are read."""
+    image = open_image(path, pixel_format)
+    for _ in image.strips() if read_pixels else ():
+        pass
+    return image.shape[1], image.shape[0]
+
+
+def _check_large_label(path: str, read_pixels: bool) -> tuple[tuple[int, ...], LabelStatistics | None]:
+    """Returns the same as `_check_label` for a large TIFF."""
+    label = LargeTiff(path, lambda stored: stored[..., 0])
+    if label.stored != (1, "uint8"):
+        raise UserError(f"has {label.stored.channels} x {label.stored.dtype} per pixel; expected one channel of 8 bits")
+    return label.shape[::-1], (histogram(label).tolist(), {}) if read_pixels else None
 
 
 def _check_label(file: BinaryIO, contents: bytes) -> tuple[tuple[int, ...], LabelStatistics | None]:

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import tensorflow as tf
 from PIL import Image
 
-from pspnet_jax import datasets
+from pspnet_jax import datasets, image_files
 from pspnet_jax.data.names import check_partners
 from pspnet_jax.errors import MissingFileError, UserError
 
 logger = logging.getLogger(__name__)
 MAX_LISTED = 3  # files in a warning
-IMAGES = (".jpg", ".jpeg", ".png")
+IMAGES = image_files.SUFFIXES
 ALIASES = {
     "ade20k": {"train": "training", "val": "validation"},
     "coco_stuff": {"train": "train2017", "val": "val2017"},

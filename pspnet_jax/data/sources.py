@@ -10,28 +10,30 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from pspnet_jax import datasets
+from pspnet_jax import datasets, image_files
 from pspnet_jax.data import checks, layouts, scenes, screening, stamps
 from pspnet_jax.data.reader import Example, Source, decode_image, numbered
 from pspnet_jax.data.tfds_source import Tfds
 from pspnet_jax.errors import UserError
+from pspnet_jax.image_files import RGB8, PixelFormat
 
 logger = logging.getLogger(__name__)
 
 
-def open_source(dataset: ConfigDict, split: str, check: bool = True) -> Source:
+def open_source(dataset: ConfigDict, split: str, check: bool = True, channels: int = 3) -> Source:
     """Opens one split of a recipe's dataset.
 
     Args:
       dataset: config.dataset.
       split: see `layouts.list_pairs`; or a split of the scenes or of the TFDS dataset.
       check: whether to check the files, see screening.py; otherwise all are included.
+      channels: of the images, config.model.channels.
 
     Raises:
       UserError: the split does not exist, has other classes than the recipe, or a file is wrong.
     """
     if dataset.name in layouts.LAYOUTS:
-        return _open_files(dataset, split, check)
+        return _open_files(dataset, split, check, PixelFormat(channels, dataset.image_dtype))
     datasets.check_classes(dataset)
     if dataset.name in NON_FILE_SOURCES:
         return NON_FILE_SOURCES[dataset.name](dataset, split, datasets.describe(dataset).num_classes)
@@ -49,7 +51,7 @@ def training_parts(dataset: ConfigDict) -> Iterator[tuple[ConfigDict, str]]:
 
 
 class Files(Source):
-    """Pairs of files: JPEG or PNG images with labels as 8-bit gray or palette PNGs, or as SBD's .mat files.
+    """Pairs of files: images in any format of `image_files`, with labels as 8-bit gray or palette PNGs, or as SBD's .mat files.
 
     Attributes:
       pairs: the files; every pair has a label.
@@ -61,6 +63,7 @@ class Files(Source):
         pairs: Sequence[layouts.Pair],
         num_classes: int,
         screened: screening.Screened | None = None,
+        pixel_format: PixelFormat = RGB8,
     ):
         """Stores the pairs without checking them.
 
@@ -69,8 +72,9 @@ class Files(Source):
           pairs: the files.
           num_classes: K.
           screened: the result of checking these pairs, if they were checked.
+          pixel_format: of the images.
         """
-        self.pairs, self.num_classes, self._benchmark = pairs, num_classes, benchmark
+        self.pairs, self.num_classes, self._benchmark, self.pixel_format = pairs, num_classes, benchmark, pixel_format
         if screened:
             self.totals, self.fingerprint, self.image_sizes = screened.totals, screened.fingerprint, screened.sizes
             self.palette = screened.palette
@@ -82,12 +86,20 @@ class Files(Source):
         self._raw = tf.constant([pair.raw for pair in pairs])
         self._orientations = tf.constant(screened.orientations, tf.int64) if screened else None
         self._upright = screened is not None and set(screened.orientations) == {1}
-
-    in_graph = True
+        self._large = {index for index, pair in enumerate(pairs) if is_large(pair.image)}
+        self.by_windows, self.in_graph = bool(self._large), not self._large
+        self._is_read_in_graph = [checks.is_read_in_graph(pair.image, pixel_format) for pair in pairs]
 
     def load(self, index: int) -> Example:
+        if index in self._large:
+            return self._open_large(index)
         image, label = self._load(tf.constant(index, tf.int64))
         return np.asarray(image), np.asarray(label)
+
+    def _open_large(self, index: int) -> tuple[LargeTiff, np.ndarray | LargeTiff]:
+        _, image, label, raw = self.pairs[index]
+        to_classes = ...
+        return open_image(image, self.pixel_format), LargeTiff(label, to_classes)
 
     @functools.cached_property
     def _load(self) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
@@ -107,12 +119,27 @@ class Files(Source):
             label = tf.cond(
                 self._raw[index], lambda: tf.numpy_function(to_classes, [label], tf.uint8, stateful=False), lambda: label
             )
+        return self._image(index), label
+
+    def _image(self, index: tf.Tensor) -> tf.Tensor:
+        """Returns an image, decoded by TensorFlow if `checks.is_read_in_graph`, or else by the function of prediction."""
         orientation = None if self._orientations is None else self._orientations[index]
-        return decode_image(tf.io.read_file(self._images[index]), orientation, self._upright), label
+        contents, name = tf.io.read_file(self._images[index]), self._images[index]
+        decode = functools.partial(_decode, self.pixel_format)  # without `self`, which TensorFlow would keep
+
+        def in_graph() -> tf.Tensor:
+            return decode_image(contents, orientation, self._upright)
+
+        def in_python() -> tf.Tensor:
+            return tf.numpy_function(decode, [contents, name], self.pixel_format.dtype, stateful=False)
+
+        if len(kinds := set(self._is_read_in_graph)) == 1:
+            return in_graph() if kinds == {True} else in_python()
+        return tf.cond(tf.constant(self._is_read_in_graph)[index], in_graph, in_python)
 
     def check(self, index: int) -> checks.CheckedPair:
         _, image, label, raw = self.pairs[index]
-        return checks.check_pair(image, label, self.num_classes, True, self._benchmark if raw else None)
+        return checks.check_pair(image, label, self.num_classes, True, self._benchmark if raw else None, self.pixel_format)
 
     def where(self, index: int) -> str:
         return " or ".join(self.files(index))
@@ -121,7 +148,11 @@ class Files(Source):
         return self.pairs[index].image, self.pairs[index].label
 
 
-def _open_files(dataset: ConfigDict, split: str, check: bool) -> Files:
+def _decode(pixel_format: PixelFormat, contents: bytes, name: bytes) -> np.ndarray:
+    return image_files.decode(contents, name.decode(), pixel_format)
+
+
+def _open_files(dataset: ConfigDict, split: str, check: bool, pixel_format: PixelFormat) -> Files:
     name, names = dataset.name, datasets.describe(dataset).class_names
     root, extra_root = (os.path.expanduser(path).rstrip("/") for path in (dataset.root, dataset.extra_root))
 
@@ -138,14 +169,14 @@ def _open_files(dataset: ConfigDict, split: str, check: bool) -> Files:
         return pairs
 
     if not check:
-        files = Files(name, list_pairs(), len(names))
+        files = Files(name, list_pairs(), len(names), pixel_format=pixel_format)
         files.image_sizes = [known[0] if known else 0 for known in stamps.stats([pair.image for pair in files.pairs])]
         return files
-    screened = screening.screen(list_pairs, dataset, names, f"{root}, {split}")
+    screened = screening.screen(list_pairs, dataset, names, f"{root}, {split}", pixel_format)
     count = layouts.official_count(name, split)
     if count not in (None, len(screened.pairs)):
         logger.warning(f"{name} {split} officially has {count:,} images, but {len(screened.pairs):,} were found")
-    return Files(name, screened.pairs, len(names), screened)
+    return Files(name, screened.pairs, len(names), screened, pixel_format)
 
 
 class Scenes(Source):

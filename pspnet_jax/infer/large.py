@@ -11,12 +11,12 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from pspnet_jax import files, image_files
+from pspnet_jax import files
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer import draw
-from pspnet_jax.infer.plan import Axis, ceil_div, views_of
+from pspnet_jax.infer.plan import Axis, ceil_div
 from pspnet_jax.infer.segmenter import Segmenter
-from pspnet_jax.large_files import LargeTiff, is_large, write_labels
+from pspnet_jax.large_files import LargeTiff, is_large, open_image, write_labels
 from pspnet_jax.progress import progress
 
 MAX_SCORES = 2**31  # bytes for the scores of a block
@@ -46,23 +46,24 @@ def predict(segmenter: Segmenter, path: epath.PathLike, results: Sequence[epath.
     """
     if any(map(files.is_remote, results)):
         raise UserError(f"{results[0]}: the labels of a large image are only written locally; choose a local --output")
-    image = LargeTiff(path, image_files.to_rgb)
+    image = open_image(path, segmenter.predictor.pixel_format)
     size = image.shape[:2]
     _require_original_size(segmenter, f"{path}: {size[1]}x{size[0]} pixels")
     step = ceil_div(max(size), MAX_OVERLAY)
-    reduced = np.zeros((*(ceil_div(side, step) for side in size), 4), np.uint8)  # of the pixels and labels
+    small = ceil_div(size[0], step), ceil_div(size[1], step)
+    reduced = np.zeros((*small, image.shape[2]), image.dtype), np.zeros(small, np.uint8)
     with progress(f"predicting {results[0].stem}", math.prod(size) / 1e6, "megapixels") as advance:
         bands = _bands(segmenter, image, reduced, step, advance)
         write_labels(results[0], bands, size, segmenter.info.colors, signature, image.georeference)
-    overlay = draw.overlay(reduced[..., :3], reduced[..., 3], segmenter.info.colors)
+    overlay = draw.overlay(*reduced, segmenter.info.colors)
     draw.save(Image.fromarray(overlay), results[1], "JPEG", quality=95, subsampling=0)
 
 
 def _bands(
-    segmenter: Segmenter, image: LargeTiff, reduced: np.ndarray, step: int, advance: Callable[[float], None]
+    segmenter: Segmenter, image: LargeTiff, reduced: Sequence[np.ndarray], step: int, advance: Callable[[float], None]
 ) -> Iterator[np.ndarray]:
-    """Yields the labels uint8[h,W] of all rows; copies every step-th row and column of pixels and labels to `reduced`."""
-    [view] = views_of(*image.shape[:2], segmenter.predictor.protocol)
+    """Yields the labels uint8[h,W] of all rows; copies every step-th row and column of the pixels and labels to `reduced`."""
+    [view] = segmenter.predictor.views(*image.shape[:2])
     longest = math.isqrt(MAX_SCORES // (4 * len(segmenter.classes)))
     for rows, read_rows in split(view.rows, longest):
         band = np.empty((rows.stop - rows.start, image.shape[1]), np.uint8)
@@ -74,9 +75,10 @@ def _bands(
             columns, read_columns = result.example["place"]
             inner = _shift(rows, -read_rows.start), _shift(columns, -read_columns.start)
             band[:, columns] = result.labels[inner]
-            both = np.dstack([result.image[inner], result.labels[inner]])[-rows.start % step :: step, -columns.start % step :: step]
             top, left = ceil_div(rows.start, step), ceil_div(columns.start, step)
-            reduced[top : top + both.shape[0], left : left + both.shape[1]] = both
+            for target, pixels in zip(reduced, (result.image[inner], result.labels[inner]), strict=True):
+                chosen = pixels[-rows.start % step :: step, -columns.start % step :: step]
+                target[top : top + chosen.shape[0], left : left + chosen.shape[1]] = chosen
             advance(band[:, columns].size / 1e6)
         yield band
 
@@ -99,12 +101,9 @@ def _shift(part: slice, by: int) -> slice:
 
 
 def _require_original_size(segmenter: Segmenter, what: str) -> None:
-    settings, protocol = segmenter.predictor.settings, segmenter.predictor.protocol
+    settings = segmenter.predictor.settings
     wanted = {"inference": "windows", "scales": (1.0,), "base_size": 0, "short_size": 0}
-    if settings.protocol == "caffe":
-        wanted["protocol"] = "semseg"
-    if protocol.flips_views:
-        wanted["flip"] = False
+    wanted |= {"caffe": {"protocol": "semseg"}, "mmseg": {"flip": False}}.get(settings.protocol, {})
     wrong = {field: value for field, value in wanted.items() if settings[field] != value}
     if wrong:
         flags = " ".join(f"--config.eval.{field}={value}" for field, value in wrong.items())
