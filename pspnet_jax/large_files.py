@@ -23,13 +23,13 @@ GEOREFERENCE = (33550, 33922, 34264, 34735, 34736, 34737, 50844)  # the tags of 
 Tag = tuple[int, int, int, Any, bool]  # as tifffile takes it
 
 
-def is_large(path: epath.PathLike, pixels: float = WHOLE) -> bool:
-    """Returns whether a file is a TIFF of more than so many pixels."""
+def is_large(path: epath.PathLike, pixels: float | None = None) -> bool:
+    """Returns whether a file is a TIFF of more than so many pixels, by default `WHOLE`."""
     if not os.fspath(path).lower().endswith((".tif", ".tiff")):
         return False
     try:
         with epath.Path(path).open("rb") as file, tifffile.TiffFile(file) as tiff:
-            return tiff.pages.first.imagelength * tiff.pages.first.imagewidth > pixels
+            return tiff.pages.first.imagelength * tiff.pages.first.imagewidth > (WHOLE if pixels is None else pixels)
     except Exception:  # whatever tifffile raises for a damaged file; reported when it is read
         return False
 
@@ -128,8 +128,8 @@ class LargeTiff:
         return self[:, :].astype(dtype or self.dtype, copy=False)
 
     def strips(self) -> Iterator[np.ndarray]:
-        """Yields all rows in order, a few million pixels or one piece's height at a time."""
-        height = max(self._piece[0], 2**22 // self._size[1] // self._piece[0] * self._piece[0])
+        """Yields all rows in order, a million pixels or one piece's height at a time."""
+        height = self._piece[0] * max(1, 2**20 // (self._piece[0] * self._size[1]))
         for top in range(0, self._size[0], height):
             yield self[top : top + height, :]
 

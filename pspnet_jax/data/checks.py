@@ -113,7 +113,9 @@ def example_problem(
 
 def histogram(label: np.ndarray | LargeTiff) -> np.ndarray:
     """Returns int64[256], the number of pixels of each value of uint8[H,W]."""
-    return sum(np.bincount(part.ravel(), minlength=256) for part in strips(label))
+    # bincount makes a copy in int64, so it gets a million pixels at a time
+    parts = (part for strip in strips(label) for part in np.array_split(strip.ravel(), max(1, strip.size >> 20)))
+    return sum(np.bincount(part, minlength=256) for part in parts)
 
 
 def is_read_in_graph(file: str, pixel_format: image_files.PixelFormat) -> bool:

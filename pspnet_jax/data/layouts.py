@@ -17,6 +17,7 @@ from pspnet_jax.errors import MissingFileError, UserError
 logger = logging.getLogger(__name__)
 MAX_LISTED = 3  # files in a warning
 IMAGES = image_files.SUFFIXES
+LABELS = (".png", ".tif", ".tiff")
 ALIASES = {
     "ade20k": {"train": "training", "val": "validation"},
     "coco_stuff": {"train": "train2017", "val": "val2017"},
@@ -131,7 +132,7 @@ def _paired(image_directory: str, label_directory: str, raw: bool, other: str = 
     images = _files(image_directory, IMAGES)
     if not tf.io.gfile.isdir(label_directory):
         return [Pair(name, images[name], "", raw) for name in sorted(images)]
-    labels = {name: path for name, path in _files(label_directory, (".png",)).items() if not (other and name.endswith(other))}
+    labels = {name: path for name, path in _files(label_directory, LABELS).items() if not (other and name.endswith(other))}
     check_partners(images, labels, label_directory)
     return [
         Pair(name, images.get(name, f"{image_directory}/{name}.jpg"), labels.get(name, f"{label_directory}/{name}.png"), raw)

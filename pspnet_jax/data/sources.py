@@ -16,6 +16,7 @@ from pspnet_jax.data.reader import Example, Source, decode_image, numbered
 from pspnet_jax.data.tfds_source import Tfds
 from pspnet_jax.errors import UserError
 from pspnet_jax.image_files import RGB8, PixelFormat
+from pspnet_jax.large_files import LargeTiff, is_large, open_image
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +97,17 @@ class Files(Source):
         image, label = self._load(tf.constant(index, tf.int64))
         return np.asarray(image), np.asarray(label)
 
-    def _open_large(self, index: int) -> tuple[LargeTiff, np.ndarray | LargeTiff]:
-        _, image, label, raw = self.pairs[index]
-        to_classes = ...
-        return open_image(image, self.pixel_format), LargeTiff(label, to_classes)
+    def _open_large(self, index: int) -> tuple[LargeTiff, LargeTiff]:
+        """Opens a pair of TIFFs, which are read by windows."""
+        _, image, label, _ = self.pairs[index]
+        return open_image(image, self.pixel_format), LargeTiff(label, self._to_classes)
+
+    def _to_classes(self, stored: np.ndarray) -> np.ndarray:
+        """Returns uint8[h,w] of the stored pixels [h,w,1] of a label."""
+        label = stored[..., 0]
+        if problem := datasets.label_problem(checks.histogram(label).tolist(), self.num_classes):
+            raise UserError(problem)
+        return label
 
     @functools.cached_property
     def _load(self) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:

@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -21,10 +22,12 @@ from pspnet_jax.data.palettes import Palettes, ValueColors
 from pspnet_jax.data.sources import Source, open_source, training_parts
 from pspnet_jax.data.totals import Totals
 from pspnet_jax.errors import UserError
+from pspnet_jax.large_files import strips
 from pspnet_jax.progress import progress
 
 logger = logging.getLogger(__name__)
 THREADS = 8
+MAX_SIDE = 4096  # pixels of an example in a picture; of larger ones, every n-th row and column
 SAMPLES = 16  # examples of a custom source whose labels are checked before training
 VERSION = 1  # of counting; cached tables of another version are not used
 
