@@ -19,7 +19,7 @@ from pspnet_jax.infer.segmenter import Segmenter
 from pspnet_jax.large_files import LargeTiff, is_large, open_image, write_labels
 from pspnet_jax.progress import progress
 
-MAX_SCORES = 2**31  # bytes for the scores of a block
+MAX_BLOCK = 2**31  # bytes of a block: K sums of scores, and twice its channels, as each pixel is float32
 MAX_OVERLAY = 2048  # pixels of the long side
 
 
@@ -64,7 +64,7 @@ def _bands(
 ) -> Iterator[np.ndarray]:
     """Yields the labels uint8[h,W] of all rows; copies every step-th row and column of the pixels and labels to `reduced`."""
     [view] = segmenter.predictor.views(*image.shape[:2])
-    longest = math.isqrt(MAX_SCORES // (4 * len(segmenter.classes)))
+    longest = math.isqrt(MAX_BLOCK // (4 * (len(segmenter.classes) + 2 * image.shape[2])))
     for rows, read_rows in split(view.rows, longest):
         band = np.empty((rows.stop - rows.start, image.shape[1]), np.uint8)
         blocks = (

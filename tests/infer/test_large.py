@@ -31,7 +31,7 @@ def contextual(weights, windows):
 def limit(monkeypatch):
     """TIFFs are large, and blocks have at most 80x80 pixels."""
     monkeypatch.setattr(large, "needs_blocks", lambda path: path.suffix == ".tif")
-    monkeypatch.setattr(large, "MAX_SCORES", 80 * 80 * 4 * INFO.num_classes)
+    monkeypatch.setattr(large, "MAX_BLOCK", 80 * 80 * 4 * (INFO.num_classes + 2 * 3))
 
 
 def write(folder, height, width, **options):
