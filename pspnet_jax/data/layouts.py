@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
-from PIL import Image
 
 from pspnet_jax import datasets, image_files
 from pspnet_jax.data.names import check_partners
@@ -245,19 +244,19 @@ def _files(directory: str, extensions: Sequence[str]) -> dict[str, str]:
         siblings = ", ".join(sorted(tf.io.gfile.listdir(parent))[:8]) if tf.io.gfile.isdir(parent) else ""
         raise MissingFileError(f"{directory}: no such directory" + (f"; {parent} contains {siblings}" if siblings else ""))
     found: dict[str, str] = {}
-    others, known = [], Image.registered_extensions()
+    others = []
     for path in _walk(directory):
         name, extension = os.path.splitext(path[len(directory) + 1 :])
         name, extension = unicodedata.normalize("NFC", name), extension.lower()  # macOS decomposes accented characters
         if extension not in extensions:
-            others += [path] if extension in known else []
+            others.append(path)
             continue
         if name in found:
             raise UserError(f"{path} and {found[name]}: two files of the same name, so their label is ambiguous; remove one")
         found[name] = path
     if others:
         logger.warning(
-            f"{directory}: {len(others):,} images are ignored because they are not {', '.join(extensions)} files: "
+            f"{directory}: {len(others):,} files are ignored because they are not {', '.join(extensions)} files: "
             f"{', '.join(others[:MAX_LISTED])}{', ...' if len(others) > MAX_LISTED else ''}"
         )
     if not found:
