@@ -81,9 +81,12 @@ def test_the_parts_of_a_mixture_are_counted_together(tmp_path):
         ([(0, 1)], "train, 1 labels checked: no pixel has class 'wall' (2), 'tree' (3)"),
         (
             [(1, 3), (3,)],
-            "train, 2 labels checked: no pixel has class 'ground' (0), 'wall' (2); if the labels count from 1, subtract 1",
+            "train, 2 labels checked: no pixel has class 'ground' (0), 'wall' (2); if the labels count from 1, set dataset.label_map",
         ),
-        ([(1, 2), (3,)], "train, 2 labels checked: no pixel has class 'ground' (0); if the labels count from 1, subtract 1"),
+        (
+            [(1, 2), (3,)],
+            "train, 2 labels checked: no pixel has class 'ground' (0); if the labels count from 1, set dataset.label_map",
+        ),
         ([(0, 1, 2, 3)], ""),
     ],
 )
