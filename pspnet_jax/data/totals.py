@@ -44,8 +44,8 @@ class Totals:
             return f"{self._where}: every pixel is {IGNORE}, which is ignored, so there is nothing to learn or to evaluate"
         if present[0] == 0 and len(names) == 2 and self.pixels[IGNORE]:
             return (
-                f'{self._where}: the only values are 0 and {IGNORE}, and {IGNORE} is ignored; set dataset.label_map="{{0: 0, '
-                f'{IGNORE}: 1}}" if it means {names[1]!r}'
+                f"{self._where}: the only values are 0 and {IGNORE}, and {IGNORE} is ignored; if {IGNORE} means {names[1]!r}, "
+                f'change it to 1, or set dataset.label_map="{{0: 0, {IGNORE}: 1}}"'
             )
         if not train:
             return None
