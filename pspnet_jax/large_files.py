@@ -40,7 +40,7 @@ def open_image(path: epath.PathLike, expected: PixelFormat) -> "LargeTiff":
     Raises:
       UserError: see `LargeTiff`; or the file has another format.
     """
-    image = LargeTiff(path, expected.fit)
+    image = LargeTiff(path, expected.fit, (expected.channels,), expected.dtype)
     if problem := "has a palette; convert it to RGB" if image.has_palette else expected.problem(image.stored):
         raise UserError(f"{path}: {problem}")
     return image
@@ -57,12 +57,16 @@ class LargeTiff:
       georeference: its tags, for `write_labels`.
     """
 
-    def __init__(self, path: epath.PathLike, convert: Callable[[np.ndarray], np.ndarray]):
+    def __init__(
+        self, path: epath.PathLike, convert: Callable[[np.ndarray], np.ndarray], channels: tuple[int, ...] = (), dtype: str = "uint8"
+    ):
         """Reads the header.
 
         Args:
           path: the file.
-          convert: makes the pixels [h,w] or [h,w,C] of a window from the stored ones, [h,w,c].
+          convert: makes the pixels [h,w,*channels] of a window from the stored ones, [h,w,c].
+          channels: number of channels, or () without that axis.
+          dtype: of the converted pixels.
 
         Raises:
           UserError: the image is not upright, or is stored in pieces that are too large.
@@ -87,8 +91,7 @@ class LargeTiff:
                 "tiles, for example with gdal_translate -co TILED=YES -co COMPRESS=DEFLATE"
             )
         self._piece = piece
-        sample = convert(np.zeros((1, 1, page.samplesperpixel), page.dtype))
-        self.shape, self.ndim, self.dtype = (*size, *sample.shape[2:]), sample.ndim, sample.dtype
+        self.shape, self.ndim, self.dtype = (*size, *channels), 2 + len(channels), np.dtype(dtype)
 
     def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
         """Returns the pixels in ranges of rows and columns.
@@ -99,7 +102,7 @@ class LargeTiff:
         try:
             return self._convert(self._read(window))
         except UserError as error:
-            raise UserError(f"{self._path}: {error}") from error
+            raise type(error)(f"{self._path}: {error}") from error
         except Exception as error:  # whatever a decoder raises
             raise UserError(f"{self._path}: cannot be read ({error}); replace it") from error
 

@@ -31,7 +31,7 @@ def unchanged(pixels):
 def test_windows_equal_those_of_the_whole_image(tmp_path, options):
     stored = np.moveaxis(PIXELS, -1, 0) if "planarconfig" in options else PIXELS
     tifffile.imwrite(tmp_path / "a.tif", stored, photometric="rgb", bigtiff=True, **options)
-    image = LargeTiff(tmp_path / "a.tif", unchanged)
+    image = LargeTiff(tmp_path / "a.tif", unchanged, (3,))
     assert (image.shape, image.dtype, image.ndim) == (PIXELS.shape, np.uint8, 3)
     for window in WINDOWS:
         np.testing.assert_array_equal(image[window], PIXELS[window])
@@ -43,7 +43,7 @@ def test_jpeg_tiles_are_those_that_tifffile_decodes(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", PIXELS, photometric="ycbcr", tile=(64, 64), compression="jpeg")
     whole = tifffile.imread(tmp_path / "a.tif")
     for window in WINDOWS:
-        np.testing.assert_array_equal(LargeTiff(tmp_path / "a.tif", unchanged)[window], whole[window])
+        np.testing.assert_array_equal(LargeTiff(tmp_path / "a.tif", unchanged, (3,))[window], whole[window])
 
 
 def test_windows_are_converted(tmp_path):
@@ -63,7 +63,7 @@ def test_what_cannot_be_read_by_windows(tmp_path, monkeypatch):
     monkeypatch.setattr(large_files, "MAX_PIECE", 30_000)
     tifffile.imwrite(tmp_path / "a.tif", PIXELS, photometric="rgb", rowsperstrip=200)
     with pytest.raises(UserError, match=r"a.tif: is stored in strips of 200 rows, .* with gdal_translate -co TILED=YES"):
-        LargeTiff(tmp_path / "a.tif", unchanged)
+        LargeTiff(tmp_path / "a.tif", unchanged, (3,))
     tifffile.imwrite(tmp_path / "b.tif", PIXELS, photometric="rgb", tile=(64, 64), extratags=[(274, 3, 1, 6, True)])
     with pytest.raises(UserError, match=r"b.tif: is not upright; turn it"):
         LargeTiff(tmp_path / "b.tif", unchanged)
@@ -106,7 +106,7 @@ def test_the_georeference_is_kept(tmp_path):
         tmp_path / "a.tif", "w", driver="GTiff", width=217, height=300, count=3, dtype="uint8", tiled=True, **place
     ) as file:
         file.write(np.moveaxis(PIXELS, -1, 0))
-    image = LargeTiff(tmp_path / "a.tif", unchanged)
+    image = LargeTiff(tmp_path / "a.tif", unchanged, (3,))
     np.testing.assert_array_equal(image[10:200, 30:90], PIXELS[10:200, 30:90])
     write_labels(tmp_path / "b.tif", [PIXELS[..., 0]], (300, 217), [(1, 2, 3)], "", image.georeference)
     with rasterio.open(tmp_path / "b.tif") as file:

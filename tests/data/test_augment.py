@@ -317,7 +317,7 @@ def test_crops_of_large_files_equal_those_of_whole_images(tmp_path, scale, degre
     image, label = fakes.pair("train", 0, (180, 250))
     tifffile.imwrite(tmp_path / "image.tif", image, photometric="rgb", tile=(16, 32))
     tifffile.imwrite(tmp_path / "label.tif", label, rowsperstrip=7)
-    large = LargeTiff(tmp_path / "image.tif", lambda x: x), LargeTiff(tmp_path / "label.tif", lambda x: x[..., 0])
+    large = LargeTiff(tmp_path / "image.tif", lambda x: x, (3,)), LargeTiff(tmp_path / "label.tif", lambda x: x[..., 0])
     for place in ((0, 0), (0.999, 0.999), (0.3, 0.6)):
         for crop in ((40, 33), (200, 90)):
             parameters = params(scale, degrees, bool(blur), bool(flip), place)

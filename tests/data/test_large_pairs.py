@@ -10,9 +10,12 @@ import tifffile
 
 from pspnet_jax import large_files
 from pspnet_jax.config import base_config
-from pspnet_jax.data import checks, pipeline, sources, survey
+from pspnet_jax.data import checks, label_files, pipeline, sources, survey
 from pspnet_jax.errors import UserError
 from tests import fakes
+
+
+READER = label_files.LabelReader({0: 0, 1: 1, 2: 2, 3: 3, 255: 255})
 
 
 def write(root, split="train", count=2, size=(300, 280), **changes):
@@ -71,7 +74,7 @@ def test_the_check_names_what_is_wrong(config, tmp_path):
     label = np.full((300, 280), 3, np.uint8)
     label[299, 279] = 4
     write(root, "values", 1, label=label)
-    with pytest.raises(UserError, match=r"values/0.tif: label value 4 at 1 pixels, expected 0..3 for 4 classes"):
+    with pytest.raises(UserError, match=r"values/0.tif: label value 4 at 1 pixels is not in dataset.label_map"):
         sources.open_source(config.dataset, "values")
     source = sources.open_source(config.dataset, "values", check=False)
     image, label = source.read(0)
@@ -81,9 +84,6 @@ def test_the_check_names_what_is_wrong(config, tmp_path):
     write(root, "sizes", 1, label=np.zeros((280, 300), np.uint8))
     with pytest.raises(UserError, match=r"labels/sizes/0.tif: is 300x280, but its image .*images/sizes/0.tif is 280x300"):
         sources.open_source(config.dataset, "sizes")
-    write(root, "deep", 1, label=np.zeros((300, 280), np.uint16))
-    with pytest.raises(UserError, match=r"labels/deep/0.tif: has 1 x uint16 per pixel; expected one channel of 8 bits"):
-        sources.open_source(config.dataset, "deep")
     write(root, "damaged", 1)
     path = root / "images/damaged/0.tif"
     contents = bytearray(path.read_bytes())
@@ -93,6 +93,26 @@ def test_the_check_names_what_is_wrong(config, tmp_path):
         sources.open_source(config.dataset, "damaged")
 
 
+def test_label_maps_of_large_files(config, tmp_path):
+    """Colors and 16-bit values, which the map replaces; a PNG label is read as a whole."""
+    _, label = fakes.pair("train", 0, (300, 280))
+    colors = np.array([(0, 0, 0), (255, 0, 0), (0, 255, 0), (9, 9, 9), *[(1, 2, 3)] * 252], np.uint8)
+    config.dataset.label_map = "{(0, 0, 0): 'a', (255, 0, 0): 'b', (0, 255, 0): 'c', (9, 9, 9): 'd', 300: 'd', (1, 2, 3): None}"
+    write(tmp_path / "data", "colors", 1, label=colors[label])
+    write(tmp_path / "data", "values", 1, label=np.full((300, 280), 300, np.uint16))
+    for split, expected in (("colors", label), ("values", np.full((300, 280), 3))):
+        _, found = sources.open_source(config.dataset, split).read(0)
+        np.testing.assert_array_equal(found[10:90, 200:280], expected[10:90, 200:280])
+    config.dataset.label_map = ""
+    (tmp_path / "data/labels/train/0.tif").unlink()
+    fakes.write_image(tmp_path / "data/labels/train/0.png", label)
+    (tmp_path / "data/labels/train/1.tif").unlink()
+    (tmp_path / "data/images/train/1.tif").unlink()
+    image, found = sources.open_source(config.dataset, "train").read(0)
+    assert isinstance(image, large_files.LargeTiff)
+    np.testing.assert_array_equal(found, label)
+
+
 def test_the_check_does_not_hold_a_whole_file(config, tmp_path):
     """Of 17 MB of pixels and 6 MB of labels, on all threads."""
     image = np.kron(np.arange(225, dtype=np.uint8).reshape(15, 15, 1), np.ones((160, 160, 3), np.uint8))
@@ -100,7 +120,7 @@ def test_the_check_does_not_hold_a_whole_file(config, tmp_path):
         options = {"photometric": "rgb"} if pixels.ndim == 3 else {}
         tifffile.imwrite(tmp_path / f"{folder}.tif", pixels, tile=(64, 64), compression="zlib", **options)
     tracemalloc.start()
-    found = checks.check_pair(str(tmp_path / "images.tif"), str(tmp_path / "labels.tif"), 4, True, None)
+    found = checks.check_pair(str(tmp_path / "images.tif"), str(tmp_path / "labels.tif"), 4, True, None, reader=READER)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert found.pixels[:4].tolist() == np.bincount((image[..., 0] % 4).ravel()).tolist()
