@@ -171,7 +171,7 @@ def _range_problems(config: ConfigDict) -> list[str]:
         low, high = config.augment[field]
         if not 0 <= low <= high:
             problems.append(f"augment.{field}={config.augment[field]}: expected (low, high) with 0 <= low <= high")
-    if config.optimizer.freeze and not config.init_from:
+    if models.FREEZE.get(config.optimizer.freeze) and not config.init_from:
         problems.append(f"optimizer.freeze={config.optimizer.freeze!r}: expected init_from, whose weights are kept")
     if not config.eval.scales or min(config.eval.scales) < 1 / 16:
         problems.append(f"eval.scales={config.eval.scales}: expected one or more scales of 1/16 or more; 1.0 keeps the size")
