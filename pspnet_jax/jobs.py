@@ -77,7 +77,7 @@ def train_run(config: ConfigDict, workdir: epath.Path, traced: tuple[int, int] |
     data_read = {"training data": data.fingerprint, "validation data": validation_source.fingerprint}
     parallel.require_same({**data_read, **runs.comparable(config)})
     logger.info(f"the data was checked in {time.perf_counter() - began:.1f} s")
-    model = models.build(config.model, len(config.dataset.class_names))
+    model = models.build(config.model, len(config.dataset.class_names), config.optimizer.freeze)
     host, hosts = parallel.data_share(parallel.make_mesh(spatial=config.parallel.spatial))
 
     def batches(start: int) -> Iterable[Mapping[str, Any]]:

@@ -16,9 +16,9 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from pspnet_jax import datasets
-from pspnet_jax.data import augment, stamps, survey
+from pspnet_jax.data import augment, extra, stamps, survey
 from pspnet_jax.data.cache import CacheBudget, Read, cached
-from pspnet_jax.data.order import AUGMENT, Order, generator
+from pspnet_jax.data.order import AUGMENT, EXTRA, Order, generator
 from pspnet_jax.data.reader import last_line
 from pspnet_jax.data.sources import Example, Source, open_source, training_parts
 from pspnet_jax.data.totals import Totals
@@ -60,9 +60,11 @@ def open_training(config: ConfigDict, source: Source | None = None) -> TrainingD
       source: a custom source that replaces config.dataset's training split; dataset.mixture still applies.
 
     Raises:
-      UserError: see open_source, Order and cache.py; or no class occurs in a dataset although dataset.balance is set; or
-        only one class occurs in all labels.
+      UserError: see open_source, Order, cache.py and extra.py; or no class occurs in a dataset although dataset.balance is
+        set; or only one class occurs in all labels.
     """
+    if config.augment.extra:
+        extra.load(config.augment.extra)  # before the data is checked, which takes longer
     num_classes = datasets.describe(config.dataset).num_classes
     if source is not None and source.num_classes != num_classes:
         raise UserError(f"this source has {source.num_classes} classes, but dataset.class_names has {num_classes}")
@@ -134,6 +136,7 @@ def train_dataset(
     if config.batch_size % hosts:
         raise UserError(f"batch_size={config.batch_size}: expected a multiple of the number of hosts, {hosts}")
     opened, share, crop = data or open_training(config), config.batch_size // hosts, config.augment.crop
+    own = extra.load(config.augment.extra) if config.augment.extra else None
 
     def position(number: int) -> int:
         """Returns the position of this host's `number`-th example since step 0."""
@@ -145,7 +148,8 @@ def train_dataset(
 
     def crop_of(number: int, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         params = augment.sample_augmentation(generator(config.seed, AUGMENT, position(number)), config.augment)
-        return augment.apply_augmentation(image, label, params, crop, config.normalize.mean)
+        image, label = augment.apply_augmentation(image, label, params, crop, config.normalize.mean)
+        return own(image, label, generator(config.seed, EXTRA, position(number))) if own else (image, label)
 
     def read_crop(number: int) -> tuple[np.ndarray, np.ndarray]:
         dataset, index = example_at(number)

@@ -69,7 +69,7 @@ def at_once(image, label, scale, degrees, flip=False):
 
 def step_by_step(image, label, parameters, crop):
     """Applies the five steps in augment.py's docstring one by one to the whole canvas, in float64 and without rounding."""
-    scale, degrees, blur, flip, offset = parameters
+    scale, degrees, blur, flip, offset, _ = parameters
     height, width = canvas(label, scale)
     y, x = np.mgrid[:height, :width]
     y, x = (y + 0.5) / scale - 0.5, (x + 0.5) / scale - 0.5
@@ -275,7 +275,7 @@ def test_neutral_values_give_exact_crops_at_uniform_positions():
 
 
 def test_distributions():
-    scale, degrees, blur, flip, offset = stacked(4000, base_config())
+    scale, degrees, blur, flip, offset, _ = stacked(4000, base_config())
     tenths, _ = np.histogram(scale, bins=10, range=(0.5, 2.0))
     assert tenths.sum() == 4000
     assert np.abs(tenths - 400).max() < 80  # 4 standard deviations, as all below
