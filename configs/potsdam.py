@@ -1,8 +1,8 @@
 """ISPRS Potsdam, 6 classes of land cover: python -m pspnet_jax.main --config configs/potsdam.py --config.dataset.root=DIR
 
 DIR has the 512x512 tiles that mmsegmentation cuts (tools/dataset_converters/potsdam.py). `configs/potsdam.py:101` trains depth
-101. Network, schedule and evaluation are mmsegmentation's, which publishes mIoU on the 2,016 validation tiles at one scale / six
-scales with flip: depth 18: 77.09 / 78.30, 50: 78.12 / 78.98, 101: 78.62 / 79.47 (configs/pspnet/README.md).
+101. Network, schedule and evaluation are mmsegmentation's, which publishes mIoU on the 2,016 validation tiles at one scale /
+six scales with flip: depth 18: 77.09 / 78.30, 50: 78.12 / 78.98, 101: 78.62 / 79.47 (configs/pspnet/README.md).
 All start from ImageNet weights: add --config.init_from=FILE with mmsegmentation's resnet50_v1c, or see configs/imagenet.py.
 Six scales: --mode evaluate --config.eval.scales=0.5,0.75,1.0,1.25,1.5,1.75 --config.eval.flip=true
 """

@@ -64,8 +64,8 @@ def base_config() -> ConfigDict:
     normalize.order = "RGB"  # channel order of the network's input: RGB, or BGR (Caffe)
 
     config.dataset = dataset = ConfigDict()
-    dataset.name = "folder"  # folder, ade20k, voc2012, cityscapes, pascal_context, coco_stuff, loveda, potsdam, scenes (built in)
-    # or tfds
+    dataset.name = "folder"  # folder, ade20k, voc2012, cityscapes, pascal_context, coco_stuff, loveda, potsdam, scenes (built
+    # in) or tfds
     dataset.root = ""  # local directory or gs:// path
     dataset.extra_root = ""  # voc2012: SBD's folder, with img/, cls/, train.txt and val.txt; empty: searched for next to root
     dataset.tfds_name = ""  # for name="tfds": name of the builder; root is its data_dir

@@ -58,7 +58,11 @@ class LargeTiff:
     """
 
     def __init__(
-        self, path: epath.PathLike, convert: Callable[[np.ndarray], np.ndarray], channels: tuple[int, ...] = (), dtype: str = "uint8"
+        self,
+        path: epath.PathLike,
+        convert: Callable[[np.ndarray], np.ndarray],
+        channels: tuple[int, ...] = (),
+        dtype: str = "uint8",
     ):
         """Reads the header.
 
@@ -74,7 +78,8 @@ class LargeTiff:
         self._path, self._convert = epath.Path(path), convert
         with self._path.open("rb") as file, tifffile.TiffFile(file) as tiff:
             page = tiff.pages.first
-            self._decode, self._tables = page.decode, page.jpegtables
+            self._decode: Callable[..., Any] = page.decode
+            self._tables = page.jpegtables
             self._offsets, self._counts = page.dataoffsets, page.databytecounts
             tags = [tag for tag in page.tags if tag.code in GEOREFERENCE]
             self.georeference: list[Tag] = [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in tags]
@@ -82,15 +87,14 @@ class LargeTiff:
                 raise UserError(f"{path}: is not upright; turn it, and remove its tag Orientation")
             self.has_palette = page.photometric == tifffile.PHOTOMETRIC.PALETTE
             self._planes = page.samplesperpixel if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE else 1
-        self._size = size = (page.imagelength, page.imagewidth)
+        size = self._size = (page.imagelength, page.imagewidth)
         self.stored = PixelFormat(page.samplesperpixel, str(page.dtype))
-        piece = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, size[0]), size[1])
-        if math.prod(piece) > MAX_PIECE:
+        self._piece = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, size[0]), size[1])
+        if math.prod(self._piece) > MAX_PIECE:
             raise UserError(
-                f"{path}: is stored in strips of {piece[0]:,} rows, which are too large to read one at a time; store it in "
-                "tiles, for example with gdal_translate -co TILED=YES -co COMPRESS=DEFLATE"
+                f"{path}: is stored in strips of {self._piece[0]:,} rows, which are too large to read one at a time; store it "
+                "in tiles, for example with gdal_translate -co TILED=YES -co COMPRESS=DEFLATE"
             )
-        self._piece = piece
         self.shape, self.ndim, self.dtype = (*size, *channels), 2 + len(channels), np.dtype(dtype)
 
     def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
@@ -107,23 +111,24 @@ class LargeTiff:
             raise UserError(f"{self._path}: cannot be read ({error}); replace it") from error
 
     def _read(self, window: tuple[slice, slice]) -> np.ndarray:
+        """Returns the stored pixels [h,w,c]."""
         (top, bottom, _), (left, right, _) = (part.indices(side) for part, side in zip(window, self._size, strict=True))
-        (height, width), (channels, dtype) = self._piece, self.stored
+        height, width = self._piece
         down, across = (math.ceil(side / length) for side, length in zip(self._size, self._piece, strict=True))
-        found = np.zeros((bottom - top, right - left, channels), dtype)  # a piece that is not stored is 0
         rows, columns = range(top // height, math.ceil(bottom / height)), range(left // width, math.ceil(right / width))
+        found = np.zeros((bottom - top, right - left, self.stored.channels), self.stored.dtype)
         with self._path.open("rb") as file:
             for plane, row, column in itertools.product(range(self._planes), rows, columns):
                 index = (plane * down + row) * across + column
                 if not self._counts[index]:
-                    continue
+                    continue  # a piece that is not stored is 0
                 file.seek(self._offsets[index])
-                pixels = self._decode(file.read(self._counts[index]), index, jpegtables=self._tables)[0][0]
-                y, x = row * height, column * width
-                pixels = pixels[max(top - y, 0) : bottom - y, max(left - x, 0) : right - x]
-                y, x = max(y - top, 0), max(x - left, 0)
-                part = found[y : y + pixels.shape[0], x : x + pixels.shape[1]]
-                part[..., slice(plane, plane + 1) if self._planes > 1 else slice(None)] = pixels[: part.shape[0], : part.shape[1]]
+                [pixels], *_ = self._decode(file.read(self._counts[index]), index, jpegtables=self._tables)
+                y, x = row * height - top, column * width - left
+                pixels = pixels[max(-y, 0) : bottom - top - y, max(-x, 0) : right - left - x]
+                y, x = max(y, 0), max(x, 0)
+                target = found if self._planes == 1 else found[..., plane : plane + 1]
+                target[y : y + pixels.shape[0], x : x + pixels.shape[1]] = pixels
         return found
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:

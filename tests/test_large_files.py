@@ -11,7 +11,7 @@ from pspnet_jax.errors import UserError
 from pspnet_jax.large_files import LargeTiff, write_labels
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (300, 217, 3), dtype=np.uint8)
-WINDOWS = [(slice(0, 300), slice(0, 217)), (slice(37, 161), slice(64, 65)), (slice(64, 128), slice(200, 217)), (slice(5, 5), slice(0, 9))]
+WINDOWS = [np.s_[0:300, 0:217], np.s_[37:161, 64:65], np.s_[64:128, 200:217], np.s_[5:5, 0:9]]
 
 
 def unchanged(pixels):

@@ -63,22 +63,22 @@ def check_pair(
       WrongValues: only the label's values are wrong.
       UserError: anything else is wrong.
     """
-    by_windows = is_large(image_file)
+    large_image, large_label = is_large(image_file), reader is not None and is_large(label_file)
     with _opened(image_file, label_file) as file:
-        contents = file.read() if read_pixels and not by_windows else b""
-        if by_windows:
+        contents = file.read() if read_pixels and not large_image else b""
+        if large_image:
             size, tag = _check_large_image(image_file, read_pixels, pixel_format), 1
         else:
             size, tag = _check_image(io.BytesIO(contents) if read_pixels else file, image_file, contents, pixel_format)
     upright = size[::-1] if tag >= 5 else size
     with _opened(label_file, image_file) as file:
-        label_contents = b"" if not read_pixels or label_file.endswith(".json") or is_large(label_file) else file.read()
+        label_contents = file.read() if read_pixels and not label_file.endswith(".json") and not large_label else b""
         if contents and contents == label_contents:
             raise UserError("is a copy of its image; replace it with the label")
         check = _check_mat if label_file.endswith(".mat") else _check_label
         if reader:
             check = functools.partial(_check_mapped, reader, label_file, image_file)
-        if reader and is_large(label_file):
+        if reader and large_label:
             label_size, statistics = _check_large_label(label_file, read_pixels, reader)
         else:
             label_size, statistics = check(io.BytesIO(label_contents) if label_contents else file, label_contents)
@@ -121,7 +121,7 @@ def histogram(label: np.ndarray | LargeTiff) -> np.ndarray:
     """Returns int64[256], the number of pixels of each value of uint8[H,W]."""
     # bincount makes a copy in int64, so it gets a million pixels at a time
     parts = (part for strip in strips(label) for part in np.array_split(strip.ravel(), max(1, strip.size >> 20)))
-    return sum(np.bincount(part, minlength=256) for part in parts)
+    return np.sum([np.bincount(part, minlength=256) for part in parts], axis=0)
 
 
 def is_read_in_graph(file: str, pixel_format: image_files.PixelFormat) -> bool:
@@ -211,9 +211,7 @@ def open_large_label(path: str, reader: LabelReader) -> LargeTiff:
     return LargeTiff(path, convert)
 
 
-def _check_large_label(
-    path: str, read_pixels: bool, reader: LabelReader
-) -> tuple[tuple[int, ...], LabelStatistics | None]:
+def _check_large_label(path: str, read_pixels: bool, reader: LabelReader) -> tuple[tuple[int, ...], LabelStatistics | None]:
     """Returns the same as `_check_label` for a large TIFF."""
     label = open_large_label(path, reader)
     return label.shape[::-1], (histogram(label).tolist(), {}, None) if read_pixels else None

@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -16,7 +17,7 @@ from pspnet_jax.data.reader import Example, Source, decode_image, numbered
 from pspnet_jax.data.tfds_source import Tfds
 from pspnet_jax.errors import UserError
 from pspnet_jax.image_files import RGB8, PixelFormat
-from pspnet_jax.large_files import LargeTiff, is_large, open_image
+from pspnet_jax.large_files import is_large, open_image
 
 logger = logging.getLogger(__name__)
 
@@ -100,13 +101,13 @@ class Files(Source):
         image, label = self._load(tf.constant(index, tf.int64))
         return np.asarray(image), np.asarray(label)
 
-    def _open_large(self, index: int) -> tuple[LargeTiff, np.ndarray | LargeTiff]:
-        _, image, label, _ = self.pairs[index]
-        by_windows = self._reader and is_large(label)
-        return (
-            open_image(image, self.pixel_format),
-            checks.open_large_label(label, self._reader) if by_windows else np.asarray(self._label(tf.constant(index))),
-        )
+    def _open_large(self, index: int) -> Example:
+        """Opens an image, and its label unless that is a file of another kind, to be read by windows."""
+        image_file, label_file = self.files(index)
+        image: Any = open_image(image_file, self.pixel_format)
+        if self._reader and is_large(label_file):
+            return image, cast(Any, checks.open_large_label(label_file, self._reader))
+        return image, self._label(tf.constant(index)).numpy()
 
     @functools.cached_property
     def _load(self) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:

@@ -156,7 +156,7 @@ def sample_totals(source: Source, read: Read) -> Totals:
     labels, values = 0, np.zeros(256, np.int64)
     for index in np.unique(np.linspace(0, len(source) - 1, SAMPLES).round().astype(int)):
         with contextlib.suppress(Exception):
-            values += np.bincount(read(int(index))[1].ravel(), minlength=256)
+            values += checks.histogram(read(int(index))[1])
             labels += 1
     return Totals(f"{source.names[0]} to {source.names[-1]}", labels, len(source), values)
 

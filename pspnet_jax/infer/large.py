@@ -47,14 +47,14 @@ def predict(segmenter: Segmenter, path: epath.PathLike, results: Sequence[epath.
     if any(map(files.is_remote, results)):
         raise UserError(f"{results[0]}: the labels of a large image are only written locally; choose a local --output")
     image = open_image(path, segmenter.predictor.pixel_format)
-    size = image.shape[:2]
-    _require_original_size(segmenter, f"{path}: {size[1]}x{size[0]} pixels")
-    step = ceil_div(max(size), MAX_OVERLAY)
-    small = ceil_div(size[0], step), ceil_div(size[1], step)
+    height, width = image.shape[:2]
+    _require_original_size(segmenter, f"{path}: {width}x{height} pixels")
+    step = ceil_div(max(height, width), MAX_OVERLAY)
+    small = ceil_div(height, step), ceil_div(width, step)
     reduced = np.zeros((*small, image.shape[2]), image.dtype), np.zeros(small, np.uint8)
-    with progress(f"predicting {results[0].stem}", math.prod(size) / 1e6, "megapixels") as advance:
+    with progress(f"predicting {results[0].stem}", height * width / 1e6, "megapixels") as advance:
         bands = _bands(segmenter, image, reduced, step, advance)
-        write_labels(results[0], bands, size, segmenter.info.colors, signature, image.georeference)
+        write_labels(results[0], bands, (height, width), segmenter.info.colors, signature, image.georeference)
     overlay = draw.overlay(*reduced, segmenter.info.colors)
     draw.save(Image.fromarray(overlay), results[1], "JPEG", quality=95, subsampling=0)
 
@@ -102,8 +102,8 @@ def _shift(part: slice, by: int) -> slice:
 
 def _require_original_size(segmenter: Segmenter, what: str) -> None:
     settings = segmenter.predictor.settings
-    wanted = {"inference": "windows", "scales": (1.0,), "base_size": 0, "short_size": 0}
-    wanted |= {"caffe": {"protocol": "semseg"}, "mmseg": {"flip": False}}.get(settings.protocol, {})
+    wanted: dict[str, object] = {"inference": "windows", "scales": (1.0,), "base_size": 0, "short_size": 0}
+    wanted |= {"caffe": [("protocol", "semseg")], "mmseg": [("flip", False)]}.get(settings.protocol, [])
     wrong = {field: value for field, value in wanted.items() if settings[field] != value}
     if wrong:
         flags = " ".join(f"--config.eval.{field}={value}" for field, value in wrong.items())

@@ -311,7 +311,9 @@ def test_the_last_pixel_is_never_outside_the_source(width, scale, crop):
     assert (classes == 3).all()
 
 
-@pytest.mark.parametrize(("scale", "degrees", "blur", "flip"), [(1, 0, 0, 0), (0.7, 0, 1, 1), (1.7, 8.5, 0, 1), (0.5, -9, 1, 0)])
+@pytest.mark.parametrize(
+    ("scale", "degrees", "blur", "flip"), [(1, 0, 0, 0), (0.7, 0, 1, 1), (1.7, 8.5, 0, 1), (0.5, -9, 1, 0)]
+)
 def test_crops_of_large_files_equal_those_of_whole_images(tmp_path, scale, degrees, blur, flip):
     """Exactly, for every place of the crop, also beyond the border."""
     image, label = fakes.pair("train", 0, (180, 250))

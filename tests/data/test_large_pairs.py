@@ -14,7 +14,6 @@ from pspnet_jax.data import checks, label_files, pipeline, sources, survey
 from pspnet_jax.errors import UserError
 from tests import fakes
 
-
 READER = label_files.LabelReader({0: 0, 1: 1, 2: 2, 3: 3, 255: 255})
 
 
@@ -77,7 +76,7 @@ def test_the_check_names_what_is_wrong(config, tmp_path):
     with pytest.raises(UserError, match=r"values/0.tif: label value 4 at 1 pixels is not in dataset.label_map"):
         sources.open_source(config.dataset, "values")
     source = sources.open_source(config.dataset, "values", check=False)
-    image, label = source.read(0)
+    _, label = source.read(0)
     assert label[0:2, 3:5].tolist() == [[3, 3], [3, 3]]
     with pytest.raises(UserError, match=r"values/0.tif: label value 4 at 1 pixels"):
         label[290:300, 270:280]

@@ -157,7 +157,12 @@ def test_a_test_split_lists_its_images_and_cannot_be_scored(tmp_path, name):
 
 COCO_VALUES = [value for value in range(182) if value not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
 TARGETS = {  # dataset: split, images and labels below the root, raw values of the classes and of 255
-    "pascal_context": ("val", "VOC2010/JPEGImages/{index}.jpg", "VOC2010/SegmentationClassContext/{index}.png", [*range(1, 60), 0]),
+    "pascal_context": (
+        "val",
+        "VOC2010/JPEGImages/{index}.jpg",
+        "VOC2010/SegmentationClassContext/{index}.png",
+        [*range(1, 60), 0],
+    ),
     "coco_stuff": ("val", "images/val2017/{index}.jpg", "annotations/val2017/{index}.png", [*COCO_VALUES, 255]),
     "loveda": ("val", "Val/Urban/images_png/{index}.png", "Val/Urban/masks_png/{index}.png", [*range(1, 8), 0]),
     "potsdam": ("train", "img_dir/train/{index}.png", "ann_dir/train/{index}.png", [*range(1, 7), 0]),
@@ -188,7 +193,8 @@ def test_datasets_with_published_targets(tmp_path, name):
 def test_lovedas_test_split_has_no_labels(tmp_path):
     for area in ("Urban", "Rural"):
         fakes.write_image(tmp_path / f"Test/{area}/images_png/5.png", np.zeros((8, 8, 3), np.uint8))
-    assert [pair.name for pair in layouts.list_pairs(recipe(name="loveda", root=str(tmp_path)), "test")] == ["Rural/5", "Urban/5"]
+    pairs = layouts.list_pairs(recipe(name="loveda", root=str(tmp_path)), "test")
+    assert [pair.name for pair in pairs] == ["Rural/5", "Urban/5"]
     with pytest.raises(ValueError, match="has no labels"):
         open_split("loveda", tmp_path, "test")
 
