@@ -3,7 +3,7 @@
 `configs/coco_stuff.py:101` trains depth 101. Network, schedule and evaluation are mmsegmentation's, which publishes mIoU on the
 5,000 validation images at one scale / six scales with flip: depth 50: 38.80 / 39.19, 101: 40.34 / 40.79 (80,000 steps); with
 --config.total_steps=320000, 50: 40.53 / 40.75, 101: 41.95 / 42.42 (configs/pspnet/README.md).
-All start from ImageNet weights: add --config.init_from=FILE with mmsegmentation's resnet50_v1c, or see configs/imagenet.py.
+All start from ImageNet weights: add --config.init_from=hf://timm/resnet50c.gluon_in1k, or see configs/imagenet.py.
 Six scales: --mode evaluate --config.eval.scales=0.5,0.75,1.0,1.25,1.5,1.75 --config.eval.flip=true
 """
 

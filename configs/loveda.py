@@ -3,7 +3,7 @@
 `configs/loveda.py:101` trains depth 101. Network, schedule and evaluation are mmsegmentation's, which publishes mIoU on the
 1,669 validation images at one scale / six scales with flip: depth 18: 48.62 / 47.57, 50: 50.46 / 50.19, 101: 51.86 / 51.34
 (configs/pspnet/README.md).
-All start from ImageNet weights: add --config.init_from=FILE with mmsegmentation's resnet50_v1c, or see configs/imagenet.py.
+All start from ImageNet weights: add --config.init_from=hf://timm/resnet50c.gluon_in1k, or see configs/imagenet.py.
 Six scales: --mode evaluate --config.eval.scales=0.5,0.75,1.0,1.25,1.5,1.75 --config.eval.flip=true
 """
 

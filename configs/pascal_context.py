@@ -2,7 +2,7 @@
 
 `configs/pascal_context.py:50` trains depth 50. Network, schedule and evaluation are mmsegmentation's, whose depth 101 has mIoU
 52.02 on the 5,105 validation images, 53.54 at six scales with flip (configs/pspnet/README.md, 40,000 steps).
-All start from ImageNet weights: add --config.init_from=FILE with mmsegmentation's resnet101_v1c, or see configs/imagenet.py.
+All start from ImageNet weights: add --config.init_from=hf://timm/resnet101c.gluon_in1k, or see configs/imagenet.py.
 Six scales: --mode evaluate --config.eval.scales=0.5,0.75,1.0,1.25,1.5,1.75 --config.eval.flip=true
 """
 

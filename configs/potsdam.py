@@ -3,7 +3,7 @@
 DIR has the 512x512 tiles that mmsegmentation cuts (tools/dataset_converters/potsdam.py). `configs/potsdam.py:101` trains depth
 101. Network, schedule and evaluation are mmsegmentation's, which publishes mIoU on the 2,016 validation tiles at one scale /
 six scales with flip: depth 18: 77.09 / 78.30, 50: 78.12 / 78.98, 101: 78.62 / 79.47 (configs/pspnet/README.md).
-All start from ImageNet weights: add --config.init_from=FILE with mmsegmentation's resnet50_v1c, or see configs/imagenet.py.
+All start from ImageNet weights: add --config.init_from=hf://timm/resnet50c.gluon_in1k, or see configs/imagenet.py.
 Six scales: --mode evaluate --config.eval.scales=0.5,0.75,1.0,1.25,1.5,1.75 --config.eval.flip=true
 """
 
