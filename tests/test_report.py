@@ -27,7 +27,7 @@ def make(name="data", split="val", names=("a", "b", "c"), matrix=None, **fields)
     }
     protocol |= {field: list(config[field]) for field in ("crop", "stride", "scales")} | fields
     matrix = np.eye(3) if matrix is None else np.array(matrix)
-    return Report(summarize(matrix), matrix.sum(1), 1, DatasetInfo(name, names, COLORS), protocol, "1 x cpu", 1.0, 1.0)
+    return Report(summarize(matrix), matrix, 1, DatasetInfo(name, names, COLORS), protocol, "1 x cpu", 1.0, 1.0)
 
 
 def printed(table):
