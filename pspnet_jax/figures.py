@@ -16,7 +16,7 @@ def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str]) -> Image.Im
     shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
     with_numbers = len(class_names) <= MAX_CELLS_WITH_NUMBERS
     side = 3 + (0.45 if with_numbers else 0.16) * len(class_names)  # inches; larger than a line of the names
-    figure, canvas = _canvas(side, side)
+    figure, canvas = _canvas(side, side, layout="constrained")
     axes = figure.add_subplot(title="share of the pixels of each true class, in %", xlabel="prediction", ylabel="truth")
     axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
     places = range(len(class_names))
@@ -42,6 +42,7 @@ def learning_curves(lines: Sequence[Mapping[str, Any]], best_metric: str) -> Ima
         "metrics": [curve for curve in curves if curve[1] in ("mean_iou", best_metric)],
     }
     figure, canvas = _canvas(8, 9)
+    figure.subplots_adjust(0.11, 0.06, 0.98, 0.98, hspace=0.08)  # faster than a layout that fits
     for axes, (title, of_panel) in zip(figure.subplots(len(chosen), sharex=True), chosen.items(), strict=True):
         for kind, name in of_panel:
             points = [(line["step"], line[name]) for line in lines if line["kind"] == kind and name in line]
@@ -54,12 +55,12 @@ def learning_curves(lines: Sequence[Mapping[str, Any]], best_metric: str) -> Ima
     return _picture(canvas)
 
 
-def _canvas(width: float, height: float) -> tuple[Any, Any]:
+def _canvas(width: float, height: float, layout: str = "none") -> tuple[Any, Any]:
     """Returns a figure, whose size is given in inches, and its canvas, which needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=layout)
     return figure, FigureCanvasAgg(figure)
 
 

@@ -187,8 +187,9 @@ def numbers_in(metrics: Mapping[str, Any]) -> dict[str, float]:
     found = {name: float(value) for name, value in metrics.items() if _is_number(value)}
     rows = metrics.get("classes")
     for row in rows if isinstance(rows, list) else ():
-        fractions = {name: math.nan if value is None else value for name, value in row.items()}
-        found |= {f"{name}/{row['name']}": value for name, value in fractions.items() if isinstance(value, float)}
+        if isinstance(row, dict) and "name" in row:
+            fractions = {name: math.nan if value is None else value for name, value in row.items()}
+            found |= {f"{name}/{row['name']}": value for name, value in fractions.items() if isinstance(value, float)}
     return found
 
 
