@@ -55,7 +55,7 @@ def learning_curves(lines: Sequence[Mapping[str, Any]], best_metric: str) -> Ima
     return _picture(canvas)
 
 
-def _canvas(width: float, height: float, layout: str = "none") -> tuple[Any, Any]:
+def _canvas(width: float, height: float, layout: Any = None) -> tuple[Any, Any]:
     """Returns a figure, whose size is given in inches, and its canvas, which needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -45,9 +45,10 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
             raise UserError(
                 f"--profile: step {last} cannot be traced, because total_steps={config.total_steps}; choose earlier steps"
             )
-    for report in train_run(config, workdir, arguments.profile)[-1:] if jax.process_index() == 0 else ():
+    reports = train_run(config, workdir, arguments.profile)
+    if reports and jax.process_index() == 0:
         with contextlib.suppress(OSError):  # the reader of the pipe is gone, as after `| head -1`
-            rich.print(report.table())
+            rich.print(reports[-1].table())
 
 
 def train_run(config: ConfigDict, workdir: epath.Path, traced: tuple[int, int] | None = None) -> list[Report]:

@@ -212,6 +212,11 @@ def test_predict_writes_maps(run, tmp_path):
         np.testing.assert_allclose(confidence, probabilities.max(-1), atol=2**-11)
 
 
+def test_an_unknown_map_is_refused(run, capsys):
+    message = error(capsys, "--mode=predict", f"--workdir={run[0]}", "--output=out", "--maps=confidence,entropy")
+    assert "--maps: 'entropy': expected confidence or probabilities, or both with a comma between them" in message
+
+
 def test_predict_draws_over_a_video(run, capsys, tmp_path):
     pytest.importorskip("av", reason="PyAV is not installed")
     from tests.infer.test_video import TIMES, write

@@ -62,8 +62,8 @@ class TrainingLog:
             with self._without_on_error("TensorBoard files"):
                 self._writers["TensorBoard files"] = writer(str(workdir / "tensorboard"))
         if config.track and self._active:
-            with self._without_on_error(config.track):
-                self._writers[config.track] = tracking.TRACKERS[config.track](workdir, config, start)
+            with self._without_on_error(f"logs of {config.track}"):
+                self._writers[f"logs of {config.track}"] = tracking.begin(workdir, config, resumed=start > 0)
         self._workdir, self._pictures, self._config = workdir, workdir / "pictures", config
         self._examples_per_epoch = examples_per_epoch
         self._interval: Metrics | None = None
@@ -160,11 +160,10 @@ class TrainingLog:
 
     @contextlib.contextmanager
     def _without_on_error(self, name: str) -> Iterator[None]:
-        """Goes on without a writer that fails."""
         try:
             yield
         except Exception as error:
-            logger.warning("%s cannot be written (%s); training goes on without", name, reason(error))
+            logger.warning("%s cannot be written (%s); training goes on without them", name, reason(error))
             self._writers.pop(name, None)
 
     def flush(self) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -34,66 +35,56 @@ def require(name: str) -> None:
 class Wandb:
     """A run of Weights & Biases, whose local files are in WORKDIR/wandb."""
 
-    def __init__(self, workdir: epath.Path, config: ConfigDict, start: int):
-        """Begins a run, or continues that of the workdir if training continues after `start` steps."""
+    def __init__(self, workdir: epath.Path, name: str, fields: Mapping[str, Any], run_id: str | None):
         import wandb
 
-        self._image, id_ = wandb.Image, _read_id(workdir, "wandb", start)
         project, folder = os.environ.get("WANDB_PROJECT", PROJECT), None if files.is_remote(workdir) else str(workdir)
-        fields = dict(configs.leaves(config))
-        self._run = wandb.init(project=project, name=config.name, dir=folder, config=fields, id=id_, resume="allow")
-        _write_id(workdir, "wandb", self._run.id)
+        self._run = wandb.init(project=project, name=name, dir=folder, config=dict(fields), id=run_id, resume="allow")
+        self._image, self.id = wandb.Image, self._run.id
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=step)
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        self._run.log({name: [self._image(image) for image in batch] for name, batch in images.items()}, step=step)
+        self._run.log({name: self._image(image) for name, [image] in images.items()}, step=step)
 
     def close(self) -> None:
         self._run.finish()
 
 
 class MLflow:
-    """A run of MLflow."""
+    """A run of MLflow, which allows no change of the config and only some characters in names."""
 
-    def __init__(self, workdir: epath.Path, config: ConfigDict, start: int):
-        """Begins a run, or continues that of the workdir if training continues after `start` steps."""
+    def __init__(self, workdir: epath.Path, name: str, fields: Mapping[str, Any], run_id: str | None):
         import mlflow
 
-        self._mlflow, id_ = mlflow, _read_id(workdir, "mlflow", start)
         mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
-        run = mlflow.start_run(run_id=id_, run_name=config.name)
-        if not id_:  # MLflow's parameters cannot be changed
-            mlflow.log_params(dict(configs.leaves(config)))
-        _write_id(workdir, "mlflow", run.info.run_id)
+        self._mlflow, self.id = mlflow, mlflow.start_run(run_id, run_name=name).info.run_id
+        if not run_id:
+            mlflow.log_params(fields)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._mlflow.log_metrics({_allowed(name): value for name, value in scalars.items()}, step)
+        self._mlflow.log_metrics({self._allowed(name): value for name, value in scalars.items()}, step)
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        for name, batch in images.items():
-            self._mlflow.log_image(batch[0], key=_allowed(name), step=step)
+        for name, [image] in images.items():
+            self._mlflow.log_image(image, key=self._allowed(name), step=step)
 
     def close(self) -> None:
         self._mlflow.end_run()
 
-
-TRACKERS: dict[str, type[Wandb | MLflow]] = {
-    "wandb": Wandb,
-    "mlflow": MLflow,
-}  # by config.track
+    def _allowed(self, name: str) -> str:
+        return re.sub(r"[^\w\-. /]", "_", name)
 
 
-def _allowed(name: str) -> str:
-    """Replaces the characters that MLflow does not allow in names."""
-    return re.sub(r"[^\w\-. /]", "_", name)
+TRACKERS: dict[str, type[Wandb | MLflow]] = {"wandb": Wandb, "mlflow": MLflow}  # by config.track
 
 
-def _read_id(workdir: epath.Path, name: str, start: int) -> str | None:
-    return files.read_json(workdir / "tracker.json").get(name) if start else None
-
-
-def _write_id(workdir: epath.Path, name: str, id_: str) -> None:
-    with files.atomic(workdir / "tracker.json") as path:
-        path.write_text(json.dumps({name: id_}) + "\n")
+def begin(workdir: epath.Path, config: ConfigDict, resumed: bool) -> Wandb | MLflow:
+    """Begins a run of the tracker config.track or, if training is `resumed`, continues that of the workdir."""
+    path = workdir / "tracker.json"
+    run_id = files.read_json(path).get(config.track) if resumed else None
+    tracker = TRACKERS[config.track](workdir, config.name, dict(configs.leaves(config)), run_id)
+    with files.atomic(path) as temporary:
+        temporary.write_text(json.dumps({config.track: tracker.id}) + "\n")
+    return tracker
