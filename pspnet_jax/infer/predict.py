@@ -70,9 +70,9 @@ def predict(
         predicted.
     """
     with parallel.fail_together("preparing the prediction"):
-        server, output = submission.choose(server_format, segmenter.info) if server_format else None, files.absolute(output)
-        if server and maps:
+        if server_format and maps:
             raise UserError("--maps: a submission to a benchmark's server has none; leave out --maps or --format")
+        server, output = submission.choose(server_format, segmenter.info) if server_format else None, files.absolute(output)
         if output.exists() and not output.is_dir():
             raise UserError(f"--output {output}: is a file; expected a folder, which is created if missing")
     settings = {
