@@ -107,7 +107,7 @@ def test_evaluate_reproduces_the_final_score_of_training(run, capsys):
     scored = json.loads(file.read_text())
     assert scored["mean_iou"] == trained["mean_iou"]
     assert scored["images"] == 3
-    rows = list(csv.reader(file.with_name(f"{file.stem}_confusion.csv").open()))
+    rows = list(csv.reader(file.with_name(f"{file.stem}_confusion.csv").read_text().splitlines()))
     assert [sum(map(int, row)) for _, *row in rows[1:]] == [line["pixels"] for line in scored["classes"]]
     assert file.with_name(f"{file.stem}_confusion.png").exists()
     printed = capsys.readouterr().out
