@@ -288,19 +288,18 @@ class Run:
             return
         except Exception as error:  # such as a bad image, too little memory, or a bug: training goes on
             failure = reason(error)
-        seconds = time.perf_counter() - began
         if parallel.max_over_processes(failure is not None):
             problem = f"step {step} could not be evaluated ({failure or 'in another process'}), but it is saved"
             if step == self.config.total_steps:
                 raise UserError(f"{problem}; run the same command to evaluate it again")
             logger.warning(f"{problem}, and training goes on")
-            return self.log.exclude_time(seconds)
+            return self.log.exclude_time(time.perf_counter() - began)
         best_metric = self.config.eval.best_metric
         if best_metric not in found:
             raise UserError(f"eval.best_metric={best_metric!r}: the evaluation has {', '.join(found)}; choose one of these")
-        self.log.exclude_time(seconds)
         # Logged before the score is saved: a run that is killed in between repeats the evaluation when it is resumed.
         self.log.log_evaluation(step, metrics, pictures)
+        self.log.exclude_time(time.perf_counter() - began)
         if self.checkpoints.save_failed(wait=True):
             self.save(step, state)
         settings = resume.evaluation_settings(self.config) | {"data": metrics.get("data")}
