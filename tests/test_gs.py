@@ -106,9 +106,10 @@ def test_training_stopping_resuming_evaluation_and_prediction_on_gs(cloud, tmp_p
     assert f"training from step {step - 1} to {step + 1}; writing to gs://bucket/run\n" in output
     lines = [json.loads(line) for line in bucket.objects["bucket/run/metrics.jsonl"].content.splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, step + 2))
-    [scored] = bucket.names("bucket/run/evaluation/folder_")
+    [scored] = [name for name in bucket.names("bucket/run/evaluation/folder_") if name.endswith(".json")]
     assert json.loads(bucket.objects[scored].content)["mean_iou"] == lines[-1]["mean_iou"]
-    assert len([key for key in bucket.names("bucket/run/pictures/") if key.endswith(".png")]) == 3
+    assert len([key for key in bucket.names("bucket/run/pictures/") if key.endswith(".png")]) == 4
+    assert bucket.names("bucket/run/curves.png")
     assert bucket.names("bucket/run/tensorboard/events")
     assert bucket.names("bucket/run/check/train_images")
     for name in ("000", "001", "002"):
