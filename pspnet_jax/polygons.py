@@ -50,7 +50,7 @@ def read(file: str, image_file: str) -> Drawing:
     Raises:
       UserError: the file is neither, or does not contain the image.
     """
-    content = _read(file, epath.Path(file).stat().mtime)
+    content = _read(file, _stamp(file))
     if isinstance(content, Drawing):
         return content
     if not (drawing := content.get(os.path.basename(image_file))):
@@ -70,15 +70,16 @@ def class_names(root: str, pattern: str) -> tuple[str, ...]:
     Categories without annotations, such as super-categories, are no classes.
     """
     files = sorted(epath.Path(root).expanduser().glob(pattern.replace("{split}", "*")))
-    names = dict.fromkeys(name for file in files for name in _coco_file(str(file)).categories)
-    return (BACKGROUND, *(name for name in names if name != BACKGROUND)) if names else ()
+    categories = {number: name for file in files for number, name in _coco_file(str(file)).categories.items()}
+    names = dict.fromkeys([BACKGROUND, *(name for _, name in sorted(categories.items()))])
+    return tuple(names) if categories else ()
 
 
 def _coco_file(file: str) -> "_Coco":
     if not epath.Path(file).exists():
         raise MissingFileError(f"{file}: no such file; it should be a COCO file")
     try:
-        content = _read(file, epath.Path(file).stat().mtime)
+        content = _read(file, _stamp(file))
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     if isinstance(content, Drawing):
@@ -87,13 +88,19 @@ def _coco_file(file: str) -> "_Coco":
 
 
 class _Coco(dict[str, Drawing]):
-    """{file name of an image: its polygons}, and the names of the categories that have any, in the order of their ids."""
+    """{file name of an image: its polygons}, and {id: name} of the categories that have any."""
 
-    categories: list[str]
+    categories: dict[int, str]
+
+
+def _stamp(file: str) -> tuple[float, int]:
+    """Returns the time and size of a file, which change whenever it does."""
+    status = epath.Path(file).stat()
+    return status.mtime, status.length
 
 
 @functools.lru_cache(maxsize=8)
-def _read(file: str, mtime: float) -> Drawing | _Coco:
+def _read(file: str, stamp: tuple[float, int]) -> Drawing | _Coco:
     try:
         content = json.loads(epath.Path(file).read_bytes())
         return _labelme(content) if "shapes" in content else _coco(content)
@@ -125,7 +132,7 @@ def _coco(content: dict[str, Any]) -> _Coco:
     if len(found) < len(drawings):
         raise ValueError("two images have the same file name")
     used = {annotation["category_id"] for annotation in content["annotations"]}
-    found.categories = [names[number] for number in sorted(used)]
+    found.categories = {number: names[number] for number in used}
     return found
 
 
