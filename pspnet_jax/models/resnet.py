@@ -118,7 +118,9 @@ class ResNet(nn.Module):
         x = images.astype(self.dtype)
         stem_conv = functools.partial(recompute(ConvNorm, self.remat), frozen_norm=self.frozen_norm)
         for i, (kernel_size, multiple) in enumerate(choose(STEMS, "stem", self.stem)):
-            x = stem_conv(int(multiple * self.width), kernel_size, 2 if i == 0 else 1, name=f"stem_conv{i + 1}")(x, train and not frozen)
+            x = stem_conv(int(multiple * self.width), kernel_size, 2 if i == 0 else 1, name=f"stem_conv{i + 1}")(
+                x, train and not frozen
+            )
         x = max_pool(jax.lax.stop_gradient(x) if frozen else x)
         bottleneck = functools.partial(recompute(Bottleneck, self.remat), stride_in=self.stride_in)
         block = recompute(BasicBlock, self.remat) if self.depth in BASIC_DEPTHS else bottleneck
