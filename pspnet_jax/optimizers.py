@@ -54,9 +54,9 @@ def learning_rate(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
 
 
 def rate_rules(optimizer: ConfigDict) -> Rules:
-    """Multipliers of the learning rate: `head_multiplier` outside the backbone; inside, `layer_decay` once for layer4, twice for
-    layer3, ..., five times for the stem, and 0 for stages that `freeze` freezes."""
-    rates = {stage: optimizer.layer_decay ** (5 - i) for i, stage in enumerate(STAGE_NAMES)}
+    """Multipliers of the learning rate: `head_multiplier` outside the backbone; inside, `layer_decay` for layer4, its square
+    for layer3, ..., its fifth power for the stem, and 0 for the stages that `freeze` names."""
+    rates = {stage: optimizer.layer_decay ** (len(STAGE_NAMES) - i) for i, stage in enumerate(STAGE_NAMES)}
     rates |= dict.fromkeys(FREEZE[optimizer.freeze], 0.0)
     stages = tuple((f"backbone/{stage}_.*", rate) for stage, rate in rates.items())
     return (*stages, ("backbone/.*", 1.0), (".*", optimizer.head_multiplier))

@@ -93,7 +93,7 @@ def apply_augmentation(
         first, last = np.maximum(low - RADIUS, 0), np.minimum(high + RADIUS, canvas)
         region = np.empty((*(last - first), image.shape[2]), np.float32)
         _warp_image(image, a, a @ first + b, rotated, fill, region)
-        # The blur reflects at the region's border. Where that is not the canvas's border, the affected pixels are cut off below.
+        # The blur reflects at the region's border. Where that is not the canvas's, the affected pixels are cut off below.
         cv2.GaussianBlur(region, (2 * RADIUS + 1, 2 * RADIUS + 1), 0, dst=region)
         blurred = region[_slices(low - first, high - first)]
         if image.dtype == np.uint8:

@@ -27,8 +27,8 @@ def load(name: str) -> Extra:
         inspect.signature(function).bind(None, None, None)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(
-            f"augment.extra={name!r}: {error}; expected 'module:function' of a module that Python finds (PYTHONPATH=FOLDER adds "
-            "a folder), and a function of an image, a label and a random generator"
+            f"augment.extra={name!r}: {error}; expected 'module:function' of a module that Python finds (PYTHONPATH=FOLDER "
+            "adds a folder), and a function of an image, a label and a random generator"
         ) from error
 
     def call(image: np.ndarray, label: np.ndarray, random: np.random.Generator) -> Example:

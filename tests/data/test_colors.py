@@ -49,7 +49,12 @@ def test_all_steps_equal_mmsegmentations():
     image = random.integers(0, 256, (31, 40, 3), np.uint8)
     for position in range(100):
         colors = sample_colors(generator(3, AUGMENT, position), augment)
-        np.testing.assert_array_equal(changed(image, **colors._asdict()), step_by_step(image, colors), err_msg=str(colors))
+        found, expected = changed(image, **colors._asdict()), step_by_step(image, colors)
+        if colors.hue and colors.saturation != 1:  # mmsegmentation rounds once more in between
+            assert np.abs(found.astype(int) - expected).mean() < 1, colors
+        else:
+            np.testing.assert_allclose(found, expected, atol=1, err_msg=str(colors))
+            assert (found != expected).mean() < 0.02
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_it_changes_each_crop_by_random_numbers_of_the_seed_and_position(tmp_pat
 def test_a_wrong_name_is_refused_before_the_data_is_read(tmp_path):
     config = recipe(tmp_path, "my_augmentation:missing")
     config.dataset.root = str(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="augment.extra='my_augmentation:missing'"):
+    with pytest.raises(UserError, match=r"augment\.extra='my_augmentation:missing'"):
         pipeline.open_training(config)
 
 
