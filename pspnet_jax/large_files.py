@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import tifffile
 from etils import epath
 from PIL import ExifTags
 
@@ -27,6 +26,8 @@ def is_large(path: epath.PathLike, pixels: float | None = None) -> bool:
     """Returns whether a file is a TIFF of more than so many pixels, by default `WHOLE`."""
     if not os.fspath(path).lower().endswith((".tif", ".tiff")):
         return False
+    import tifffile  # takes a third of a second
+
     try:
         with epath.Path(path).open("rb") as file, tifffile.TiffFile(file) as tiff:
             return tiff.pages.first.imagelength * tiff.pages.first.imagewidth > (WHOLE if pixels is None else pixels)
@@ -75,6 +76,8 @@ class LargeTiff:
         Raises:
           UserError: the image is not upright, or is stored in pieces that are too large.
         """
+        import tifffile
+
         self._path, self._convert = epath.Path(path), convert
         with self._path.open("rb") as file, tifffile.TiffFile(file) as tiff:
             page = tiff.pages.first
@@ -149,6 +152,8 @@ def strips(array: "np.ndarray | LargeTiff") -> Iterable[np.ndarray]:
 
 def read_description(path: epath.PathLike) -> str:
     """Returns a TIFF's tag ImageDescription."""
+    import tifffile
+
     with epath.Path(path).open("rb") as file, tifffile.TiffFile(file) as tiff:
         return tiff.pages.first.description
 
@@ -171,6 +176,8 @@ def write_labels(
       description: its tag ImageDescription.
       georeference: tags of a `LargeTiff` of the same size, which make it a GeoTIFF.
     """
+    import tifffile
+
     palette = np.zeros((3, 256), np.uint16)
     palette[:, : len(colors)] = 257 * np.transpose(colors)
     with files.atomic(path) as temporary, tifffile.TiffWriter(os.fspath(temporary), bigtiff=True) as writer:
