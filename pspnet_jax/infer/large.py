@@ -103,7 +103,8 @@ def _shift(part: slice, by: int) -> slice:
 def _require_original_size(segmenter: Segmenter, what: str) -> None:
     settings = segmenter.predictor.settings
     wanted: dict[str, object] = {"inference": "windows", "scales": (1.0,), "base_size": 0, "short_size": 0}
-    wanted |= {"caffe": [("protocol", "semseg")], "mmseg": [("flip", False)]}.get(settings.protocol, [])
+    if settings.protocol != "semseg":
+        wanted |= {"protocol": "semseg"} if settings.protocol == "caffe" else {"flip": False}
     wrong = {field: value for field, value in wanted.items() if settings[field] != value}
     if wrong:
         flags = " ".join(f"--config.eval.{field}={value}" for field, value in wrong.items())
