@@ -30,6 +30,8 @@ def base_config() -> ConfigDict:
     config.seed = 0  # determines initial weights, order of examples, augmentation and dropout
     config.batch_size = 16  # images per optimizer step, over all devices; BatchNorm sees batch_size / optimizer.accumulate
     config.total_steps = 150_000  # optimizer steps; the learning rate reaches 0 at the end
+    config.patience = 0  # stops early, after this many evaluations without a better eval.best_metric; 0: off
+    config.track = ""  # also sends numbers, pictures and the config to an experiment tracker: wandb or mlflow; empty: none
     config.init_from = ""  # a run's workdir or third-party weights to start from: a file, or a name such as
     # hf://timm/resnet50s.gluon_in1k; empty: random
 
@@ -70,6 +72,17 @@ def base_config() -> ConfigDict:
     dataset.tfds_name = ""  # for name="tfds": name of the builder; root is its data_dir
     dataset.train_split = "train"  # join several with +: "train+train_extra"
     dataset.image_dtype = "uint8"  # of the pixels in image files: uint8, uint16 or float32
+    dataset.images = "images/{split}/{name}.*"  # folder: pattern of the images' paths below root; {name} is what an image and
+    # its label share (a folder such as a/b too), {split} is optional, and * is any other part of a name
+    dataset.labels = "labels/{split}/{name}.*"  # folder: of the labels; {name}.json: labelme's; a .json without {name}: COCO's
+    dataset.split_file = ""  # folder: list of a split's images, or of images and labels: "lists/{split}.txt", or a CSV with a
+    # header, such as image,label,split
+    dataset.split_fraction = 0.0  # folder, without {split} and split_file: share of the files in the split val; the others are
+    # in train. New files do not move the old ones
+    dataset.split_seed = 0  # for split_fraction
+    dataset.label_map = ""  # folder: classes of the values or colors in label files, "{0: 'cell', (255, 0, 0): 'road'}", where
+    # None is ignored, of polygons "{'tree': 'tree', 'background': None}", or a CSV; empty: the values are class indices
+    dataset.ignore_index = 255  # folder, without label_map: label value that is ignored
     dataset.class_names = ()  # empty: the dataset's own, or those in a folder's classes.txt
     dataset.colors = ()  # one (R, G, B) per class; empty: as for class_names
     dataset.palette = ()  # (value, R, G, B) in label files with a palette: filled in by training, compared in evaluation
@@ -126,7 +139,8 @@ def base_config() -> ConfigDict:
     evaluation.flip = True  # average the predictions with those of the flipped image
     evaluation.batch_size = 0  # windows (or whole images) per forward pass over all devices; 0: as many as half of a device's
     # memory holds, up to 2 million pixels per device (8 windows of 473x473); on CPUs 4 in total
-    evaluation.best_metric = "mean_iou"  # selects the best checkpoint: mean_iou, mean_accuracy or pixel_accuracy
+    evaluation.best_metric = "mean_iou"  # selects the best checkpoint: mean_iou, mean_accuracy, mean_precision, mean_f1 or
+    # pixel_accuracy; or, of a class, iou/NAME, accuracy/NAME (its recall), precision/NAME or f1/NAME (its Dice coefficient)
 
     config.every = every = ConfigDict()  # intervals, in steps; all are also due at the last step
     every.log = 50  # logs the means since the previous log

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from pspnet_jax import class_lists
+from pspnet_jax import class_lists, label_maps, polygons
 from pspnet_jax.class_lists import Color
 from pspnet_jax.errors import MissingFileError, UserError
 
@@ -31,6 +31,7 @@ RAW_VALUES = {
 }
 # Other values in these files, which are not scored: 0 in ADE20K; the ids of the remaining classes up to 33 in Cityscapes.
 VOID_VALUES = {"cityscapes": range(34), "voc2012": (IGNORE,), "ade20k": (0,)}
+MAX_SHOWN = 20  # classes of a label map in a message
 RARE = 10  # wrong values at fewer than 1/10 of the pixels may be the edges of interpolated labels
 # Number of images in each split.
 COUNTS = {
@@ -41,7 +42,7 @@ COUNTS = {
 
 # Expected contents of the directory for each file-based config.dataset.name, see data/layouts.py.
 EXPECTED_FILES = {
-    "folder": "images/SPLIT and labels/SPLIT",
+    "folder": "images/SPLIT and labels/SPLIT, or what dataset.images and dataset.labels say",
     "ade20k": "images/{training,validation} and annotations/{training,validation}, as in ADEChallengeData2016",
     "voc2012": "JPEGImages, SegmentationClass and ImageSets/Segmentation, as in VOCdevkit/VOC2012; for train_aug also "
     "SegmentationClassAug, or SBD's benchmark_RELEASE/dataset, next to it or as --config.dataset.extra_root",
@@ -90,8 +91,8 @@ class DatasetInfo:
 def describe(dataset: ConfigDict) -> DatasetInfo:
     """Returns the classes of a recipe's dataset.
 
-    Names are dataset.class_names or, if that is empty, from the known dataset's table or a folder's list of classes.
-    Colors are dataset.colors, or from the same table or list, or from `voc_palette`.
+    Names are dataset.class_names or, if that is empty, from the known dataset's table, or a folder's label map, COCO files or
+    list of classes. Colors are dataset.colors, or from the same place, or from `voc_palette`.
 
     Args:
       dataset: config.dataset.
@@ -99,7 +100,7 @@ def describe(dataset: ConfigDict) -> DatasetInfo:
     Raises:
       UserError: the classes are not named anywhere, or are not valid (see `DatasetInfo`).
     """
-    own = None if dataset.class_names else _listed_classes(dataset)
+    own = None if dataset.class_names else _mapped_classes(dataset) or _listed_classes(dataset)
     names = dataset.class_names or (own and own[0])
     if not names and dataset.name == "tfds":
         raise UserError(
@@ -121,7 +122,7 @@ def describe(dataset: ConfigDict) -> DatasetInfo:
 
 def file_colors(dataset: ConfigDict) -> dict[int, Color]:
     """Returns the colors in a folder's list of classes, {label: (R, G, B)}; {} if there are none."""
-    own = _listed_classes(dataset) if dataset.name == "folder" else None
+    own = _listed_classes(dataset) if dataset.name == "folder" and not dataset.label_map else None
     return own[1] if own else {}
 
 
@@ -131,7 +132,7 @@ def check_classes(dataset: ConfigDict) -> None:
     Raises:
       UserError: names the first class that differs.
     """
-    own = _listed_classes(dataset)
+    own = _listed_classes(dataset) if not dataset.label_map else None  # a map refers to classes by name
     if own is None:
         return
     for label, listed, named in differing_classes(own[0], describe(dataset).class_names):
@@ -150,6 +151,19 @@ def differing_classes(theirs: Sequence[str], ours: Sequence[str]) -> list[tuple[
         if their.lower() != our.lower()
         and not (their and our == f"class {label}")  # the placeholder for imported weights without class names
     ]
+
+
+def _mapped_classes(dataset: ConfigDict) -> tuple[tuple[str, ...], dict[int, Color]] | None:
+    """Returns the names and colors that a folder's label map or COCO files give; None without either."""
+    if dataset.name != "folder":
+        return None
+    entries = label_maps.read(dataset)
+    if names := label_maps.class_names(entries):
+        colors = {names.index(name): key for key, name in reversed(entries.items()) if name and isinstance(key, tuple)}
+        return names, colors
+    if not entries and dataset.root and polygons.is_coco(dataset.labels):
+        return polygons.class_names(dataset.root, dataset.labels), {}
+    return None
 
 
 def _listed_classes(dataset: ConfigDict) -> tuple[tuple[str, ...], dict[int, Color]] | None:
@@ -249,7 +263,11 @@ def label_problem(histogram: Sequence[int], num_classes: int) -> str | None:
     if not wrong:
         return None
     if wrong == [num_classes]:
-        cause = "indices that count from 1 with 0 as void (subtract 1, and change 0 to 255), or one class name is missing"
+        void, named = shift_maps(num_classes)
+        cause = (
+            f'either 0 is void and the classes count from 1 (set dataset.label_map="{void}"), or one class name is missing, '
+            f'the first or the last (add it, and set dataset.label_map="{named}")'
+        )
     elif set(wrong) <= _voc_grays():
         cause = "a VOC palette image converted to gray (read the palette's indices instead)"
     elif num_classes == len(RAW_VALUES["cityscapes"]) and wrong[-1] <= max(RAW_VALUES["cityscapes"]):
@@ -263,6 +281,15 @@ def label_problem(histogram: Sequence[int], num_classes: int) -> str | None:
         f"label value {wrong[0]} at {histogram[wrong[0]]} pixels, expected 0..{num_classes - 1} for {num_classes} classes, or "
         f"{IGNORE} to ignore; likely cause: {cause}"
     )
+
+
+def shift_maps(num_classes: int) -> tuple[str, str]:
+    """Returns two label maps for values 0..K, where 0 is void, or all are classes; those of many classes are abbreviated."""
+    shown = [*range(1, num_classes + 1)]
+    void, named = [f"{value}: {value - 1}" for value in shown], [f"{value}: {value}" for value in shown]
+    if num_classes > MAX_SHOWN:
+        void[2:-1] = named[2:-1] = ["..."]
+    return f"{{0: None, {', '.join(void)}}}", f"{{0: 0, {', '.join(named)}}}"
 
 
 def _voc_grays() -> set[int]:

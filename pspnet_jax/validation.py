@@ -9,8 +9,10 @@ from pspnet_jax import datasets, image_files, losses, models, optimizers
 from pspnet_jax.config import base_config, bn_images, leaves
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer.protocols import PROTOCOLS
+from pspnet_jax.polygons import is_coco
 
 CHOICES: dict[str, Collection[str]] = {
+    "track": ("", "wandb", "mlflow"),
     "loss.auxiliary_schedule": losses.SCHEDULES,
     "loss.class_weighting": ("", *losses.WEIGHTINGS),
     "optimizer.name": optimizers.OPTIMIZERS,
@@ -20,7 +22,6 @@ CHOICES: dict[str, Collection[str]] = {
     "dataset.cache": ("", "memory", "disk"),
     "eval.inference": ("windows", "whole"),
     "eval.protocol": PROTOCOLS,
-    "eval.best_metric": ("mean_iou", "mean_accuracy", "pixel_accuracy"),
     "normalize.order": ("RGB", "BGR"),
 }
 TUPLES = {  # type and number of values in each tuple; None: any number
@@ -47,9 +48,9 @@ def validate(config: ConfigDict, num_devices: int = 0) -> None:
     if problems := _tuple_problems(config):
         raise UserError("\n".join(problems))
     problems = models.problems(config.model)
-    for section in ("normalize", "loss", "optimizer", "dataset", "eval"):
-        problems += _choice_problems(config[section], f"{section}.")
-    problems += _range_problems(config) + _size_problems(config) + _batch_problems(config, num_devices)
+    problems += (
+        _choice_problems(config) + _range_problems(config) + _size_problems(config) + _batch_problems(config, num_devices)
+    )
     if problems:
         raise UserError("\n".join(problems))
 
@@ -62,7 +63,15 @@ USED_ONLY_WITH: tuple[tuple[str, str, Callable[[ConfigDict], bool]], ...] = (
     ("loss.ohem_threshold loss.ohem_min_kept", "ohem", lambda c: "ohem" in c.loss.terms),
     ("optimizer.beta2", "adamw", lambda c: c.optimizer.name == "adamw"),
     ("optimizer.trust_coefficient", "lars", lambda c: c.optimizer.name == "lars"),
+    ("patience", "every.eval above 0", lambda c: c.every.eval > 0),
     ("dataset.tfds_name", "dataset.name='tfds'", lambda c: c.dataset.name == "tfds"),
+    (
+        "dataset.images dataset.labels dataset.split_file dataset.split_fraction dataset.label_map dataset.ignore_index",
+        "dataset.name='folder'",
+        lambda c: c.dataset.name == "folder" or any(part[0] == "folder" for part in c.dataset.mixture),
+    ),
+    ("dataset.ignore_index", "an empty dataset.label_map", lambda c: not c.dataset.label_map),
+    ("dataset.split_seed", "dataset.split_fraction", lambda c: c.dataset.split_fraction > 0),
     ("dataset.extra_root", "dataset.name='voc2012'", lambda c: c.dataset.name == "voc2012"),
 )
 
@@ -98,6 +107,12 @@ def _tuple_problems(config: ConfigDict) -> list[str]:
             f"dataset.mixture={config.dataset.mixture}: expected tuples ('name', 'root', 'split', weight), where the name "
             f"is one of {', '.join(map(repr, CHOICES['dataset.name']))}, and the weight is above 0 and below 1000"
         )
+    images, labels = config.dataset.images, config.dataset.labels
+    if images.count("{name}") != 1 or (labels.count("{name}") != 1 and not is_coco(labels)):
+        problems.append(
+            f"dataset.images={images!r}, dataset.labels={labels!r}: expected paths below root with one {{name}} each; only a "
+            "COCO file, which ends in .json, has none"
+        )
     per_channel = {"normalize.mean": (float, config.model.channels), "normalize.std": (float, config.model.channels)}
     for field, (kind, count) in (TUPLES | per_channel).items():
         value, kinds = values[field], (int, float) if kind is float else kind
@@ -115,21 +130,21 @@ def _is_part(part: object) -> bool:
     return False
 
 
-def _choice_problems(config: ConfigDict, prefix: str) -> list[str]:
+def _choice_problems(config: ConfigDict) -> list[str]:
     return [
         f"{field}={value!r}: expected one of {', '.join(map(repr, CHOICES[field]))}"
-        for field, value in leaves(config, prefix)
+        for field, value in leaves(config)
         if field in CHOICES and value not in CHOICES[field]
     ]
 
 
 _POSITIVE = """batch_size total_steps parallel.spatial every.log every.save loss.ohem_min_kept
     optimizer.learning_rate optimizer.accumulate optimizer.trust_coefficient"""
-_NOT_NEGATIVE = """every.eval eval.batch_size eval.base_size eval.short_size augment.rotate_degrees loss.focal_gamma
+_NOT_NEGATIVE = """patience every.eval eval.batch_size eval.base_size eval.short_size augment.rotate_degrees loss.focal_gamma
     loss.auxiliary_weight optimizer.power optimizer.weight_decay optimizer.clip_norm optimizer.warmup_steps
     optimizer.head_multiplier"""
 _PROBABILITIES = "augment.rotate_probability augment.blur_probability augment.flip_probability dataset.balance"
-_SHARES = "optimizer.momentum optimizer.beta2 optimizer.ema_decay loss.label_smoothing"
+_SHARES = "optimizer.momentum optimizer.beta2 optimizer.ema_decay loss.label_smoothing dataset.split_fraction"
 RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (_POSITIVE, "more than 0", lambda x: x > 0),
     (_NOT_NEGATIVE, "0 or more", lambda x: x >= 0),
