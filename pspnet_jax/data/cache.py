@@ -133,8 +133,9 @@ def _on_disk(source: Source, budget: CacheBudget, path_of: Callable[[int], pathl
 
 def _identity(source: Source, index: int, dataset: ConfigDict) -> str:
     """Returns a digest of the example's dataset and name, and of its files' paths, sizes and times."""
-    key = (VERSION, source.pixel_format, source.reading, dataset.name, dataset.root, dataset.tfds_name, source.num_classes)
-    return stamps.digest((*key, source.names[index], [(file, stamps.stat(file)) for file in source.files(index)]))
+    kind = source.pixel_format, source.num_classes, source.reading
+    key = (VERSION, *kind, dataset.name, dataset.root, dataset.tfds_name, source.names[index])
+    return stamps.digest((*key, [(file, stamps.stat(file)) for file in source.files(index)]))
 
 
 def _available_memory() -> int:

@@ -45,8 +45,8 @@ def check_pair(
     num_classes: int,
     read_pixels: bool,
     benchmark: str | None,
-    pixel_format: image_files.PixelFormat = image_files.RGB8,
     reader: LabelReader | None = None,
+    pixel_format: image_files.PixelFormat = image_files.RGB8,
 ) -> CheckedPair:
     """Checks a pair, and raises an error about its first fault.
 
@@ -56,8 +56,8 @@ def check_pair(
       num_classes: K.
       read_pixels: whether to read all pixels, or only the headers.
       benchmark: the benchmark whose raw values the label has; None if it has class indices.
-      pixel_format: of the image.
       reader: of labels that have neither.
+      pixel_format: of the image.
 
     Raises:
       WrongValues: only the label's values are wrong.

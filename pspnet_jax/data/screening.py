@@ -184,7 +184,7 @@ def _check_files(
         _, image, label, raw = pairs[index]
         try:
             benchmark = dataset.name if raw else None
-            return checks.check_pair(image, label, len(names), index in chosen, benchmark, pixel_format, reader)
+            return checks.check_pair(image, label, len(names), index in chosen, benchmark, reader, pixel_format)
         except UserError as error:
             return Problem(index, isinstance(error, checks.WrongValues), str(error))
 

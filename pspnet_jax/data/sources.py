@@ -65,7 +65,7 @@ def training_parts(dataset: ConfigDict) -> Iterator[tuple[ConfigDict, str]]:
 
 
 class Files(Source):
-    """Pairs of files: images in any format of `image_files`, with labels as 8-bit PNGs, as SBD's .mat files, or with a reader.
+    """Pairs of files: images of `image_files` with labels as 8-bit gray or palette PNGs, as SBD's .mat files, or with a reader.
 
     Attributes:
       pairs: the files; every pair has a label.
@@ -77,8 +77,8 @@ class Files(Source):
         pairs: Sequence[layouts.Pair],
         num_classes: int,
         screened: screening.Screened | None = None,
-        pixel_format: PixelFormat = RGB8,
         reader: label_files.LabelReader | None = None,
+        pixel_format: PixelFormat = RGB8,
     ):
         """Stores the pairs without checking them.
 
@@ -87,8 +87,8 @@ class Files(Source):
           pairs: the files.
           num_classes: K.
           screened: the result of checking these pairs, if they were checked.
-          pixel_format: of the images.
           reader: of labels that are neither PNGs nor SBD's, or that have other values.
+          pixel_format: of the images.
         """
         self._reader, self.reading = reader, repr(reader.classes) if reader else ""
         self.pairs, self.num_classes, self._benchmark, self.pixel_format = pairs, num_classes, benchmark, pixel_format
@@ -168,7 +168,7 @@ class Files(Source):
     def check(self, index: int) -> checks.CheckedPair:
         _, image, label, raw = self.pairs[index]
         benchmark = self._benchmark if raw else None
-        return checks.check_pair(image, label, self.num_classes, True, benchmark, self.pixel_format, self._reader)
+        return checks.check_pair(image, label, self.num_classes, True, benchmark, self._reader, self.pixel_format)
 
     def where(self, index: int) -> str:
         return " or ".join(self.files(index))
@@ -200,7 +200,7 @@ def _open_files(dataset: ConfigDict, split: str, check: bool, pixel_format: Pixe
     if not check:
         pairs = list_pairs()
         reader = label_files.reader(dataset, names, [pair.label for pair in pairs])
-        files = Files(name, pairs, len(names), None, pixel_format, reader)
+        files = Files(name, pairs, len(names), None, reader, pixel_format)
         files.image_sizes = [known[0] if known else 0 for known in stamps.stats([pair.image for pair in files.pairs])]
         return files
     screened = screening.screen(list_pairs, dataset, names, f"{root}, {split}", pixel_format)
@@ -208,7 +208,7 @@ def _open_files(dataset: ConfigDict, split: str, check: bool, pixel_format: Pixe
     if count not in (None, len(screened.pairs)):
         logger.warning(f"{name} {split} officially has {count:,} images, but {len(screened.pairs):,} were found")
     reader = label_files.reader(dataset, names, [pair.label for pair in screened.pairs])
-    return Files(name, screened.pairs, len(names), screened, pixel_format, reader)
+    return Files(name, screened.pairs, len(names), screened, reader, pixel_format)
 
 
 class Scenes(Source):
