@@ -36,9 +36,6 @@ PANELS = 12  # images of each split in the contact sheet of --mode check
 
 def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode train: trains a recipe, or resumes the run in its workdir."""
-    from pspnet_jax.data import pipeline  # noqa: F401 -- imports TensorFlow, which takes seconds
-
-    logger.info(f"Python and its packages were ready after {time.time() - psutil.Process().create_time():.1f} s")
     with parallel.fail_together("reading the recipe"):
         config = runs.from_recipe(arguments, overrides, jax.device_count())
         workdir = runs.workdir_of(arguments, config.name)
@@ -46,6 +43,9 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
             raise UserError(
                 f"--profile: step {last} cannot be traced, because total_steps={config.total_steps}; choose earlier steps"
             )
+    from pspnet_jax.data import pipeline  # noqa: F401 -- imports TensorFlow, which takes seconds
+
+    logger.info(f"Python and its packages were ready after {time.time() - psutil.Process().create_time():.1f} s")
     reports = train_run(config, workdir, arguments.profile)
     if reports and jax.process_index() == 0:
         with contextlib.suppress(OSError):  # the reader of the pipe is gone, as after `| head -1`
