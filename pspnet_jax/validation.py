@@ -141,6 +141,7 @@ def _choice_problems(config: ConfigDict) -> list[str]:
     ]
 
 
+COLORS = ("brightness", "contrast", "saturation", "hue")  # fields of config.augment
 _POSITIVE = """batch_size total_steps parallel.spatial every.log every.save loss.ohem_min_kept
     optimizer.learning_rate optimizer.accumulate optimizer.trust_coefficient"""
 _NOT_NEGATIVE = """patience every.eval eval.batch_size eval.base_size eval.short_size augment.rotate_degrees loss.focal_gamma
@@ -196,6 +197,13 @@ def _range_problems(config: ConfigDict) -> list[str]:
         low, high = config.augment[field]
         if not 0 <= low <= high:
             problems.append(f"augment.{field}={config.augment[field]}: expected (low, high) with 0 <= low <= high")
+    changed = [f for f in COLORS if config.augment[f] != base_config().augment[f]]
+    rgb = config.model.channels == 3 or not {"saturation", "hue"} & {*changed}
+    if changed and (config.dataset.image_dtype != "uint8" or not rgb):
+        problems.append(
+            f"augment.{', augment.'.join(changed)}: change 8-bit images, saturation and hue only those with 3 channels; leave "
+            f"them out with dataset.image_dtype={config.dataset.image_dtype!r}, model.channels={config.model.channels}"
+        )
     if models.FREEZE.get(config.optimizer.freeze) and not config.init_from:
         problems.append(f"optimizer.freeze={config.optimizer.freeze!r}: expected init_from, whose weights are kept")
     if not config.eval.scales or min(config.eval.scales) < 1 / 16:

@@ -133,3 +133,12 @@ def test_all_problems_are_listed_at_once():
     with pytest.raises(ValueError) as error:
         validation.validate(changed(wrong), num_devices=2)
     assert {line.split("=")[0] for line in str(error.value).splitlines()} == set(wrong)
+
+
+def test_colors_change_only_in_images_that_have_them():
+    gray = {"model.channels": 1, "normalize.mean": (128.0,), "normalize.std": (64.0,)}
+    deep = {"dataset.image_dtype": "float32"}
+    validation.validate(changed(gray | {"augment.brightness": 32.0, "augment.contrast": (0.5, 1.5)}))
+    for refused in (gray | {"augment.hue": 18}, gray | {"augment.saturation": (0.5, 1.5)}, deep | {"augment.brightness": 32.0}):
+        with pytest.raises(ValueError, match=r"^augment\.(hue|saturation|brightness): change 8-bit images, saturation and hue"):
+            validation.validate(changed(refused))

@@ -118,10 +118,12 @@ def initial_weights(config: ConfigDict, model: nn.Module, mesh: Mesh) -> tuple[V
         saved, step, variables = checkpoint.load(config.init_from, "latest", mesh)
         _check_compatible(saved, config, "head_conv" in variables["params"])
         logger.info("starting from the weights of %s, step %s", config.init_from, step)
-        return weights.adapt_channels(variables, config.model.channels, config.init_from), saved.dataset.class_names
+        adapted = weights.adapt_channels(variables, config.model.channels, config.init_from, saved.normalize.order)
+        return adapted, saved.dataset.class_names
     source = weights.inspect(config.init_from)
-    if (config.model.channels, config.dataset.image_dtype) == RGB8:  # other images have other statistics
-        weights.check_normalize(config.normalize, source)
+    if config.model.channels == 3:  # others are adapted
+        same_type = config.dataset.image_dtype == RGB8.dtype  # images of another type have other statistics
+        weights.check_normalize(config.normalize, source, ("mean", "std", "order") if same_type else ("order",))
     logger.info("starting from %s", "; ".join(filter(None, (str(source), source.entry_note))))
     return weights.load(config.init_from, model, partial=True), source.class_names
 
@@ -131,9 +133,11 @@ def _check_compatible(saved: ConfigDict, config: ConfigDict, has_head: bool) -> 
 
     Without a head, as from --mode pretrain, only the fields of the backbone count.
     """
-    kinds = [(c.model.channels, c.dataset.image_dtype) for c in (saved, config)]  # other images have other statistics
-    for section in ("model", "normalize") if kinds[0] == kinds[1] else ("model",):
-        given, free = config[section], MAY_DIFFER_AT_START
+    adapted, free = saved.model.channels != config.model.channels, MAY_DIFFER_AT_START
+    if adapted or saved.dataset.image_dtype != config.dataset.image_dtype:  # such images have other statistics
+        free += ("normalize.mean", "normalize.std", *(["normalize.order"] if adapted else []))
+    for section in ("model", "normalize"):
+        given = config[section]
         used = saved[section] if has_head or section != "model" else RESNET_FIELDS
         if fields := {k: saved[section][k] for k in used if saved[section][k] != given[k] and f"{section}.{k}" not in free}:
             raise UserError(f"init_from={config.init_from}: it has a different network; set {weights.flags(section, fields)}")

@@ -1,7 +1,7 @@
 """Config fields that match a weights file: network, normalization, classes and protocol."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -56,15 +56,16 @@ def assumptions(config: ConfigDict, source: Source) -> str:
     return "\n".join(lines)
 
 
-def check_normalize(normalize: ConfigDict, source: Source) -> None:
-    """Checks `normalize` against the normalization that the weights were trained with, and warns if that is only assumed.
+def check_normalize(normalize: ConfigDict, source: Source, fields: Collection[str] = ("mean", "std", "order")) -> None:
+    """Checks the fields of `normalize` against the normalization that the weights were trained with, and warns if that is only assumed.
 
     Raises:
       UserError: the file specifies another normalization; names the flags to set.
     """
 
-    def differing(fields: Mapping[str, Any]) -> str:
-        return flags("normalize", {field: value for field, value in fields.items() if not _matches(normalize[field], value)})
+    def differing(known: Mapping[str, Any]) -> str:
+        compared = {field: value for field, value in known.items() if field in fields}
+        return flags("normalize", {field: value for field, value in compared.items() if not _matches(normalize[field], value)})
 
     if wrong := differing(source.normalize):
         raise UserError(f"{source}; it was trained with another normalization: set {wrong}")

@@ -66,26 +66,29 @@ def load(path: str | os.PathLike, model: nn.Module, partial: bool = False) -> di
         kernels = sum(variable.endswith("/kernel") for variable in wanted.values())
         logger.warning(f"{source}; {len(zero)} of its {kernels} kernels are all zeros, such as {zero[0]}")
     flat = {variable: _float32(names.to_hwio(arrays[key])) for key, variable in wanted.items()}
-    return adapt_channels(traverse_util.unflatten_dict(flat, sep="/"), fields["channels"], str(source))
+    order = {**source.assumed["normalize"], **source.normalize}["order"]
+    return adapt_channels(traverse_util.unflatten_dict(flat, sep="/"), fields["channels"], str(source), order)
 
 
-def adapt_channels(variables: Any, channels: int, name: str) -> Any:
+def adapt_channels(variables: Any, channels: int, name: str, order: str = "RGB") -> Any:
     """Returns variables whose first kernel takes images with this number of channels C, and logs if that changes it.
 
     From a kernel for c channels, such as red, green and blue, the first c channels of the new one are copied, and each further
     channel gets the mean of the c; with C < c, all channels get the mean. All are multiplied by c / C, so that images whose
-    channels are equal keep their features.
+    channels are equal keep their features. The new network takes the channels in the order of the files, so those of a kernel
+    for BGR are reversed.
 
     Args:
       variables: of a network with a `models.ResNet` as its backbone; others are returned unchanged.
       channels: C.
       name: of the file or run, for the log.
+      order: of the channels that the kernel takes, RGB or BGR.
     """
     flat = traverse_util.flatten_dict(variables, sep="/")
     path = "params/backbone/stem_conv1/conv/kernel"
     if path not in flat or (given := np.shape(flat[path])[2]) == channels:
         return variables
-    kernel = np.asarray(flat[path])
+    kernel = np.asarray(flat[path])[:, :, :: -1 if order == "BGR" else 1]
     kept, mean = kernel if channels > given else kernel[:, :, :0], kernel.mean(2, keepdims=True)
     means = np.repeat(mean, channels - kept.shape[2], 2)
     flat[path] = np.concatenate([kept, means], 2) * np.float32(given / channels)

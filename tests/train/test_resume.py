@@ -100,6 +100,15 @@ def test_init_from_another_network_is_refused_even_if_the_shapes_match(trained, 
         start_from(config, trained, filled_state(config, 1))
 
 
+def test_images_of_another_type_may_have_other_statistics_but_no_other_channel_order(trained):
+    config = tiny_config()
+    config.dataset.image_dtype, config.normalize.mean = "uint16", (3000.0, 3000.0, 3000.0)
+    start_from(config, trained, fresh := filled_state(config, 1))
+    config.normalize.order = "BGR"
+    with pytest.raises(ValueError, match=r"init_from=.*: it has a different network; set --config.normalize.order=RGB$"):
+        start_from(config, trained, fresh)
+
+
 def test_matching_class_names_ignores_case_and_spaces(caplog):
     given = {"params": {"classifier": {"bias": np.arange(3.0)}}}
     assert resume.match_classes(given, given, ("Sky ", "ROAD", "car"), CLASSES, "net.pth") is given

@@ -36,20 +36,27 @@ def test_a_first_kernel_is_adapted_by_hand(channels, expected, caplog):
     np.testing.assert_allclose(first_kernel(adapted).sum(2), STEM.sum(2), rtol=1e-6)  # equal channels keep their features
     assert f"a.pth: its first kernel, for 3 channels, is adapted to {channels}: " in caplog.text
     assert weights.adapt_channels(variables, 3, "a.pth") is variables
+    bgr = {"params": {"backbone": {"stem_conv1": {"conv": {"kernel": STEM[:, :, ::-1]}}}}}
+    reordered = weights.adapt_channels(bgr, channels, "a.caffemodel", "BGR")
+    np.testing.assert_allclose(first_kernel(reordered)[0, 0], expected, rtol=1e-6)
 
 
-def test_a_file_for_three_channels_starts_a_network_for_four(tmp_path):
+@pytest.mark.parametrize(("order", "expected"), [("RGB", (0.75, 1.5, 2.25, 1.5)), ("BGR", (2.25, 1.5, 0.75, 1.5))])
+def test_a_file_for_three_channels_starts_a_network_for_four(order, expected, tmp_path):
+    """The network takes the channels in the order of the image files, RGB first."""
     config = base_config()
+    config.normalize.order = order
     config.model.update(depth=18, width=8, bins=(1, 2), auxiliary=False)
     config.dataset.class_names = ("a", "b")
     model, image = models.build(config.model, 2), np.zeros((1, 33, 33, 3), np.float32)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image, train=False))
     variables = jax.tree.map(lambda leaf: np.full(leaf.shape, 2, np.float32), shapes)
+    first_kernel(variables)[:] = np.array([1, 2, 3]).reshape(3, 1)
     arrays = transfer.semseg_arrays(variables, config.model)
     save_file(arrays, tmp_path / "a.safetensors", {own.LIBRARY: json.dumps(own.describe(config))})
     config.model.channels = 4
     loaded = weights.load(tmp_path / "a.safetensors", models.build(config.model, 2), partial=True)
-    np.testing.assert_array_equal(first_kernel(loaded), np.full((3, 3, 4, 8), 1.5))
+    np.testing.assert_array_equal(first_kernel(loaded), np.broadcast_to(np.reshape(expected, (4, 1)), (3, 3, 4, 8)))
     assert jax.tree.structure(loaded) == jax.tree.structure(variables)
     with pytest.raises(UserError, match=r"cannot compute this network, which has model.channels=4, not 3"):
         weights.save(tmp_path / "a.pth", loaded, models.build(config.model, 2), "torch")
