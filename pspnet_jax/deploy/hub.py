@@ -132,12 +132,12 @@ def _result(score: Score) -> dict[str, Any]:
 
 
 def example(segmenter: Callable[[], Segmenter], image: epath.Path | None, workdir: epath.Path) -> Image.Image | None:
-    """Returns an image beside its prediction; without an image, a picture that training drew, or None if there is none."""
+    """Returns an image beside its prediction; without an image, one that training drew, or None if there is none."""
     if image:
         network = segmenter()
         result = network(image)
         return draw.side_by_side(result.image, {"prediction": result.labels}, network.info)
-    drawn = sorted((workdir / "pictures").glob("*.png"))
+    drawn = sorted(path for path in (workdir / "pictures").glob("*.png") if path.name != "confusion_matrix.png")
     return Image.open(io.BytesIO(drawn[0].read_bytes())) if drawn else None
 
 

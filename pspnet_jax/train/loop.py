@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -298,6 +299,11 @@ class Run:
         best_metric = self.config.eval.best_metric
         if best_metric not in found:
             raise UserError(f"eval.best_metric={best_metric!r}: the evaluation has {', '.join(found)}; choose one of these")
+        if math.isnan(found[best_metric]):
+            logger.warning(
+                f"eval.best_metric={best_metric!r} has no value at step {step}, because its denominator is 0 (is the class in "
+                "the validation labels?): this checkpoint cannot become the best, nor end patience"
+            )
         # Logged before the score is saved: a run that is killed in between repeats the evaluation when it is resumed.
         self.log.log_evaluation(step, metrics, pictures)
         self.log.exclude_time(time.perf_counter() - began)

@@ -139,6 +139,13 @@ def test_the_score_of_training_is_stated_if_there_is_no_other(tmp_path):
     assert score.metrics == {"mean_iou": 0.25, "mean_accuracy": 0.5, "pixel_accuracy": 0.75}
 
 
+def test_the_example_of_training_is_an_image_beside_its_labels(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for name, width in (("confusion_matrix", 7), ("val_1", 8)):
+        Image.new("RGB", (width, 5)).save(tmp_path / "pictures" / f"{name}.png")
+    assert hub.example(lambda: None, None, epath.Path(tmp_path)).size == (8, 5)
+
+
 def test_preprocessing_in_the_terms_of_the_hub_is_ours():
     normalize = base_config().normalize
     normalize.update({"mean": (100.0, 110.0, 120.0), "std": (50.0, 51.0, 52.0), "order": "BGR"})
