@@ -7,17 +7,19 @@ from collections.abc import Callable
 import numpy as np
 
 from pspnet_jax.data.sources import Example
+from pspnet_jax.datasets import IGNORE
 from pspnet_jax.errors import UserError
 
 Extra = Callable[[np.ndarray, np.ndarray, np.random.Generator], Example]
 
 
-def load(name: str) -> Extra:
+def load(name: str, num_classes: int) -> Extra:
     """Imports a function, and returns it with a check of its results.
 
     Args:
       name: "module:function". The function takes a crop uint8[h,w,3], its label uint8[h,w] and a random generator, and returns
         an image and a label of the same shapes. It may change both in place, and is called by several threads at a time.
+      num_classes: K; the values of labels are 0 to K-1, or 255 for pixels that are ignored.
 
     Raises:
       UserError: there is no such function, or it takes other arguments; when called, the results are not as described.
@@ -37,6 +39,11 @@ def load(name: str) -> Extra:
         found = _describe(*result) if isinstance(result, tuple) else _describe(result)
         if found != expected:
             raise UserError(f"augment.extra={name!r} returns {found}; expected the types and shapes given, {expected}")
+        if (result[1] + np.uint8(1)).max() > num_classes:  # IGNORE + 1 is 0
+            values = np.unique(result[1]).tolist()
+            raise UserError(
+                f"augment.extra={name!r} returns a label with the values {values}; expected 0 to {num_classes - 1}, or {IGNORE}"
+            )
         return result
 
     return call

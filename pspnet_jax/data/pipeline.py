@@ -63,9 +63,9 @@ def open_training(config: ConfigDict, source: Source | None = None) -> TrainingD
       UserError: see open_source, Order, cache.py and extra.py; or no class occurs in a dataset although dataset.balance is
         set; or only one class occurs in all labels.
     """
-    if config.augment.extra:
-        extra.load(config.augment.extra)  # before the data is checked, which takes longer
     num_classes = datasets.describe(config.dataset).num_classes
+    if config.augment.extra:
+        extra.load(config.augment.extra, num_classes)  # before the data is checked, which takes longer
     if source is not None and source.num_classes != num_classes:
         raise UserError(f"this source has {source.num_classes} classes, but dataset.class_names has {num_classes}")
     sources: list[Source] = []
@@ -127,7 +127,8 @@ def train_dataset(
     if config.batch_size % hosts:
         raise UserError(f"batch_size={config.batch_size}: expected a multiple of the number of hosts, {hosts}")
     opened, share, crop = data or open_training(config), config.batch_size // hosts, config.augment.crop
-    own = extra.load(config.augment.extra) if config.augment.extra else None
+    num_classes = datasets.describe(config.dataset).num_classes
+    own = extra.load(config.augment.extra, num_classes) if config.augment.extra else None
 
     def position(number: int) -> int:
         """Returns the position of this host's `number`-th example since step 0."""

@@ -57,7 +57,7 @@ def assumptions(config: ConfigDict, source: Source) -> str:
 
 
 def check_normalize(normalize: ConfigDict, source: Source, fields: Collection[str] = ("mean", "std", "order")) -> None:
-    """Checks the fields of `normalize` against the normalization that the weights were trained with, and warns if that is only assumed.
+    """Checks the fields of `normalize` against those that the weights were trained with, and warns if these are only assumed.
 
     Raises:
       UserError: the file specifies another normalization; names the flags to set.

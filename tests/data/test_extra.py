@@ -29,6 +29,9 @@ def forgets(image, label, random):
 def resizes(image, label, random):
     return image[:30], label[:30].astype(int)
 
+def blends(image, label, random):
+    return image, label + np.uint8(random.integers(3, 255))
+
 THIRTY = 30
 """
 
@@ -68,7 +71,7 @@ def test_it_changes_each_crop_by_random_numbers_of_the_seed_and_position(tmp_pat
 @pytest.mark.slow
 def test_a_wrong_name_is_refused_before_the_data_is_read(tmp_path):
     config = recipe(tmp_path, "my_augmentation:missing")
-    config.dataset.root = str(tmp_path / "nowhere")
+    config.dataset.update(root=str(tmp_path / "nowhere"), class_names=("a", "b"))
     with pytest.raises(UserError, match=r"augment\.extra='my_augmentation:missing'"):
         pipeline.open_training(config)
 
@@ -86,17 +89,18 @@ def test_a_wrong_name_is_refused_before_the_data_is_read(tmp_path):
 )
 def test_a_name_that_is_no_such_function_is_refused(name, reason):
     with pytest.raises(UserError, match=f"^augment.extra='{name}': .*{reason}"):
-        extra.load(name)
+        extra.load(name, 3)
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
         ("forgets", "returns uint8[40, 48, 3]; expected the types and shapes given, uint8[40, 48, 3] and uint8[40, 48]"),
+        ("blends", "returns a label with the values ["),
         ("resizes", "returns uint8[30, 48, 3] and int64[30, 48]; expected the types and shapes given, uint8[40, 48, 3] and "),
     ],
 )
 def test_results_of_another_kind_are_refused(name, reason):
-    call = extra.load(f"my_augmentation:{name}")
+    call = extra.load(f"my_augmentation:{name}", 3)
     with pytest.raises(UserError, match=f"^augment.extra='my_augmentation:{name}' {re.escape(reason)}"):
         call(np.zeros((40, 48, 3), np.uint8), np.zeros((40, 48), np.uint8), generator(0, EXTRA, 0))
