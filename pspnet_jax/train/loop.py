@@ -69,7 +69,7 @@ def fit(
         metrics and pictures, both by name. The metrics must be serializable as JSON and include a number named
         config.eval.best_metric, or have a list "classes" with a dict for each class, whose fractions can be named like
         "iou/road". Two scores are compared only if their metric "data", which identifies the data, is the same.
-        Exceptions are logged, and training goes on; if one process raises, all must. None: no evaluation.
+        Exceptions are logged, and training goes on; if one process raises, all must. None: no evaluation and no curves.
       workdir: directory for checkpoints, metrics and pictures.
       examples_per_epoch: number of training examples in an epoch, after which rates are written; 0: never.
       fingerprint: identifies the training data. It is saved with each checkpoint, and a resumed run warns if it has changed.

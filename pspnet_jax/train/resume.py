@@ -133,9 +133,11 @@ def _check_compatible(saved: ConfigDict, config: ConfigDict, has_head: bool) -> 
 
     Without a head, as from --mode pretrain, only the fields of the backbone count.
     """
-    adapted, free = saved.model.channels != config.model.channels, MAY_DIFFER_AT_START
+    free: tuple[str, ...] = MAY_DIFFER_AT_START
+    if adapted := saved.model.channels != config.model.channels:
+        free += ("normalize.order",)
     if adapted or saved.dataset.image_dtype != config.dataset.image_dtype:  # such images have other statistics
-        free += ("normalize.mean", "normalize.std", *(["normalize.order"] if adapted else []))
+        free += ("normalize.mean", "normalize.std")
     for section in ("model", "normalize"):
         given = config[section]
         used = saved[section] if has_head or section != "model" else RESNET_FIELDS
