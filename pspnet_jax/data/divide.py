@@ -1,0 +1,99 @@
+"""Divides the pairs of a folder into training and validation: by the names of folders, by lists, or by a fraction."""
+
+import collections
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from pspnet_jax.data import discover
+
+FRACTION = 0.2  # of the pairs, or of parallel folders, for validation
+MOST = 0.9  # share of a list's lines that must name images
+COLUMNS = {"split": ("split", "set", "subset", "fold", "partition"), "image": ("image", "img", "file", "path", "name")}
+
+
+class Division(NamedTuple):
+    """Values for fields of a recipe, and how they were found. `val_split` is for config.eval.split."""
+
+    images: str
+    labels: str
+    train_split: str = "train"
+    val_split: str = "val"
+    split_file: str = ""
+    split_fraction: float = 0.0
+    reason: str = ""
+
+
+def divide(rule: discover.Rule, paths: Collection[str], lists: Mapping[str, str]) -> Division:
+    """Returns the division of the pairs of a rule.
+
+    Args:
+      rule: one of `discover.rules(paths)`.
+      paths: of images and possible labels.
+      lists: {path: content} of text files.
+    """
+    images, labels = (discover.match(pattern, paths, rule.splits) for pattern in (rule.images, rule.labels))
+    patterns = [_with_extension(*side) for side in ((rule.images, images.values()), (rule.labels, labels.values()))]
+    if splits := choose_splits(rule.splits):
+        return Division(*patterns, *splits, reason="the names of folders")
+    if len(rule.splits) > 1:
+        folders = sorted(rule.splits)
+        held_out = folders[:: round(1 / FRACTION)]
+        train = [folder for folder in folders if folder not in held_out]
+        return Division(*patterns, "+".join(train), "+".join(held_out), reason="a guess: every fifth folder for validation")
+    patterns = [pattern.replace("{split}", *rule.splits) for pattern in patterns]
+    if found := find_lists({name: path for (_, name), path in images.items() if path not in labels.values()}, lists):
+        return Division(*patterns, *found)
+    return Division(*patterns, split_fraction=FRACTION, reason="a guess: a fifth of the names, chosen by their hashes, for validation")
+
+
+def choose_splits(splits: Iterable[str]) -> tuple[str, str] | None:
+    """Returns the splits for training and for evaluation, or None if there is not one for each; "a+b" if folders share a name."""
+    named = collections.defaultdict(list)
+    for split in sorted(splits):
+        named[discover.use_of(split), discover.split_of(split)].append(split)
+    chosen = [
+        next(("+".join(named[key]) for use in uses for key in sorted(named, key=lambda key: len(key[1])) if key[0] == use), "")
+        for uses in (("train",), ("val", "test"))
+    ]
+    return (chosen[0], chosen[1]) if all(chosen) else None
+
+
+def find_lists(images: Mapping[str, str], lists: Mapping[str, str]) -> tuple[str, str, str, float, str] | None:
+    """Returns the fields of `Division` from train_split on, by the lists that name most images; None if there are none.
+
+    Args:
+      images: {name: path}.
+      lists: {path: content}.
+    """
+    known = {form for item in images.items() for text in item for form in _forms(text)}
+    found: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for path, text in lists.items():
+        rows = [re.split(r"[\s,;]+", line.strip().strip('"')) for line in text.splitlines() if line.strip()]
+        header = [next((key for key, words in COLUMNS.items() if field.lower().split("_")[0] in words), "") for field in rows[0]] if rows else []
+        column, body = (header.index("image"), rows[1:]) if "image" in header else (0, rows)
+        listed = [row for row in body if len(row) > column and known.intersection(_forms(row[column]))]
+        folder, name = os.path.split(path)
+        if len(listed) < MOST * max(1, len(body)):
+            continue
+        if "split" in header:
+            found[path].update(row[header.index("split")] for row in listed)
+        elif split := discover.split_of(os.path.splitext(name)[0]):
+            found[os.path.join(folder, name.replace(split, "{split}", 1))][split] = len(listed)
+    for file, counts in sorted(found.items(), key=lambda item: (-item[1].total(), len(item[0]))):
+        if splits := choose_splits(counts):
+            return *splits, file, 0.0, f"the lists {file}"
+    return None
+
+
+def _forms(text: str) -> set[str]:
+    """Returns the forms in which a list may give a path: with or without folders and extension."""
+    bases = {text.removeprefix("./"), os.path.splitext(text.removeprefix("./"))[0]}
+    return bases | {os.path.basename(base) for base in bases}
+
+
+def _with_extension(pattern: str, paths: Collection[str]) -> str:
+    """Returns a pattern that ends with the extension if all files have the same, so that it describes no others."""
+    extensions = {os.path.splitext(path)[1] for path in paths}
+    return pattern.removesuffix(".*") + extensions.pop() if pattern.endswith(".*") and len(extensions) == 1 else pattern
