@@ -10,6 +10,7 @@ from pspnet_jax.data import discover
 
 FRACTION = 0.2  # of the pairs, or of parallel folders, for validation
 MOST = 0.9  # share of a list's lines that must name images
+GUESS = "GUESS: a fifth of the pairs, chosen by their names, for validation"
 COLUMNS = {"split": ("split", "set", "subset", "fold", "partition"), "image": ("image", "img", "file", "path", "name")}
 
 
@@ -41,11 +42,11 @@ def divide(rule: discover.Rule, paths: Collection[str], lists: Mapping[str, str]
         folders = sorted(rule.splits)
         held_out = folders[:: round(1 / FRACTION)]
         train = [folder for folder in folders if folder not in held_out]
-        return Division(*patterns, "+".join(train), "+".join(held_out), reason="a guess: every fifth folder for validation")
+        return Division(*patterns, "+".join(train), "+".join(held_out), reason="GUESS: every fifth folder for validation")
     patterns = [pattern.replace("{split}", *rule.splits) for pattern in patterns]
     if found := find_lists({name: path for (_, name), path in images.items() if path not in labels.values()}, lists):
         return Division(*patterns, *found)
-    return Division(*patterns, split_fraction=FRACTION, reason="a guess: a fifth of the names, chosen by their hashes, for validation")
+    return Division(*patterns, split_fraction=FRACTION, reason=GUESS)
 
 
 def choose_splits(splits: Iterable[str]) -> tuple[str, str] | None:
@@ -85,6 +86,12 @@ def find_lists(images: Mapping[str, str], lists: Mapping[str, str]) -> tuple[str
         if splits := choose_splits(counts):
             return *splits, file, 0.0, f"the lists {file}"
     return None
+
+
+def lists_pairs(text: str, paths: Collection[str]) -> bool:
+    """Returns whether every line but a header names an image and its label by their paths."""
+    lines = [re.split(r"[\s,;]+", line.strip()) for line in text.splitlines() if line.strip()]
+    return len(lines) > 1 and all(sum(field.removeprefix("./") in paths for field in line) == 2 for line in lines[1:])
 
 
 def _forms(text: str) -> set[str]:

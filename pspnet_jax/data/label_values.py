@@ -4,7 +4,7 @@ import collections
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -14,13 +14,14 @@ from pspnet_jax.data import label_files
 from pspnet_jax.errors import UserError
 from pspnet_jax.label_maps import Key
 
-SAMPLES = 300  # files that are read, evenly spaced
-MANY = 256  # values or colors of an image that is not a label
-VOID = re.compile(r"(void|un-?label+ed|ignored?|no.?data|unknown|255)$", re.IGNORECASE)  # names of no class
+SAMPLES = 300  # labels that are read, evenly spaced
+MANY = 64  # more values or colors in one file are not classes
+VOID = re.compile(r"void|un-?label+ed|ignored?|no.?data|background/void", re.IGNORECASE)  # names of no class
+EDGES = 0.05  # share of pixels between black and white in binary labels that were smoothed or saved as JPEG
 
 
 class Entry(NamedTuple):
-    """An entry of dataset.label_map, and a remark about its share of the pixels and about other readings."""
+    """An entry of dataset.label_map, and what the reader should know about it."""
 
     key: Key
     name: str | None
@@ -32,34 +33,82 @@ def sample(items: Sequence, size: int = SAMPLES) -> list:
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, size).round().astype(int))] if items else []
 
 
-def count(pairs: Sequence[tuple[str, str]]) -> dict[Key, float]:
-    """Returns the share of the pixels of each value, color or category in the labels of a sample of pairs of files.
+def count(pairs: Sequence[tuple[str, str]]) -> dict[Any, float]:
+    """Returns the share of the pixels of each value, (R, G, B) color or category in the labels of a sample.
+
+    Args:
+      pairs: paths of images and labels.
 
     Raises:
       UserError: a label cannot be read.
     """
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(4) as pool:
         counts = list(pool.map(_count, sample(pairs)))
     colored = any(isinstance(key, tuple) for found in counts for key in found)
-    total = collections.Counter[Key]()
+    total = collections.Counter[Any]()
     for found in counts:
         total.update({(key, key, key) if colored and isinstance(key, int) else key: n for key, n in found.items()})
-    return {key: n / total.total() for key, n in sorted(total.items())}
+    shares = {key: n / total.total() for key, n in sorted(total.items())}
+    if np.median([len(found) for found in counts]) > MANY and not is_smoothed(shares):
+        raise UserError(f"{pairs[0][1]}: has {len(counts[0])} values or colors, as a photo has")
+    return shares
 
 
-def _count(pair: tuple[str, str]) -> dict[Key, int]:
+def _count(pair: tuple[str, str]) -> dict[Any, int]:
     image, label = pair
     try:
         if label.endswith(".json"):
             drawing = polygons.read(label, image)
             names = list(dict.fromkeys([polygons.BACKGROUND, *(name for name, _ in drawing.shapes)]))
             return dict(zip(names, np.bincount(drawing.paint(names.index).ravel(), minlength=len(names)).tolist(), strict=True))
-        pixels = label_files.decode(label, epath.Path(label).read_bytes(), keep_indices=True)
+        pixels = label_files.decode(label, epath.Path(label).read_bytes(), True)
     except Exception as error:  # whatever a decoder raises
         raise UserError(f"{label}: cannot be read as a label ({error})") from error
-    if pixels.ndim == 3:
-        same = (pixels == pixels[..., :1]).all()
-        pixels = pixels[..., 0] if same else pixels.astype(np.int64) @ (1 << 16, 1 << 8, 1)
-        values, counts = np.unique(pixels, return_counts=True)
-        keys = values.tolist() if same else [(v >> 16, v >> 8 & 255, v & 255) for v in values.tolist()]
-    ...
+    if colored := pixels.ndim == 3 and not (pixels == pixels[..., :1]).all():
+        pixels = pixels.astype(np.int64) @ (1 << 16, 1 << 8, 1)
+    values, counts = np.unique(pixels[..., 0] if pixels.ndim == 3 else pixels, return_counts=True)
+    keys = [(value >> 16, value >> 8 & 255, value & 255) if colored else value for value in values.tolist()]
+    return dict(zip(keys, counts.tolist(), strict=True))
+
+
+def is_smoothed(shares: Mapping[Any, float]) -> bool:
+    """Returns whether labels are black and white with grays between, as if smoothed, or saved as JPEG."""
+    gray = {key: share for key, share in shares.items() if isinstance(key, int)}
+    ends = [sum(share for key, share in gray.items() if low <= key < low + 64) for low in (0, 192)]
+    return len(shares) == len(gray) > 8 and max(gray) < 256 and all(ends) and sum(ends) > 1 - EDGES
+
+
+def entries(shares: Mapping[Any, float], rows: Sequence[class_lists.Row]) -> list[Entry]:
+    """Returns a label map that leaves no value out. Where a value may mean a class or nothing, it is a class, with a remark.
+
+    Args:
+      shares: as `count` returns them.
+      rows: the classes in a list beside the images, if there is one.
+    """
+    if is_smoothed(shares):
+        low = sum(share for key, share in shares.items() if key < 128)
+        return [Entry(0, "class_0", f"{low:.2%} of the pixels, values 0 to 127"), Entry(255, "class_255", f"{1 - low:.2%}, 128 to 255")]
+    names, found = _names(list(shares), rows), []
+    for key, share in shares.items():
+        name, remark = names.get(key, key if isinstance(key, str) else "class_" + re.sub(r"\W+", "_", str(key)).strip("_")), ""
+        if VOID.fullmatch(name):
+            name, remark = None, f"; {name!r} is ignored; {name!r} instead of None makes it a class"
+        elif key == 255 and len(shares) > 2:
+            name, remark = None, f"; GUESS: ignored, as 255 usually is; {name!r} instead of None makes it a class"
+        elif key in (0, (0, 0, 0), polygons.BACKGROUND) and len(shares) > 2:
+            remark = "; GUESS: a class; None instead of the name ignores it, if it means void or not labeled"
+        found.append(Entry(key, name, f"{share:.2%} of the pixels{remark}"))
+    if len(found) == 1:
+        key = 1 if found[0].key != 1 else 2
+        found.append(Entry(key, f"class_{key}", "does not occur: a network needs two classes"))
+    return found
+
+
+def _names(keys: Sequence[Any], rows: Sequence[class_lists.Row]) -> dict[Any, str]:
+    """Returns the names of values and colors in a list of classes; {} if it does not fit to them."""
+    by_color = {row.color: row.name for row in rows if row.color}
+    if any(isinstance(key, tuple) for key in keys):
+        return by_color if 2 * len(by_color.keys() & set(keys)) > len(keys) else {}
+    first = int(min(keys, default=0) == 1 and max(keys) == len(rows)) if all(isinstance(key, int) for key in keys) else 0
+    by_value = {first + position if row.label is None else row.label: row.name for position, row in enumerate(rows)}
+    return by_value if set(keys) <= {*by_value, 255} else {}

@@ -1,0 +1,179 @@
+"""What an unknown folder of images and labels holds: the first half of --mode check --input."""
+
+import collections
+import itertools
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from pspnet_jax import config as configs
+from pspnet_jax import image_files, polygons
+from pspnet_jax.data import discover, divide, folders, label_values, layouts, listing
+from pspnet_jax.errors import MissingFileError, UserError
+
+TEXTS = (".txt", ".csv", ".lst")
+LONGEST = 2**24  # bytes of a list
+FEW = 10  # more JSON files in a folder are those of single images
+TRIED = 8  # rules whose labels are read
+SEEDS = 20  # of dataset.split_seed
+
+
+class Folder(NamedTuple):
+    """The files of a folder.
+
+    Attributes:
+      root: its path.
+      paths: of images and possible labels below it.
+      texts: {path: content} of the text files.
+      kinds: number of files of each extension.
+    """
+
+    root: str
+    paths: Sequence[str]
+    texts: Mapping[str, str]
+    kinds: Mapping[str, int]
+
+
+class Found(NamedTuple):
+    """A way to read a folder as a data set.
+
+    Attributes:
+      dataset: config.dataset, without the label map.
+      val_split: config.eval.split.
+      reason: how the splits were found.
+      counts: {split: number of pairs} of the two splits.
+      pairs: the files of all their images and labels.
+      unlabeled: images of these splits without labels.
+      alternatives: other patterns that fit, each of labels or images.
+      shares: share of the pixels of each label value, see `label_values.count`.
+    """
+
+    dataset: ConfigDict
+    val_split: str
+    reason: str
+    counts: Mapping[str, int]
+    pairs: Sequence[tuple[str, str]]
+    unlabeled: Sequence[str]
+    alternatives: Sequence[str]
+    shares: Mapping[Any, float]
+
+
+def list_folder(root: str) -> Folder:
+    """Lists a folder and reads its texts."""
+    paths, texts, kinds = [], {}, collections.Counter[str]()
+    for file in listing.walk(root):
+        path, suffix = file[len(root) + 1 :], os.path.splitext(file)[1].lower()
+        if path.startswith("__MACOSX/"):
+            continue
+        kinds[suffix] += 1
+        if suffix in {*image_files.SUFFIXES, *folders.LABELS, ".json"}:
+            paths.append(path)
+        elif suffix in TEXTS and epath.Path(file).stat().length < LONGEST:
+            texts[path] = epath.Path(file).read_bytes().decode(errors="replace")
+    return Folder(root, sorted(paths), texts, kinds)
+
+
+def find(folder: Folder) -> Found:
+    """Returns the best way to read a folder.
+
+    Raises:
+      UserError: there is none; says what was looked for, and what the folder holds.
+    """
+    reasons = []
+    for division, alternatives in _candidates(folder):
+        try:
+            return _open(folder, division, alternatives)
+        except UserError as error:
+            reasons.append(str(error))
+    held = ", ".join(f"{number:,} {kind or 'without extension'}" for kind, number in collections.Counter(folder.kinds).most_common(8))
+    stripped = {}
+    for path in folder.paths:
+        stripped.setdefault(re.sub(r"(?<!\d)0+(?=\d)", "", os.path.splitext(os.path.basename(path))[0]), []).append(path)
+    padded = next((files for files in stripped.values() if len({os.path.splitext(os.path.basename(f))[0] for f in files}) > 1), [])
+    raise UserError(
+        f"{folder.root}: found no pairs of images and labels; looked for names that are equal but for their folder (images/a.jpg, "
+        "masks/a.png), for suffixes or prefixes (a.jpg, a_mask.png), lists of images and labels, COCO and labelme files; it holds "
+        f"{held or 'no files'}"
+        + (f"; {padded[0]} and {padded[1]} differ in the zeros before a number: rename one side" if padded else "")
+        + (f"; the best candidate failed: {reasons[0]}" if reasons else "")
+    )
+
+
+def _candidates(folder: Folder) -> Iterator[tuple[divide.Division, list[str]]]:
+    """Yields ways to read the folder, best first, each with the patterns of the others for the same images or labels."""
+    known = set(folder.paths)
+    lists = {path: text for path, text in folder.texts.items() if divide.lists_pairs(text, known)}
+    if found := divide.find_lists({path: path for path in known}, lists):
+        yield divide.Division(configs.base_config().dataset.images, configs.base_config().dataset.labels, *found), []
+    yield from ((division, []) for division in _coco(folder))
+    rules = discover.rules(folder.paths)
+    divided = [(rule, divide.divide(rule, folder.paths, folder.texts)) for rule in rules[:TRIED]]
+    divided.sort(key=lambda pair: -pair[0].rank * (2 if pair[1].split_file else 1))
+    for rule, division in divided:
+        yield division, [
+            pattern
+            for other, _ in divided
+            for mine, theirs, pattern in ((rule.images, other.images, other.labels), (rule.labels, other.labels, other.images))
+            if mine == theirs and other != rule
+        ]
+
+
+def _coco(folder: Folder) -> Iterator[divide.Division]:
+    """Yields the COCO files, those with most images first."""
+    images = {path: path for path in folder.paths if not path.endswith(".json")}
+    jsons = [path for path in folder.paths if path.endswith(".json")]
+    in_folder = collections.Counter(map(os.path.dirname, jsons))
+    found: dict[tuple[str, str], collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for path in jsons:
+        if in_folder[os.path.dirname(path)] > FEW:
+            continue
+        try:
+            listed = [key for key in polygons.listed(f"{folder.root}/{path}", images) if key in images]
+        except UserError:  # another kind of JSON
+            continue
+        if listed:
+            split, place = discover.split_of(path), os.path.commonpath([os.path.dirname(image) for image in listed])
+            patterns = [text.replace(split, "{split}") if split else text for text in (os.path.join(place, "{name}.*"), path)]
+            found[patterns[0], patterns[1]][split] += len(listed)
+    for (image_pattern, label_pattern), counts in sorted(found.items(), key=lambda item: -item[1].total()):
+        if splits := divide.choose_splits(counts):
+            yield divide.Division(image_pattern, label_pattern, *splits, reason="the names of COCO files")
+        else:
+            images_of, labels_of = (text.replace("{split}", *counts) for text in (image_pattern, label_pattern))
+            yield divide.Division(images_of, labels_of, split_fraction=divide.FRACTION, reason=divide.GUESS)
+
+
+def _open(folder: Folder, division: divide.Division, alternatives: Sequence[str]) -> Found:
+    """Lists the two splits of a candidate and reads a sample of its labels.
+
+    Raises:
+      UserError: it has no pairs, or its labels are none.
+    """
+    dataset = configs.base_config().dataset
+    dataset.update({"root": folder.root} | {field: value for field, value in division._asdict().items() if field in dataset})
+    splits, known = (division.train_split, division.val_split), {f"{folder.root}/{path}" for path in folder.paths}
+    for chosen, dataset.split_seed in itertools.product((splits, splits[:1]), range(SEEDS if division.split_fraction else 1)):
+        listed = {split: _list(dataset, split) for split in chosen}
+        if all(listed.values()):
+            break
+    pairs = {split: [pair for pair in found if {pair.image, pair.label} <= known] for split, found in listed.items()}
+    if not all(pairs.values()):
+        raise UserError(f"no pairs in split {next(split for split in pairs if not pairs[split])!r}")
+    files = [(pair.image, pair.label) for found in pairs.values() for pair in found]
+    unlabeled = [pair.image for found in listed.values() for pair in found if pair.image in known and pair.label not in known]
+    counts = {split: len(found) for split, found in pairs.items()}
+    return Found(dataset, chosen[-1], division.reason, counts, files, unlabeled, alternatives, label_values.count(files))
+
+
+def _list(dataset: ConfigDict, split: str) -> list[layouts.Pair]:
+    """Lists a split; by a fraction, it may be empty."""
+    try:
+        return layouts.list_pairs(dataset, split)
+    except UserError as error:
+        if isinstance(error, MissingFileError) or not dataset.split_fraction:
+            raise
+        return []
