@@ -5,7 +5,7 @@
 | `sky` | the next class |
 | `sky 128 128 128`, `sky,128,128,128`, `"sky"; 128; 128; 128`, `sky #808080` | with its color |
 | `0 sky`, `0: sky`, `0,sky,128,128,128` | the class of label 0, if all lines start with a label; a line for 255 is ignored |
-| `name,r,g,b`, `id;name` | a header that names the columns |
+| `name,r,g,b`, `id;name`, `value,name,ignored` | a header that names the columns; a class that is ignored is not listed |
 | `# a comment` | ignored |
 """
 
@@ -22,6 +22,7 @@ COLUMNS = {  # {column: its names in headers}
     "red": "red r",
     "green": "green g",
     "blue": "blue b",
+    "ignored": "ignored ignore",
 }
 _INDEX = re.compile(r"(\d+)(?:\s*[:=.)]\s*|\s+)(?=\S)")  # a label before a name
 _NO_NAME = re.compile(r"[{}<>|=]|:\s|\s#|(\s+[\d.]+){2}\s*$")  # YAML, JSON, XML, or numbers that are not a color
@@ -36,6 +37,7 @@ class Row(NamedTuple):
     name: str
     label: int | None = None
     color: Color | None = None
+    ignored: bool = False
 
 
 def parse(text: str, file: str) -> tuple[tuple[str, ...], dict[int, Color]]:
@@ -44,21 +46,25 @@ def parse(text: str, file: str) -> tuple[tuple[str, ...], dict[int, Color]]:
     Raises:
       UserError: names the file and the first line that is ambiguous or cannot be parsed.
     """
-    without_comments = [re.sub(r"^#.*|\s#(\s.*)?$", "", line.strip()) for line in text.removeprefix("\ufeff").splitlines()]
-    lines = [(number, line.strip()) for number, line in enumerate(without_comments, 1) if line.strip()]
-    rows = _rows(lines, file) if lines else []
+    rows = [row for row in read_rows(text, file) if row.label != 255 and not row.ignored]
     if not rows:
         raise UserError(f"{file}: contains no classes; expected one per line, as `name` or `name R G B`")
-    indexed = rows[0].label is not None
-    ordered = _sorted_by_label([row for row in rows if row.label != 255], file) if indexed else rows
+    ordered = _sorted_by_label(rows, file) if rows[0].label is not None else rows
     return tuple(row.name for row in ordered), {i: row.color for i, row in enumerate(ordered) if row.color}
+
+
+def read_rows(text: str, file: str) -> list[Row]:
+    """Returns the lines of a list in their order."""
+    without_comments = [re.sub(r"^#.*|\s#(\s.*)?$", "", line.strip()) for line in text.removeprefix("\ufeff").splitlines()]
+    lines = [(number, line.strip()) for number, line in enumerate(without_comments, 1) if line.strip()]
+    return _rows(lines, file) if lines else []
 
 
 def _rows(lines: list[tuple[int, str]], file: str) -> list[Row]:
     separator = next((s for s in "\t;," if all(s in line for _, line in lines)), "")
     tables = [(number, _fields(line, separator)) for number, line in lines]
     header = [_COLUMN.get(field.lower()) for field in tables[0][1]]
-    if len(header) == 1 and header[0] and len(tables) > 1:
+    if len(header) == 1 and header[0] not in (None, "ignored") and len(tables) > 1:
         _refuse(file, tables[0][0], f"{tables[0][1][0]!r} looks like a header; remove it, or rename the class")
     if "name" in header and None not in header and len(set(header)) == len(header):
         return [_row_by_header(header, number, fields, file) for number, fields in tables[1:]]
@@ -115,7 +121,8 @@ def _row_by_header(header: list[str | None], number: int, fields: list[str], fil
         _refuse(file, number, "has no name")
     if index is not None and not index.isdecimal():
         _refuse(file, number, f"{index!r} is not a label value")
-    return Row(number, found["name"], int(index) if index else None, _color(color, number, file) if color else None)
+    ignored = found.get("ignored", "").lower() in ("1", "true", "yes", "ignored", "x")
+    return Row(number, found["name"], int(index) if index else None, _color(color, number, file) if color else None, ignored)
 
 
 def _color(values: list[str], number: int, file: str) -> Color:
@@ -128,7 +135,7 @@ def _color(values: list[str], number: int, file: str) -> Color:
 
 def _sorted_by_label(rows: list[Row], file: str) -> list[Row]:
     ordered = sorted(rows, key=lambda row: row.label or 0)
-    for expected, (number, name, label, _) in enumerate(ordered):
+    for expected, (number, name, label, *_) in enumerate(ordered):
         if label != expected:
             _refuse(file, number, f"{name!r} has label {label}, expected {expected}; labels count from 0 without gaps")
     return ordered

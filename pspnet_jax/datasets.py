@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from pspnet_jax import class_lists
+from pspnet_jax import class_lists, label_maps, polygons
 from pspnet_jax.class_lists import Color
 from pspnet_jax.errors import MissingFileError, UserError
 
@@ -41,7 +41,7 @@ COUNTS = {
 
 # Expected contents of the directory for each file-based config.dataset.name, see data/layouts.py.
 EXPECTED_FILES = {
-    "folder": "images/SPLIT and labels/SPLIT",
+    "folder": "images/SPLIT and labels/SPLIT, or what dataset.images and dataset.labels say",
     "ade20k": "images/{training,validation} and annotations/{training,validation}, as in ADEChallengeData2016",
     "voc2012": "JPEGImages, SegmentationClass and ImageSets/Segmentation, as in VOCdevkit/VOC2012; for train_aug also "
     "SegmentationClassAug, or SBD's benchmark_RELEASE/dataset, next to it or as --config.dataset.extra_root",
@@ -90,8 +90,8 @@ class DatasetInfo:
 def describe(dataset: ConfigDict) -> DatasetInfo:
     """Returns the classes of a recipe's dataset.
 
-    Names are dataset.class_names or, if that is empty, from the known dataset's table or a folder's list of classes.
-    Colors are dataset.colors, or from the same table or list, or from `voc_palette`.
+    Names are dataset.class_names or, if that is empty, from the known dataset's table, or a folder's label map, COCO files or
+    list of classes. Colors are dataset.colors, or from the same place, or from `voc_palette`.
 
     Args:
       dataset: config.dataset.
@@ -99,7 +99,7 @@ def describe(dataset: ConfigDict) -> DatasetInfo:
     Raises:
       UserError: the classes are not named anywhere, or are not valid (see `DatasetInfo`).
     """
-    own = None if dataset.class_names else _listed_classes(dataset)
+    own = None if dataset.class_names else _mapped_classes(dataset) or _listed_classes(dataset)
     names = dataset.class_names or (own and own[0])
     if not names and dataset.name == "tfds":
         raise UserError(
@@ -121,7 +121,7 @@ def describe(dataset: ConfigDict) -> DatasetInfo:
 
 def file_colors(dataset: ConfigDict) -> dict[int, Color]:
     """Returns the colors in a folder's list of classes, {label: (R, G, B)}; {} if there are none."""
-    own = _listed_classes(dataset) if dataset.name == "folder" else None
+    own = _listed_classes(dataset) if dataset.name == "folder" and not dataset.label_map else None
     return own[1] if own else {}
 
 
@@ -132,7 +132,7 @@ def check_classes(dataset: ConfigDict) -> None:
       UserError: names the first class that differs.
     """
     own = _listed_classes(dataset)
-    if own is None:
+    if own is None or dataset.label_map:  # the map refers to classes by name, and may leave some out
         return
     for label, listed, named in differing_classes(own[0], describe(dataset).class_names):
         raise UserError(
@@ -150,6 +150,19 @@ def differing_classes(theirs: Sequence[str], ours: Sequence[str]) -> list[tuple[
         if their.lower() != our.lower()
         and not (their and our == f"class {label}")  # the placeholder for imported weights without class names
     ]
+
+
+def _mapped_classes(dataset: ConfigDict) -> tuple[tuple[str, ...], dict[int, Color]] | None:
+    """Returns the names and colors that a folder's label map or COCO files give; None without either."""
+    if dataset.name != "folder":
+        return None
+    entries = label_maps.read(dataset)
+    if names := label_maps.class_names(entries):
+        colors = {names.index(name): key for key, name in reversed(entries.items()) if name and isinstance(key, tuple)}
+        return names, colors
+    if not entries and dataset.root and polygons.is_coco(dataset.labels):
+        return polygons.class_names(dataset.root, dataset.labels), {}
+    return None
 
 
 def _listed_classes(dataset: ConfigDict) -> tuple[tuple[str, ...], dict[int, Color]] | None:

@@ -303,5 +303,5 @@ def _split_images(config: ConfigDict) -> dict[str, str]:
     dataset = config.dataset
     if dataset.name not in layouts.LAYOUTS:
         raise UserError(f"--mode predict needs --input, since the images of dataset.name={dataset.name!r} are not files")
-    pairs = layouts.list_pairs(dataset.name, dataset.root, config.eval.split, dataset.extra_root)
+    pairs = layouts.list_pairs(dataset, config.eval.split)
     return {pair.name: pair.image for pair in pairs}

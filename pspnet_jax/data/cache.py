@@ -126,7 +126,7 @@ def _on_disk(read: Read, budget: CacheBudget, path_of: Callable[[int], pathlib.P
 
 def _identity(source: Source, index: int, dataset: ConfigDict) -> str:
     """Returns a digest of the example's dataset and name, and of its files' paths, sizes and times."""
-    key = (VERSION, dataset.name, dataset.root, dataset.tfds_name, source.num_classes, source.names[index])
+    key = (VERSION, dataset.name, dataset.root, dataset.tfds_name, source.num_classes, source.names[index], source.reading)
     return stamps.digest((*key, [(file, stamps.stat(file)) for file in source.files(index)]))
 
 

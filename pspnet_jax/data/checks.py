@@ -1,6 +1,7 @@
 """Checks of an image and its label. An error is one sentence that names the file, the fault and the likely cause."""
 
 import contextlib
+import functools
 import io
 import os
 from collections.abc import Iterator, Mapping
@@ -12,12 +13,8 @@ import tensorflow as tf
 from PIL import Image, ImageFile
 
 from pspnet_jax import datasets, image_files
+from pspnet_jax.data.label_files import LabelReader, WrongValues
 from pspnet_jax.errors import MissingFileError, UserError
-
-
-class WrongValues(UserError):
-    """A label has values that are not class indices. If one file has them, probably all do."""
-
 
 LabelStatistics = tuple[list[int], dict[int, tuple[int, ...]]]  # a label's histogram, and the palette colors of its values
 
@@ -36,15 +33,23 @@ class CheckedPair(NamedTuple):
     palette: Mapping[int, tuple[int, ...]] = {}
 
 
-def check_pair(image_file: str, label_file: str, num_classes: int, read_pixels: bool, benchmark: str | None) -> CheckedPair:
+def check_pair(
+    image_file: str,
+    label_file: str,
+    num_classes: int,
+    read_pixels: bool,
+    benchmark: str | None,
+    reader: LabelReader | None = None,
+) -> CheckedPair:
     """Checks a pair, and raises an error about its first fault.
 
     Args:
       image_file: a JPEG or PNG.
-      label_file: a PNG, or a .mat file of SBD.
+      label_file: a PNG, or a .mat file of SBD; with a reader, any file that it reads.
       num_classes: K.
       read_pixels: whether to read all pixels, or only the headers.
       benchmark: the benchmark whose raw values the label has; None if it has class indices.
+      reader: of labels that have neither.
 
     Raises:
       WrongValues: only the label's values are wrong.
@@ -55,11 +60,13 @@ def check_pair(image_file: str, label_file: str, num_classes: int, read_pixels: 
         size, tag = _check_image(io.BytesIO(contents) if read_pixels else file, contents)
     upright = size[::-1] if tag >= 5 else size
     with _opened(label_file, image_file) as file:
-        label_contents = file.read() if read_pixels else b""
+        label_contents = file.read() if read_pixels and not label_file.endswith(".json") else b""
         if contents and contents == label_contents:
             raise UserError("is a copy of its image; replace it with the label")
         check = _check_mat if label_file.endswith(".mat") else _check_label
-        label_size, statistics = check(io.BytesIO(label_contents) if read_pixels else file, label_contents)
+        if reader:
+            check = functools.partial(_check_mapped, reader, label_file, image_file)
+        label_size, statistics = check(io.BytesIO(label_contents) if label_contents else file, label_contents)
         if label_size != upright:
             raise UserError(_size_problem(label_size, image_file, size, tag))
         if not statistics:
@@ -155,9 +162,7 @@ def _check_label(file: BinaryIO, contents: bytes) -> tuple[tuple[int, ...], Labe
         if problem := _pixel_format_problem(label):
             raise UserError(problem)
         if (tag := image_files.orientation(label)) != 1:
-            raise UserError(
-                f"has EXIF orientation {tag}, but labels are read without turning them; turn it upright, or remove the tag"
-            )
+            raise UserError(_turned(tag))
         if not contents:
             return label.size, None
         if not image_files.is_whole_png(contents):
@@ -170,6 +175,30 @@ def _check_mat(file: BinaryIO, contents: bytes) -> tuple[tuple[int, ...], LabelS
     """Returns the same as `_check_label` for a .mat file, whose pixels are always read."""
     label = decode_label(contents or file.read())
     return label.shape[::-1], (np.bincount(label.ravel(), minlength=256).tolist(), {})
+
+
+def _check_mapped(
+    reader: LabelReader, label_file: str, image_file: str, file: BinaryIO, contents: bytes
+) -> tuple[tuple[int, ...], LabelStatistics | None]:
+    """Returns the same as `_check_label` for a label whose classes the reader finds; pixels are counted by class."""
+    if not label_file.lower().endswith((".npy", ".mat", ".json")):
+        with Image.open(file) as label:
+            if (tag := image_files.orientation(label)) != 1:
+                raise UserError(_turned(tag))
+            if not contents:
+                return label.size, None
+            if label.format == "PNG" and not image_files.is_whole_png(contents):
+                raise ValueError(image_files.CUT_SHORT)
+    elif not contents and not label_file.endswith(".json"):
+        contents = file.read()
+    classes = reader.read(label_file, image_file, contents)
+    if (wrong := classes == datasets.WRONG).any():
+        raise WrongValues(reader.problem(label_file, contents, wrong))
+    return classes.shape[::-1], (np.bincount(classes.ravel(), minlength=256).tolist(), {})
+
+
+def _turned(tag: int) -> str:
+    return f"has EXIF orientation {tag}, but labels are read without turning them; turn it upright, or remove the tag"
 
 
 def _pixel_format_problem(label: ImageFile.ImageFile) -> str | None:

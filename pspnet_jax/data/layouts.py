@@ -1,21 +1,17 @@
 """The directory layout of each dataset, as users unpack it. Directories may be local or gs://."""
 
 import collections
-import logging
 import os
-import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
-from PIL import Image
+from ml_collections import ConfigDict
 
 from pspnet_jax import datasets
-from pspnet_jax.data.names import check_partners
+from pspnet_jax.data import folders, listing
 from pspnet_jax.errors import MissingFileError, UserError
 
-logger = logging.getLogger(__name__)
-MAX_LISTED = 3  # files in a warning
 IMAGES = (".jpg", ".jpeg", ".png")
 ALIASES = {"ade20k": {"train": "training", "val": "validation"}}
 
@@ -36,21 +32,20 @@ class Pair(NamedTuple):
     raw: bool = False
 
 
-def list_pairs(name: str, root: str, split: str, extra_root: str = "") -> list[Pair]:
+def list_pairs(dataset: ConfigDict, split: str) -> list[Pair]:
     """Lists a split, or several in the form "train+train_extra", each sorted by name. Names are unique.
 
     A pair's name is that of its image file without the extension, preceded by "SPLIT/" if "folder" has several splits.
 
     Args:
-      name: config.dataset.name.
-      root: the dataset's directory.
-      split: for "folder", a subfolder of images/ and labels/; ade20k: training (train), validation (val); voc2012: train,
-        train_aug, trainval, val, test; cityscapes: train, val, test, train_extra.
-      extra_root: SBD's directory, for voc2012.
+      dataset: config.dataset.
+      split: for "folder", see `folders.find`; ade20k: training (train), validation (val); voc2012: train, train_aug, trainval,
+        val, test; cityscapes: train, val, test, train_extra.
 
     Raises:
       UserError: a directory or list file is missing, or an image is in more than one of the splits.
     """
+    name, root = dataset.name, os.path.expanduser(dataset.root).rstrip("/")
     expected = datasets.EXPECTED_FILES[name]
     if not root:
         raise UserError(f"dataset.root is empty: set --config.dataset.root to the directory with {expected}")
@@ -58,7 +53,7 @@ def list_pairs(name: str, root: str, split: str, extra_root: str = "") -> list[P
     try:
         if not tf.io.gfile.isdir(root):
             raise MissingFileError(f"{root}: no such directory; correct --config.dataset.root or dataset.mixture")
-        found = {part: LAYOUTS[name](root, part, extra_root) for part in parts}
+        found = {part: LAYOUTS[name](root, part, dataset) for part in parts}
     except MissingFileError as error:
         raise MissingFileError(f"dataset.name={name!r}: {error}; expected {expected}") from error
     except tf.errors.OpError as error:  # permissions or the network
@@ -88,35 +83,23 @@ def _parts(name: str, split: str) -> list[str]:
     return [ALIASES.get(name, {}).get(part, part) for part in parts]
 
 
-def _folder(root: str, split: str, extra_root: str) -> list[Pair]:
-    """ROOT/images/SPLIT/NAME.{jpg,jpeg,png} with ROOT/labels/SPLIT/NAME.png; NAME may contain subfolders."""
-    return _paired(f"{root}/images/{split}", f"{root}/labels/{split}", raw=False)
+def _folder(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
+    """The files that match dataset.images and dataset.labels."""
+    return [Pair(*found) for found in folders.find(dataset, root, split, IMAGES)]
 
 
-def _ade20k(root: str, split: str, extra_root: str) -> list[Pair]:
+def _ade20k(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
     """images/SPLIT/NAME.jpg with annotations/SPLIT/NAME.png."""
     root = _first_with("images", root, f"{root}/ADEChallengeData2016")
-    return _paired(f"{root}/images/{split}", f"{root}/annotations/{split}", raw=True)
+    found = folders.match(f"{root}/images/{{split}}/{{name}}.*", f"{root}/annotations/{{split}}/{{name}}.png", split, IMAGES)
+    return [Pair(*files, raw=True) for files in found]
 
 
-def _paired(image_directory: str, label_directory: str, raw: bool) -> list[Pair]:
-    """Pairs the files of the same name in two directories; pairs have no labels if there is no label directory."""
-    images = _files(image_directory, IMAGES)
-    if not tf.io.gfile.isdir(label_directory):
-        return [Pair(name, images[name], "", raw) for name in sorted(images)]
-    labels = _files(label_directory, (".png",))
-    check_partners(images, labels, label_directory)
-    return [
-        Pair(name, images.get(name, f"{image_directory}/{name}.jpg"), labels.get(name, f"{label_directory}/{name}.png"), raw)
-        for name in sorted(images.keys() | labels.keys())
-    ]
-
-
-def _voc2012(root: str, split: str, extra_root: str) -> list[Pair]:
+def _voc2012(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
     """JPEGImages/NAME.jpg with SegmentationClass/NAME.png, for the names in ImageSets/Segmentation/SPLIT.txt."""
     root = _first_with("JPEGImages", root, f"{root}/VOC2012", f"{root}/VOCdevkit/VOC2012")
     if split == "train_aug":
-        return _voc2012_augmented(root, extra_root)
+        return _voc2012_augmented(root, os.path.expanduser(dataset.extra_root).rstrip("/"))
     labeled = split != "test"
     return [
         Pair(name, f"{root}/JPEGImages/{name}.jpg", f"{root}/SegmentationClass/{name}.png" if labeled else "")
@@ -154,7 +137,7 @@ def _voc2012_augmented(root: str, extra_root: str) -> list[Pair]:
     ]
 
 
-def _cityscapes(root: str, split: str, extra_root: str) -> list[Pair]:
+def _cityscapes(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
     """leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png with gtFine (train_extra: gtCoarse) .../NAME_*_labelIds.png.
 
     If there are no labelIds files, the class indices are read from *_labelTrainIds.png.
@@ -191,73 +174,19 @@ def _first_with(folder: str, *places: str) -> str:
 
 def _names(file: str) -> list[str]:
     """Returns the first word of each line."""
-    if not tf.io.gfile.exists(file):
-        raise MissingFileError(f"{file}: no such file; it should list the image names of a split")
-    try:
-        with tf.io.gfile.GFile(file) as lines:
-            text = lines.read().removeprefix("\ufeff")  # some editors write a byte order mark
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    return [line.split()[0] for line in text.splitlines() if line.strip()]
+    return [line.split()[0] for line in listing.read_lines(file)]
 
 
 def _files(directory: str, extensions: Sequence[str]) -> dict[str, str]:
-    """Returns {relative path without extension: full path} of the files with these extensions."""
-    if not tf.io.gfile.isdir(directory):
-        parent = os.path.dirname(directory)
-        siblings = ", ".join(sorted(tf.io.gfile.listdir(parent))[:8]) if tf.io.gfile.isdir(parent) else ""
-        raise MissingFileError(f"{directory}: no such directory" + (f"; {parent} contains {siblings}" if siblings else ""))
-    found: dict[str, str] = {}
-    others, known = [], Image.registered_extensions()
-    for path in _walk(directory):
-        name, extension = os.path.splitext(path[len(directory) + 1 :])
-        name, extension = unicodedata.normalize("NFC", name), extension.lower()  # macOS decomposes accented characters
-        if extension not in extensions:
-            others += [path] if extension in known else []
-            continue
-        if name in found:
-            raise UserError(f"{path} and {found[name]}: two files of the same name, so their label is ambiguous; remove one")
-        found[name] = path
-    if others:
-        logger.warning(
-            f"{directory}: {len(others):,} images are ignored because they are not {', '.join(extensions)} files: "
-            f"{', '.join(others[:MAX_LISTED])}{', ...' if len(others) > MAX_LISTED else ''}"
-        )
+    """Returns {relative path without extension: full path} of the files with these extensions, of which there are some."""
+    found, others = listing.find(directory, extensions)
+    listing.warn_of_others(directory, others, f"are not {', '.join(extensions)} files")
     if not found:
         raise MissingFileError(f"{directory}: contains no {', '.join(extensions)} files")
     return found
 
 
-def _walk(directory: str, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yields the files below a directory, except hidden ones; `above` are the real paths of its parent directories.
-
-    In a bucket, a name with a "." and without a trailing "/" is assumed to be a file. Asking the server about each would take
-    minutes.
-    """
-    remote = "://" in directory
-    if not remote:
-        if (real := os.path.realpath(directory)) in above:
-            raise UserError(f"{directory}: links to one of its parent directories; remove the link")
-        above = (*above, real)
-    for entry in _entries(directory):
-        path = f"{directory}/{entry.rstrip('/')}"
-        if entry.startswith("."):
-            continue
-        if entry.endswith("/") or (("." not in entry or not remote) and tf.io.gfile.isdir(path)):
-            yield from _walk(path, above)
-        else:
-            yield path
-
-
-def _entries(directory: str) -> list[str]:
-    try:
-        return tf.io.gfile.listdir(directory)
-    except UnicodeDecodeError as error:
-        name = error.object.decode(errors="backslashreplace")
-        raise UserError(f"{directory}: contains {name}, whose name is not UTF-8; rename it") from error
-
-
-LAYOUTS: dict[str, Callable[[str, str, str], list[Pair]]] = {
+LAYOUTS: dict[str, Callable[[str, str, ConfigDict], list[Pair]]] = {
     "folder": _folder,
     "ade20k": _ade20k,
     "voc2012": _voc2012,

@@ -43,6 +43,7 @@ class Source:
       image_sizes: size in bytes of each image file, which is the first of `files`; None without image files.
       palette: the colors of the label values if labels have palettes, see `palettes.Palettes.seen`.
       fingerprint: digest of the names and sizes of the files; "" without files.
+      reading: whatever else decides what is read from the files, such as a label map.
     """
 
     names: Sequence[str]
@@ -52,6 +53,7 @@ class Source:
     image_sizes: Sequence[int] | None = None
     palette: ValueColors | None = None
     fingerprint = ""
+    reading = ""
 
     def __len__(self) -> int:
         return len(self.names)

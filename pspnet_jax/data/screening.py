@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from pspnet_jax import datasets, parallel
-from pspnet_jax.data import checks, stamps
+from pspnet_jax.data import checks, label_files, stamps
 from pspnet_jax.data.layouts import Pair
 from pspnet_jax.data.palettes import Palettes, ValueColors
 from pspnet_jax.data.totals import Totals
@@ -149,12 +149,14 @@ def _check_files(pairs: list[Pair], dataset: ConfigDict, names: Sequence[str], s
     stats = stamps.stats(files)
     sizes = [known[0] if known else 0 for known in stats]
     all_names, colors = [pair.name for pair in pairs], datasets.file_colors(dataset)
-    mine = Findings(stamps.digest(all_names), stamps.digest((all_names, sizes)), len(pairs))
+    reader = label_files.reader(dataset, names, [pair.label for pair in pairs])
+    reading = (reader.classes,) if reader else ()
+    mine = Findings(stamps.digest(all_names), stamps.digest((all_names, sizes, *reading)), len(pairs))
 
     def check(index: int, chosen: Container[int]) -> checks.CheckedPair | Problem:
         _, image, label, raw = pairs[index]
         try:
-            return checks.check_pair(image, label, len(names), index in chosen, dataset.name if raw else None)
+            return checks.check_pair(image, label, len(names), index in chosen, dataset.name if raw else None, reader)
         except UserError as error:
             return Problem(index, isinstance(error, checks.WrongValues), str(error))
 
@@ -163,7 +165,7 @@ def _check_files(pairs: list[Pair], dataset: ConfigDict, names: Sequence[str], s
         chosen = every if count == len(pairs) else set(np.random.default_rng(0).choice(len(pairs), count, replace=False))
         check_chosen = functools.partial(check, chosen=chosen)
         for attempt in range(ATTEMPTS):
-            key = (VERSION, count, dataset.name, len(names), colors, pairs, attempt)
+            key = (VERSION, count, dataset.name, len(names), colors, pairs, attempt, *reading)
             compute = functools.partial(_check_pairs, pairs, check_chosen, Palettes(colors, len(names)), split)
             found = mine._replace(**json.loads(stamps.compute_once(dataset.cache_dir, "checked", files, key, compute, stats)))
             if all(isinstance(check_chosen(index), Problem) for index, *_ in found.problems):

@@ -11,7 +11,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from pspnet_jax import datasets
-from pspnet_jax.data import checks, layouts, scenes, screening, stamps
+from pspnet_jax.data import checks, label_files, layouts, scenes, screening, stamps
 from pspnet_jax.data.reader import Example, Source, decode_image, numbered
 from pspnet_jax.data.tfds_source import Tfds
 from pspnet_jax.errors import UserError
@@ -49,7 +49,7 @@ def training_parts(dataset: ConfigDict) -> Iterator[tuple[ConfigDict, str]]:
 
 
 class Files(Source):
-    """Pairs of files: JPEG or PNG images with labels as 8-bit gray or palette PNGs, or as SBD's .mat files.
+    """Pairs of files: JPEG or PNG images with labels as 8-bit gray or palette PNGs, as SBD's .mat files, or with a reader.
 
     Attributes:
       pairs: the files; every pair has a label.
@@ -61,6 +61,7 @@ class Files(Source):
         pairs: Sequence[layouts.Pair],
         num_classes: int,
         screened: screening.Screened | None = None,
+        reader: label_files.LabelReader | None = None,
     ):
         """Stores the pairs without checking them.
 
@@ -69,7 +70,9 @@ class Files(Source):
           pairs: the files.
           num_classes: K.
           screened: the result of checking these pairs, if they were checked.
+          reader: of labels that are neither PNGs nor SBD's, or that have other values.
         """
+        self._reader, self.reading = reader, repr(reader.classes) if reader else ""
         self.pairs, self.num_classes, self._benchmark = pairs, num_classes, benchmark
         if screened:
             self.totals, self.fingerprint, self.image_sizes = screened.totals, screened.fingerprint, screened.sizes
@@ -95,6 +98,13 @@ class Files(Source):
         return function.get_concrete_function()
 
     def tensors(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        orientation = None if self._orientations is None else self._orientations[index]
+        image = decode_image(tf.io.read_file(self._images[index]), orientation, self._upright)
+        if self._reader:
+            files = self._labels[index], self._images[index]
+            json = tf.strings.regex_full_match(files[0], r".*\.json")
+            contents = tf.cond(json, lambda: b"", lambda: tf.io.read_file(files[0]))
+            return image, tf.numpy_function(self._reader.read, [*files, contents], tf.uint8, stateful=False)
         contents = tf.io.read_file(self._labels[index])
         gray_png = (tf.strings.substr(contents, 1, 3) == "PNG") & (tf.strings.substr(contents, 24, 2) == b"\x08\x00")
         label = tf.cond(
@@ -107,12 +117,11 @@ class Files(Source):
             label = tf.cond(
                 self._raw[index], lambda: tf.numpy_function(to_classes, [label], tf.uint8, stateful=False), lambda: label
             )
-        orientation = None if self._orientations is None else self._orientations[index]
-        return decode_image(tf.io.read_file(self._images[index]), orientation, self._upright), label
+        return image, label
 
     def check(self, index: int) -> checks.CheckedPair:
         _, image, label, raw = self.pairs[index]
-        return checks.check_pair(image, label, self.num_classes, True, self._benchmark if raw else None)
+        return checks.check_pair(image, label, self.num_classes, True, self._benchmark if raw else None, self._reader)
 
     def where(self, index: int) -> str:
         return " or ".join(self.files(index))
@@ -123,29 +132,31 @@ class Files(Source):
 
 def _open_files(dataset: ConfigDict, split: str, check: bool) -> Files:
     name, names = dataset.name, datasets.describe(dataset).class_names
-    root, extra_root = (os.path.expanduser(path).rstrip("/") for path in (dataset.root, dataset.extra_root))
+    root = os.path.expanduser(dataset.root).rstrip("/")
 
     def list_pairs() -> list[layouts.Pair]:
         datasets.check_classes(dataset)
-        pairs = layouts.list_pairs(name, root, split, extra_root)
+        pairs = layouts.list_pairs(dataset, split)
         if unlabeled := [pair.image for pair in pairs if not pair.label]:
             raise UserError(
                 f"{unlabeled[0]}: split {split!r} has no labels for training or evaluation"
-                f"{f', because {root}/labels/{split} does not exist' if name == 'folder' else ''}; "
+                f"{', because the directory of dataset.labels does not exist' if name == 'folder' else ''}; "
                 f"--mode predict with --config.eval.split={split} segments its images, and --format writes the files that a "
                 "benchmark's server expects"
             )
         return pairs
 
     if not check:
-        files = Files(name, list_pairs(), len(names))
+        pairs = list_pairs()
+        files = Files(name, pairs, len(names), reader=label_files.reader(dataset, names, [pair.label for pair in pairs]))
         files.image_sizes = [known[0] if known else 0 for known in stamps.stats([pair.image for pair in files.pairs])]
         return files
     screened = screening.screen(list_pairs, dataset, names, f"{root}, {split}")
     count = layouts.official_count(name, split)
     if count not in (None, len(screened.pairs)):
         logger.warning(f"{name} {split} officially has {count:,} images, but {len(screened.pairs):,} were found")
-    return Files(name, screened.pairs, len(names), screened)
+    reader = label_files.reader(dataset, names, [pair.label for pair in screened.pairs])
+    return Files(name, screened.pairs, len(names), screened, reader)
 
 
 class Scenes(Source):

@@ -189,6 +189,6 @@ def class_counts(source: Source, dataset: ConfigDict, read: Read) -> np.ndarray:
         return table.tobytes()
 
     files = sorted({file for index in range(len(source)) for file in source.files(index)})
-    depends = (VERSION, dataset.name, dataset.root, dataset.tfds_name, shape, list(source.names))
+    depends = (VERSION, dataset.name, dataset.root, dataset.tfds_name, shape, list(source.names), source.reading)
     kept = stamps.compute_once(dataset.cache_dir, "classes", files, depends, count)
     return np.frombuffer(kept, np.int32).reshape(shape).astype(np.int64)

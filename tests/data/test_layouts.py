@@ -114,7 +114,7 @@ def test_a_bucket_is_listed_by_directory(monkeypatch):
     isdir = tf.io.gfile.isdir
     for module, name in ((tf.io.gfile, "isdir"), (file_io, "is_directory_v2")):
         monkeypatch.setattr(module, name, lambda path: queried.append(path) or isdir(path))
-    assert len(layouts.list_pairs("ade20k", "ram://ade", "training")) == 5
+    assert len(layouts.list_pairs(recipe(name="ade20k", root="ram://ade"), "training")) == 5
     assert queried
     assert not [path for path in queried if path.endswith(("jpg", "png"))]
 
@@ -148,7 +148,7 @@ def test_a_test_split_lists_its_images_and_cannot_be_scored(tmp_path, name):
         fakes.write_voc2012(tmp_path, {"test": ["8", "9"]})
     else:
         fakes.write_cityscapes(tmp_path, {"test": 2})
-    pairs = layouts.list_pairs(name, str(tmp_path), "test")
+    pairs = layouts.list_pairs(recipe(name=name, root=str(tmp_path)), "test")
     assert len(pairs) == 2
     assert [pixels(pair.image).shape for pair in pairs] == [(40, 48, 3)] * 2
     with pytest.raises(ValueError, match=r"split 'test' has no labels .*--mode predict with --config.eval.split=test"):

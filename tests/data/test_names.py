@@ -109,7 +109,7 @@ def test_a_warning_lists_images_of_unsupported_formats(tmp_path, caplog):
     for name in ("a.gif", "b.tif", "c.webp", "d.bmp", "notes.txt", "Thumbs.db", ".e.gif"):
         (root / "images/train" / name).write_bytes(b"")
     with caplog.at_level(logging.WARNING, "pspnet_jax"):
-        layouts.list_pairs("folder", str(root), "train")
+        layouts.list_pairs(recipe(root=str(root)), "train")
     (record,) = caplog.records
     where = f"{root}/images/train"
     assert record.message.startswith(f"{where}: 4 images are ignored because they are not .jpg, .jpeg, .png files: {where}/")

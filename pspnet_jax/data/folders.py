@@ -1,0 +1,152 @@
+"""The files of dataset.name="folder": found by patterns of their names; divided into splits by folders, lists or a fraction."""
+
+import csv
+import hashlib
+import itertools
+import os
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+
+import tensorflow as tf
+from ml_collections import ConfigDict
+
+from pspnet_jax import polygons
+from pspnet_jax.data import listing
+from pspnet_jax.data.names import check_partners
+from pspnet_jax.errors import MissingFileError, UserError
+
+LABELS = (".tif", ".tiff", ".gif", ".bmp", ".npy", ".mat")  # extensions of labels, if there are no .png files
+COLUMNS = {  # {column: its names in the header of a list}
+    "image": "image img image_path image_file image_id image_name file_name filename file path name",
+    "label": "label mask label_path mask_path label_file mask_file annotation target",
+    "split": "split set subset fold partition",
+}
+Files = tuple[str, str, str]  # name, image file, label file
+_COLUMN = {word: column for column, words in COLUMNS.items() for word in words.split()}
+
+
+def find(dataset: ConfigDict, root: str, split: str, extensions: Sequence[str]) -> list[Files]:
+    """Returns the files of a split, as `match` does.
+
+    Args:
+      dataset: config.dataset; its fields images, labels, split_file, split_fraction and split_seed are used.
+      root: its directory.
+      split: replaces {split} in patterns; otherwise "train" or "val", or a split in the list.
+      extensions: of images.
+
+    Raises:
+      UserError: a directory or list is missing or empty, names are ambiguous, or nothing tells the splits apart.
+    """
+    listed = _listed(dataset, f"{root}/{dataset.split_file.replace('{split}', split)}", split) if dataset.split_file else []
+    if listed and all(label for _, label in listed):
+        return sorted((os.path.splitext(image)[0], f"{root}/{image}", f"{root}/{label}") for image, label in listed)
+    by_fraction = not listed and "{split}" not in dataset.images
+    if by_fraction and not (dataset.split_fraction and split in ("train", "val")):
+        raise UserError(
+            f"dataset.images={dataset.images!r} has no {{split}}, so every split would have the same images; add it, or set "
+            "dataset.split_file, or dataset.split_fraction for the splits train and val"
+        )
+    found = match(f"{root}/{dataset.images}", f"{root}/{dataset.labels}", split, extensions)
+    if by_fraction:
+        return [f for f in found if (_position(dataset.split_seed, f[0]) < dataset.split_fraction) == (split == "val")]
+    if not listed:
+        return found
+    paths = {name: image[len(root) + 1 :] for name, image, _ in found}
+    names = _names([image for image, _ in listed], paths, dataset.split_file)
+    return [files for files in found if files[0] in names]
+
+
+def _position(seed: int, name: str) -> float:
+    """Returns a number from 0 to 1 that depends only on the seed and the name."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) / 2**64
+
+
+def match(images: str, labels: str, split: str, extensions: Sequence[str]) -> list[Files]:
+    """Returns the files that match two patterns, sorted by name, and warns about images that match neither.
+
+    The label is "" if the labels' directory does not exist. If one file of a pair is missing, its path is a guess.
+
+    Args:
+      images, labels: full paths with {name} and possibly {split}; "*" stands for any part of a file's or directory's name.
+      split: replaces {split}.
+      extensions: of images.
+    """
+    directory, found, others = _side(images, split, (extensions,))
+    kinds = ((".json",),) if labels.endswith(".json") else ((".png",), LABELS)
+    label_directory, _ = _compile(labels, split)
+    if polygons.is_coco(labels):
+        label_files, more = polygons.listed(labels.replace("{split}", split), found), list[str]()
+    elif not tf.io.gfile.isdir(label_directory):
+        return [(name, found[name], "") for name in sorted(found)]
+    else:
+        label_directory, label_files, more = _side(labels, split, kinds)
+        check_partners(found, label_files, label_directory)
+    used = {*found.values(), *label_files.values()}
+    for where, unused, kind in ((directory, others, extensions), (label_directory, more, kinds[0])):
+        neither = [path for path in unused if path not in used]
+        named = all(path.lower().endswith(tuple(kind)) for path in neither)
+        why = "match neither dataset.images nor dataset.labels" if named else f"are not {', '.join(kind)} files"
+        listing.warn_of_others(where, neither, why)
+        used |= {*neither}
+    image, label = (re.sub(r"\*$", kind, p.replace("{split}", split)) for p, kind in ((images, "jpg"), (labels, "png")))
+    return [
+        (name, found.get(name, image.replace("{name}", name)), label_files.get(name, label.replace("{name}", name)))
+        for name in sorted(found.keys() | label_files.keys())
+    ]
+
+
+def _side(pattern: str, split: str, kinds: Sequence[Sequence[str]]) -> tuple[str, dict[str, str], list[str]]:
+    """Returns a pattern's directory, {name: path} of the files with the first kinds of extension found, and other images."""
+    directory, expression = _compile(pattern, split)
+    for extensions in kinds:
+        found, others = listing.find(directory, extensions, expression)
+        if found:
+            return directory, found, others
+    expected = "" if pattern.endswith("{name}.*") and not others else f" that match {pattern}"
+    raise MissingFileError(f"{directory}: contains no {', '.join(kinds[0])} files{expected}")
+
+
+def _compile(pattern: str, split: str) -> tuple[str, re.Pattern[str]]:
+    """Returns the directory before the first part of a pattern that varies, and the rest as a regular expression."""
+    parts = pattern.replace("{split}", split).split("/")
+    fixed = list(itertools.takewhile(lambda part: "{name}" not in part and "*" not in part, parts))
+    rest = re.escape(unicodedata.normalize("NFC", "/".join(parts[len(fixed) :])))
+    rest = re.sub(r"\\\.\\\*$", r"\\.[^./]+", rest).replace(r"\*", "[^/]*").replace(r"\{name\}", "(?P<name>.+)")
+    return "/".join(fixed), re.compile(rest, re.IGNORECASE)
+
+
+def _listed(dataset: ConfigDict, file: str, split: str) -> list[tuple[str, str]]:
+    """Returns the image and the label, or "", in each line of a split's list: a CSV with a header, or one or two paths."""
+    lines = listing.read_lines(file)
+    header = [_COLUMN.get(field.strip().strip('"').lower(), "") for field in lines[0].split(",")] if lines else []
+    if "image" in header:
+        rows = [dict(zip(header, map(str.strip, fields), strict=False)) for fields in csv.reader(lines[1:])]
+        found = [(row["image"], row.get("label", "")) for row in rows if row.get("split", split) == split]
+        known = ", ".join(sorted({row.get("split", "") for row in rows}))
+    else:
+        pairs = [re.fullmatch(r"\s*(\S.*?\.\w{2,5})[\s,;]+(\S.*\.\w{2,5})\s*", line) for line in lines]
+        found = [(pair[1], pair[2]) if pair else (line.strip(), "") for pair, line in zip(pairs, lines, strict=True)]
+        known = ""
+    if "split" not in header and "{split}" not in dataset.split_file:
+        raise UserError(f"{file}: names no splits; put {{split}} into dataset.split_file, or add a column named split")
+    if not found:
+        raise UserError(f"{file}: lists no image of split {split!r}" + (f"; its splits are {known}" if known else ""))
+    return [(image.lstrip("./"), label.lstrip("./")) for image, label in found]
+
+
+def _names(listed: Sequence[str], images: Mapping[str, str], file: str) -> set[str]:
+    """Returns the names of listed images, which are given by name, path or the end of it, with or without extension."""
+    known: dict[str, str] = {}
+    for name, path in images.items():
+        base = os.path.basename(path)
+        for key in {path, base, os.path.splitext(path)[0], os.path.splitext(base)[0]}:
+            known[key] = "" if key in known else name  # "": ambiguous
+    known |= {name: name for name in images}
+    names = [next(filter(None, map(known.get, (text, os.path.basename(text), text.split()[0]))), "") for text in listed]
+    if missing := [text for text, name in zip(listed, names, strict=True) if not name]:
+        raise UserError(
+            f"{file}: {len(missing):,} of {len(listed):,} entries name none of the {len(images):,} images that match "
+            f"dataset.images, the first is {missing[0]!r}; correct the list or the pattern"
+        )
+    return set(names)

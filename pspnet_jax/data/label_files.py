@@ -1,0 +1,165 @@
+"""Label files in any supported form as class indices, according to dataset.label_map.
+
+| file | values |
+| --- | --- |
+| PNG, TIFF, GIF, BMP | gray values, palette indices, or colors; 1-bit files have 0 and 1 |
+| .npy, .mat | whole numbers [H,W], or colors uint8[H,W,3]; the only such array of a .mat, or SBD's GTcls.Segmentation |
+| labelme's or COCO's .json | categories of polygons, see polygons.py |
+
+A value v also stands for the color (v, v, v), and if a map has only colors, a palette is replaced by its colors.
+"""
+
+import functools
+import io
+from collections.abc import Mapping, Sequence
+
+import cv2
+import numpy as np
+import scipy.io
+from ml_collections import ConfigDict
+from PIL import Image
+
+from pspnet_jax import image_files, label_maps, polygons
+from pspnet_jax.datasets import IGNORE, WRONG
+from pspnet_jax.errors import UserError
+
+SMALL_GRAYS = {"L;2": 85, "L;4": 17}  # Pillow multiplies the values of these pixel formats
+MAX_LISTED = 8  # keys of a map in a message
+
+
+class WrongValues(UserError):
+    """A label has values that are not class indices. If one file has them, probably all do."""
+
+
+class LabelReader:
+    """Reads label files as classes.
+
+    Attributes:
+      classes: the class, or IGNORE, of each value, (R, G, B) color, and polygon category.
+    """
+
+    def __init__(self, classes: Mapping[label_maps.Key, int]):
+        self.classes = classes
+        self._values = np.full(2**16, WRONG, np.uint8)
+        for value in (key for key in classes if isinstance(key, int) and 0 <= key < 2**16):
+            self._values[value] = classes[value]
+        self._has_values = any(isinstance(key, int) for key in classes)
+
+    @functools.cached_property
+    def _colors(self) -> np.ndarray:
+        """uint8[2**24], the class of each color (B << 16) + (G << 8) + R."""
+        table = np.full(2**24, WRONG, np.uint8)
+        table[np.arange(256) * 0x010101] = self._values[:256]
+        for color in (key for key in self.classes if isinstance(key, tuple)):
+            table[color[0] + (color[1] << 8) + (color[2] << 16)] = self.classes[color]
+        return table
+
+    def read(self, label_file: str | bytes, image_file: str | bytes, contents: bytes) -> np.ndarray:
+        """Returns uint8[H,W]: class indices, IGNORE, and WRONG where the map lacks a value.
+
+        Args:
+          label_file, image_file: paths.
+          contents: of the label file; unused for .json.
+
+        Raises:
+          WrongValues: the map lacks a category of polygons.
+          Exception: whatever a decoder raises for a damaged file.
+        """
+        label_file, image_file = (path.decode() if isinstance(path, bytes) else path for path in (label_file, image_file))
+        if label_file.endswith(".json"):
+            return polygons.read(label_file, image_file).paint(self._class_of_category)
+        return self._to_classes(_decode(label_file, contents, self._has_values))
+
+    def _class_of_category(self, category: str) -> int:
+        if (found := self.classes.get(category, IGNORE if category == polygons.BACKGROUND else WRONG)) == WRONG:
+            raise WrongValues(f"has polygons of {category!r}, which is not in {self._known(str)}; add it (None: ignored)")
+        return found
+
+    def _to_classes(self, label: np.ndarray) -> np.ndarray:
+        if label.ndim == 2 and not self._has_values and label.dtype == np.uint8:
+            label = np.repeat(label[..., None], 3, axis=2)
+        if label.ndim == 3:
+            return self._colors[cv2.cvtColor(label, cv2.COLOR_RGB2RGBA).view("<u4")[..., 0] & 0xFFFFFF]
+        if label.dtype == np.uint8:
+            return cv2.LUT(label, self._values[:256])
+        if label.size and label.min() >= 0 and label.max() < 2**16:
+            return self._values[label]
+        values, inverse = np.unique(label, return_inverse=True)
+        return np.array([self.classes.get(int(value), WRONG) for value in values], np.uint8)[inverse].reshape(label.shape)
+
+    def problem(self, label_file: str, contents: bytes, wrong: np.ndarray) -> str:
+        """Returns a sentence about the first value that the map lacks; `wrong` is bool[H,W]."""
+        label = _decode(label_file, contents, self._has_values)[wrong]
+        first = label[0].tolist()
+        what, kind = (f"color RGB {tuple(first)}", tuple) if label.ndim == 2 else (f"value {first}", int)
+        count = int((label == label[0]).reshape(len(label), -1).all(axis=1).sum())
+        return f"label {what} at {count} pixels is not in {self._known(kind)}; add it, with its class or None (ignored)"
+
+    def _known(self, kind: type) -> str:
+        keys = [key for key in self.classes if isinstance(key, kind)] or list(self.classes)
+        more = f" and {len(keys) - MAX_LISTED} more" if len(keys) > MAX_LISTED else ""
+        return f"dataset.label_map, which has {', '.join(map(repr, keys[:MAX_LISTED]))}{more}"
+
+
+def reader(dataset: ConfigDict, class_names: Sequence[str], files: Sequence[str]) -> LabelReader | None:
+    """Returns the reader of a folder's label files; None if they are PNGs of class indices, which TensorFlow reads faster.
+
+    Raises:
+      UserError: dataset.label_map is not valid, or has other classes.
+    """
+    entries = label_maps.read(dataset) if dataset.name == "folder" else {}
+    plain = not entries and dataset.ignore_index == IGNORE and all(file.lower().endswith(".png") for file in files)
+    if dataset.name != "folder" or plain:
+        return None
+    if len(class_names) > WRONG:
+        raise UserError(f"dataset.label_map: expected at most {WRONG} classes, not {len(class_names)}")
+    index_of = {name.strip().lower(): index for index, name in enumerate(class_names)}
+    if not entries:
+        own = {value: value for value in range(len(class_names))} | {dataset.ignore_index: IGNORE}
+        return LabelReader(own | {name: index for index, name in enumerate(class_names)})
+    classes = {}
+    for key, value in entries.items():
+        found = IGNORE if value is None else value if isinstance(value, int) else index_of.get(value.strip().lower(), -1)
+        if found != IGNORE and not 0 <= found < len(class_names):
+            raise UserError(f"dataset.label_map: {key!r} is class {value!r}, which is none of {', '.join(class_names)}")
+        classes[key] = found
+    return LabelReader(classes)
+
+
+def _decode(file: str, contents: bytes, keep_indices: bool) -> np.ndarray:
+    """Returns whole numbers [H,W], or colors uint8[H,W,3]; the indices of a palette, or its colors."""
+    kind = file.lower().rsplit(".", 1)[-1]
+    if kind == "npy":
+        label = np.load(io.BytesIO(contents), allow_pickle=False)
+    elif kind == "mat":
+        label = _array_of_mat(contents)
+    else:
+        label = _decode_image(contents, keep_indices)
+    label = label.squeeze() if label.ndim == 3 and 1 in (label.shape[0], label.shape[2]) else label
+    if label.ndim == 3 and label.shape[2] in (3, 4) and label.dtype == np.uint8:
+        return np.ascontiguousarray(label[..., :3])
+    if label.ndim != 2 or label.dtype.kind not in "biuf":
+        raise UserError(f"is {label.dtype}{list(label.shape)}; expected whole numbers [H, W] or colors uint8[H, W, 3]")
+    if label.dtype.kind == "f":
+        if (fractions := label[label != np.rint(label)]).size:
+            raise UserError(f"has value {fractions[0]}; expected whole numbers")
+        return label.astype(np.int64)
+    return label.astype(np.uint8) if label.dtype.kind == "b" else label
+
+
+def _decode_image(contents: bytes, keep_indices: bool) -> np.ndarray:
+    with Image.open(io.BytesIO(contents)) as image:
+        if image.mode in ("RGB", "RGBA", "CMYK", "YCbCr") or (image.mode == "P" and not keep_indices):
+            return np.asarray(image.convert("RGB"))
+        scale = SMALL_GRAYS.get(image_files.raw_mode(image), 1)
+        return np.asarray(image.getchannel("L") if image.mode == "LA" else image) // np.uint8(scale)
+
+
+def _array_of_mat(contents: bytes) -> np.ndarray:
+    found = scipy.io.loadmat(io.BytesIO(contents))
+    if "GTcls" in found:
+        return found["GTcls"][0, 0]["Segmentation"]
+    arrays = {name: value for name, value in found.items() if isinstance(value, np.ndarray) and min(value.shape[:2]) > 1}
+    if len(arrays) != 1:
+        raise UserError(f"has {len(arrays)} arrays ({', '.join(arrays)}); expected one, the label")
+    return next(iter(arrays.values()))

@@ -1,0 +1,150 @@
+"""Polygons in the JSON files of COCO and labelme, painted as their image's label is read.
+
+As in labelme's own exports, Pillow fills a polygon, and pixels on its outline belong to it. labelme's shapes are painted in the
+file's order, COCO's from the largest to the smallest, so that windows stay visible on a facade.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageDraw
+
+from pspnet_jax.errors import MissingFileError, UserError
+
+BACKGROUND = "background"  # category of the pixels outside all polygons
+
+
+class Drawing(NamedTuple):
+    """The polygons of an image: its (width, height), and category and outlines of each, float32[N,2] of x and y, or a mask."""
+
+    size: tuple[int, int]
+    shapes: list[tuple[str, list[np.ndarray] | dict[str, Any]]]
+
+    def paint(self, value_of: Callable[[str], int]) -> np.ndarray:
+        """Returns uint8[H,W] with the value of each pixel's category."""
+        canvas = Image.new("L", self.size, value_of(BACKGROUND))
+        pen = ImageDraw.Draw(canvas)
+        for category, parts in self.shapes:
+            value = value_of(category)
+            if isinstance(parts, dict):
+                canvas.paste(value, mask=Image.fromarray(_decode_rle(parts)))
+            else:
+                for part in parts:
+                    pen.polygon(part.ravel().tolist(), fill=value, outline=value)
+        return np.asarray(canvas)
+
+
+def is_coco(pattern: str) -> bool:
+    """Returns whether a pattern of label files stands for one COCO file for all images, and not for a file for each."""
+    return pattern.endswith(".json") and "{name}" not in pattern
+
+
+def read(file: str, image_file: str) -> Drawing:
+    """Returns the polygons of an image from a COCO file, or from the image's labelme file.
+
+    Raises:
+      UserError: the file is neither, or does not contain the image.
+    """
+    content = _read(file, epath.Path(file).stat().mtime)
+    if isinstance(content, Drawing):
+        return content
+    if not (drawing := content.get(os.path.basename(image_file))):
+        raise UserError(f"has no entry for {image_file}; add it, or remove the image")
+    return drawing
+
+
+def listed(file: str, images: Mapping[str, str]) -> dict[str, str]:
+    """Returns {name: file} of the images in a COCO file, where {name: path} are the images that were found."""
+    name_of = {os.path.basename(path): name for name, path in images.items()}
+    return {name_of.get(base, os.path.splitext(base)[0]): file for base in _coco_file(file)}
+
+
+def class_names(root: str, pattern: str) -> tuple[str, ...]:
+    """Returns "background" and the categories that have annotations in any split's COCO file, in the order of their ids.
+
+    Categories without annotations, such as super-categories, are no classes.
+    """
+    files = sorted(epath.Path(root).expanduser().glob(pattern.replace("{split}", "*")))
+    names = dict.fromkeys(name for file in files for name in _coco_file(str(file)).categories)
+    return (BACKGROUND, *(name for name in names if name != BACKGROUND)) if names else ()
+
+
+def _coco_file(file: str) -> "_Coco":
+    if not epath.Path(file).exists():
+        raise MissingFileError(f"{file}: no such file; it should be a COCO file")
+    try:
+        content = _read(file, epath.Path(file).stat().mtime)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    if isinstance(content, Drawing):
+        raise UserError(f"{file}: is labelme's file of one image; put {{name}} into dataset.labels")
+    return content
+
+
+class _Coco(dict[str, Drawing]):
+    """{file name of an image: its polygons}, and the names of the categories that have any, in the order of their ids."""
+
+    categories: list[str]
+
+
+@functools.lru_cache(maxsize=8)
+def _read(file: str, mtime: float) -> Drawing | _Coco:
+    try:
+        content = json.loads(epath.Path(file).read_bytes())
+        return _labelme(content) if "shapes" in content else _coco(content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"is not a labelme or COCO file ({type(error).__name__}: {error})") from error
+
+
+def _labelme(content: dict[str, Any]) -> Drawing:
+    shapes: list[tuple[str, Any]] = []
+    for shape in content["shapes"]:
+        points, kind = np.asarray(shape["points"], np.float32), shape.get("shape_type") or "polygon"
+        if kind == "rectangle":
+            (left, top), (right, bottom) = points
+            points = np.array([[left, top], [right, top], [right, bottom], [left, bottom]], np.float32)
+        elif kind != "polygon" or len(points) < 3:
+            raise ValueError(f"{shape['label']!r} is a {kind} of {len(points)} points, not a polygon or rectangle")
+        shapes.append((shape["label"], [points]))
+    return Drawing((content["imageWidth"], content["imageHeight"]), shapes)
+
+
+def _coco(content: dict[str, Any]) -> _Coco:
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    drawings = {image["id"]: Drawing((image["width"], image["height"]), []) for image in content["images"]}
+    for annotation in sorted(content["annotations"], key=lambda annotation: -annotation.get("area", 0)):
+        parts = annotation["segmentation"]
+        outlines = parts if isinstance(parts, dict) else [np.asarray(part, np.float32).reshape(-1, 2) for part in parts]
+        drawings[annotation["image_id"]].shapes.append((names[annotation["category_id"]], outlines))
+    found = _Coco((os.path.basename(image["file_name"]), drawings[image["id"]]) for image in content["images"])
+    if len(found) < len(drawings):
+        raise ValueError("two images have the same file name")
+    used = {annotation["category_id"] for annotation in content["annotations"]}
+    found.categories = [names[number] for number in sorted(used)]
+    return found
+
+
+def _decode_rle(mask: dict[str, Any]) -> np.ndarray:
+    """Returns COCO's run-length encoded mask, column by column from 0, as uint8[H,W] of 0 and 255."""
+    counts = mask["counts"] if isinstance(mask["counts"], list) else _decode_counts(mask["counts"])
+    runs = np.repeat(np.arange(len(counts)) % 2 * np.uint8(255), counts)
+    return runs.reshape(mask["size"][::-1]).T.astype(np.uint8)
+
+
+def _decode_counts(text: str) -> list[int]:
+    """Decodes COCO's text form: 5 bits per character, lowest first; from the fourth on, differences to the last but one."""
+    counts: list[int] = []
+    value = shift = 0
+    for code in text.encode():
+        value |= (code - 48 & 31) << shift
+        shift += 5
+        if not code - 48 & 32:
+            value -= (1 << shift) if code - 48 & 16 else 0
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return counts
