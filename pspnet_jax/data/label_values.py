@@ -1,6 +1,7 @@
 """The values, colors or categories in the label files of an unknown folder, and what they may mean."""
 
 import collections
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from pspnet_jax.label_maps import Key
 SAMPLES = 300  # labels that are read, evenly spaced
 MANY = 64  # more values or colors in one file are not classes
 VOID = re.compile(r"void|un-?label+ed|ignored?|no.?data|background/void", re.IGNORECASE)  # names of no class
+LISTS = re.compile(r"class|label|categor|legend|colou?r|palette|names", re.IGNORECASE)  # names of texts that list classes
 EDGES = 0.05  # share of pixels between black and white in binary labels that were smoothed or saved as JPEG
 
 
@@ -61,7 +63,7 @@ def _count(pair: tuple[str, str]) -> dict[Any, int]:
             drawing = polygons.read(label, image)
             names = list(dict.fromkeys([polygons.BACKGROUND, *(name for name, _ in drawing.shapes)]))
             return dict(zip(names, np.bincount(drawing.paint(names.index).ravel(), minlength=len(names)).tolist(), strict=True))
-        pixels = label_files.decode(label, epath.Path(label).read_bytes(), True)
+        pixels = label_files._decode(label, epath.Path(label).read_bytes(), True)
     except Exception as error:  # whatever a decoder raises
         raise UserError(f"{label}: cannot be read as a label ({error})") from error
     if colored := pixels.ndim == 3 and not (pixels == pixels[..., :1]).all():
@@ -78,17 +80,17 @@ def is_smoothed(shares: Mapping[Any, float]) -> bool:
     return len(shares) == len(gray) > 8 and max(gray) < 256 and all(ends) and sum(ends) > 1 - EDGES
 
 
-def entries(shares: Mapping[Any, float], rows: Sequence[class_lists.Row]) -> list[Entry]:
+def entries(shares: Mapping[Any, float], texts: Mapping[str, str]) -> list[Entry]:
     """Returns a label map that leaves no value out. Where a value may mean a class or nothing, it is a class, with a remark.
 
     Args:
       shares: as `count` returns them.
-      rows: the classes in a list beside the images, if there is one.
+      texts: {path: content} of files that may name the classes.
     """
     if is_smoothed(shares):
         low = sum(share for key, share in shares.items() if key < 128)
         return [Entry(0, "class_0", f"{low:.2%} of the pixels, values 0 to 127"), Entry(255, "class_255", f"{1 - low:.2%}, 128 to 255")]
-    names, found = _names(list(shares), rows), []
+    names, found = _names(list(shares), texts), []
     for key, share in shares.items():
         name, remark = names.get(key, key if isinstance(key, str) else "class_" + re.sub(r"\W+", "_", str(key)).strip("_")), ""
         if VOID.fullmatch(name):
@@ -104,11 +106,21 @@ def entries(shares: Mapping[Any, float], rows: Sequence[class_lists.Row]) -> lis
     return found
 
 
-def _names(keys: Sequence[Any], rows: Sequence[class_lists.Row]) -> dict[Any, str]:
-    """Returns the names of values and colors in a list of classes; {} if it does not fit to them."""
-    by_color = {row.color: row.name for row in rows if row.color}
+def _names(keys: Sequence[Any], texts: Mapping[str, str]) -> dict[Any, str]:
+    """Returns the names of values or colors in the first list of classes that fits to them; {} without one."""
+    for path, text in texts.items():
+        with contextlib.suppress(UserError):  # another kind of text
+            if LISTS.search(path) and (names := _listed(keys, class_lists.read_rows(text, path))):
+                return names
+    return {}
+
+
+def _listed(keys: Sequence[Any], rows: Sequence[class_lists.Row]) -> dict[Any, str]:
     if any(isinstance(key, tuple) for key in keys):
-        return by_color if 2 * len(by_color.keys() & set(keys)) > len(keys) else {}
-    first = int(min(keys, default=0) == 1 and max(keys) == len(rows)) if all(isinstance(key, int) for key in keys) else 0
-    by_value = {first + position if row.label is None else row.label: row.name for position, row in enumerate(rows)}
-    return by_value if set(keys) <= {*by_value, 255} else {}
+        names: dict[Any, str] = {row.color: row.name for row in rows if row.color}
+        return names if 2 * len(names.keys() & set(keys)) > len(keys) else {}
+    if not all(isinstance(key, int) for key in keys):
+        return {}
+    first = int(min(keys) == 1 and max(keys) == len(rows))  # such lists leave out 0
+    names = {first + position if row.label is None else row.label: row.name for position, row in enumerate(rows)}
+    return names if set(keys) <= {*names, 255} else {}

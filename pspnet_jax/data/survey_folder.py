@@ -65,7 +65,7 @@ class Found(NamedTuple):
 def list_folder(root: str) -> Folder:
     """Lists a folder and reads its texts."""
     paths, texts, kinds = [], {}, collections.Counter[str]()
-    for file in listing.walk(root):
+    for file in listing._walk(root):
         path, suffix = file[len(root) + 1 :], os.path.splitext(file)[1].lower()
         if path.startswith("__MACOSX/"):
             continue
