@@ -34,6 +34,7 @@ def base_config() -> ConfigDict:
     # hf://timm/resnet50s.gluon_in1k; empty: random
 
     config.model = model = ConfigDict()
+    model.channels = 3  # of the images, 1 to 16; normalize needs as many values
     model.depth = 50  # ResNet depth: 18, 34, 50, 101, 152 or 269
     model.width = 64  # channels in the first stage's bottlenecks; 64 is the standard ResNet, a smaller value a thinner one
     model.stem = "deep"  # first convolutions: deep (three 3x3 with 64, 64, 128 channels: Caffe, semseg), deep32 (three 3x3 with
@@ -57,9 +58,9 @@ def base_config() -> ConfigDict:
     config.parallel = parallel = ConfigDict()
     parallel.spatial = 1  # devices that share the height of each image, so that larger images fit into their memory
 
-    config.normalize = normalize = ConfigDict()  # (pixel - mean) / std, on the 0..255 scale
-    normalize.mean = (123.675, 116.28, 103.53)  # red, green and blue, of ImageNet
-    normalize.std = (58.395, 57.12, 57.375)  # red, green and blue, of ImageNet
+    config.normalize = normalize = ConfigDict()  # (pixel - mean) / std, on the scale of the files, such as 0..255
+    normalize.mean = (123.675, 116.28, 103.53)  # one value per channel: red, green and blue, of ImageNet
+    normalize.std = (58.395, 57.12, 57.375)  # --mode check --write_statistics measures both in the training data
     normalize.order = "RGB"  # channel order of the network's input: RGB, or BGR (Caffe)
 
     config.dataset = dataset = ConfigDict()
@@ -79,6 +80,7 @@ def base_config() -> ConfigDict:
     dataset.label_map = ""  # folder: classes of the values or colors in label files, "{0: 'cell', (255, 0, 0): 'road'}", where
     # None is ignored, of polygons "{'tree': 'tree', 'background': None}", or a CSV; empty: the values are class indices
     dataset.ignore_index = 255  # folder, without label_map: label value that is ignored
+    dataset.image_dtype = "uint8"  # of the pixels in image files: uint8, uint16 or float32
     dataset.class_names = ()  # empty: the dataset's own, or those in a folder's classes.txt
     dataset.colors = ()  # one (R, G, B) per class; empty: as for class_names
     dataset.palette = ()  # (value, R, G, B) in label files with a palette: filled in by training, compared in evaluation

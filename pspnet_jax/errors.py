@@ -1,6 +1,8 @@
 """Errors that the user can fix: the command line prints their message and exits with status 1, without a traceback."""
 
+import collections
 import errno
+from collections.abc import Iterable
 
 ADVICE = {
     errno.ENOSPC: "free some space, or choose another place",
@@ -53,6 +55,16 @@ def _message(error: BaseException) -> str:
     if isinstance(error, ImportError) and not (error.name or "").startswith("pspnet_jax"):
         return f"{error.name or 'a package'} cannot be imported ({first_line(error)}); run pip install 'pspnet_jax[train]'"
     return ""
+
+
+def grouped(sentences: Iterable[str]) -> list[str]:
+    """Returns one sentence for each fault: the first of those "FILE: FAULT" that differ only in the file, and their number."""
+    first, counts = dict[str, str](), collections.Counter[str]()
+    for sentence in sentences:
+        fault = sentence.partition(": ")[2] or sentence
+        first.setdefault(fault, sentence)
+        counts[fault] += 1
+    return [s if counts[fault] == 1 else f"{s} (and {counts[fault] - 1} more such files)" for fault, s in first.items()]
 
 
 def first_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from etils import epath
 from pspnet_jax import config as configs
 from pspnet_jax import datasets, files, models, optimizers, parallel, runs, scoring, weights
 from pspnet_jax.errors import MissingFileError, UserError
+from pspnet_jax.image_files import RGB8
 from pspnet_jax.train import checkpoint
 from pspnet_jax.train.step import new_state
 
@@ -72,6 +73,12 @@ def export(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     _check_export(arguments, batch)
     restored = runs.restore(arguments, overrides)
     variables = jax.tree.map(parallel.local, restored.variables)
+    channels, dtype = restored.config.model.channels, restored.config.dataset.image_dtype
+    if (channels, dtype) != RGB8:
+        raise UserError(
+            f"{restored.workdir}: the network takes {dtype} images with {channels} channels, and only networks for 8-bit RGB "
+            "can be exported; use --mode predict or pspnet_jax.load"
+        )
     if arguments.format in programs.FORMATS:
         size = arguments.size or tuple(restored.config.eval.crop)
         program = programs.Program(restored.config, variables, arguments.outputs or "labels", batch, size)

@@ -1,13 +1,15 @@
-"""Reading users' images in the same way for training, evaluation and prediction: upright, RGB, 8 bits per channel.
+"""Reading users' images in the same way for training, evaluation and prediction: upright, with the pixels that a config names.
 
 TensorFlow's decoders (see data/reader.py) give the same pixels as Pillow's, but ignore the orientation tag; `turn` applies it.
+Pillow reads files with 8 bits per channel. tifffile reads other TIFFs, and OpenCV 16-bit PNGs and JPEG 2000, of which Pillow
+drops bits.
 """
 
 import io
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO
+from typing import IO, NamedTuple
 
 import cv2
 import numpy as np
@@ -18,71 +20,194 @@ from pspnet_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 Size = tuple[int, int]  # height, width
+SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp")
+DTYPES = ("uint8", "uint16", "float32")  # of pixels, see config.dataset.image_dtype
 TAIL = 2**17  # bytes at the end of a PNG that are searched for metadata, which may follow the pixels
 CUT_SHORT = "its pixels are damaged or end early"
 TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+FOURTH_CHANNEL = "has a fourth channel, such as transparency, which is ignored"
+SEVERAL_IMAGES = "contains several images, of which only the first is read"
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the first bytes of a file
 _warned = set[str]()  # remarks that have been logged
 _METADATA = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # markers of the PNG chunks that can hold an orientation
 
 
-def read(path: epath.PathLike) -> np.ndarray:
-    """Returns uint8[H,W,3], RGB, turned upright by its orientation tag.
+class PixelFormat(NamedTuple):
+    """The kind of pixels that a network takes, or that a file holds."""
+
+    channels: int = 3  # config.model.channels
+    dtype: str = "uint8"  # config.dataset.image_dtype
+
+    def problem(self, stored: "PixelFormat") -> str | None:
+        """Returns why a file cannot be read as this format, or None.
+
+        For 3 channels, gray is repeated, and a fourth channel is ignored; for 1 channel, a second one (alpha) is ignored.
+        """
+        if stored.dtype != self.dtype:
+            choice = f", or train with dataset.image_dtype={stored.dtype!r}" if stored.dtype in DTYPES else ""
+            return f"has {stored.dtype} pixels, but dataset.image_dtype={self.dtype!r}; convert it{choice}"
+        if stored.channels in {1: (1, 2), 3: (1, 2, 3, 4)}.get(self.channels, (self.channels,)):
+            return None
+        found = f"{stored.channels} channel{'s' * (stored.channels > 1)}"
+        return f"has {found}, but model.channels={self.channels}; convert it, or train with model.channels={stored.channels}"
+
+    def fit(self, image: np.ndarray) -> np.ndarray:
+        """Returns [H,W,C] of an image [H,W] or [H,W,c] that has no `problem`."""
+        image = image.reshape(*image.shape[:2], -1)
+        if self.channels == 2:
+            return image[..., [0, -1]]  # OpenCV decodes gray with alpha as four channels
+        return image[..., [0, 0, 0]] if self.channels == 3 and image.shape[2] < 3 else image[..., : self.channels]
+
+
+RGB8 = PixelFormat()
+
+
+class Header(NamedTuple):
+    """What an image file tells about its pixels."""
+
+    kind: str  # Pillow's name of the file format, such as "JPEG"
+    size: Size  # as stored
+    orientation: int  # see `orientation`
+    stored: PixelFormat
+    has_bands: bool = False  # whether its channels are not colors, in a TIFF
+
+
+def read(path: epath.PathLike, expected: PixelFormat = RGB8) -> np.ndarray:
+    """Returns the pixels of an image file, [H,W,C] of the expected format, turned upright by its orientation tag.
 
     Raises:
-      UserError: the file is not an image, is damaged or too large, or has a pixel format that `pixel_format_problem` rejects.
+      UserError: the file is not an image, is damaged or too large, or has a `PixelFormat.problem`.
     """
     try:
-        contents = epath.Path(path).read_bytes()
-        with Image.open(io.BytesIO(contents)) as image:
-            if image.format == "PNG" and not pixel_format_problem(image) and not is_whole_png(contents):
-                raise ValueError(CUT_SHORT)
-            return pixels(image, path)
-    except Exception as error:  # whatever Pillow raises for a damaged file
+        return decode(epath.Path(path).read_bytes(), path, expected)
+    except Exception as error:  # whatever a decoder raises for a damaged file
         raise UserError(f"{path}: cannot be read as an image ({reason(error)})") from error
 
 
-def pixels(image: Image.Image, name: object) -> np.ndarray:
+def decode(contents: bytes, name: object, expected: PixelFormat = RGB8) -> np.ndarray:
+    """Does the same as `read` for the contents of the file `name`, but lets exceptions of decoders pass."""
+    header = read_header(io.BytesIO(contents))
+    if problem := expected.problem(header.stored):
+        raise UserError(problem)
+    if header.kind == "TIFF" and (header.has_bands or expected.dtype != "uint8" or expected.channels not in (1, 3)):
+        image = _decode_tiff(contents)
+    elif expected.dtype == "uint16":
+        image = _decode_with_opencv(contents)
+    else:
+        if header.kind == "PNG" and not is_whole_png(contents):
+            raise ValueError(CUT_SHORT)
+        with Image.open(io.BytesIO(contents)) as opened:
+            return pixels(opened, name, expected)
+    if image.dtype == np.float32 and not np.isfinite(image).all():
+        raise UserError("has pixels that are not finite (NaN); replace them, for example with 0")
+    if expected.channels == 3 and header.stored.channels == 4:
+        _warn_once(FOURTH_CHANNEL, name)
+    return turn(expected.fit(image), header.orientation)
+
+
+def read_header(file: IO[bytes]) -> Header:
+    """Returns the header of an image file.
+
+    Raises:
+      UserError: its pixels are of a kind that no config can name.
+    """
+    first = file.read(4)
+    file.seek(0)
+    if first in _TIFF:
+        return _tiff_header(file)
+    with Image.open(file) as image:
+        return Header(str(image.format), image.size[::-1], orientation(image), _stored(image))
+
+
+def _tiff_header(file: IO[bytes]) -> Header:
+    import tifffile  # takes a third of a second
+
+    with tifffile.TiffFile(file) as tiff:
+        page = tiff.pages.first
+        if page.photometric == tifffile.PHOTOMETRIC.SEPARATED:
+            raise UserError("is a CMYK image; convert it to RGB")
+        if page.imagelength * page.imagewidth > 2 * (Image.MAX_IMAGE_PIXELS or np.inf):
+            raise Image.DecompressionBombError
+        is_palette = page.photometric == tifffile.PHOTOMETRIC.PALETTE
+        has_bands = page.samplesperpixel > 1 and page.photometric == tifffile.PHOTOMETRIC.MINISBLACK
+        stored = PixelFormat(3 if is_palette else page.samplesperpixel, str(page.dtype).replace("bool", "uint8"))
+        size, tag = (page.imagelength, page.imagewidth), page.tags.valueof(ExifTags.Base.Orientation, default=1)
+        return Header("TIFF", size, tag if 1 <= tag <= 8 else 1, stored, has_bands)
+
+
+def _stored(image: Image.Image) -> PixelFormat:
+    """Returns the pixel format of an image that is loaded or only opened."""
+    if image.mode == "CMYK":
+        raise UserError("is a CMYK image; convert it to RGB")
+    channels = {"P": 3, "PA": 4}.get(image.mode, len(image.getbands()))
+    channels += image.has_transparency_data and channels in (1, 3)
+    is_deep = image.mode.startswith("I;16") or (image.format == "PNG" and ";16" in raw_mode(image))
+    if image.format == "JPEG2000" and (file := getattr(image, "fp", None)):
+        position = file.tell()
+        file.seek(0)
+        _, _, parameters = file.read(TAIL).partition(b"\xff\x4f\xff\x51")  # the start of the code stream
+        file.seek(position)
+        is_deep = parameters[38:39] > b"\x07"  # bits of the first channel, minus 1
+    return PixelFormat(channels, "uint16" if is_deep else {"I": "int32", "F": "float32"}.get(image.mode, "uint8"))
+
+
+def _decode_tiff(contents: bytes) -> np.ndarray:
+    """Returns the first image of a TIFF as stored, [H,W] or [H,W,C]."""
+    import tifffile  # takes a third of a second
+
+    with tifffile.TiffFile(io.BytesIO(contents)) as tiff:
+        page = tiff.pages.first
+        try:
+            image = page.asarray()
+        except ValueError:  # its compression needs the package imagecodecs; OpenCV decodes some
+            image = _decode_with_opencv(contents)
+            if image.shape != page.shape or image.dtype != page.dtype or page.tags.valueof(274, default=1) != 1:
+                raise
+        return np.moveaxis(image, 0, -1) if page.axes == "SYX" else image
+
+
+def _decode_with_opencv(contents: bytes) -> np.ndarray:
+    """Returns an image as stored, [H,W] or [H,W,C] in the order RGB."""
+    image = cv2.imdecode(np.frombuffer(contents, np.uint8), cv2.IMREAD_UNCHANGED)
+    if image is None:
+        raise ValueError(CUT_SHORT)
+    return image if image.ndim == 2 else image[..., [2, 1, 0, 3][: image.shape[2]]]
+
+
+def pixels(image: Image.Image, name: object, expected: PixelFormat = RGB8) -> np.ndarray:
     """Returns a Pillow image as `read` does.
 
     Args:
       image: loaded or only opened.
       name: where it is from, for a remark that is logged about what is ignored.
+      expected: the format of the result.
 
     Raises:
-      UserError: it has a pixel format that `pixel_format_problem` rejects.
+      UserError: it has a `PixelFormat.problem`.
     """
-    if problem := pixel_format_problem(image):
-        raise UserError(f"it {problem}")
-    for remark in filter(None, (_frames_remark(image), _alpha_remark(image))):
+    if problem := expected.problem(_stored(image)):
+        raise UserError(problem)
+    for remark in filter(None, (_frames_remark(image), _alpha_remark(image) if expected.channels == 3 else "")):
         _warn_once(remark, name)
-    rgb = np.asarray(image.convert("RGB"))
-    return turn(rgb, orientation(image))  # 1 for a TIFF, which Pillow has turned while loading it
+    mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[expected.channels] if expected.dtype == "uint8" else image.mode
+    return turn(expected.fit(np.asarray(image.convert(mode))), orientation(image))  # Pillow has turned a TIFF while loading it
 
 
 def _frames_remark(image: Image.Image) -> str:
     several = getattr(image, "n_frames", 1) > 1 and image.format != "MPO"  # MPO: a phone's JPEG followed by previews
-    return "contains several images, of which only the first is read" if several else ""
+    return SEVERAL_IMAGES if several else ""
 
 
 def _alpha_remark(image: Image.Image) -> str:
     if not image.has_transparency_data or image.convert("RGBA").getchannel("A").getextrema()[0] == 255:
         return ""
-    return "has a fourth channel, such as transparency, which is ignored; transparent pixels keep their RGB values"
+    return f"{FOURTH_CHANNEL}; transparent pixels keep their RGB values"
 
 
 def _warn_once(remark: str, name: object) -> None:
     if remark not in _warned:
         _warned.add(remark)
         logger.warning(f"{name}: {remark} (logged only for the first such image)")
-
-
-def pixel_format_problem(image: Image.Image) -> str | None:
-    """Returns what is wrong with an image's pixel format, or None if it is supported."""
-    if image.mode == "CMYK":
-        return "is a CMYK image; convert it to RGB"
-    if image.mode.startswith(("I", "F")) or (image.format in ("PNG", "TIFF") and ";16" in raw_mode(image)):
-        return "has 16 or more bits per channel; convert it to 8"
-    return None
 
 
 def raw_mode(image: Image.Image) -> str:
@@ -132,7 +257,9 @@ def turn(image: np.ndarray, tag: int) -> np.ndarray:
 
 
 def reason(error: Exception) -> str:
-    """Returns why Pillow could not read an image."""
+    """Returns why an image could not be read."""
+    if isinstance(error, UserError):
+        return f"it {error}"
     if isinstance(error, TOO_LARGE):
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         return f"it is larger than the limit of {limit:.0f} million pixels; cut it into smaller images"
@@ -147,10 +274,9 @@ def sizes(paths: Sequence[epath.PathLike]) -> list[Size]:
 
 def _size(path: epath.PathLike) -> Size:
     try:
-        with epath.Path(path).open("rb") as file, Image.open(file) as image:
-            width, height = image.size
-            turned = orientation(image) >= 5 and image.format != "TIFF"  # for TIFF, Pillow reports the upright size
-            return (width, height) if turned else (height, width)
+        with epath.Path(path).open("rb") as file:
+            header = read_header(file)
+        return header.size[::-1] if header.orientation >= 5 else header.size
     except Exception:  # whatever a decoder raises; reported when the image is read
         return 0, 0
 

@@ -14,13 +14,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 import psutil
 import rich
 from etils import epath
 from ml_collections import ConfigDict
 
 from pspnet_jax import datasets, exchange, files, losses, models, optimizers, parallel, pretrain, runs, scoring
-from pspnet_jax.errors import UserError
+from pspnet_jax.errors import UserError, grouped
 from pspnet_jax.infer import draw, inputs, video
 from pspnet_jax.infer import predict as prediction
 from pspnet_jax.infer.segmenter import Segmenter
@@ -66,7 +67,7 @@ def train_run(config: ConfigDict, workdir: epath.Path, traced: tuple[int, int] |
         elif not checkpoint.exists(workdir):
             runs.warn_of_random_weights(config)
     parallel.require_same(runs.comparable(config))
-    validation_source = sources.open_source(config.dataset, config.eval.split)
+    validation_source = sources.open_source(config.dataset, config.eval.split, channels=config.model.channels)
     data = pipeline.open_training(config)
     overlap.refuse_inside(workdir, [*data.sources, validation_source])
     overlap.warn_shared(data.sources, validation_source)
@@ -120,7 +121,10 @@ def evaluator(config: ConfigDict, model: nn.Module, source: Any) -> Callable[[An
 
 
 def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """--mode check: reads all images and labels of a recipe, lists problems, and writes pictures of examples."""
+    """--mode check: reads all images and labels of a recipe, lists problems, and writes pictures of examples.
+
+    With --write_statistics, it also writes the mean and standard deviation of each channel over the training data.
+    """
     from pspnet_jax.data import overlap, palettes, sources, survey
 
     config = runs.from_recipe(arguments, overrides)
@@ -131,13 +135,16 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     parts = training.copy()
     if config.eval.split != config.dataset.train_split:
         parts.append((config.dataset, config.eval.split))
+    moments = np.zeros((3, config.model.channels))
     for number, (dataset, split) in enumerate(parts):
+        is_measured = arguments.write_statistics and number < len(training)
         try:
-            found = survey.survey(dataset, split, info.num_classes)
+            found = survey.survey(dataset, split, info.num_classes, config.model.channels, is_measured)
         except UserError as error:  # the other splits are still checked
             problems.append(str(error))
             continue
         problems += found.problems
+        moments += found.moments
         palettes_found.append(found.palette)
         opened.append(found.source)
         logger.info(found)
@@ -154,7 +161,20 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         except UserError as error:
             problems.append(str(error))
     if problems:
-        raise UserError("\n".join((*problems, f"{len(problems)} problem(s) found")))
+        raise UserError("\n".join((*grouped(problems), f"{len(problems)} problem(s) found")))
+    if arguments.write_statistics:
+        _write_statistics(moments, output / "statistics.json")
+
+
+def _write_statistics(moments: np.ndarray, path: epath.Path) -> None:
+    """Writes and logs the mean and standard deviation of each channel, given `Survey.moments` of the training data."""
+    count, total, squares = moments
+    found = {"mean": total / count, "std": np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0))}
+    values = {name: [float(f"{value:.6g}") for value in channels] for name, channels in found.items()}
+    with files.writing(path.parent, "the statistics are missing"), files.atomic(path) as temporary:
+        temporary.write_text(json.dumps({"pixels": int(count[0]), **values}) + "\n")
+    lines = "\n".join(f"config.normalize.{name} = {tuple(channels)}" for name, channels in values.items())
+    logger.info(f"written to {path}; for the recipe:\n{lines}")
 
 
 def _write_pictures(pictures: Mapping[str, Any], output: epath.Path, opened: Sequence[Any]) -> None:
@@ -173,7 +193,8 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from pspnet_jax.data import palettes, sources
 
     config, step, variables, workdir, saved = runs.restore(arguments, overrides)
-    network, source = scoring.segmenter(config, variables), sources.open_source(config.dataset, config.eval.split)
+    network = scoring.segmenter(config, variables)
+    source = sources.open_source(config.dataset, config.eval.split, channels=config.model.channels)
     parallel.require_same({"validation data": source.fingerprint})
     _warn_of_training_images(saved, source)
     palettes.require_agreement([palettes.training_colors(saved.dataset), source.palette])

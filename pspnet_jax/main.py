@@ -123,6 +123,10 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
         ["predict"],
         {"action": "store_true", "help": "keep existing results, to continue an interrupted job"},
     ),
+    "write_statistics": (
+        ["check"],
+        {"action": "store_true", "help": "measure normalize.mean and normalize.std in the training data"},
+    ),
     "coordinator": (
         [*jobs.JOBS],
         {"type": _nonempty, "metavar": "HOST:PORT", "help": "address of the first process of this job; detected on clusters"},

@@ -25,7 +25,10 @@ def from_recipe(arguments: argparse.Namespace, overrides: Sequence[str], num_dev
     """Returns the recipe with the overrides of the command line, see `prepare`."""
     if not arguments.config:
         raise UserError("--config is missing; name a recipe, such as --config quickstart")
-    return prepare(configs.override(configs.load_recipe(arguments.config), overrides), num_devices)
+    config = configs.override(configs.load_recipe(arguments.config), overrides)
+    if arguments.write_statistics:  # they need not be known yet
+        config.normalize.mean, config.normalize.std = ((1.0,) * config.model.channels for _ in range(2))
+    return prepare(config, num_devices)
 
 
 def prepare(config: ConfigDict, num_devices: int = 0) -> ConfigDict:
@@ -179,7 +182,7 @@ def restore_run(workdir: epath.Path, which: str, change: Change) -> Restored:
         validation.validate(config)
         _check_class_names(saved.dataset.class_names, config.dataset.class_names)
         changed = resume.differences(saved, config)
-        if network := [c for c in changed if c.startswith(("model.", "normalize."))]:
+        if network := [c for c in changed if c.startswith(("model.", "normalize.", "dataset.image_dtype"))]:
             raise UserError(f"{'; '.join(network)}: the network cannot change after training; leave these fields out")
         if unused := [c for c in changed if not c.startswith(("dataset.", "eval."))]:
             logger.warning(f"{'; '.join(unused)}: only training uses these fields; they have no effect in this mode")

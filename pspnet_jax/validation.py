@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection
 
 from ml_collections import ConfigDict
 
-from pspnet_jax import datasets, losses, models, optimizers
+from pspnet_jax import datasets, image_files, losses, models, optimizers
 from pspnet_jax.config import base_config, bn_images, leaves
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer.protocols import PROTOCOLS
@@ -15,6 +15,7 @@ CHOICES: dict[str, Collection[str]] = {
     "loss.class_weighting": ("", *losses.WEIGHTINGS),
     "optimizer.name": optimizers.OPTIMIZERS,
     "dataset.name": datasets.NAMES,
+    "dataset.image_dtype": image_files.DTYPES,
     "dataset.on_error": ("stop", "skip"),
     "dataset.cache": ("", "memory", "disk"),
     "eval.inference": ("windows", "whole"),
@@ -25,8 +26,6 @@ CHOICES: dict[str, Collection[str]] = {
 TUPLES = {  # type and number of values in each tuple; None: any number
     "model.bins": (int, None),
     "loss.class_weights": (float, None),
-    "normalize.mean": (float, 3),
-    "normalize.std": (float, 3),
     "augment.scale": (float, 2),
     "augment.crop": (int, 2),
     "eval.crop": (int, 2),
@@ -99,10 +98,12 @@ def _tuple_problems(config: ConfigDict) -> list[str]:
             f"dataset.mixture={config.dataset.mixture}: expected tuples ('name', 'root', 'split', weight), where the name "
             f"is one of {', '.join(map(repr, CHOICES['dataset.name']))}, and the weight is above 0 and below 1000"
         )
-    for field, (kind, count) in TUPLES.items():
+    per_channel = {"normalize.mean": (float, config.model.channels), "normalize.std": (float, config.model.channels)}
+    for field, (kind, count) in (TUPLES | per_channel).items():
         value, kinds = values[field], (int, float) if kind is float else kind
         if not all(isinstance(v, kinds) for v in value) or len(value) != (count or len(value)):
-            problems.append(f"{field}={value}: expected {count or 'any number of'} values of type {kind.__name__}")
+            hint = " (model.channels); --mode check --write_statistics measures them" if field in per_channel else ""
+            problems.append(f"{field}={value}: expected {count or 'any number of'} values of type {kind.__name__}{hint}")
     return problems
 
 
@@ -151,7 +152,16 @@ def _range_problems(config: ConfigDict) -> list[str]:
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int | float)]
         if field != "seed" and not all(abs(number) < 2**31 for number in numbers):  # False for inf and nan too
             problems.append(f"{field}={value}: expected finite numbers below {2**31}")
-    if min(config.normalize.std) < 1:
+    if config.normalize.order != "RGB" and config.model.channels != 3:
+        problems.append(f"normalize.order={config.normalize.order!r}: expected 'RGB', the order of the files, or 3 channels")
+    if config.dataset.image_dtype == "uint16" and config.normalize.mean == base_config().normalize.mean:
+        problems.append(
+            f"normalize.mean={config.normalize.mean}: is that of 8-bit images, but dataset.image_dtype='uint16'; measure it "
+            "with --mode check --write_statistics"
+        )
+    if config.dataset.image_dtype != "uint8" and min(config.normalize.std) <= 0:
+        problems.append(f"normalize.std={config.normalize.std}: expected values above 0")
+    if config.dataset.image_dtype == "uint8" and min(config.normalize.std) < 1:
         problems.append(
             f"normalize.std={config.normalize.std}: expected values of 1 or more, on the 0..255 scale; multiply mean and "
             "std by 255 if they are on the 0..1 scale"

@@ -14,11 +14,13 @@ The kernel is the one that semseg's cv2.GaussianBlur(image, (5, 5), 0) uses, for
 fixed table of kernels up to size 7. Its formula (sigma 1.1 at size 5) would give (0.071, 0.244, 0.370, 0.244, 0.071).
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 from ml_collections import ConfigDict
 
 from pspnet_jax.datasets import IGNORE
@@ -54,22 +56,22 @@ def sample_augmentation(random: np.random.Generator, augment: ConfigDict) -> Aug
 
 
 def apply_augmentation(
-    image: np.ndarray, label: np.ndarray, params: AugmentationParams, crop: tuple[int, int], mean: tuple[float, float, float]
+    image: np.ndarray, label: np.ndarray, params: AugmentationParams, crop: tuple[int, int], mean: tuple[float, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the augmented crop of an example. Points and sizes are (vertical, horizontal) throughout this module.
 
     Args:
-      image: uint8[H,W,3], of any size.
+      image: [H,W,C] of uint8, uint16 or float32, of any size.
       label: uint8[H,W].
       params: see `sample_augmentation`.
       crop: height and width (h, w) of the result.
-      mean: (R, G, B), which is rounded and used as the color of the padding.
+      mean: one value per channel, the color of the padding; rounded for integers.
 
     Returns:
-      uint8[h,w,3] and uint8[h,w].
+      [h,w,C] of the image's type and uint8[h,w].
     """
-    out_image, out_label = _empty((*crop, 3)), _empty(crop)
-    size, fill = np.array(crop), np.round(mean)
+    out_image, out_label = _empty((*crop, image.shape[2]), image.dtype), _empty(crop)
+    size, fill = np.array(crop), np.array(mean) if image.dtype == np.float32 else np.round(mean)
     canvas = np.maximum(np.round(np.array(label.shape) * params.scale), 1).astype(int)
     start = (params.offset * (np.maximum(canvas - size, 0) + 1)).astype(int) - np.maximum(size - canvas, 0) // 2
     low, high = np.maximum(start, 0), np.minimum(start + size, canvas)  # the part of the canvas that the crop shows
@@ -84,11 +86,15 @@ def apply_augmentation(
         _warp_image(image, a, a @ low + b, rotated, fill, out_image[shown])
         return out_image, out_label
     first, last = np.maximum(low - RADIUS, 0), np.minimum(high + RADIUS, canvas)
-    region = np.empty((*(last - first), 3), np.float32)
+    region = np.empty((*(last - first), image.shape[2]), np.float32)
     _warp_image(image, a, a @ first + b, rotated, fill, region)
     # The blur reflects at the region's border. Where that is not the canvas's border, the affected pixels are cut off below.
     cv2.GaussianBlur(region, (2 * RADIUS + 1, 2 * RADIUS + 1), 0, dst=region)
-    cv2.convertScaleAbs(region[_slices(low - first, high - first)], dst=out_image[shown])  # rounds
+    blurred = region[_slices(low - first, high - first)]
+    if image.dtype == np.uint8:
+        cv2.convertScaleAbs(blurred, dst=out_image[shown])  # rounds
+    else:
+        out_image[shown] = blurred if image.dtype == np.float32 else np.rint(blurred)
     return out_image, out_label
 
 
@@ -111,7 +117,7 @@ def _warp_label(label: np.ndarray, a: np.ndarray, b: np.ndarray, rotated: bool, 
 
 
 def _warp_image(image: np.ndarray, a: np.ndarray, b: np.ndarray, rotated: bool, fill: np.ndarray, out: np.ndarray) -> None:
-    """Writes the image at a p + b, or `fill` outside a rotated image, to pixel p of [h,w,3], uint8 or float32."""
+    """Writes the image at a p + b, or `fill` outside a rotated image, to pixel p of [h,w,C], of its type or float32."""
     box, b, beyond = _source_box(image.shape[:2], a, b, out.shape[:2])
     source = image[box]
     _warp(source.astype(out.dtype, copy=False), a, b, out, cv2.INTER_LINEAR, cv2.BORDER_REPLICATE)
@@ -142,15 +148,23 @@ def _warp(
     """Writes the source at q = a p + b to each pixel p of `out`. OpenCV 5 computes q in float32; OpenCV 4 rounds q to 1/32."""
     matrix = np.column_stack([a[::-1, ::-1], b[::-1]])  # OpenCV's points are (horizontal, vertical)
     flags = interpolation | cv2.WARP_INVERSE_MAP
-    cv2.warpAffine(source, matrix, out.shape[1::-1], dst=out, flags=flags, borderMode=border, borderValue=value)
+    options = {"flags": flags, "borderMode": border, "borderValue": value}
+    warp = functools.partial(cv2.warpAffine, M=matrix, dsize=out.shape[1::-1], **options)
+    if source.shape[2:] in ((), (1,), (3,), (4,)):
+        warp(source, dst=out)
+        return
+    whole = source.shape[2] // 4 * 4  # for other numbers of channels, OpenCV 5 rounds q to 1/32, too
+    parts = [slice(i, i + 4) for i in range(0, whole, 4)] + [slice(i, i + 1) for i in range(whole, source.shape[2])]
+    for part in parts:
+        out[..., part] = warp(np.ascontiguousarray(source[..., part])).reshape(*out.shape[:2], -1)
 
 
-def _empty(shape: tuple[int, ...]) -> np.ndarray:
-    """Returns uninitialized uint8 memory aligned to 64 bytes, which TensorFlow can use without a copy."""
-    size = math.prod(shape)
+def _empty(shape: tuple[int, ...], dtype: npt.DTypeLike = np.uint8) -> np.ndarray:
+    """Returns uninitialized memory aligned to 64 bytes, which TensorFlow can use without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
-    return memory[start : start + size].reshape(shape)
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _fill(out: np.ndarray, color: np.ndarray) -> None:

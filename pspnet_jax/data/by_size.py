@@ -24,7 +24,7 @@ class BySize(Source):
         self.sizes = [known[files[index]] for index in self._order]
         self.names = [source.names[index] for index in self._order]
         self.num_classes, self.in_graph, self._source = source.num_classes, source.in_graph, source
-        self.fingerprint = source.fingerprint
+        self.fingerprint, self.pixel_format = source.fingerprint, source.pixel_format
 
     def load(self, index: int) -> Example:
         return self._source.load(self._order[index])

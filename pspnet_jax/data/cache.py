@@ -77,7 +77,8 @@ def cached(source: Source, dataset: ConfigDict, budget: CacheBudget) -> Read:
         if not source.files(0):
             raise UserError("dataset.cache='disk': this source names no files, so changes would go unnoticed; use 'memory'")
         path = stamps.directory(dataset.cache_dir)
-        return _on_disk(source.read, budget, functools.cache(lambda index: path / f"{_identity(source, index, dataset)}.npy"))
+        path_of = functools.cache(lambda index: path / f"{_identity(source, index, dataset)}.npy")
+        return _on_disk(source, budget, path_of)
     return source.read
 
 
@@ -95,9 +96,10 @@ def _in_memory(read: Read, budget: CacheBudget) -> Read:
     return call
 
 
-def _on_disk(read: Read, budget: CacheBudget, path_of: Callable[[int], pathlib.Path]) -> Read:
+def _on_disk(source: Source, budget: CacheBudget, path_of: Callable[[int], pathlib.Path]) -> Read:
     """Keeps one memory-mapped .npy file per example: the `HEADER`, then the bytes of the image and of the label."""
     verified: set[int] = set()  # examples whose checksum has been compared
+    channels, dtype = source.pixel_format
 
     def call(index: int) -> Example:
         path = path_of(index)
@@ -108,12 +110,13 @@ def _on_disk(read: Read, budget: CacheBudget, path_of: Callable[[int], pathlib.P
             if kept.dtype != np.uint8 or (index not in verified and zlib.crc32(pixels.data) != checksum):
                 raise ValueError(f"{path} is damaged")
             verified.add(index)
-            return pixels[: 3 * height * width].reshape(height, width, 3), pixels[3 * height * width :].reshape(height, width)
+            image, label = np.split(pixels, [-height * width])
+            return image.view(dtype).reshape(height, width, channels), label.reshape(height, width)
         except (OSError, ValueError, EOFError, struct.error):  # missing or damaged
-            image, label = read(index)
+            image, label = source.read(index)
         try:
             if budget.take(image.nbytes + label.nbytes):
-                pixels = np.concatenate([image.ravel(), label.ravel()])
+                pixels = np.concatenate([image.ravel().view(np.uint8), label.ravel()])
                 header = np.frombuffer(HEADER.pack(zlib.crc32(pixels.data), *label.shape), np.uint8)
                 with files.atomic(path) as temporary:
                     np.save(temporary, np.concatenate([header, pixels]))
@@ -126,7 +129,8 @@ def _on_disk(read: Read, budget: CacheBudget, path_of: Callable[[int], pathlib.P
 
 def _identity(source: Source, index: int, dataset: ConfigDict) -> str:
     """Returns a digest of the example's dataset and name, and of its files' paths, sizes and times."""
-    key = (VERSION, dataset.name, dataset.root, dataset.tfds_name, source.num_classes, source.names[index], source.reading)
+    key = (VERSION, source.pixel_format, dataset.name, dataset.root, dataset.tfds_name, source.num_classes, source.names[index])
+    key = (*key, source.reading)
     return stamps.digest((*key, [(file, stamps.stat(file)) for file in source.files(index)]))
 
 

@@ -40,16 +40,18 @@ def check_pair(
     read_pixels: bool,
     benchmark: str | None,
     reader: LabelReader | None = None,
+    pixel_format: image_files.PixelFormat = image_files.RGB8,
 ) -> CheckedPair:
     """Checks a pair, and raises an error about its first fault.
 
     Args:
-      image_file: a JPEG or PNG.
+      image_file: see `image_files`.
       label_file: a PNG, or a .mat file of SBD; with a reader, any file that it reads.
       num_classes: K.
       read_pixels: whether to read all pixels, or only the headers.
       benchmark: the benchmark whose raw values the label has; None if it has class indices.
       reader: of labels that have neither.
+      pixel_format: of the image.
 
     Raises:
       WrongValues: only the label's values are wrong.
@@ -57,7 +59,7 @@ def check_pair(
     """
     with _opened(image_file, label_file) as file:
         contents = file.read() if read_pixels else b""
-        size, tag = _check_image(io.BytesIO(contents) if read_pixels else file, contents)
+        size, tag = _check_image(io.BytesIO(contents) if read_pixels else file, image_file, contents, pixel_format)
     upright = size[::-1] if tag >= 5 else size
     with _opened(label_file, image_file) as file:
         label_contents = file.read() if read_pixels and not label_file.endswith(".json") else b""
@@ -82,12 +84,15 @@ def check_pair(
     return CheckedPair(tag, pixels, palette)
 
 
-def example_problem(image: np.ndarray, label: np.ndarray, num_classes: int) -> str | None:
+def example_problem(
+    image: np.ndarray, label: np.ndarray, num_classes: int, pixel_format: image_files.PixelFormat = image_files.RGB8
+) -> str | None:
     """Returns a description of what is wrong with a loaded example's dtypes, shapes or label values, or None."""
     kinds = [(array.dtype, array.shape[2:], array.ndim) for array in (image, label)]
-    if kinds != [(np.uint8, (3,), 3), (np.uint8, (), 2)]:
+    channels, dtype = pixel_format
+    if kinds != [(dtype, (channels,), 3), (np.uint8, (), 2)]:
         found = [f"{array.dtype}{list(array.shape)}" for array in (image, label)]
-        return f"has image {found[0]} and label {found[1]}, expected uint8[H, W, 3] and uint8[H, W]"
+        return f"has image {found[0]} and label {found[1]}, expected {dtype}[H, W, {channels}] and uint8[H, W]"
     if image.shape[:2] != label.shape:
         return f"the image is {image.shape[:2]}, but the label is {label.shape} (height, width)"
     if not label.size:
@@ -95,6 +100,11 @@ def example_problem(image: np.ndarray, label: np.ndarray, num_classes: int) -> s
     if (label + np.uint8(1)).max() > num_classes:  # IGNORE + 1 is 0
         return datasets.label_problem(np.bincount(label.ravel(), minlength=256).tolist(), num_classes)
     return None
+
+
+def is_read_in_graph(file: str, pixel_format: image_files.PixelFormat) -> bool:
+    """Returns whether TensorFlow alone decodes an image file; otherwise, `image_files.decode` does."""
+    return pixel_format == image_files.RGB8 and file.lower().endswith((".jpg", ".jpeg", ".png"))
 
 
 def decode_label(contents: bytes) -> np.ndarray:
@@ -137,21 +147,25 @@ def _opened(file: str, partner: str) -> Iterator[BinaryIO]:
         ) from error
 
 
-def _check_image(file: BinaryIO, contents: bytes) -> tuple[tuple[int, int], int]:
+def _check_image(
+    file: BinaryIO, name: str, contents: bytes, pixel_format: image_files.PixelFormat
+) -> tuple[tuple[int, int], int]:
     """Returns the stored (width, height) and the orientation; checks the pixels too if the contents are given."""
-    with Image.open(file) as image:
-        if image.format not in ("JPEG", "MPO", "PNG"):  # MPO: a phone's JPEG with further images behind the first
-            raise UserError(f"is a {image.format} file despite its name; convert it to JPEG or PNG")
-        if problem := image_files.pixel_format_problem(image):
-            raise UserError(problem)
-        size, kind, tag = image.size, image.format, image_files.orientation(image)
-    if contents and kind == "PNG" and not image_files.is_whole_png(contents):
-        raise ValueError(image_files.CUT_SHORT)
-    if contents and kind != "PNG":
+    header = image_files.read_header(file)
+    if is_read_in_graph(name, pixel_format) and header.kind not in ("JPEG", "MPO", "PNG"):  # MPO: a phone's JPEG, with previews
+        raise UserError(f"is a {header.kind} file despite its name; rename it, or convert it to JPEG or PNG")
+    if problem := pixel_format.problem(header.stored):
+        raise UserError(problem)
+    if contents and header.kind in ("JPEG", "MPO") and pixel_format == image_files.RGB8:
         with Image.open(io.BytesIO(contents)) as image:
             image.draft(None, (1, 1))  # decodes the whole file at an eighth of its size, which is faster
             image.load()
-    return size, tag
+    elif contents and header.kind == "PNG" and pixel_format == image_files.RGB8:
+        if not image_files.is_whole_png(contents):
+            raise ValueError(image_files.CUT_SHORT)
+    elif contents:
+        image_files.decode(contents, name, pixel_format)
+    return header.size[::-1], header.orientation
 
 
 def _check_label(file: BinaryIO, contents: bytes) -> tuple[tuple[int, ...], LabelStatistics | None]:

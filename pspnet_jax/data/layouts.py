@@ -8,11 +8,11 @@ from typing import NamedTuple
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from pspnet_jax import datasets
+from pspnet_jax import datasets, image_files
 from pspnet_jax.data import folders, listing
 from pspnet_jax.errors import MissingFileError, UserError
 
-IMAGES = (".jpg", ".jpeg", ".png")
+IMAGES = image_files.SUFFIXES
 ALIASES = {"ade20k": {"train": "training", "val": "validation"}}
 
 

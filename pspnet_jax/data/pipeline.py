@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 THREADS = CORES + 1  # for sources that run Python
 INDEX, NAME = tf.TensorSpec((), tf.int64), tf.TensorSpec((), tf.string)
-IMAGE, LABEL = tf.TensorSpec((None, None, 3), tf.uint8), tf.TensorSpec((None, None), tf.uint8)
+LABEL = tf.TensorSpec((None, None), tf.uint8)
 PREFETCH = 2  # batches, or examples in evaluation
 
 
@@ -40,7 +40,7 @@ class TrainingData:
     Attributes:
       order: the dataset and index of the example at each position.
       sources: the datasets.
-      readers: a function for each dataset: index -> image uint8[H,W,3], label uint8[H,W]; `source.read`, possibly cached.
+      readers: a function for each dataset: index -> image [H,W,C], label uint8[H,W]; `source.read`, possibly cached.
       examples_per_epoch: number of examples after which each example of the first dataset has been used once.
       fingerprint: digest of the names and sizes of all files, the same on all hosts; "" without files.
     """
@@ -69,7 +69,8 @@ def open_training(config: ConfigDict, source: Source | None = None) -> TrainingD
     sources: list[Source] = []
     readers, presence, budget = [], [], CacheBudget(config.dataset)
     for dataset, split in training_parts(config.dataset):
-        part = open_source(dataset, split) if source is None or sources else source
+        part = open_source(dataset, split, channels=config.model.channels) if source is None or sources else source
+        _check_pixel_format(part, config)
         if not len(part):
             raise UserError(f"split {split!r} has no examples to train on")
         read = cached(part, dataset, budget)
@@ -89,6 +90,15 @@ def open_training(config: ConfigDict, source: Source | None = None) -> TrainingD
     fingerprints = [part.fingerprint for part in sources]
     fingerprint = stamps.digest(fingerprints) if any(fingerprints) else ""
     return TrainingData(order, sources, readers, round(len(sources[0]) * sum(weights)), fingerprint)
+
+
+def _check_pixel_format(source: Source, config: ConfigDict) -> None:
+    if source.pixel_format != (config.model.channels, config.dataset.image_dtype):
+        channels, dtype = source.pixel_format
+        raise UserError(
+            f"the images of {source.names[0]} to {source.names[-1]} are {dtype} with {channels} channels; set "
+            f"--config.model.channels={channels} --config.dataset.image_dtype={dtype}"
+        )
 
 
 def _check_totals(parts: Sequence[Totals], config: ConfigDict) -> None:
@@ -116,7 +126,7 @@ def train_dataset(
       data: from `open_training`, which is called if this is None.
 
     Returns:
-      A dataset of {"image": uint8[b,h,w,3], "label": uint8[b,h,w]}, where (h, w) is the crop; see `as_numpy`.
+      A dataset of {"image": [b,h,w,C] of dataset.image_dtype, "label": uint8[b,h,w]}, where (h, w) is the crop; see `as_numpy`.
 
     Raises:
       UserError: batch_size is not a multiple of hosts; or see `open_training`.
@@ -143,7 +153,8 @@ def train_dataset(
             crop_of(number, *opened.readers[dataset](index))
 
     loads = [_load(source, read) for source, read in zip(opened.sources, opened.readers, strict=True)]
-    image_spec, label_spec = tf.TensorSpec((*crop, 3), tf.uint8), tf.TensorSpec(crop, tf.uint8)
+    image_spec = tf.TensorSpec((*crop, config.model.channels), config.dataset.image_dtype)
+    label_spec = tf.TensorSpec(crop, tf.uint8)
 
     def element(number: tf.Tensor) -> dict[str, tf.Tensor]:
         dataset, index = _call_python(example_at, [number], [INDEX, INDEX])
@@ -171,12 +182,12 @@ def eval_dataset(
       source: an opened split or a custom source.
 
     Returns:
-      A dataset of {"image": uint8[H,W,3], "label": uint8[H,W], "name": string}; see `as_numpy`.
+      A dataset of {"image": [H,W,C], "label": uint8[H,W], "name": string}; see `as_numpy`.
 
     Raises:
       UserError: see open_source.
     """
-    opened = open_source(config.dataset, split) if source is None else source
+    opened = open_source(config.dataset, split, channels=config.model.channels) if source is None else source
     load = _load(opened, opened.read)
 
     def name_of(index: int) -> bytes:
@@ -232,7 +243,8 @@ def _load(source: Source, read: Read) -> Callable[[tf.Tensor], Sequence[tf.Tenso
     def call(index: int) -> Example:
         return read(int(index))
 
-    return lambda index: _call_python(call, [index], [IMAGE, LABEL])
+    channels, dtype = source.pixel_format
+    return lambda index: _call_python(call, [index], [tf.TensorSpec((None, None, channels), dtype), LABEL])
 
 
 def _call_python(function: Callable[..., Any], inputs: list[tf.Tensor], specs: list[tf.TensorSpec]) -> list[tf.Tensor]:

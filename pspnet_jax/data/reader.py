@@ -29,7 +29,7 @@ from pspnet_jax.data.palettes import ValueColors
 from pspnet_jax.data.totals import Totals
 from pspnet_jax.errors import UserError
 
-Example = tuple[np.ndarray, np.ndarray]  # image uint8[H,W,3] and label uint8[H,W]
+Example = tuple[np.ndarray, np.ndarray]  # image [H,W,C], see `Source.pixel_format`, and label uint8[H,W]
 
 
 class Source:
@@ -38,6 +38,7 @@ class Source:
     Attributes:
       names: one per example, see `layouts.Pair`.
       num_classes: K.
+      pixel_format: of the images.
       in_graph: whether `tensors` is implemented, which loads an example without Python and is faster.
       totals: the number of pixels of each class, if known.
       image_sizes: size in bytes of each image file, which is the first of `files`; None without image files.
@@ -48,6 +49,7 @@ class Source:
 
     names: Sequence[str]
     num_classes: int
+    pixel_format = image_files.RGB8
     in_graph = False
     totals: Totals | None = None
     image_sizes: Sequence[int] | None = None
@@ -59,7 +61,7 @@ class Source:
         return len(self.names)
 
     def load(self, index: int) -> Example:
-        """Returns image uint8[H,W,3] and label uint8[H,W] with values 0..K-1 and 255. `read` explains any exception."""
+        """Returns image [H,W,C] and label uint8[H,W] with values 0..K-1 and 255. `read` explains any exception."""
         raise NotImplementedError
 
     def read(self, index: int) -> Example:
@@ -74,7 +76,7 @@ class Source:
             self.check(index)
             where, reason = self.where(index), last_line(error)
             raise UserError(f"{where}: cannot be loaded ({reason}); replace it or remove the pair") from error
-        if problem := checks.example_problem(image, label, self.num_classes):
+        if problem := checks.example_problem(image, label, self.num_classes, self.pixel_format):
             self.check(index)
             raise UserError(f"{self.where(index)}: {problem}")
         return image, label
@@ -86,7 +88,7 @@ class Source:
     def checked_tensors(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the result of `tensors`, and fails if sizes differ or a label is wrong; `read` then gives the reason."""
         image, label = self.tensors(index)
-        image, label = tf.ensure_shape(image, [None, None, 3]), tf.ensure_shape(label, [None, None])
+        image, label = tf.ensure_shape(image, [None, None, self.pixel_format.channels]), tf.ensure_shape(label, [None, None])
         same_size = tf.reduce_all(tf.shape(image)[:2] == tf.shape(label))
         in_range = tf.cast(tf.reduce_max(label + 1), tf.int32) <= self.num_classes  # in uint8, 255 + 1 is 0
         with tf.control_dependencies([tf.debugging.Assert(same_size & in_range, ["a wrong example"])]):

@@ -20,6 +20,7 @@ from pspnet_jax.data.palettes import Palettes, ValueColors
 from pspnet_jax.data.totals import Totals
 from pspnet_jax.datasets import IGNORE
 from pspnet_jax.errors import UserError
+from pspnet_jax.image_files import RGB8, PixelFormat
 from pspnet_jax.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,13 @@ class Screened(NamedTuple):
     fingerprint: str
 
 
-def screen(list_pairs: Callable[[], list[Pair]], dataset: ConfigDict, names: Sequence[str], split: str) -> Screened:
+def screen(
+    list_pairs: Callable[[], list[Pair]],
+    dataset: ConfigDict,
+    names: Sequence[str],
+    split: str,
+    pixel_format: PixelFormat = RGB8,
+) -> Screened:
     """Lists and checks pairs of files, and returns the usable ones, which are the same in all processes of the job.
 
     If a pair is wrong on one host, no host uses it. Every process of a job must call this function.
@@ -88,6 +95,7 @@ def screen(list_pairs: Callable[[], list[Pair]], dataset: ConfigDict, names: Seq
       dataset: config.dataset; its on_error decides whether wrong pairs are skipped, and cache_dir keeps the findings.
       names: of the K classes.
       split: name of the split, for messages.
+      pixel_format: of the images.
 
     Raises:
       UserError: the split cannot be listed; hosts have different files; a pair is wrong (with on_error="skip": more than half
@@ -97,7 +105,7 @@ def screen(list_pairs: Callable[[], list[Pair]], dataset: ConfigDict, names: Seq
     sizes: list[int] = []
     try:
         pairs = list_pairs()
-        mine, sizes = _check_files(pairs, dataset, names, split)
+        mine, sizes = _check_files(pairs, dataset, names, split, pixel_format)
     except UserError as error:
         if jax.process_count() == 1:
             raise
@@ -143,7 +151,9 @@ def warn(totals: Totals, names: Sequence[str], turned: Sequence[str], remarks: S
         logger.warning(remark)
 
 
-def _check_files(pairs: list[Pair], dataset: ConfigDict, names: Sequence[str], split: str) -> tuple[Findings, list[int]]:
+def _check_files(
+    pairs: list[Pair], dataset: ConfigDict, names: Sequence[str], split: str, pixel_format: PixelFormat
+) -> tuple[Findings, list[int]]:
     """Returns the findings about this host's copy of the files, and the size of each image file in bytes."""
     files = [file for pair in pairs for file in (pair.image, pair.label)]
     stats = stamps.stats(files)
@@ -156,7 +166,8 @@ def _check_files(pairs: list[Pair], dataset: ConfigDict, names: Sequence[str], s
     def check(index: int, chosen: Container[int]) -> checks.CheckedPair | Problem:
         _, image, label, raw = pairs[index]
         try:
-            return checks.check_pair(image, label, len(names), index in chosen, dataset.name if raw else None, reader)
+            benchmark = dataset.name if raw else None
+            return checks.check_pair(image, label, len(names), index in chosen, benchmark, reader, pixel_format)
         except UserError as error:
             return Problem(index, isinstance(error, checks.WrongValues), str(error))
 
@@ -165,7 +176,7 @@ def _check_files(pairs: list[Pair], dataset: ConfigDict, names: Sequence[str], s
         chosen = every if count == len(pairs) else set(np.random.default_rng(0).choice(len(pairs), count, replace=False))
         check_chosen = functools.partial(check, chosen=chosen)
         for attempt in range(ATTEMPTS):
-            key = (VERSION, count, dataset.name, len(names), colors, pairs, attempt, *reading)
+            key = (VERSION, count, pixel_format, dataset.name, len(names), colors, pairs, attempt, *reading)
             compute = functools.partial(_check_pairs, pairs, check_chosen, Palettes(colors, len(names)), split)
             found = mine._replace(**json.loads(stamps.compute_once(dataset.cache_dir, "checked", files, key, compute, stats)))
             if all(isinstance(check_chosen(index), Problem) for index, *_ in found.problems):

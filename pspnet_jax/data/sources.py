@@ -10,28 +10,30 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from pspnet_jax import datasets
+from pspnet_jax import datasets, image_files
 from pspnet_jax.data import checks, label_files, layouts, scenes, screening, stamps
 from pspnet_jax.data.reader import Example, Source, decode_image, numbered
 from pspnet_jax.data.tfds_source import Tfds
 from pspnet_jax.errors import UserError
+from pspnet_jax.image_files import RGB8, PixelFormat
 
 logger = logging.getLogger(__name__)
 
 
-def open_source(dataset: ConfigDict, split: str, check: bool = True) -> Source:
+def open_source(dataset: ConfigDict, split: str, check: bool = True, channels: int = 3) -> Source:
     """Opens one split of a recipe's dataset.
 
     Args:
       dataset: config.dataset.
       split: see `layouts.list_pairs`; or a split of the scenes or of the TFDS dataset.
       check: whether to check the files, see screening.py; otherwise all are included.
+      channels: of the images, config.model.channels.
 
     Raises:
       UserError: the split does not exist, has other classes than the recipe, or a file is wrong.
     """
     if dataset.name in layouts.LAYOUTS:
-        return _open_files(dataset, split, check)
+        return _open_files(dataset, split, check, PixelFormat(channels, dataset.image_dtype))
     datasets.check_classes(dataset)
     if dataset.name in NON_FILE_SOURCES:
         return NON_FILE_SOURCES[dataset.name](dataset, split, datasets.describe(dataset).num_classes)
@@ -49,7 +51,8 @@ def training_parts(dataset: ConfigDict) -> Iterator[tuple[ConfigDict, str]]:
 
 
 class Files(Source):
-    """Pairs of files: JPEG or PNG images with labels as 8-bit gray or palette PNGs, as SBD's .mat files, or with a reader.
+    """Pairs of files: images in any format of `image_files`, with labels as 8-bit gray or palette PNGs, as SBD's .mat files, or
+    with a reader.
 
     Attributes:
       pairs: the files; every pair has a label.
@@ -62,6 +65,7 @@ class Files(Source):
         num_classes: int,
         screened: screening.Screened | None = None,
         reader: label_files.LabelReader | None = None,
+        pixel_format: PixelFormat = RGB8,
     ):
         """Stores the pairs without checking them.
 
@@ -71,9 +75,10 @@ class Files(Source):
           num_classes: K.
           screened: the result of checking these pairs, if they were checked.
           reader: of labels that are neither PNGs nor SBD's, or that have other values.
+          pixel_format: of the images.
         """
         self._reader, self.reading = reader, repr(reader.classes) if reader else ""
-        self.pairs, self.num_classes, self._benchmark = pairs, num_classes, benchmark
+        self.pairs, self.num_classes, self._benchmark, self.pixel_format = pairs, num_classes, benchmark, pixel_format
         if screened:
             self.totals, self.fingerprint, self.image_sizes = screened.totals, screened.fingerprint, screened.sizes
             self.palette = screened.palette
@@ -85,6 +90,7 @@ class Files(Source):
         self._raw = tf.constant([pair.raw for pair in pairs])
         self._orientations = tf.constant(screened.orientations, tf.int64) if screened else None
         self._upright = screened is not None and set(screened.orientations) == {1}
+        self._is_read_in_graph = [checks.is_read_in_graph(pair.image, pixel_format) for pair in pairs]
 
     in_graph = True
 
@@ -98,8 +104,7 @@ class Files(Source):
         return function.get_concrete_function()
 
     def tensors(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        orientation = None if self._orientations is None else self._orientations[index]
-        image = decode_image(tf.io.read_file(self._images[index]), orientation, self._upright)
+        image = self._image(index)
         if self._reader:
             files = self._labels[index], self._images[index]
             json = tf.strings.regex_full_match(files[0], r".*\.json")
@@ -119,9 +124,26 @@ class Files(Source):
             )
         return image, label
 
+    def _image(self, index: tf.Tensor) -> tf.Tensor:
+        """Returns an image, decoded by TensorFlow if `checks.is_read_in_graph`, or else by the function of prediction."""
+        orientation = None if self._orientations is None else self._orientations[index]
+        contents, name = tf.io.read_file(self._images[index]), self._images[index]
+        decode = functools.partial(_decode, self.pixel_format)  # without `self`, which TensorFlow would keep
+
+        def in_graph() -> tf.Tensor:
+            return decode_image(contents, orientation, self._upright)
+
+        def in_python() -> tf.Tensor:
+            return tf.numpy_function(decode, [contents, name], self.pixel_format.dtype, stateful=False)
+
+        if len(kinds := set(self._is_read_in_graph)) == 1:
+            return in_graph() if kinds == {True} else in_python()
+        return tf.cond(tf.constant(self._is_read_in_graph)[index], in_graph, in_python)
+
     def check(self, index: int) -> checks.CheckedPair:
         _, image, label, raw = self.pairs[index]
-        return checks.check_pair(image, label, self.num_classes, True, self._benchmark if raw else None, self._reader)
+        benchmark = self._benchmark if raw else None
+        return checks.check_pair(image, label, self.num_classes, True, benchmark, self._reader, self.pixel_format)
 
     def where(self, index: int) -> str:
         return " or ".join(self.files(index))
@@ -130,7 +152,11 @@ class Files(Source):
         return self.pairs[index].image, self.pairs[index].label
 
 
-def _open_files(dataset: ConfigDict, split: str, check: bool) -> Files:
+def _decode(pixel_format: PixelFormat, contents: bytes, name: bytes) -> np.ndarray:
+    return image_files.decode(contents, name.decode(), pixel_format)
+
+
+def _open_files(dataset: ConfigDict, split: str, check: bool, pixel_format: PixelFormat) -> Files:
     name, names = dataset.name, datasets.describe(dataset).class_names
     root = os.path.expanduser(dataset.root).rstrip("/")
 
@@ -148,15 +174,16 @@ def _open_files(dataset: ConfigDict, split: str, check: bool) -> Files:
 
     if not check:
         pairs = list_pairs()
-        files = Files(name, pairs, len(names), reader=label_files.reader(dataset, names, [pair.label for pair in pairs]))
+        reader = label_files.reader(dataset, names, [pair.label for pair in pairs])
+        files = Files(name, pairs, len(names), reader=reader, pixel_format=pixel_format)
         files.image_sizes = [known[0] if known else 0 for known in stamps.stats([pair.image for pair in files.pairs])]
         return files
-    screened = screening.screen(list_pairs, dataset, names, f"{root}, {split}")
+    screened = screening.screen(list_pairs, dataset, names, f"{root}, {split}", pixel_format)
     count = layouts.official_count(name, split)
     if count not in (None, len(screened.pairs)):
         logger.warning(f"{name} {split} officially has {count:,} images, but {len(screened.pairs):,} were found")
     reader = label_files.reader(dataset, names, [pair.label for pair in screened.pairs])
-    return Files(name, screened.pairs, len(names), screened, reader)
+    return Files(name, screened.pairs, len(names), screened, reader, pixel_format)
 
 
 class Scenes(Source):

@@ -43,6 +43,7 @@ class Survey:
       present: int64[K], number of images that contain each class.
       palette: the colors of the label values, see `Palettes.seen`.
       problems: one sentence for each example that cannot be used, and for each problem of the whole split.
+      moments: float64[3, C], number of pixels, their sum and the sum of their squares, for each channel; 0 if not measured.
     """
 
     split: str
@@ -54,6 +55,7 @@ class Survey:
     present: np.ndarray
     palette: ValueColors
     problems: list[str]
+    moments: np.ndarray
 
     def __str__(self) -> str:
         if not self.usable:
@@ -71,30 +73,33 @@ class Survey:
         return table
 
 
-def survey(dataset: ConfigDict, split: str, num_classes: int) -> Survey:
+def survey(dataset: ConfigDict, split: str, num_classes: int, channels: int = 3, measure: bool = False) -> Survey:
     """Checks and loads every example of a split once, as training does, and counts its label values.
 
     Args:
       dataset: config.dataset; its on_error is ignored, as wrong files are always listed.
       split: see `open_source`.
       num_classes: K.
+      channels: C of the images.
+      measure: whether to compute `Survey.moments`.
 
     Raises:
       UserError: the split cannot be opened.
     """
-    source, names = open_source(dataset, split, check=False), datasets.describe(dataset).class_names
+    source, names = open_source(dataset, split, False, channels), datasets.describe(dataset).class_names
     palettes, turned = Palettes(datasets.file_colors(dataset), num_classes), []
 
-    def inspect(index: int) -> tuple[tuple[int, ...], np.ndarray, checks.CheckedPair | None] | str:
+    def inspect(index: int) -> tuple[tuple[int, ...], np.ndarray, checks.CheckedPair | None, np.ndarray | int] | str:
         try:
             seen = source.check(index)
-            _, label = source.read(index)
+            image, label = source.read(index)
         except UserError as error:
             return str(error)
-        return label.shape, np.bincount(label.ravel(), minlength=256), seen
+        return label.shape, np.bincount(label.ravel(), minlength=256), seen, _moments(image) if measure else 0
 
     sizes: collections.Counter[tuple[int, ...]] = collections.Counter()
     usable, problems, total, present = [], [], np.zeros(256, np.int64), np.zeros(256, np.int64)
+    moments = np.zeros((3, channels))
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool, progress(f"checking {split}", len(source)) as advance:
         for index, found in enumerate(pool.map(inspect, range(len(source)))):
             if isinstance(found, str):
@@ -104,6 +109,7 @@ def survey(dataset: ConfigDict, split: str, num_classes: int) -> Survey:
                 sizes[found[0]] += 1
                 total += found[1]
                 present += found[1] > 0
+                moments += found[3]
                 if found[2]:
                     palettes.add(source.files(index)[1], found[1], found[2].palette)
                     turned += [source.files(index)[0]] if found[2].orientation != 1 else []
@@ -116,11 +122,17 @@ def survey(dataset: ConfigDict, split: str, num_classes: int) -> Survey:
     problems += [problem for problem in (palettes.contradiction, totals.problem(names, train)) if problem]
     screening.warn(totals, names, turned, palettes.remarks)
     counts = total[:num_classes], int(total[255]), present[:num_classes]
-    return Survey(split, source, usable, sizes, *counts, palettes.seen, problems)
+    return Survey(split, source, usable, sizes, *counts, palettes.seen, problems, moments)
+
+
+def _moments(image: np.ndarray) -> np.ndarray:
+    """Returns float64[3, C]: the number of pixels of [H, W, C], their sum and the sum of their squares; row by row."""
+    rows = (row.astype(np.float64) for row in image)
+    return sum(np.stack([np.full(row.shape[1], len(row)), row.sum(0), (row * row).sum(0)]) for row in rows)
 
 
 def samples(found: Survey, count: int) -> list[dict[str, Any]]:
-    """Returns up to `count` usable examples, evenly spaced over the split: image uint8[H,W,3], label uint8[H,W] and name."""
+    """Returns up to `count` usable examples, evenly spaced over the split: image [H,W,C], label uint8[H,W] and name."""
     source = found.source
     chosen = np.unique(np.linspace(0, len(found.usable) - 1, count).round().astype(int)) if found.usable else ()
     indices = [found.usable[i] for i in chosen]

@@ -156,10 +156,10 @@ def compile_train(config: ConfigDict, mesh: Mesh, chip: chips.Chip) -> Program:
     """Compiles the train step. Raises DoesNotFitError if it does not fit."""
     num_classes, shape = len(config.dataset.class_names), (config.batch_size, *config.augment.crop)
     model, optimizer = models.build(config.model, num_classes), optimizers.build(config.optimizer, config.total_steps)
-    init = make_init_state(config, model, optimizer, mesh, (*config.augment.crop, 3))
+    init = make_init_state(config, model, optimizer, mesh, (*config.augment.crop, config.model.channels))
     state, shared = _replicated(jax.eval_shape(init), mesh), parallel.batch_sharding(mesh)
     batch = {
-        "image": jax.ShapeDtypeStruct((*shape, 3), np.uint8, sharding=shared),
+        "image": jax.ShapeDtypeStruct((*shape, config.model.channels), config.dataset.image_dtype, sharding=shared),
         "label": jax.ShapeDtypeStruct(shape, np.uint8, sharding=shared),
     }
     step = make_train_step(config, model, losses.build(config), optimizer, mesh)
@@ -184,7 +184,7 @@ def compile_evaluation(config: ConfigDict, devices: Sequence[jax.Device], chip: 
     predictor = Predictor(apply, config, num_classes, devices)
     mesh = predictor.mesh
     init = functools.partial(model.init, train=False)
-    variables = _replicated(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *window, 3))), mesh)
+    variables = _replicated(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *window, config.model.channels))), mesh)
     groups = mesh.shape["data"]
     windows = -(-config.eval.batch_size // groups)
     if not windows:

@@ -19,6 +19,19 @@ THUMBNAIL = 400  # long side of an image in a contact sheet
 LINE, MARGIN = 18, 6
 
 
+def to_rgb(image: np.ndarray) -> np.ndarray:
+    """Returns what pictures show of an image [H, W, C]: uint8[H, W, 3].
+
+    That is the image itself, if it is uint8[H, W, 3]. Otherwise, it is the first three channels, or the first as gray; if they
+    are not 8-bit, their 2nd to 98th percentile becomes 0 to 255.
+    """
+    shown = image[..., :3] if image.shape[2] >= 3 else image[..., [0, 0, 0]]
+    if shown.dtype == np.uint8:
+        return shown
+    low, high = np.percentile(shown[::4, ::4], (2, 98))  # of a sample, which takes less time
+    return np.rint(((shown - low) * (255 / (high - low or 1))).clip(0, 255)).astype(np.uint8)
+
+
 def palette_image(label: np.ndarray, colors: Sequence[Color]) -> Image.Image:
     """Returns uint8[H, W] as a palette image (mode P) that keeps the values; 255 and values without a color are black."""
     image = Image.fromarray(label)
@@ -33,6 +46,7 @@ def colorize(label: np.ndarray, colors: Sequence[Color]) -> np.ndarray:
 
 def overlay(image: np.ndarray, label: np.ndarray, colors: Sequence[Color], alpha: float = 0.5) -> np.ndarray:
     """Returns (1 - alpha) * image + alpha * class colors, uint8[H, W, 3]; pixels labeled 255 show the image alone."""
+    image = to_rgb(image)
     mixed = np.rint((1 - alpha) * image + alpha * colorize(label, colors)).astype(np.uint8)
     return np.where((label == IGNORE)[..., None], image, mixed)
 
@@ -42,7 +56,7 @@ def side_by_side(image: np.ndarray, labels: Mapping[str, np.ndarray], info: Data
     height, width = image.shape[:2]
     zoom = max(1, math.ceil(MIN_PANEL_WIDTH / width))
     size = zoom * width, zoom * height
-    arrays = {"image": image} | {name: colorize(label, info.colors) for name, label in labels.items()}
+    arrays = {"image": to_rgb(image)} | {name: colorize(label, info.colors) for name, label in labels.items()}
     panels = [(name, Image.fromarray(x).resize(size, Image.Resampling.NEAREST)) for name, x in arrays.items()]
     return _sheet(panels, size[0], len(panels), np.unique(list(labels.values())), info)
 
@@ -51,7 +65,7 @@ def contact_sheet(examples: Sequence[Mapping[str, Any]], info: DatasetInfo, colu
     """Returns a grid of images overlaid with their labels, each under its name, above a legend of the classes in them.
 
     Args:
-      examples: each with image uint8[H, W, 3], label uint8[H, W] and name.
+      examples: each with image [H, W, C], label uint8[H, W] and name.
       info: class names and colors.
       columns: number of images per row.
     """

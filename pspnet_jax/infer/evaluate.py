@@ -32,7 +32,7 @@ def evaluate(
 
     Args:
       segmenter: predicts on devices of this process.
-      examples: this process's share, each with image uint8[H, W, 3], label uint8[H, W] (255 is ignored) and name.
+      examples: this process's share, each with image [H, W, C], label uint8[H, W] (255 is ignored) and name.
       num_examples: total over all processes.
       split: its name, for the report.
       pictures: number of examples to return as pictures (image, label and prediction side by side), keyed by name.

@@ -9,7 +9,7 @@ from pspnet_jax.infer.plan import MaxWindows, WindowCounts, ceil_div, divide, po
 AHEAD = 8  # least number of examples per device from which a group is chosen, with several devices
 GOOD = 0.95  # share of slots in use for which a group is large enough; a larger one must use 1 / GOOD times the share
 
-Example = dict[str, Any]  # image uint8[H, W, 3] and any other fields of its source
+Example = dict[str, Any]  # image [H, W, C] and any other fields of its source
 
 
 def form_groups(

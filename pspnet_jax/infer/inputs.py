@@ -8,9 +8,9 @@ from etils import epath
 
 from pspnet_jax import files
 from pspnet_jax.errors import MissingFileError, UserError
+from pspnet_jax.image_files import SUFFIXES
 
 logger = logging.getLogger(__name__)
-SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp")
 MAX_LISTED = 5  # files named in a warning
 
 

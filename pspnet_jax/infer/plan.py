@@ -50,14 +50,14 @@ class View(NamedTuple):
         return len(self.rows.starts) * len(self.columns.starts)
 
 
-Window = tuple[int, tuple[int, int, int], np.ndarray]  # index of the view, position as in Batch, pixels [h, w, 3], 0..255
+Window = tuple[int, tuple[int, int, int], np.ndarray]  # index of the view, position as in Batch, pixels [h, w, C]
 
 
 class Batch(NamedTuple):
     """Windows of one size. Each of D devices has N / D windows of its own images, ordered by view; missing windows are 0."""
 
     window: tuple[int, int]  # h, w
-    pixels: np.ndarray  # f32[N, y, x, 3], values 0..255: the windows in frames
+    pixels: np.ndarray  # f32[N, y, x, C], values as in the images: the windows in frames
     positions: np.ndarray  # int32[N, 3]: index of the image on its device, first row and first column on the canvas
     parts: list[tuple[int, np.ndarray]]  # for each view: its index, and the range of its windows on each device, int32[D, 2]
 
@@ -81,7 +81,7 @@ class Plan(NamedTuple):
 
 
 def plan_images(images: Sequence[np.ndarray], protocol: Protocol, devices: int, max_windows: MaxWindows) -> Plan:
-    """Plans the inference of images uint8[H, W, 3], which are divided among the devices."""
+    """Plans the inference of images [H, W, C], which are divided among the devices."""
     per_device = power_of_two(ceil_div(len(images), devices))
     shape = (devices * per_device, *bucket(*(max(image.shape[i] for image in images) for i in (0, 1))))
     views = [views_of(image.shape[0], image.shape[1], protocol) for image in images]
@@ -193,7 +193,8 @@ def _batches(
     for size, n, passes in sorted(scheduled, key=lambda item: sizes.index(item[0])):
         queues = [_windows([images[i] for i in share], [views[i] for i in share], size, protocol) for share in shares]
         for _ in range(passes):
-            yield _batch([list(itertools.islice(queue, n)) for queue in queues], n, size, frame_size(size, protocol))
+            shape = (*frame_size(size, protocol), len(protocol.mean))
+            yield _batch([list(itertools.islice(queue, n)) for queue in queues], n, size, shape)
 
 
 def _windows(
@@ -209,7 +210,7 @@ def _windows(
 
 
 def image_to_canvas(image: np.ndarray, view: View, protocol: Protocol) -> np.ndarray:
-    """Returns a view's canvas [h, w, 3] with values 0..255: float32 or, if nothing is padded, possibly uint8."""
+    """Returns a view's canvas [h, w, C]: float32 or, if nothing is padded, possibly the image's type."""
     rows, columns = view
     scaled = protocol.scale(image, rows.scaled, columns.scaled)
     if columns.flipped:
@@ -230,9 +231,9 @@ def count_windows(views: Iterable[View]) -> WindowCounts:
     return counts
 
 
-def _batch(by_device: list[list[Window]], n: int, size: tuple[int, int], frame: tuple[int, int]) -> Batch:
+def _batch(by_device: list[list[Window]], n: int, size: tuple[int, int], frame: tuple[int, int, int]) -> Batch:
     """Stacks up to n windows per device."""
-    pixels = np.zeros((len(by_device) * n, *frame, 3), np.float32)
+    pixels = np.zeros((len(by_device) * n, *frame), np.float32)
     positions = np.zeros((len(by_device) * n, 3), np.int32)
     for device, windows in enumerate(by_device):
         for i, (_, position, window) in enumerate(windows, device * n):

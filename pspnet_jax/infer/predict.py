@@ -17,12 +17,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from PIL import Image, PngImagePlugin
 
 from pspnet_jax import files, image_files, parallel
-from pspnet_jax.errors import UserError
+from pspnet_jax.errors import UserError, grouped
 from pspnet_jax.infer import submission
 from pspnet_jax.infer.draw import save
 from pspnet_jax.infer.predictor import Example, Predictor
@@ -95,7 +94,7 @@ def predict(
     rate = done / (time.perf_counter() - began)
     logger.info(f"{kept}, {existing} from earlier runs; {rate:.3g} images/s on {segmenter.predictor.device}, including I/O")
     if failed:
-        raise UserError("\n".join((*listed, f"{len(failed)} of {len(images)} images could not be predicted")))
+        raise UserError("\n".join((*grouped(listed), f"{len(failed)} of {len(images)} images could not be predicted")))
 
 
 def _predict_share(
@@ -116,7 +115,7 @@ def _predict_share(
     todo = _by_size(_without_results(images, results, sign) if skip_existing else images, segmenter.predictor)
     with ThreadPoolExecutor(THREADS) as pool, progress("predicting", len(todo)) as advance:
         io = _FileIO(pool, advance)
-        examples = io.read(todo, segmenter.predictor.check, sign)
+        examples = io.read(todo, segmenter.predictor, sign)
         for result in segmenter.results(examples, lambda example, error: io.fail(f"{example['name']}: {error}")):
             io.write(result.example["name"], _write, results[result.example["name"]], result, server)
             if io.stopped_by:
@@ -142,7 +141,7 @@ class _FileIO:
     def read(
         self,
         paths: Mapping[str, epath.PathLike],
-        check: Callable[[np.ndarray], None],
+        predictor: Predictor,
         sign: Callable[[epath.PathLike], str],
     ) -> Iterator[Example]:
         """Yields the images that can be read and pass the check, in order, with their signatures; records others as failed."""
@@ -150,7 +149,7 @@ class _FileIO:
         def read_one(path: epath.PathLike) -> dict[str, Any]:
             try:
                 signature = sign(path)
-                check(image := image_files.read(path))
+                predictor.check(image := image_files.read(path, predictor.pixel_format))
             except Exception as error:  # decoders raise many types
                 reason = str(error) or type(error).__name__
                 raise UserError(reason if reason.startswith(str(path)) else f"{path}: {reason}") from error

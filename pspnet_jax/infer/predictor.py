@@ -2,12 +2,12 @@
 
 The path of an image:
 
-    image                    uint8[H, W, 3]
+    image                    [H, W, C], such as uint8[H, W, 3]
       |  protocol.scale        resampled (and flipped, if the protocol makes the flipped image a view of its own)
       |  image_to_canvas       padded, if it is smaller than a window
-    canvas                   [h, w, 3], one for each view                                          on the host: plan.py
+    canvas                   [h, w, C], one for each view                                          on the host: plan.py
       |  plan.batches          cut into windows; a batch may hold several views and images
-    windows                  f32[N, y, x, 3]
+    windows                  f32[N, y, x, C]
     ..........................................................................................................
       |  prepare               normalized (and flipped, if each window goes through the network twice)
       |  network                                                                              on the devices: steps.py
@@ -42,6 +42,7 @@ from ml_collections import ConfigDict
 
 from pspnet_jax import parallel, programs
 from pspnet_jax.errors import UserError
+from pspnet_jax.image_files import PixelFormat
 from pspnet_jax.infer import memory, steps
 from pspnet_jax.infer.groups import Example, form_groups
 from pspnet_jax.infer.plan import Batch, Plan, WindowCounts, ceil_div, count_windows, frame_size, plan_images, views_of
@@ -63,6 +64,7 @@ class Predictor:
     whatever dtype the network computes in.
 
     Attributes:
+      pixel_format: of the images.
       mesh: its devices, of which those along "spatial" share images.
       windows: number of windows that went through the network so far.
       slots: number of windows for which there was room in these forward passes, on all devices of this process.
@@ -78,12 +80,13 @@ class Predictor:
         """Prepares the programs, which are compiled on first use.
 
         Args:
-          apply: (variables, normalized images f32[N, H, W, 3]) -> logits [N, H, W, K], at any H and W.
-          config: its eval, normalize, model.align_corners and model.dtype are used.
+          apply: (variables, normalized images f32[N, H, W, C]) -> logits [N, H, W, K], at any H and W.
+          config: its eval, normalize, model.align_corners, model.channels, model.dtype and dataset.image_dtype are used.
           num_classes: K.
           devices: devices of this process; None means all of them.
         """
         self.settings = config.eval
+        self.pixel_format = PixelFormat(config.model.channels, config.dataset.image_dtype)
         devices = devices or jax.local_devices()
         self.mesh = parallel.make_mesh(devices, math.gcd(len(devices), config.parallel.spatial))
         self._groups = self.mesh.shape["data"]  # of devices; the devices of a group share images
@@ -160,7 +163,7 @@ class Predictor:
 
         Args:
           variables: from `place`.
-          images: uint8[H, W, 3] each.
+          images: [H, W, C] each, of the `pixel_format`.
 
         Returns:
           uint8[M, S, T] on the devices. The labels of image i are [i, :H, :W], or all 255 if its scores are not finite (NaN).
@@ -182,9 +185,11 @@ class Predictor:
             return self._in_order(total / len(plan.canvases), plan)
 
     def check(self, image: np.ndarray) -> None:
-        """Raises a UserError if an image is not uint8[H, W, 3] or needs more memory than there is."""
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise UserError(f"an image is {image.dtype}{list(image.shape)}: expected uint8[height, width, 3] (RGB)")
+        """Raises a UserError if an image is not of the `pixel_format` or needs more memory than there is."""
+        channels, dtype = self.pixel_format
+        if image.dtype != dtype or image.shape[2:] != (channels,) or not image.size:
+            expected = f"{dtype}[height, width, {channels}]" + " (RGB)" * (channels == 3)
+            raise UserError(f"an image is {image.dtype}{list(image.shape)}: expected {expected}")
         height, width, _ = image.shape
         memory.check(height, width, self._protocol, self._num_classes, self._devices)
 
@@ -215,7 +220,7 @@ class Predictor:
 
     def compile_network(self, variables: Any, window: tuple[int, int], windows: int = 1) -> Compiled:
         """Compiles a forward pass of `windows` windows of a size on each device, given the weights or their shapes."""
-        shape = (self._groups * windows, *frame_size(window, self._protocol), 3)
+        shape = (self._groups * windows, *frame_size(window, self._protocol), self.pixel_format.channels)
         frames = jax.ShapeDtypeStruct(shape, np.float32, sharding=self._sharding)
         with jax.enable_x64(False):
             return self._network(window).lower(variables, frames, 0).compile()
@@ -225,7 +230,8 @@ class Predictor:
         if not self._bytes_per_pixel:
             stats = self.compile_network(variables, window).memory_analysis()
             passes = 2 if self.settings.flip and not self._protocol.flips_views else 1
-            pixels = 4 * 3 * (1 + passes) * math.prod(window)  # windows as they come, normalized and flipped
+            values = self.pixel_format.channels * math.prod(window)
+            pixels = 4 * values * (1 + passes)  # windows as they come, normalized and flipped
             needed = stats.temp_size_in_bytes + passes * stats.output_size_in_bytes + pixels if stats else math.inf
             self._bytes_per_pixel = needed / math.prod(window)
             logger.info(
@@ -282,16 +288,16 @@ class Predictor:
 
 
 def _compile_network(apply: Callable, num_classes: int, mesh: Mesh, options: Any, window: tuple[int, int]) -> Wrapped:
-    """Returns (variables, frames f32[N, y, x, 3], column) -> logits [N, y, x, K] of the windows that start at that column."""
+    """Returns (variables, frames f32[N, y, x, C], column) -> logits [N, y, x, K] of the windows that start at that column."""
 
     def network(variables: Any, frames: jax.Array, column: jax.Array) -> jax.Array:
-        whole, shape = frames.shape[1:3] == window, (len(frames), *window)
-        windows = frames if whole else jax.lax.dynamic_slice(frames, (0, 0, column, 0), (*shape, 3))
+        whole, shape, channels = frames.shape[1:3] == window, (len(frames), *window), frames.shape[3]
+        windows = frames if whole else jax.lax.dynamic_slice(frames, (0, 0, column, 0), (*shape, channels))
         logits = apply(variables, parallel.shard_height(windows, mesh))
         if logits.shape != (*shape, num_classes):
             raise UserError(
-                f"the network returns {list(logits.shape)} for images {[*shape, 3]}: expected {[*shape, num_classes]}, one "
-                "score per pixel and class"
+                f"the network returns {list(logits.shape)} for images {[*shape, channels]}: expected "
+                f"{[*shape, num_classes]}, one score per pixel and class"
             )
         if whole:
             return logits

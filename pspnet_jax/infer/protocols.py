@@ -31,7 +31,7 @@ class Protocol:
         raise NotImplementedError
 
     def scale(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
-        """Resamples uint8[H, W, 3] to uint8 or float32 [height, width, 3], with values 0..255."""
+        """Resamples [H, W, C] to [height, width, C] of the same type or float32."""
         raise NotImplementedError
 
     def window(self, crop: int, scaled: int) -> tuple[int, int]:
@@ -39,7 +39,7 @@ class Protocol:
         return crop, 0
 
     def padding(self, exceeds: bool) -> np.ndarray:
-        """Returns the padding color [3]; `exceeds` is whether the scaled image exceeds the window on some axis."""
+        """Returns the padding color [C]; `exceeds` is whether the scaled image exceeds the window on some axis."""
         return self.mean
 
     def combine_flip(self, logits: jax.Array, flipped: jax.Array | None = None) -> jax.Array:
@@ -89,12 +89,13 @@ class Caffe(Protocol):
         return sides if height > width else sides[::-1]
 
     def scale(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
-        """Resizes 8-bit images as imresize does: first the axis that shrinks most; rounds half up after each axis."""
+        """Resizes as imresize does: first the axis that shrinks most; rounds integers half up after each axis."""
         tie = 2.0**-15  # more than the float32 error of a weighted sum, so that an exact half is rounded up
         sizes = (height, width)
         for axis in sorted((0, 1), key=lambda axis: sizes[axis] / image.shape[axis]):
             weights = bilinear_antialiased(sizes[axis], image.shape[axis])
-            image = np.floor(resample(image, weights, axis) + (0.5 + tie)).astype(np.uint8)
+            exact = resample(image, weights, axis)
+            image = exact if image.dtype == np.float32 else np.floor(exact + (0.5 + tie)).astype(image.dtype)
         return image
 
     def padding(self, exceeds: bool) -> np.ndarray:

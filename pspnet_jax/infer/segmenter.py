@@ -16,6 +16,7 @@ from PIL import Image
 from pspnet_jax import files, image_files
 from pspnet_jax.datasets import IGNORE, DatasetInfo
 from pspnet_jax.errors import UserError
+from pspnet_jax.image_files import PixelFormat
 from pspnet_jax.infer import draw
 from pspnet_jax.infer.predictor import Example, Predictor
 
@@ -23,7 +24,7 @@ THREADS = 2 + (os.cpu_count() or 1)
 AHEAD = min(2 * THREADS, 16)  # maximum number of images read ahead
 Item = TypeVar("Item")
 Made = TypeVar("Made")
-EXPECTED = "a path, a PIL image or an array uint8[H, W, 3]"
+EXPECTED = "a path, a PIL image or an array such as uint8[H, W, 3]"
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
 OnError = Callable[[Example, UserError], None]
 
@@ -57,15 +58,16 @@ class Segmenter:
         """Segments an image, or several, each at its own size.
 
         Args:
-          images: an image, which is a file (local or gs://), a PIL image, or an array uint8[H, W, 3] in RGB; or a list or an
-            iterator of images. Files and PIL images are turned upright by their EXIF orientation.
+          images: an image, which is a file (local or gs://), a PIL image, or an array uint8[H, W, 3] in RGB (or as the
+            `pixel_format` of the predictor says); or a list or an iterator of images. Files and PIL images are turned upright
+            by their EXIF orientation.
 
         Returns:
           The result of an image; the list of results of a list; or, for an iterator, an iterator over the results, which reads
           some images ahead and keeps none afterwards. Results have the order of the images.
 
         Raises:
-          UserError: an image cannot be read, is not uint8[H, W, 3], or needs more memory than there is; or the network's scores
+          UserError: an image cannot be read, is of another format, or needs more memory than there is; or the network's scores
             are not finite.
         """
         if _is_image(images):
@@ -84,7 +86,9 @@ class Segmenter:
         """Yields the images' results in order, when the devices have computed them."""
         following = itertools.count()
         waiting, expected = dict[int, Result](), next(following)
-        read = ahead(self._threads, _read, itertools.starmap(_take, enumerate(images)))
+        expected_format = self.predictor.pixel_format
+        taken = (_take(number, image, expected_format) for number, image in enumerate(images))
+        read = ahead(self._threads, functools.partial(_read, expected_format), taken)
         for result in self.results(future.result() for _, future in read):
             waiting[result.example["number"]] = result  # with several devices, some images overtake others
             while expected in waiting:
@@ -102,7 +106,7 @@ class Segmenter:
         With one device, the results are in the order of the examples; with several, some examples overtake others.
 
         Args:
-          examples: each with image uint8[H, W, 3] and name.
+          examples: each with image [H, W, C] and name.
           on_error: called for an example that cannot be computed, which is then left out. None: the error is raised.
         """
         previous: list[Result] = []
@@ -145,7 +149,7 @@ def _is_image(given: object) -> bool:
     return isinstance(given, str | os.PathLike | Image.Image) or hasattr(given, "__array__")
 
 
-def _take(number: int, image: ImageLike) -> Example:
+def _take(number: int, image: ImageLike, expected: PixelFormat) -> Example:
     """Returns an example with a file's path, or with a copy of an image in memory, which its iterator may close or reuse.
 
     It also has a number and a name, for messages.
@@ -158,15 +162,15 @@ def _take(number: int, image: ImageLike) -> Example:
     if not isinstance(image, Image.Image):
         return {"number": number, "name": name, "image": np.array(image)}
     try:
-        return {"number": number, "name": name, "image": image_files.pixels(image, name)}
+        return {"number": number, "name": name, "image": image_files.pixels(image, name, expected)}
     except Exception as error:  # whatever Pillow raises for a damaged file, which it reads only now
         raise UserError(f"{name}: cannot be read ({image_files.reason(error)})") from error
 
 
-def _read(example: Example) -> Example:
+def _read(expected: PixelFormat, example: Example) -> Example:
     """Reads the image, if the example has its path."""
     image = example["image"]
-    return example if isinstance(image, np.ndarray) else {**example, "image": image_files.read(image)}
+    return example if isinstance(image, np.ndarray) else {**example, "image": image_files.read(image, expected)}
 
 
 class Confidence(NamedTuple):
@@ -185,7 +189,7 @@ class Result:
     """The segmentation of an image.
 
     Attributes:
-      example: the image uint8[H, W, 3], its name, and any other fields of its source.
+      example: the image [H, W, C], its name, and any other fields of its source.
     """
 
     def __init__(self, segmenter: Segmenter, example: Example, labels: jax.Array, index: int):
@@ -195,7 +199,7 @@ class Result:
 
     @property
     def image(self) -> np.ndarray:
-        """The image, uint8[H, W, 3]."""
+        """The image, [H, W, C]."""
         return self.example["image"]
 
     @property

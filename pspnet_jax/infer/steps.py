@@ -14,7 +14,7 @@ ViewSums = tuple[jax.Array, ToImage]  # sums over windows on the canvas, and the
 
 
 def prepare(statistics: ConfigDict, flip: bool, windows: jax.Array) -> list[jax.Array]:
-    """Normalizes windows f32[n, h, w, 3]; with `flip`, adds a second batch of flipped windows."""
+    """Normalizes windows f32[n, h, w, C]; with `flip`, adds a second batch of flipped windows."""
     normalized = models.normalize(windows, statistics)
     return [normalized, normalized[:, :, ::-1]] if flip else [normalized]
 

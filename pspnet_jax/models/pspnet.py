@@ -11,7 +11,8 @@ from pspnet_jax.models.layers import REMAT, CoarseLogits, not_a_choice
 from pspnet_jax.models.pyramid import POOLS, Pyramid
 from pspnet_jax.models.resnet import BLOCKS, FIRST_BLOCK_DILATION, STAGES, STEMS, STRIDE_IN, ResNet
 
-RESNET_FIELDS = ("depth", "width", "stem", "stride_in", "first_block_dilation", "output_stride")  # as in config.model
+# As in config.model.
+RESNET_FIELDS = ("channels", "depth", "width", "stem", "stride_in", "first_block_dilation", "output_stride")
 CHOICES = {  # allowed values of the fields of config.model
     "depth": tuple(BLOCKS),
     "stem": tuple(STEMS),
@@ -113,6 +114,8 @@ def build(model: ConfigDict, num_classes: int) -> PSPNet:
 def problems(model: ConfigDict) -> list[str]:
     """Returns one message for each field of `config.model` with an invalid value."""
     found = [not_a_choice(choices, f"model.{f}", model[f]) for f, choices in CHOICES.items() if model[f] not in choices]
+    if not 1 <= model.channels <= 16:
+        found.append(f"model.channels={model.channels}: expected 1 to 16")
     if model.width < 8 or model.width % 8:
         found.append(f"model.width={model.width}: expected a multiple of 8 (the standard ResNet has 64)")
     if len({b for b in model.bins if 1 <= b <= MAX_BINS}) < len(model.bins) or len(model.bins) > 16:
@@ -123,9 +126,9 @@ def problems(model: ConfigDict) -> list[str]:
 
 
 def normalize(images: jax.Array, statistics: ConfigDict) -> jax.Array:
-    """Returns (images - mean) / std per channel: uint8[..., 3] in RGB order -> f32[..., 3] in `statistics.order`.
+    """Returns (images - mean) / std per channel: [..., C] of any type -> f32[..., C] in `statistics.order`.
 
-    `statistics` is `config.normalize`; its mean and std are in RGB order.
+    `statistics` is `config.normalize`; its mean and std are in the order of the files, RGB.
     """
     mean, std = jnp.asarray(statistics.mean, jnp.float32), jnp.asarray(statistics.std, jnp.float32)
     normalized = (images.astype(jnp.float32) - mean) / std

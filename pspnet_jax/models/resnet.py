@@ -79,18 +79,19 @@ def _add_shortcut(block: BasicBlock | Bottleneck, x: jax.Array, y: jax.Array, tr
 
 
 class ResNet(nn.Module):
-    """Normalized images f32[N, H, W, 3] -> the features of layer3 and of layer4, [N, h, w, C/2] and [N, h, w, C].
+    """Normalized images f32[N, H, W, channels] -> the features of layer3 and of layer4, [N, h, w, C/2] and [N, h, w, C].
 
     C = 32 * width (8 * width with basic blocks), h = ceil(H / output_stride) and w = ceil(W / output_stride); at output stride
     32, layer3 has stride 16.
 
     Attributes:
-      depth, width, stem, stride_in, first_block_dilation, output_stride, remat: as in `config.model`, where each is explained.
+      channels, depth, width, stem, stride_in, first_block_dilation, output_stride, remat: as in `config.model`, where each is
+        explained.
       frozen_norm: as in `ConvNorm`.
       dtype: of the activations and features; parameters and statistics stay float32.
 
     Raises:
-      UserError: when called, if a field's value is not among its choices or the images are not f32[N, H, W, 3].
+      UserError: when called, if a field's value is not among its choices or the images are not f32[N, H, W, channels].
     """
 
     depth: int = 50
@@ -102,13 +103,13 @@ class ResNet(nn.Module):
     frozen_norm: bool = False
     remat: str = "none"
     dtype: Any = jnp.float32
+    channels: int = 3
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
-        if images.ndim != 4 or images.shape[-1] != 3 or not images.size or not jnp.issubdtype(images.dtype, jnp.floating):
-            raise UserError(
-                f"images are {images.dtype}{list(images.shape)}: expected float32[N, H, W, 3], from models.normalize"
-            )
+        if images.shape[3:] != (self.channels,) or not images.size or not jnp.issubdtype(images.dtype, jnp.floating):
+            expected = f"float32[N, H, W, {self.channels}]"
+            raise UserError(f"images are {images.dtype}{list(images.shape)}: expected {expected}, from models.normalize")
         conv_norm = functools.partial(ConvNorm, frozen_norm=self.frozen_norm)
         x = images.astype(self.dtype)
         stem_conv = functools.partial(recompute(ConvNorm, self.remat), frozen_norm=self.frozen_norm)

@@ -55,15 +55,15 @@ def fit(
 
     Args:
       config: fields used here: seed, batch_size, total_steps, init_from, normalize, every, parallel, optimizer.accumulate,
-        optimizer.ema_decay, model.norm, model.dtype and eval.best_metric. The whole config is saved, and compared when a run is
-        resumed.
+        optimizer.ema_decay, dataset.image_dtype, model.channels, model.norm, model.dtype and
+        eval.best_metric. The whole config is saved, and compared when a run is resumed.
       model: Flax module, called with normalized images f32[N, H, W, 3] and `train`. It may have variables in "batch_stats" and
         use the random stream "dropout".
       loss: function of the model's training outputs, see `losses`.
       optimizer: see `optimizers`.
       batches: called with the number of steps already made; returns this process's batches from then on. A batch is a dict of
-        arrays with examples along the first axis: "image" is uint8[N, H, W, 3], where N is this process's share of
-        config.batch_size (see `parallel.data_share`); "label", if present, has integers; other arrays are for the loss. The
+        arrays with examples along the first axis: "image" is uint8[N, H, W, 3], or as model.channels and dataset.image_dtype
+        say, where N is this process's share of config.batch_size (see `parallel.data_share`); "label", if present, has integers; other arrays are for the loss. The
         first batch is checked.
       evaluate: called with {"params", "batch_stats"} every config.every.eval steps, after the state is saved. Returns
         metrics and pictures, both by name. The metrics must be serializable as JSON and include a number named
@@ -146,13 +146,14 @@ def _check_batch(config: ConfigDict, mesh: Mesh, batch: HostBatch | None) -> Hos
     if "image" not in batch:
         raise UserError(f"the batches have {', '.join(batch)}; expected an array named image")
     size, share = np.shape(batch["image"])[1:3], config.batch_size // parallel.data_share(mesh)[1]
+    channels, dtype = config.model.channels, config.dataset.image_dtype
     for name in ("image", *batch):
         if not hasattr(batch[name], "dtype"):
             raise UserError(f"the first batch's {name} is a {type(batch[name]).__name__}; expected a NumPy array")
         array = np.asarray(batch[name])
         found, expected = f"is {array.dtype}{list(array.shape)}", ""
-        if name == "image" and (array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3):
-            expected = "uint8[N, H, W, 3], not normalized"
+        if name == "image" and (array.dtype != dtype or array.shape[3:] != (channels,)):
+            expected = f"{dtype}[N, H, W, {channels}], not normalized"
         elif name == "label" and not np.issubdtype(array.dtype, np.integer):
             expected = "integers"
         elif name == "label" and array.ndim == 3 and array.shape[1:] != size:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from pspnet_jax import config as configs
 from pspnet_jax import parallel, weights
 from pspnet_jax.errors import UserError
+from pspnet_jax.image_files import RGB8
 from pspnet_jax.models.pspnet import RESNET_FIELDS
 from pspnet_jax.optimizers import Optimizer
 from pspnet_jax.train import checkpoint
@@ -25,10 +26,10 @@ from pspnet_jax.train.step import TrainState, Variables, make_init_state
 
 logger = logging.getLogger(__name__)
 # Fields that must not change when a run is resumed, except for MAY_CHANGE, which does not affect the parameters' meaning.
-MUST_MATCH = ("model.", "normalize.", "dataset.name", "dataset.class_names", "optimizer.name")
+MUST_MATCH = ("model.", "normalize.", "dataset.name", "dataset.image_dtype", "dataset.class_names", "optimizer.name")
 MAY_CHANGE = ("model.dtype", "model.dropout", "model.norm", "model.factored_head", "model.remat")
 # Fields that may differ from those of the run named by init_from.
-MAY_DIFFER_AT_START = (*MAY_CHANGE, "model.auxiliary", "model.output_stride")
+MAY_DIFFER_AT_START = (*MAY_CHANGE, "model.auxiliary", "model.channels", "model.output_stride")
 
 
 def initial_state(
@@ -115,9 +116,10 @@ def initial_weights(config: ConfigDict, model: nn.Module, mesh: Mesh) -> tuple[V
         saved, step, variables = checkpoint.load(config.init_from, "latest", mesh)
         _check_compatible(saved, config, "head_conv" in variables["params"])
         logger.info("starting from the weights of %s, step %s", config.init_from, step)
-        return variables, saved.dataset.class_names
+        return weights.adapt_channels(variables, config.model.channels, config.init_from), saved.dataset.class_names
     source = weights.inspect(config.init_from)
-    weights.check_normalize(config.normalize, source)
+    if (config.model.channels, config.dataset.image_dtype) == RGB8:  # other images have other statistics
+        weights.check_normalize(config.normalize, source)
     logger.info("starting from %s", "; ".join(filter(None, (str(source), source.entry_note))))
     return weights.load(config.init_from, model, partial=True), source.class_names
 
@@ -127,7 +129,8 @@ def _check_compatible(saved: ConfigDict, config: ConfigDict, has_head: bool) -> 
 
     Without a head, as from --mode pretrain, only the fields of the backbone count.
     """
-    for section in ("model", "normalize"):
+    kinds = [(c.model.channels, c.dataset.image_dtype) for c in (saved, config)]  # other images have other statistics
+    for section in ("model", "normalize") if kinds[0] == kinds[1] else ("model",):
         given, free = config[section], MAY_DIFFER_AT_START
         used = saved[section] if has_head or section != "model" else RESNET_FIELDS
         if fields := {k: saved[section][k] for k in used if saved[section][k] != given[k] and f"{section}.{k}" not in free}:

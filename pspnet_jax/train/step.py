@@ -95,7 +95,7 @@ def make_train_step(config: ConfigDict, model: nn.Module, loss: Loss, optimizer:
     """Returns the compiled train step: (state, batch) -> (state after one update, metrics). The state is donated.
 
     The batch is a dict of global arrays, sharded over the mesh along the first axis. The step normalizes "image",
-    uint8[N, H, W, 3], calls the model with train=True, and passes its outputs to the loss (see `losses`). Devices that share
+    [N, H, W, C], calls the model with train=True, and passes its outputs to the loss (see `losses`). Devices that share
     images (see `parallel.make_mesh`) each compute a part of the rows.
 
     The metrics can be merged over steps. They are "loss", the mean of each loss term by name, the metrics of the loss,

@@ -14,11 +14,12 @@ from pspnet_jax.weights.own import is_folder
 from pspnet_jax.weights.remote import fetch, is_name
 from pspnet_jax.weights.settings import assumptions, check_normalize, configure, flags
 from pspnet_jax.weights.source import Source, inspect
-from pspnet_jax.weights.transfer import FORMATS, check_output, load, save
+from pspnet_jax.weights.transfer import FORMATS, adapt_channels, check_output, load, save
 
 __all__ = [
     "FORMATS",
     "Source",
+    "adapt_channels",
     "assumptions",
     "check_normalize",
     "check_output",

@@ -28,7 +28,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 SEMSEG = names.FAMILIES["semseg"]
 EXPORTABLE = {  # the networks that semseg's code can compute
     **SEMSEG.model,
-    **{"width": 64, "stem": "deep", "bins": (1, 2, 3, 6), "reduce_channels": True, "head_kernel": 3},
+    **{"channels": 3, "width": 64, "stem": "deep", "bins": (1, 2, 3, 6), "reduce_channels": True, "head_kernel": 3},
 }
 EXPORTABLE_DEPTHS = (50, 101, 152)
 
@@ -43,7 +43,8 @@ def load(path: str | os.PathLike, model: nn.Module, partial: bool = False) -> di
       partial: skip classifiers with another number of classes, and an auxiliary head that the file lacks.
 
     Returns:
-      {"params", "batch_stats"}, nested dicts of float32 arrays; for a file with only a backbone, just their "backbone".
+      {"params", "batch_stats"}, nested dicts of float32 arrays; for a file with only a backbone, just their "backbone". If the
+      network takes images with another number of channels, its first kernel is from `adapt_channels`.
 
     Raises:
       MissingFileError: the file does not exist.
@@ -64,6 +65,31 @@ def load(path: str | os.PathLike, model: nn.Module, partial: bool = False) -> di
         kernels = sum(variable.endswith("/kernel") for variable in wanted.values())
         logger.warning(f"{source}; {len(zero)} of its {kernels} kernels are all zeros, such as {zero[0]}")
     flat = {variable: _float32(names.to_hwio(arrays[key])) for key, variable in wanted.items()}
+    return adapt_channels(traverse_util.unflatten_dict(flat, sep="/"), fields["channels"], str(source))
+
+
+def adapt_channels(variables: Any, channels: int, name: str) -> Any:
+    """Returns variables whose first kernel takes images with this number of channels C, and logs if that changes it.
+
+    From a kernel for c channels, such as red, green and blue, the first c channels of the new one are copied, and each further
+    channel gets the mean of the c; with C < c, all channels get the mean. All are multiplied by c / C, so that images whose
+    channels are equal keep their features.
+
+    Args:
+      variables: of a network with a `models.ResNet` as its backbone; others are returned unchanged.
+      channels: C.
+      name: of the file or run, for the log.
+    """
+    flat = traverse_util.flatten_dict(variables, sep="/")
+    path = "params/backbone/stem_conv1/conv/kernel"
+    if path not in flat or (given := np.shape(flat[path])[2]) == channels:
+        return variables
+    kernel = np.asarray(flat[path])
+    kept, mean = kernel if channels > given else kernel[:, :, :0], kernel.mean(2, keepdims=True)
+    means = np.repeat(mean, channels - kept.shape[2], 2)
+    flat[path] = np.concatenate([kept, means], 2) * np.float32(given / channels)
+    new = "the further ones start from their mean" if channels > given else "all start from their mean"
+    logger.info(f"{name}: its first kernel, for {given} channels, is adapted to {channels}: {new}")
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -87,7 +113,8 @@ def _check_fields(source: Source, fields: Mapping[str, Any], partial: bool) -> N
     if not {*source.model, *source.assumed["model"]} <= fields.keys():
         own = "a backbone other than models.ResNet" if "depth" not in fields else "parts that models.build does not make"
         raise UserError(f"{source}; it cannot be loaded into a network with {own}")
-    known = {field: value for field, value in source.model.items() if not (field == "auxiliary" and (value or partial))}
+    adapted = ("channels", "auxiliary") if source.model.get("auxiliary") or partial else ("channels",)
+    known = {field: value for field, value in source.model.items() if field not in adapted}
     if wrong := {field: value for field, value in known.items() if value != fields[field]}:
         raise UserError(f"{source}; the model differs: set {flags('model', wrong)}")
     if source.num_classes and source.levels != len(fields["bins"]):
@@ -105,7 +132,8 @@ def _expected_shapes(source: Source, model: Any) -> Shapes:
         network = models.PSPNet(model.backbone, models.PyramidHead(1))  # the head does not matter
     else:
         network = model.clone(auxiliary_head=models.AuxiliaryHead(model.head.num_classes))
-    image = jnp.zeros((1, 64, 64, 3))  # any size has the same variables
+    network = network.clone(backbone=model.backbone.clone(channels=source.model.get("channels", 3)))
+    image = jnp.zeros((1, 64, 64, network.backbone.channels))  # any size has the same variables
     variables = jax.eval_shape(lambda: jax.tree.map(names.to_oihw, network.init(jax.random.key(0), image, train=False)))
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables, sep="/").items()}
 
@@ -192,7 +220,7 @@ def save(path: str | os.PathLike, variables: Any, model: nn.Module, fmt: str) ->
         wrong = ["parts that models.build does not make"]
     if wrong:
         raise UserError(f"{file}: semseg's code cannot compute this network, which has {'; '.join(wrong)}")
-    image = jnp.zeros((1, 64, 64, 3))  # any size has the same variables
+    image = jnp.zeros((1, 64, 64, fields["channels"]))  # any size has the same variables
     expected = jax.eval_shape(lambda: model.init(jax.random.key(0), image, train=False))
     wanted, given = ({k: v.shape for k, v in traverse_util.flatten_dict(t, sep="/").items()} for t in (expected, variables))
     if differing := sorted(path for path in wanted | given if wanted.get(path) != given.get(path)):
