@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import logging
-import pathlib
 import re
 
 import rich
@@ -18,26 +17,44 @@ from pspnet_jax.infer import draw
 
 logger = logging.getLogger("pspnet_jax")
 PANELS = 12  # images in the picture
-ROWS = 12  # classes in the table
+ROWS = 20  # classes in the table
 
 
 def describe(arguments: argparse.Namespace) -> None:
-    """Says what the folder holds, and writes a recipe and a picture of its labels.
+    """Says what a folder holds, and writes a recipe and a picture of its labels.
 
     Raises:
-      UserError: there is no such folder, it has no pairs, or the recipe would replace another file.
+      UserError: there is no such folder, it has no pairs, or a file of the recipe's name exists.
     """
     from pspnet_jax.data import label_values, recipe_text, sources, survey, survey_folder
 
     root = epath.Path(arguments.input)
     if not root.is_dir():
-        raise MissingFileError(f"--input {root}: no such directory; --mode check takes a folder of images and labels there")
+        raise MissingFileError(f"--input {root}: no such directory; --mode check takes a folder of images and labels")
     name = re.sub(r"\W+", "_", root.name).strip("_") or "folder"
-    recipe = arguments.output or files.absolute(f"{name}.py" if importlib.util.find_spec(name) is None else f"{name}_recipe.py")
-    if recipe.suffix != ".py":
-        raise UserError(f"--output {recipe}: expected the name of a recipe, such as {name}.py")
+    free = importlib.util.find_spec(name) is None  # `python -m` would import a random.py in the current directory as random
+    recipe = arguments.output or files.absolute(f"{name}.py" if free else f"{name}_recipe.py")
     folder = survey_folder.list_folder(str(root))
     found = survey_folder.find(folder)
     fields, entries = recipe_text.lines(folder, found, name), label_values.entries(found.shares, folder.texts)
-    table = Table("", "found", "remarks", show_lines=True)
-    ...
+    text = recipe_text.render(folder, found, fields, entries, str(recipe))
+    if recipe.suffix != ".py" or (recipe.exists() and recipe.read_text() != text):
+        raise UserError(f"--output {recipe}: exists, or does not end in .py; choose another name, such as {name}_2.py")
+    table = Table("in the recipe", "found", "remarks")
+    for field, value, remark in fields:
+        table.add_row(field, escape(str(value)), escape(remark))
+    for key, class_name, remark in entries[:ROWS]:
+        table.add_row(f"label {key}", escape(class_name or "ignored"), escape(remark))
+    if len(entries) > ROWS:
+        table.add_row("labels", f"{len(entries) - ROWS} more", "see the recipe")
+    rich.print(table)
+    with files.writing(recipe, "choose another --output"), files.atomic(recipe) as temporary:
+        temporary.write_text(text)
+    logger.info(f"the recipe is {recipe}; check the lines with GUESS, then run python -m pspnet_jax.main --config {recipe}")
+    config = configs.load_recipe(str(recipe))
+    info = datasets.describe(config.dataset)
+    source = sources.open_source(config.dataset, config.dataset.train_split, False, config.model.channels)
+    examples = [dict(zip(("image", "label"), source.read(i), strict=True), name=source.names[i]) for i in label_values.sample(range(len(source)), PANELS)]
+    picture = recipe.with_suffix(".png")
+    draw.save_replacing_own(draw.contact_sheet(examples, info), picture)
+    logger.info(f"{picture} shows the labels over the images")
