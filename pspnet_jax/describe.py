@@ -16,6 +16,7 @@ from pspnet_jax.errors import MissingFileError, UserError
 from pspnet_jax.infer import draw
 
 logger = logging.getLogger("pspnet_jax")
+FOUND = ("dataset", "eval.split", "model.channels", "normalize", "augment")  # fields that the table shows
 PANELS = 12  # images in the picture
 ROWS = 20  # classes in the table
 
@@ -40,8 +41,8 @@ def describe(arguments: argparse.Namespace) -> None:
     text = recipe_text.render(folder, found, fields, entries, str(recipe))
     if recipe.suffix != ".py" or (recipe.exists() and recipe.read_text() != text):
         raise UserError(f"--output {recipe}: exists, or does not end in .py; choose another name, such as {name}_2.py")
-    table = Table("in the recipe", "found", "remarks")
-    for field, value, remark in fields:
+    table = Table("", "found", "remarks")
+    for field, value, remark in (line for line in fields if line[0].startswith(FOUND)):
         table.add_row(field, escape(str(value)), escape(remark))
     for key, class_name, remark in entries[:ROWS]:
         table.add_row(f"label {key}", escape(class_name or "ignored"), escape(remark))

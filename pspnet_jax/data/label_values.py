@@ -19,6 +19,7 @@ SAMPLES = 300  # labels that are read, evenly spaced
 MANY = 64  # more values or colors in one file are not classes
 VOID = re.compile(r"void|un-?label+ed|ignored?|no.?data|background/void", re.IGNORECASE)  # names of no class
 LISTS = re.compile(r"class|label|categor|legend|colou?r|palette|names", re.IGNORECASE)  # names of texts that list classes
+GRAYS = 4  # values near black, and near white, in smoothed labels
 EDGES = 0.05  # share of pixels between black and white in binary labels that were smoothed or saved as JPEG
 
 
@@ -74,10 +75,11 @@ def _count(pair: tuple[str, str]) -> dict[Any, int]:
 
 
 def is_smoothed(shares: Mapping[Any, float]) -> bool:
-    """Returns whether labels are black and white with grays between, as if smoothed, or saved as JPEG."""
-    gray = {key: share for key, share in shares.items() if isinstance(key, int)}
-    ends = [sum(share for key, share in gray.items() if low <= key < low + 64) for low in (0, 192)]
-    return len(shares) == len(gray) > 8 and max(gray) < 256 and all(ends) and sum(ends) > 1 - EDGES
+    """Returns whether labels are black and white with grays between, because they were smoothed, or saved as JPEG."""
+    if not all(isinstance(key, int) and 0 <= key < 256 for key in shares):
+        return False
+    ends = [[share for key, share in shares.items() if low <= key < low + 64] for low in (0, 192)]
+    return min(map(len, ends)) >= GRAYS and sum(map(sum, ends)) > 1 - EDGES
 
 
 def entries(shares: Mapping[Any, float], texts: Mapping[str, str]) -> list[Entry]:
@@ -92,13 +94,16 @@ def entries(shares: Mapping[Any, float], texts: Mapping[str, str]) -> list[Entry
         return [Entry(0, "class_0", f"{low:.2%} of the pixels, values 0 to 127"), Entry(255, "class_255", f"{1 - low:.2%}, 128 to 255")]
     names, found = _names(list(shares), texts), []
     for key, share in shares.items():
-        name, remark = names.get(key, key if isinstance(key, str) else "class_" + re.sub(r"\W+", "_", str(key)).strip("_")), ""
+        default = "color_{}_{}_{}".format(*key) if isinstance(key, tuple) else key if isinstance(key, str) else f"class_{key}"
+        name, remark = names.get(key, default), ""
         if VOID.fullmatch(name):
             name, remark = None, f"; {name!r} is ignored; {name!r} instead of None makes it a class"
         elif key == 255 and len(shares) > 2:
             name, remark = None, f"; GUESS: ignored, as 255 usually is; {name!r} instead of None makes it a class"
         elif key in (0, (0, 0, 0), polygons.BACKGROUND) and len(shares) > 2:
             remark = "; GUESS: a class; None instead of the name ignores it, if it means void or not labeled"
+        elif key == 1 == next(iter(shares)):
+            remark = "; 0 does not occur; if other files have it, add it, as None if it means void"
         found.append(Entry(key, name, f"{share:.2%} of the pixels{remark}"))
     if len(found) == 1:
         key = 1 if found[0].key != 1 else 2

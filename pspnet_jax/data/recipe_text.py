@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from pspnet_jax import image_files
-from pspnet_jax.data import label_values
+from pspnet_jax.data import discover, label_values
 from pspnet_jax.data.survey_folder import Folder, Found
 from pspnet_jax.errors import UserError
 
@@ -104,9 +104,11 @@ def _kinds(headers: Sequence[image_files.Header]) -> str:
 
 
 def _split_lines(found: Found) -> list[Line]:
-    dataset, pairs = found.dataset, [f"{number:,} pairs" for number in found.counts.values()]
+    dataset, pairs = found.dataset, [f"{number:,} pair{'s' * (number > 1)}" for number in found.counts.values()]
     lists = [(f"dataset.{field}", dataset[field], "") for field in ("split_file", "split_fraction", "split_seed") if dataset[field]]
     held_out = pairs[1] if len(pairs) > 1 else "GUESS: the training images again, as nothing is left for validation; label more"
+    if discover.use_of(found.val_split) == "test":
+        held_out += "; GUESS: those for the test, as none are for validation"
     skip = f"GUESS: leaves out {len(found.unlabeled):,} images without label, the first is {found.unlabeled[0]}" if found.unlabeled else ""
     return [
         ("dataset.train_split", dataset.train_split, f"{pairs[0]}; {found.reason}"),

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from pspnet_jax import config as configs
 from pspnet_jax import image_files, polygons
 from pspnet_jax.data import discover, divide, folders, label_values, layouts, listing
-from pspnet_jax.errors import MissingFileError, UserError
+from pspnet_jax.errors import UserError
 
 TEXTS = (".txt", ".csv", ".lst")
 LONGEST = 2**24  # bytes of a list
@@ -110,16 +110,17 @@ def _candidates(folder: Folder) -> Iterator[tuple[divide.Division, list[str]]]:
     if found := divide.find_lists({path: path for path in known}, lists):
         yield divide.Division(configs.base_config().dataset.images, configs.base_config().dataset.labels, *found), []
     yield from ((division, []) for division in _coco(folder))
-    rules = discover.rules(folder.paths)
-    divided = [(rule, divide.divide(rule, folder.paths, folder.texts)) for rule in rules[:TRIED]]
-    divided.sort(key=lambda pair: -pair[0].rank * (2 if pair[1].split_file else 1))
-    for rule, division in divided:
-        yield division, [
-            pattern
-            for other, _ in divided
-            for mine, theirs, pattern in ((rule.images, other.images, other.labels), (rule.labels, other.labels, other.images))
-            if mine == theirs and other != rule
-        ]
+    kept: list[tuple[discover.Rule, set[str]]] = []
+    for rule in discover.rules(folder.paths):
+        variant = any(set(rule.example) <= files and rule.example != other.example[::-1] for other, files in kept)
+        if not variant and len(kept) < TRIED:
+            sides = (discover.match(pattern, folder.paths, rule.splits) for pattern in (rule.images, rule.labels))
+            kept.append((rule, {path for side in sides for path in side.values()}))
+    divided = [(rule, files, divide.divide(rule, folder.paths, folder.texts)) for rule, files in kept]
+    for rule, files, division in sorted(divided, key=lambda d: -d[0].rank * (2 if d[2].split_file else 1)):
+        shared = [(other, files.intersection(other.example)) for other, _ in kept if other != rule]
+        also = [other.labels if other.example[0] in both else other.images for other, both in shared if len(both) == 1]
+        yield division, list(dict.fromkeys(also))
 
 
 def _coco(folder: Folder) -> Iterator[divide.Division]:
@@ -155,25 +156,26 @@ def _open(folder: Folder, division: divide.Division, alternatives: Sequence[str]
     """
     dataset = configs.base_config().dataset
     dataset.update({"root": folder.root} | {field: value for field, value in division._asdict().items() if field in dataset})
-    splits, known = (division.train_split, division.val_split), {f"{folder.root}/{path}" for path in folder.paths}
-    for chosen, dataset.split_seed in itertools.product((splits, splits[:1]), range(SEEDS if division.split_fraction else 1)):
-        listed = {split: _list(dataset, split) for split in chosen}
-        if all(listed.values()):
-            break
+    known = {f"{folder.root}/{path}" for path in folder.paths}
+    listed = _by_fraction(dataset) if division.split_fraction else {
+        split: layouts.list_pairs(dataset, split) for split in (division.train_split, division.val_split)
+    }
     pairs = {split: [pair for pair in found if {pair.image, pair.label} <= known] for split, found in listed.items()}
     if not all(pairs.values()):
         raise UserError(f"no pairs in split {next(split for split in pairs if not pairs[split])!r}")
     files = [(pair.image, pair.label) for found in pairs.values() for pair in found]
     unlabeled = [pair.image for found in listed.values() for pair in found if pair.image in known and pair.label not in known]
     counts = {split: len(found) for split, found in pairs.items()}
-    return Found(dataset, chosen[-1], division.reason, counts, files, unlabeled, alternatives, label_values.count(files))
+    return Found(dataset, [*listed][-1], division.reason, counts, files, unlabeled, alternatives, label_values.count(files))
 
 
-def _list(dataset: ConfigDict, split: str) -> list[layouts.Pair]:
-    """Lists a split; by a fraction, it may be empty."""
-    try:
-        return layouts.list_pairs(dataset, split)
-    except UserError as error:
-        if isinstance(error, MissingFileError) or not dataset.split_fraction:
-            raise
-        return []
+def _by_fraction(dataset: ConfigDict) -> dict[str, list[layouts.Pair]]:
+    """Returns the pairs in train and val with the first split_seed by which neither is empty; a single one in train."""
+    fraction, dataset.split_fraction = dataset.split_fraction, 1.0
+    found, dataset.split_fraction = layouts.list_pairs(dataset, "val"), fraction
+    for splits, dataset.split_seed in itertools.product((("train", "val"), ("train",)), range(SEEDS)):
+        held_out = {pair for pair in found if folders._position(dataset.split_seed, pair.name) < fraction}
+        listed = {split: [pair for pair in found if (pair in held_out) == (split == "val")] for split in splits}
+        if all(listed.values()):
+            return listed
+    return listed
