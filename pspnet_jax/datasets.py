@@ -31,6 +31,7 @@ RAW_VALUES = {
 }
 # Other values in these files, which are not scored: 0 in ADE20K; the ids of the remaining classes up to 33 in Cityscapes.
 VOID_VALUES = {"cityscapes": range(34), "voc2012": (IGNORE,), "ade20k": (0,)}
+MAX_SHOWN = 20  # classes of a label map in a message
 RARE = 10  # wrong values at fewer than 1/10 of the pixels may be the edges of interpolated labels
 # Number of images in each split.
 COUNTS = {
@@ -262,7 +263,11 @@ def label_problem(histogram: Sequence[int], num_classes: int) -> str | None:
     if not wrong:
         return None
     if wrong == [num_classes]:
-        cause = "indices that count from 1 with 0 as void (subtract 1, and change 0 to 255), or one class name is missing"
+        void, named = shift_maps(num_classes)
+        cause = (
+            f'either 0 is void and the classes count from 1 (set dataset.label_map="{void}"), or one class name is missing, '
+            f'the first or the last (add it, and set dataset.label_map="{named}")'
+        )
     elif set(wrong) <= _voc_grays():
         cause = "a VOC palette image converted to gray (read the palette's indices instead)"
     elif num_classes == len(RAW_VALUES["cityscapes"]) and wrong[-1] <= max(RAW_VALUES["cityscapes"]):
@@ -276,6 +281,15 @@ def label_problem(histogram: Sequence[int], num_classes: int) -> str | None:
         f"label value {wrong[0]} at {histogram[wrong[0]]} pixels, expected 0..{num_classes - 1} for {num_classes} classes, or "
         f"{IGNORE} to ignore; likely cause: {cause}"
     )
+
+
+def shift_maps(num_classes: int) -> tuple[str, str]:
+    """Returns two label maps for values 0..K, where 0 is void, or all are classes; those of many classes are abbreviated."""
+    shown = [*range(1, num_classes + 1)]
+    void, named = [f"{value}: {value - 1}" for value in shown], [f"{value}: {value}" for value in shown]
+    if num_classes > MAX_SHOWN:
+        void[2:-1] = named[2:-1] = ["..."]
+    return f"{{0: None, {', '.join(void)}}}", f"{{0: 0, {', '.join(named)}}}"
 
 
 def _voc_grays() -> set[int]:

@@ -9,6 +9,7 @@ from pspnet_jax import datasets, image_files, losses, models, optimizers
 from pspnet_jax.config import base_config, bn_images, leaves
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer.protocols import PROTOCOLS
+from pspnet_jax.polygons import is_coco
 
 CHOICES: dict[str, Collection[str]] = {
     "loss.auxiliary_schedule": losses.SCHEDULES,
@@ -63,6 +64,13 @@ USED_ONLY_WITH: tuple[tuple[str, str, Callable[[ConfigDict], bool]], ...] = (
     ("optimizer.beta2", "adamw", lambda c: c.optimizer.name == "adamw"),
     ("optimizer.trust_coefficient", "lars", lambda c: c.optimizer.name == "lars"),
     ("dataset.tfds_name", "dataset.name='tfds'", lambda c: c.dataset.name == "tfds"),
+    (
+        "dataset.images dataset.labels dataset.split_file dataset.split_fraction dataset.label_map dataset.ignore_index",
+        "dataset.name='folder'",
+        lambda c: c.dataset.name == "folder" or any(part[0] == "folder" for part in c.dataset.mixture),
+    ),
+    ("dataset.ignore_index", "an empty dataset.label_map", lambda c: not c.dataset.label_map),
+    ("dataset.split_seed", "dataset.split_fraction", lambda c: c.dataset.split_fraction > 0),
     ("dataset.extra_root", "dataset.name='voc2012'", lambda c: c.dataset.name == "voc2012"),
 )
 
@@ -98,6 +106,12 @@ def _tuple_problems(config: ConfigDict) -> list[str]:
             f"dataset.mixture={config.dataset.mixture}: expected tuples ('name', 'root', 'split', weight), where the name "
             f"is one of {', '.join(map(repr, CHOICES['dataset.name']))}, and the weight is above 0 and below 1000"
         )
+    images, labels = config.dataset.images, config.dataset.labels
+    if images.count("{name}") != 1 or (labels.count("{name}") != 1 and not is_coco(labels)):
+        problems.append(
+            f"dataset.images={images!r}, dataset.labels={labels!r}: expected paths below root with one {{name}} each; only a "
+            "COCO file, which ends in .json, has none"
+        )
     per_channel = {"normalize.mean": (float, config.model.channels), "normalize.std": (float, config.model.channels)}
     for field, (kind, count) in (TUPLES | per_channel).items():
         value, kinds = values[field], (int, float) if kind is float else kind
@@ -129,7 +143,7 @@ _NOT_NEGATIVE = """every.eval eval.batch_size eval.base_size eval.short_size aug
     loss.auxiliary_weight optimizer.power optimizer.weight_decay optimizer.clip_norm optimizer.warmup_steps
     optimizer.head_multiplier"""
 _PROBABILITIES = "augment.rotate_probability augment.blur_probability augment.flip_probability dataset.balance"
-_SHARES = "optimizer.momentum optimizer.beta2 optimizer.ema_decay loss.label_smoothing"
+_SHARES = "optimizer.momentum optimizer.beta2 optimizer.ema_decay loss.label_smoothing dataset.split_fraction"
 RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (_POSITIVE, "more than 0", lambda x: x > 0),
     (_NOT_NEGATIVE, "0 or more", lambda x: x >= 0),

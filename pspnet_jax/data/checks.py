@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import BinaryIO, NamedTuple
 
+import cv2
 import numpy as np
 import scipy.io
 import tensorflow as tf
@@ -16,7 +17,9 @@ from pspnet_jax import datasets, image_files
 from pspnet_jax.data.label_files import LabelReader, WrongValues
 from pspnet_jax.errors import MissingFileError, UserError
 
-LabelStatistics = tuple[list[int], dict[int, tuple[int, ...]]]  # a label's histogram, and the palette colors of its values
+# A label's histogram, the palette colors of its values, and `CheckedPair.outlines`.
+LabelStatistics = tuple[list[int], dict[int, tuple[int, ...]], bool | None]
+LINE = 9  # pixels; 0 is a boundary if hardly any square of this size is all 0, but most of the rest is in squares without 0
 
 
 class CheckedPair(NamedTuple):
@@ -26,11 +29,13 @@ class CheckedPair(NamedTuple):
       orientation: of the image, see `image_files.orientation`.
       pixels: int64[256], the label's number of pixels of each class and of 255; None if only the headers were read.
       palette: (R, G, B) of the values that occur in a palette label.
+      outlines: whether value 0 occurs only in lines between areas of other values; None if that is unknown.
     """
 
     orientation: int
     pixels: np.ndarray | None = None
     palette: Mapping[int, tuple[int, ...]] = {}
+    outlines: bool | None = None
 
 
 def check_pair(
@@ -73,7 +78,7 @@ def check_pair(
             raise UserError(_size_problem(label_size, image_file, size, tag))
         if not statistics:
             return CheckedPair(tag)
-        histogram, palette = statistics
+        histogram, palette, outlines = statistics
         if benchmark:
             problem = datasets.raw_label_problem(benchmark, histogram)
             pixels = np.bincount(datasets.classes_of_raw_values(benchmark), histogram, 256).astype(np.int64)
@@ -81,7 +86,7 @@ def check_pair(
             problem, pixels = datasets.label_problem(histogram, num_classes), np.asarray(histogram)
         if problem:
             raise WrongValues(problem)
-    return CheckedPair(tag, pixels, palette)
+    return CheckedPair(tag, pixels, palette, None if benchmark else outlines)
 
 
 def example_problem(
@@ -182,13 +187,25 @@ def _check_label(file: BinaryIO, contents: bytes) -> tuple[tuple[int, ...], Labe
         if not image_files.is_whole_png(contents):
             raise ValueError(image_files.CUT_SHORT)
         histogram, colors = label.histogram(), label.getpalette() or []
-        return label.size, (histogram, {v: tuple(colors[3 * v : 3 * v + 3]) for v in range(len(colors) // 3) if histogram[v]})
+        palette = {v: tuple(colors[3 * v : 3 * v + 3]) for v in range(len(colors) // 3) if histogram[v]}
+        return label.size, (histogram, palette, _outlines(np.asarray(label), histogram[0]))
 
 
 def _check_mat(file: BinaryIO, contents: bytes) -> tuple[tuple[int, ...], LabelStatistics | None]:
     """Returns the same as `_check_label` for a .mat file, whose pixels are always read."""
     label = decode_label(contents or file.read())
-    return label.shape[::-1], (np.bincount(label.ravel(), minlength=256).tolist(), {})
+    return label.shape[::-1], (np.bincount(label.ravel(), minlength=256).tolist(), {}, None)
+
+
+def _outlines(label: np.ndarray, zeros: int) -> bool | None:
+    """Returns `CheckedPair.outlines`."""
+    if not zeros:
+        return None
+    if 4 * zeros > label.size:
+        return False
+    square, mask = np.ones((LINE, LINE), np.uint8), (label == 0).astype(np.uint8)
+    inside = cv2.countNonZero(cv2.erode(1 - mask, square))
+    return 100 * cv2.countNonZero(cv2.erode(mask, square)) < zeros and 2 * inside > label.size - zeros
 
 
 def _check_mapped(
@@ -208,7 +225,7 @@ def _check_mapped(
     classes = reader.read(label_file, image_file, contents)
     if (wrong := classes == datasets.WRONG).any():
         raise WrongValues(reader.problem(label_file, contents, wrong))
-    return classes.shape[::-1], (np.bincount(classes.ravel(), minlength=256).tolist(), {})
+    return classes.shape[::-1], (np.bincount(classes.ravel(), minlength=256).tolist(), {}, None)
 
 
 def _turned(tag: int) -> str:
@@ -222,7 +239,7 @@ def _pixel_format_problem(label: ImageFile.ImageFile) -> str | None:
     kind = image_files.raw_mode(label)
     if label.mode == "P" or kind == "L":
         return None
-    return f"has pixel format {kind!r}; convert it to an 8-bit gray or palette PNG of class indices"
+    return f"has pixel format {kind!r}; convert it to an 8-bit gray or palette PNG of class indices, or set dataset.label_map"
 
 
 def _color_problem(label: ImageFile.ImageFile) -> str:
@@ -230,11 +247,11 @@ def _color_problem(label: ImageFile.ImageFile) -> str:
     if (red == green).all() and (red == blue).all():
         return (
             f"is an {label.mode} image whose red, green and blue are equal, but a label has one channel; save one of them as "
-            "an 8-bit gray PNG"
+            "an 8-bit gray PNG, or set dataset.label_map"
         )
     return (
         f"is an {label.mode} image, but a label has one channel; if it shows classes as colors, replace each color with its "
-        "class index; if it is a photo, replace it with the label"
+        "class index, or set dataset.label_map; if it is a photo, replace it with the label"
     )
 
 

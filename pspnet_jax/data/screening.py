@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import NamedTuple
@@ -26,7 +27,8 @@ from pspnet_jax.progress import progress
 logger = logging.getLogger(__name__)
 CHECK_ALL = 5000  # up to this many pairs, all pixels of all labels are checked before training starts
 CHECK_SOME = 1000  # size of the random sample checked in a larger folder; the rest is checked as it is loaded
-VERSION = 5  # of the checks; cached findings of another version are not used
+VERSION = 6  # of the checks; cached findings of another version are not used
+LINES = "void|ignore|unlabel|background|bound|border|edge|contour|outline|line"  # in names of a class 0 that may be thin
 ATTEMPTS = 3  # if reads fail temporarily
 MAX_WARNINGS = 5  # about skipped pairs
 
@@ -51,6 +53,7 @@ class Findings(NamedTuple):
       counted: number of labels whose pixels were counted.
       pixels: int[256], number of pixels of each class and of 255 in these labels.
       contradiction, remarks, seen: see `Palettes`.
+      outlines: whether label value 0 occurs, but only in lines, see `checks.CheckedPair`.
       error: why the split cannot be listed, or "".
     """
 
@@ -62,6 +65,7 @@ class Findings(NamedTuple):
     counted: int = 0
     pixels: Sequence[int] = (0,) * 256
     contradiction: str = ""
+    outlines: bool = False
     remarks: Sequence[str] = ()
     seen: Mapping[str, tuple[Sequence[int], str]] = {}
     error: str = ""
@@ -114,7 +118,8 @@ def screen(
     problems, first = _merge_problems(all_findings, split), next(iter(all_findings.values()))
     _skip_or_raise(problems, len(pairs), dataset.on_error == "skip")
     totals = Totals(split, first.counted, len(pairs) - len(problems), np.array(first.pixels))
-    if sentence := first.contradiction or totals.problem(names, train=False):
+    shift = shift_problem(split, names) if first.outlines else None
+    if sentence := first.contradiction or shift or totals.problem(names, train=False):
         raise UserError(sentence)
     logger.info(f"{split}: checked {totals.total} pairs of files in {time.monotonic() - start:.1f} s")
     warn(totals, names, [pairs[int(index)].image for index in first.orientations], first.remarks)
@@ -137,6 +142,18 @@ def _skip_or_raise(problems: list[Problem], pairs: int, skip: bool) -> None:
         logger.warning("skipped: %s", problem.sentence)
     if len(problems) > MAX_WARNINGS:
         logger.warning("skipped %s pairs in total", len(problems))
+
+
+def shift_problem(split: str, names: Sequence[str]) -> str | None:
+    """Returns a question about labels in which 0 is only in lines, unless class 0 has a name of such lines or other areas."""
+    if len(names) < 3 or re.search(LINES, names[0].lower()):
+        return None
+    void, _ = datasets.shift_maps(len(names))
+    _, named = datasets.shift_maps(len(names) - 1)
+    return (
+        f"{split}: label value 0 occurs only in thin lines between other values, like a boundary, but class 0 is {names[0]!r}; "
+        f'if 0 is void and the classes count from 1, set dataset.label_map="{void}"; otherwise, set it to "{named}"'
+    )
 
 
 def warn(totals: Totals, names: Sequence[str], turned: Sequence[str], remarks: Sequence[str]) -> None:
@@ -194,6 +211,7 @@ def _check_pairs(
 ) -> bytes:
     """Checks all pairs, and returns fields of `Findings` as JSON."""
     problems, orientations, pixels, counted, empty = [], {}, np.zeros(256, np.int64), 0, list[str]()
+    outlines = set[bool | None]()
     with concurrent.futures.ThreadPoolExecutor(32) as pool, progress(f"checking {split}", len(pairs)) as advance:
         for index, found in enumerate(pool.map(check, range(len(pairs)))):
             advance(1)
@@ -205,6 +223,7 @@ def _check_pairs(
             if found.pixels is not None:
                 counted, pixels = counted + 1, pixels + found.pixels
                 palettes.add(pairs[index].label, found.pixels, found.palette)
+                outlines.add(found.outlines)
                 empty += [] if found.pixels[:IGNORE].any() else [pairs[index].label]
     remarks = palettes.remarks
     if empty:
@@ -216,6 +235,7 @@ def _check_pairs(
             "counted": counted,
             "pixels": pixels.tolist(),
             "contradiction": palettes.contradiction,
+            "outlines": outlines - {None} == {True},
             "remarks": remarks,
             "seen": palettes.seen,
         }

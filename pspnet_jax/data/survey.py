@@ -87,7 +87,7 @@ def survey(dataset: ConfigDict, split: str, num_classes: int, channels: int = 3,
       UserError: the split cannot be opened.
     """
     source, names = open_source(dataset, split, False, channels), datasets.describe(dataset).class_names
-    palettes, turned = Palettes(datasets.file_colors(dataset), num_classes), []
+    palettes, turned, outlines = Palettes(datasets.file_colors(dataset), num_classes), [], set[bool | None]()
 
     def inspect(index: int) -> tuple[tuple[int, ...], np.ndarray, checks.CheckedPair | None, np.ndarray | int] | str:
         try:
@@ -111,6 +111,7 @@ def survey(dataset: ConfigDict, split: str, num_classes: int, channels: int = 3,
                 present += found[1] > 0
                 moments += found[3]
                 if found[2]:
+                    outlines.add(found[2].outlines)
                     palettes.add(source.files(index)[1], found[1], found[2].palette)
                     turned += [source.files(index)[0]] if found[2].orientation != 1 else []
             advance(1)
@@ -119,7 +120,8 @@ def survey(dataset: ConfigDict, split: str, num_classes: int, channels: int = 3,
         problems.append(f"{name} {split} officially has {count:,} images, but {len(source):,} were found")
     totals = Totals(split, len(usable), len(source), total)
     train = split == dataset.train_split and not dataset.mixture
-    problems += [problem for problem in (palettes.contradiction, totals.problem(names, train)) if problem]
+    shift = screening.shift_problem(split, names) if outlines - {None} == {True} else None
+    problems += [problem for problem in (palettes.contradiction, shift, totals.problem(names, train)) if problem]
     screening.warn(totals, names, turned, palettes.remarks)
     counts = total[:num_classes], int(total[255]), present[:num_classes]
     return Survey(split, source, usable, sizes, *counts, palettes.seen, problems, moments)

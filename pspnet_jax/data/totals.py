@@ -44,8 +44,8 @@ class Totals:
             return f"{self._where}: every pixel is {IGNORE}, which is ignored, so there is nothing to learn or to evaluate"
         if present[0] == 0 and len(names) == 2 and self.pixels[IGNORE]:
             return (
-                f"{self._where}: the only values are 0 and {IGNORE}, and {IGNORE} is ignored; change {IGNORE} to 1 if it means "
-                f"{names[1]!r}"
+                f"{self._where}: the only values are 0 and {IGNORE}, and {IGNORE} is ignored; if {IGNORE} means {names[1]!r}, "
+                f'change it to 1, or set dataset.label_map="{{0: 0, {IGNORE}: 1}}"'
             )
         if not train:
             return None
@@ -62,7 +62,7 @@ class Totals:
             return
         listed = ", ".join(f"{names[value]!r} ({value})" for value in missing[:MAX_LISTED])
         more = f" and {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
-        hint = "; if the labels count from 1, subtract 1" if missing[0] == 0 and self.pixels[len(names) - 1] else ""
+        hint = "; if the labels count from 1, set dataset.label_map" if missing[0] == 0 and self.pixels[len(names) - 1] else ""
         if ignored := self.pixels[IGNORE]:
             hint += f"; {ignored / self.pixels.sum():.1%} of the pixels are {IGNORE}, which is ignored"
         logger.warning(f"{self._where}: no pixel has class {listed}{more}{hint}")

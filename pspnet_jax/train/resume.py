@@ -97,7 +97,9 @@ def _check_comparable(checkpoints: checkpoint.Checkpoints, config: ConfigDict) -
 def evaluation_settings(config: ConfigDict) -> dict[str, Any]:
     """Returns the settings that comparable scores share: config.eval except its batch size, and the source of the data."""
     settings = {field: value for field, value in configs.leaves(config.eval, "eval.") if field != "eval.batch_size"}
-    settings |= {f"dataset.{field}": config.dataset[field] for field in ("name", "root", "extra_root", "tfds_name")}
+    given = ("images", "labels", "split_file", "split_fraction", "split_seed", "label_map", "ignore_index")
+    read_by = {field for field in given if config.dataset[field] != configs.base_config().dataset[field]}
+    settings |= {f"dataset.{f}": config.dataset[f] for f in ("name", "root", "extra_root", "tfds_name", *sorted(read_by))}
     return json.loads(json.dumps(settings))
 
 

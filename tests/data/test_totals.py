@@ -25,11 +25,12 @@ def write(root, labels, split="train", names=NAMES, size=(8, 9)):
     return config
 
 
+FROM_1 = "; if the labels count from 1, set dataset.label_map"
 NOTHING = {
     "masks": (
         [(0, 255), (0,)],
         ("ground", "cell"),
-        r"train, 2 labels checked: the only values are 0 and 255, .* 255 to 1 if it means 'cell'",
+        r"train, 2 labels checked: the only values are 0 and 255, .* if 255 means 'cell', change it to 1, or set dataset",
     ),
     "ignored": ([(255,), (255,)], NAMES, r"train, 2 labels checked: every pixel is 255, which is ignored"),
     "alone": (
@@ -81,9 +82,12 @@ def test_the_parts_of_a_mixture_are_counted_together(tmp_path):
         ([(0, 1)], "train, 1 labels checked: no pixel has class 'wall' (2), 'tree' (3)"),
         (
             [(1, 3), (3,)],
-            "train, 2 labels checked: no pixel has class 'ground' (0), 'wall' (2); if the labels count from 1, subtract 1",
+            f"train, 2 labels checked: no pixel has class 'ground' (0), 'wall' (2){FROM_1}",
         ),
-        ([(1, 2), (3,)], "train, 2 labels checked: no pixel has class 'ground' (0); if the labels count from 1, subtract 1"),
+        (
+            [(1, 2), (3,)],
+            f"train, 2 labels checked: no pixel has class 'ground' (0){FROM_1}",
+        ),
         ([(0, 1, 2, 3)], ""),
     ],
 )
