@@ -54,8 +54,6 @@ class PixelFormat(NamedTuple):
     def fit(self, image: np.ndarray) -> np.ndarray:
         """Returns [H,W,C] of an image [H,W] or [H,W,c] that has no `problem`."""
         image = image.reshape(*image.shape[:2], -1)
-        if self.channels == 2:
-            return image[..., [0, -1]]  # OpenCV decodes gray with alpha as four channels
         return image[..., [0, 0, 0]] if self.channels == 3 and image.shape[2] < 3 else image[..., : self.channels]
 
 
@@ -90,7 +88,7 @@ def decode(contents: bytes, name: object, expected: PixelFormat = RGB8) -> np.nd
     if problem := expected.problem(header.stored):
         raise UserError(problem)
     if header.kind == "TIFF" and (header.has_bands or expected.dtype != "uint8" or expected.channels not in (1, 3)):
-        image = _decode_tiff(contents)
+        image = _decode_tiff(contents, name)
     elif expected.dtype == "uint16":
         image = _decode_with_opencv(contents)
     else:
@@ -151,17 +149,21 @@ def _stored(image: Image.Image) -> PixelFormat:
     return PixelFormat(channels, "uint16" if is_deep else {"I": "int32", "F": "float32"}.get(image.mode, "uint8"))
 
 
-def _decode_tiff(contents: bytes) -> np.ndarray:
+def _decode_tiff(contents: bytes, name: object) -> np.ndarray:
     """Returns the first image of a TIFF as stored, [H,W] or [H,W,C]."""
     import tifffile  # takes a third of a second
 
     with tifffile.TiffFile(io.BytesIO(contents)) as tiff:
         page = tiff.pages.first
+        if len(tiff.pages) > 1:
+            _warn_once(SEVERAL_IMAGES, name)
         try:
             image = page.asarray()
-        except ValueError:  # its compression needs the package imagecodecs; OpenCV decodes some
+        except ValueError as error:  # OpenCV decodes LZW, for which tifffile needs another package
+            if "imagecodecs" not in str(error) or page.samplesperpixel > 4:
+                raise
             image = _decode_with_opencv(contents)
-            if image.shape != page.shape or image.dtype != page.dtype or page.tags.valueof(274, default=1) != 1:
+            if image.shape != page.shape or image.dtype != page.dtype or page.tags.valueof("Orientation", default=1) != 1:
                 raise
         return np.moveaxis(image, 0, -1) if page.axes == "SYX" else image
 

@@ -104,7 +104,10 @@ def test_both_decoders_of_a_jpeg_give_the_same_pixels(quality, subsampling, prog
 def test_unsupported_images_are_errors(tmp_path, monkeypatch):
     files = {
         "cmyk.jpg": (lambda p: Image.fromarray(PIXELS).convert("CMYK").save(p), "is a CMYK image; convert it to RGB"),
-        "deep.png": (lambda p: Image.fromarray(PIXELS[..., 0].astype(np.uint16)).save(p), "has 16 or more bits per channel"),
+        "deep.png": (
+            lambda p: Image.fromarray(PIXELS[..., 0].astype(np.uint16)).save(p),
+            "has uint16 pixels, but dataset.image_dtype=.uint8.",
+        ),
         "text.png": (lambda p: p.write_text("hello"), "its contents are not an image"),
         "empty.png": (lambda p: p.write_bytes(b""), "its contents are not an image"),
         "large.png": (

@@ -62,9 +62,9 @@ def fit(
       loss: function of the model's training outputs, see `losses`.
       optimizer: see `optimizers`.
       batches: called with the number of steps already made; returns this process's batches from then on. A batch is a dict of
-        arrays with examples along the first axis: "image" is uint8[N, H, W, 3], or as model.channels and dataset.image_dtype
-        say, where N is this process's share of config.batch_size (see `parallel.data_share`); "label", if present, has integers; other arrays are for the loss. The
-        first batch is checked.
+        arrays with examples along the first axis: "image" is uint8[N, H, W, 3], or as dataset.image_dtype and model.channels
+        say, where N is this process's share of config.batch_size (see `parallel.data_share`); "label", if present, has
+        integers; other arrays are for the loss. The first batch is checked.
       evaluate: called with {"params", "batch_stats"} every config.every.eval steps, after the state is saved. Returns
         metrics and pictures, both by name. The metrics must be serializable as JSON and include a number named
         config.eval.best_metric. Two scores are compared only if their metric "data", which identifies the data, is the same.

@@ -151,7 +151,7 @@ def test_overlay_and_saved_labels(tmp_path):
         (np.zeros((9, 9, 3)), r"image 0: an image is float64\[9, 9, 3\]"),
         ("nowhere.png", r"nowhere\.png: cannot be read as an image \(\[Errno 2\] No such file"),
         ("http://a/b.png", "http://a/b.png: cannot be read or written here"),
-        (Image.new("I;16", (9, 9)), r"image 0: cannot be read \(it has 16 or more bits per channel; convert it to 8\)"),
+        (Image.new("I;16", (9, 9)), r"image 0: cannot be read \(it has uint16 pixels, but dataset.image_dtype"),
         (Image.new("CMYK", (9, 9)), r"image 0: cannot be read \(it is a CMYK image; convert it to RGB\)"),
     ],
 )
