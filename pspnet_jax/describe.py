@@ -27,7 +27,7 @@ def describe(arguments: argparse.Namespace) -> None:
     Raises:
       UserError: there is no such folder, it has no pairs, or a file of the recipe's name exists.
     """
-    from pspnet_jax.data import label_values, recipe_text, sources, survey, survey_folder
+    from pspnet_jax.data import label_values, recipe_text, sources, survey_folder
 
     root = epath.Path(arguments.input)
     if not root.is_dir():
@@ -55,7 +55,10 @@ def describe(arguments: argparse.Namespace) -> None:
     config = configs.load_recipe(str(recipe))
     info = datasets.describe(config.dataset)
     source = sources.open_source(config.dataset, config.dataset.train_split, False, config.model.channels)
-    examples = [dict(zip(("image", "label"), source.read(i), strict=True), name=source.names[i]) for i in label_values.sample(range(len(source)), PANELS)]
+    examples = [
+        dict(zip(("image", "label"), source.read(i), strict=True), name=source.names[i])
+        for i in label_values.sample(range(len(source)), PANELS)
+    ]
     picture = recipe.with_suffix(".png")
     draw.save_replacing_own(draw.contact_sheet(examples, info), picture)
     logger.info(f"{picture} shows the labels over the images")

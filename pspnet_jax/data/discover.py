@@ -17,10 +17,14 @@ COMMON = 0.1  # share of a folder's files that an affix has
 _WORDS = "trainval|training|train|validation|valid|val|testing|test|eval|dev"
 _SPLIT = re.compile(  # train, train_images, train2017, TrainImages, trainannot, imagesTr
     rf"(?<![a-zA-Z])(?i:{_WORDS})(?![a-zA-Z])|^(?i:{_WORDS})(?=[A-Z]|(?i:annot|label|mask|im|gt|seg))"
-    r"|(?<=[a-z])(?:Tr|Ts|Va|Train|Val|Test)$"
+    r"|(?:(?<=[a-z])|^)(?:Tr|Ts|Va|Train|Val|Test)$"
 )
-_LABELS = ((r"train_?ids?", 5), (r"truth|manual|label|(?<![a-z])gt", 4), (r"mask|seg|(?<![a-z])ann|target|class|lbl|pars", 3))
-_LABELS = (*_LABELS, (r"(?<![a-z0-9])[mly]$", 1))  # how much a word tells that files are labels
+_LABELS = (  # how much a word tells that files are labels
+    (r"train_?ids?", 5),
+    (r"truth|manual|label|(?<![a-z])gt", 4),
+    (r"mask|seg|(?<![a-z])ann|target|class|lbl|pars", 3),
+    (r"(?<![a-z0-9])[mly]$", 1),
+)
 _IMAGES = re.compile(r"im(age|g)|jpe?g|photo|pic|rgb|(?<![a-z])sat|input|left|frame|ortho|raw|orig")
 _NEITHER = re.compile(
     r"colou?r|inst|panop|object|(?<![a-z])d[est]m(?![a-z])|depth|dispar|edge|bound|contour|(?<![a-z])vis|viz|overlay|weight|poly"
@@ -113,10 +117,12 @@ def _rules(files: Sequence[File], parallel: bool) -> Iterator[Rule]:
             found[x, y, tail, a, b][above].append((below[len(tail) :], pairs))
     for key, parts in found.items():
         for above, part in parts.items():
-            yield from _both_ways(above, *key, part)
+            yield from _both_ways(above, key, part)
         if parallel and len(parts) > 1 and all(parts):
-            joined = [(rest, [("/".join(above), *p[1:]) for p in pairs]) for above, part in parts.items() for rest, pairs in part]
-            yield from _both_ways(("{split}",), *key, joined)
+            joined = [
+                (rest, [("/".join(above), *p[1:]) for p in pairs]) for above, part in parts.items() for rest, pairs in part
+            ]
+            yield from _both_ways(("{split}",), key, joined)
 
 
 def _neighbors(folders: Sequence[tuple[str, ...]]) -> Iterator[tuple]:
@@ -150,7 +156,7 @@ def _cuts(file: File) -> Iterator[tuple[tuple[str, str], str]]:
     stem = file.stem
     first = re.match(r"[A-Za-z]+([_\-. ]+|(?=\d))", stem)
     ends = [len(stem), *(found.start() for found in re.finditer(r"[_\-. ]+(?=[^_\-. ]*[A-Za-z])|(?<=\d)(?=[A-Za-z]+$)", stem))]
-    if stem[0].isalpha():
+    if re.fullmatch(r"[A-Za-z_\- ]+", stem):
         yield (f"/{stem}", ""), ""  # the name is that of its folder
     for start, end in itertools.product({0, first.end() if first else 0}, ends):
         if start < end:
@@ -173,9 +179,11 @@ def _pairs(index: dict, other: dict) -> dict[tuple, list[tuple[str, str, str]]]:
     return found
 
 
-def _both_ways(above: tuple, x: tuple, y: tuple, tail: tuple, a: tuple, b: tuple, parts: list) -> Iterator[Rule]:
+def _both_ways(above: tuple, key: tuple, parts: list) -> Iterator[Rule]:
     """Yields the rules in which files of x are the images and in which those of y are."""
-    rest = os.path.commonprefix([rest for rest, _ in parts])
+    x, y, tail, a, b = key
+    varying = list(zip(*(rest for rest, _ in parts), strict=False))
+    rest = [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, varying)]
     pairs = [pair for _, found in parts for pair in found]
     splits = frozenset(pair[0] for pair in pairs)
     if a[0].startswith("/") and len({rest for rest, _ in parts}) == 1:

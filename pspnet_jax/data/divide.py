@@ -3,7 +3,7 @@
 import collections
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from pspnet_jax.data import discover
@@ -11,7 +11,7 @@ from pspnet_jax.data import discover
 FRACTION = 0.2  # of the pairs, or of parallel folders, for validation
 MOST = 0.9  # share of a list's lines that must name images
 GUESS = "GUESS: a fifth of the pairs, chosen by their names, for validation"
-COLUMNS = {"split": ("split", "set", "subset", "fold", "partition"), "image": ("image", "img", "file", "path", "name")}
+COLUMNS = {"split": r"(split|set|subset|fold|partition)$", "image": r"(image|img|file|path|name)(_?(path|file|id|name))?$"}
 
 
 class Division(NamedTuple):
@@ -35,18 +35,23 @@ def divide(rule: discover.Rule, paths: Collection[str], lists: Mapping[str, str]
       lists: {path: content} of text files.
     """
     images, labels = (discover.match(pattern, paths, rule.splits) for pattern in (rule.images, rule.labels))
-    patterns = [_with_extension(*side) for side in ((rule.images, images.values()), (rule.labels, labels.values()))]
+    images = {key: path for key, path in images.items() if path not in {*labels.values()}}
+    division = Division(_with_extension(rule.images, images.values()), _with_extension(rule.labels, labels.values()))
     if splits := choose_splits(rule.splits):
-        return Division(*patterns, *splits, reason="the names of folders")
+        return division._replace(train_split=splits[0], val_split=splits[1], reason="the names of folders")
     if len(rule.splits) > 1:
         folders = sorted(rule.splits)
         held_out = folders[:: round(1 / FRACTION)]
-        train = [folder for folder in folders if folder not in held_out]
-        return Division(*patterns, "+".join(train), "+".join(held_out), reason="GUESS: every fifth folder for validation")
-    patterns = [pattern.replace("{split}", *rule.splits) for pattern in patterns]
-    if found := find_lists({name: path for (_, name), path in images.items() if path not in labels.values()}, lists):
-        return Division(*patterns, *found)
-    return Division(*patterns, split_fraction=FRACTION, reason=GUESS)
+        train = "+".join(folder for folder in folders if folder not in held_out)
+        reason = "GUESS: every fifth folder for validation"
+        return division._replace(train_split=train, val_split="+".join(held_out), reason=reason)
+    (only,) = rule.splits
+    division = division._replace(
+        images=division.images.replace("{split}", only), labels=division.labels.replace("{split}", only)
+    )
+    if found := find_lists({name: path for (_, name), path in images.items()}, lists):
+        return Division(division.images, division.labels, *found)
+    return division._replace(split_fraction=FRACTION, reason=GUESS)
 
 
 def choose_splits(splits: Iterable[str]) -> tuple[str, str] | None:
@@ -71,12 +76,14 @@ def find_lists(images: Mapping[str, str], lists: Mapping[str, str]) -> tuple[str
     known = {form for item in images.items() for text in item for form in _forms(text)}
     found: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for path, text in lists.items():
-        rows = [re.split(r"[\s,;]+", line.strip().strip('"')) for line in text.splitlines() if line.strip()]
-        header = [next((key for key, words in COLUMNS.items() if field.lower().split("_")[0] in words), "") for field in rows[0]] if rows else []
-        column, body = (header.index("image"), rows[1:]) if "image" in header else (0, rows)
-        listed = [row for row in body if len(row) > column and known.intersection(_forms(row[column]))]
+        rows = [re.split(r"[\s,;]+", line.strip()) for line in text.splitlines() if line.strip()] or [[""]]
+        header = [
+            next((key for key, words in COLUMNS.items() if re.match(words, field, re.IGNORECASE)), "") for field in rows[0]
+        ]
+        column, rows = (header.index("image"), rows[1:]) if "image" in header else (0, rows)
+        listed = [row for row in rows if len(row) > column and known.intersection(_forms(row[column]))]
         folder, name = os.path.split(path)
-        if len(listed) < MOST * max(1, len(body)):
+        if not listed or len(listed) < MOST * len(rows):
             continue
         if "split" in header:
             found[path].update(row[header.index("split")] for row in listed)

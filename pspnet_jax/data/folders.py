@@ -16,7 +16,7 @@ from pspnet_jax.data import listing
 from pspnet_jax.data.names import check_partners
 from pspnet_jax.errors import MissingFileError, UserError
 
-LABELS = (".tif", ".tiff", ".gif", ".bmp", ".npy", ".mat")  # extensions of labels, if there are no .png files
+LABELS = (".tif", ".tiff", ".gif", ".bmp", ".jpg", ".jpeg", ".npy", ".mat")  # extensions of labels, if there are no .png files
 COLUMNS = {  # {column: its names in the header of a list}
     "image": "image img image_path image_file image_id image_name file_name filename file path name",
     "label": "label mask label_path mask_path label_file mask_file annotation target",

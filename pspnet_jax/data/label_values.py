@@ -91,7 +91,10 @@ def entries(shares: Mapping[Any, float], texts: Mapping[str, str]) -> list[Entry
     """
     if is_smoothed(shares):
         low = sum(share for key, share in shares.items() if key < 128)
-        return [Entry(0, "class_0", f"{low:.2%} of the pixels, values 0 to 127"), Entry(255, "class_255", f"{1 - low:.2%}, 128 to 255")]
+        return [
+            Entry(0, "class_0", f"{low:.2%} of the pixels, values 0 to 127"),
+            Entry(255, "class_255", f"{1 - low:.2%}, 128 to 255"),
+        ]
     names, found = _names(list(shares), texts), []
     for key, share in shares.items():
         default = "color_{}_{}_{}".format(*key) if isinstance(key, tuple) else key if isinstance(key, str) else f"class_{key}"
@@ -100,7 +103,7 @@ def entries(shares: Mapping[Any, float], texts: Mapping[str, str]) -> list[Entry
             name, remark = None, f"; {name!r} is ignored; {name!r} instead of None makes it a class"
         elif key == 255 and len(shares) > 2:
             name, remark = None, f"; GUESS: ignored, as 255 usually is; {name!r} instead of None makes it a class"
-        elif key in (0, (0, 0, 0), polygons.BACKGROUND) and len(shares) > 2:
+        elif key in (0, (0, 0, 0), polygons.BACKGROUND) and len(shares) > 2 and 255 not in shares:
             remark = "; GUESS: a class; None instead of the name ignores it, if it means void or not labeled"
         elif key == 1 == next(iter(shares)):
             remark = "; 0 does not occur; if other files have it, add it, as None if it means void"

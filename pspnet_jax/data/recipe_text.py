@@ -51,7 +51,7 @@ def lines(folder: Folder, found: Found, name: str) -> list[Line]:
       found: how it is read.
       name: for config.name.
     """
-    headers = [_header(image) for image, _ in label_values.sample(found.pairs)]
+    headers = [_header(image) for image, _ in label_values.sample([*dict.fromkeys(found.pairs)])]
     sizes = sorted(header.size if header.orientation < 5 else header.size[::-1] for header in headers)
     steps = int(np.clip(EPOCHS * next(iter(found.counts.values())) / BATCH, *STEPS))
     also = "; ".join(f"or {pattern!r}" for pattern in found.alternatives)
@@ -63,7 +63,7 @@ def lines(folder: Folder, found: Found, name: str) -> list[Line]:
         *_split_lines(found),
         *_pixel_lines(found, headers),
         ("model.depth", 18, "50 takes about four times as long, and is better"),
-        ("model.stem", "conv7", "as in torchvision's weights: with config.init_from = 'hf://timm/resnet18.tv_in1k', less data is needed"),
+        ("model.stem", "conv7", "torchvision's; with config.init_from = 'hf://timm/resnet18.tv_in1k', less data is needed"),
         ("batch_size", BATCH, "over all devices"),
         ("total_steps", steps, f"about {EPOCHS} epochs, but {STEPS[0]:,} to {STEPS[1]:,} steps"),
         ("optimizer.learning_rate", 0.05, "from random weights; with init_from 0.01, and head_multiplier 10"),
@@ -98,36 +98,45 @@ def _header(file: str) -> image_files.Header:
 
 
 def _kinds(headers: Sequence[image_files.Header]) -> str:
-    """Returns such as "24 PNG with 3 channels of uint8, 512x512"."""
-    kinds = collections.Counter((header.kind, *header.stored) for header in headers)
-    return ", ".join(f"{number} {kind} of {channels} channel(s), {dtype}" for (kind, channels, dtype), number in kinds.most_common())
+    """Returns such as "24 PNG of 3 channel(s), uint8"."""
+    kinds = collections.Counter(
+        f"{header.kind} of {header.stored.channels} channel(s), {header.stored.dtype}" for header in headers
+    )
+    return "; ".join(f"{number} {kind}" for kind, number in kinds.most_common())
 
 
 def _split_lines(found: Found) -> list[Line]:
     dataset, pairs = found.dataset, [f"{number:,} pair{'s' * (number > 1)}" for number in found.counts.values()]
-    lists = [(f"dataset.{field}", dataset[field], "") for field in ("split_file", "split_fraction", "split_seed") if dataset[field]]
     held_out = pairs[1] if len(pairs) > 1 else "GUESS: the training images again, as nothing is left for validation; label more"
     if discover.use_of(found.val_split) == "test":
         held_out += "; GUESS: those for the test, as none are for validation"
-    skip = f"GUESS: leaves out {len(found.unlabeled):,} images without label, the first is {found.unlabeled[0]}" if found.unlabeled else ""
-    return [
+    lines = [
         ("dataset.train_split", dataset.train_split, f"{pairs[0]}; {found.reason}"),
         ("eval.split", found.val_split, held_out),
-        *lists,
-        *([("dataset.on_error", "skip", skip)] if skip else []),
+        *(
+            (f"dataset.{field}", dataset[field], "")
+            for field in ("split_file", "split_fraction", "split_seed")
+            if dataset[field]
+        ),
     ]
+    if found.unlabeled:
+        remark = f"GUESS: leaves out {len(found.unlabeled):,} images without label, such as {found.unlabeled[0]}"
+        lines.append(("dataset.on_error", "skip", remark))
+    return lines
 
 
 def _pixel_lines(found: Found, headers: Sequence[image_files.Header]) -> list[Line]:
     """Returns the lines about channels and their values, none for 8-bit RGB or gray."""
     channels, dtype = collections.Counter(header.stored for header in headers).most_common(1)[0][0]
     alpha = channels == 4 and headers[0].kind != "TIFF"
-    remark = "GUESS: all bands; with 3, the fourth is ignored" if channels == 4 else "" 
+    remark = "GUESS: all bands; with 3, the fourth is ignored" if channels == 4 else ""
     channels = 3 if channels < 4 or alpha else channels
     if (channels, dtype) == (3, "uint8"):
         return []
     expected = image_files.PixelFormat(channels, dtype)
-    images = [image_files.read(image, expected).reshape(-1, channels) for image, _ in label_values.sample(found.pairs, MEASURED)]
+    images = [
+        image_files.read(image, expected).reshape(-1, channels) for image, _ in label_values.sample(found.pairs, MEASURED)
+    ]
     pixels = np.concatenate([image[:: 1 + len(image) // 2**16] for image in images]).astype(np.float64)
     mean, std = (tuple(round(float(x), 3) for x in values) for values in (pixels.mean(0), np.maximum(pixels.std(0), 1e-3)))
     return [
@@ -149,5 +158,7 @@ def _size_lines(found: Found, sizes: Sequence[tuple[int, int]]) -> list[Line]:
         ("augment.scale", (0.5 * factor, 2 * factor), f"of images of {smallest} to {largest} pixels (width x height)"),
         ("augment.crop", crop, "height, width; larger crops have more context and need more memory: multiples of 8, plus 1"),
         ("eval.crop", crop, ""),
-        ("eval.base_size", LARGE if reduce else 0, "GUESS: long side in pixels, for photos; 0: original size, as for maps" if reduce else "original size"),
+        ("eval.base_size", LARGE, "GUESS: long side in pixels, for photos")
+        if reduce
+        else ("eval.base_size", 0, "original size"),
     ]

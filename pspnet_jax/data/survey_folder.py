@@ -35,7 +35,7 @@ class Folder(NamedTuple):
     root: str
     paths: Sequence[str]
     texts: Mapping[str, str]
-    kinds: Mapping[str, int]
+    kinds: collections.Counter[str]
 
 
 class Found(NamedTuple):
@@ -89,18 +89,25 @@ def find(folder: Folder) -> Found:
             return _open(folder, division, alternatives)
         except UserError as error:
             reasons.append(str(error))
-    held = ", ".join(f"{number:,} {kind or 'without extension'}" for kind, number in collections.Counter(folder.kinds).most_common(8))
-    stripped = {}
-    for path in folder.paths:
-        stripped.setdefault(re.sub(r"(?<!\d)0+(?=\d)", "", os.path.splitext(os.path.basename(path))[0]), []).append(path)
-    padded = next((files for files in stripped.values() if len({os.path.splitext(os.path.basename(f))[0] for f in files}) > 1), [])
+    held = ", ".join(f"{number:,} {kind or 'without extension'}" for kind, number in folder.kinds.most_common(8)) or "no files"
+    reasons += [
+        f"{one} and {other} differ in the zeros before a number: rename one side" for one, other in _padded(folder.paths)
+    ]
     raise UserError(
-        f"{folder.root}: found no pairs of images and labels; looked for names that are equal but for their folder (images/a.jpg, "
-        "masks/a.png), for suffixes or prefixes (a.jpg, a_mask.png), lists of images and labels, COCO and labelme files; it holds "
-        f"{held or 'no files'}"
-        + (f"; {padded[0]} and {padded[1]} differ in the zeros before a number: rename one side" if padded else "")
-        + (f"; the best candidate failed: {reasons[0]}" if reasons else "")
+        f"{folder.root}: no pairs of images and labels found; looked for equal names in two folders (images/a.jpg and "
+        "masks/a.png), for prefixes and suffixes (a_mask.png), for lists of images and labels, and for COCO and labelme files; "
+        "it holds " + held + "".join(f"; {reason}" for reason in reasons[:1])
     )
+
+
+def _padded(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields pairs of files whose names differ only in the zeros before a number."""
+    first: dict[str, tuple[str, str]] = {}
+    for path in paths:
+        stem = os.path.splitext(os.path.basename(path))[0]
+        other = first.setdefault(re.sub(r"(?<!\d)0+(?=\d)", "", stem), (stem, path))
+        if other[0] != stem:
+            yield other[1], path
 
 
 def _candidates(folder: Folder) -> Iterator[tuple[divide.Division, list[str]]]:
@@ -117,10 +124,10 @@ def _candidates(folder: Folder) -> Iterator[tuple[divide.Division, list[str]]]:
             sides = (discover.match(pattern, folder.paths, rule.splits) for pattern in (rule.images, rule.labels))
             kept.append((rule, {path for side in sides for path in side.values()}))
     divided = [(rule, files, divide.divide(rule, folder.paths, folder.texts)) for rule, files in kept]
-    for rule, files, division in sorted(divided, key=lambda d: -d[0].rank * (2 if d[2].split_file else 1)):
-        shared = [(other, files.intersection(other.example)) for other, _ in kept if other != rule]
-        also = [other.labels if other.example[0] in both else other.images for other, both in shared if len(both) == 1]
-        yield division, list(dict.fromkeys(also))
+    for _, files, division in sorted(divided, key=lambda d: -d[0].rank * (2 if d[2].split_file else 1)):
+        sides = [pair for other, _ in kept for pair in zip(other.example, (other.images, other.labels), strict=True)]
+        partners = {file for other, _ in kept if files & {*other.example} for file in other.example} - files
+        yield division, list({file: pattern for file, pattern in reversed(sides) if file in partners}.values())[::-1]
 
 
 def _coco(folder: Folder) -> Iterator[divide.Division]:
@@ -157,9 +164,11 @@ def _open(folder: Folder, division: divide.Division, alternatives: Sequence[str]
     dataset = configs.base_config().dataset
     dataset.update({"root": folder.root} | {field: value for field, value in division._asdict().items() if field in dataset})
     known = {f"{folder.root}/{path}" for path in folder.paths}
-    listed = _by_fraction(dataset) if division.split_fraction else {
-        split: layouts.list_pairs(dataset, split) for split in (division.train_split, division.val_split)
-    }
+    listed = (
+        _by_fraction(dataset)
+        if division.split_fraction
+        else {split: layouts.list_pairs(dataset, split) for split in (division.train_split, division.val_split)}
+    )
     pairs = {split: [pair for pair in found if {pair.image, pair.label} <= known] for split, found in listed.items()}
     if not all(pairs.values()):
         raise UserError(f"no pairs in split {next(split for split in pairs if not pairs[split])!r}")
