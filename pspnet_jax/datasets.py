@@ -132,8 +132,8 @@ def check_classes(dataset: ConfigDict) -> None:
     Raises:
       UserError: names the first class that differs.
     """
-    own = _listed_classes(dataset)
-    if own is None or dataset.label_map:  # the map refers to classes by name, and may leave some out
+    own = _listed_classes(dataset) if not dataset.label_map else None  # a map refers to classes by name
+    if own is None:
         return
     for label, listed, named in differing_classes(own[0], describe(dataset).class_names):
         raise UserError(

@@ -50,7 +50,7 @@ def read(file: str, image_file: str) -> Drawing:
     Raises:
       UserError: the file is neither, or does not contain the image.
     """
-    content = _read(file, epath.Path(file).stat().mtime)
+    content = _read(file, _stamp(file))
     if isinstance(content, Drawing):
         return content
     if not (drawing := content.get(os.path.basename(image_file))):
@@ -78,7 +78,7 @@ def _coco_file(file: str) -> "_Coco":
     if not epath.Path(file).exists():
         raise MissingFileError(f"{file}: no such file; it should be a COCO file")
     try:
-        content = _read(file, epath.Path(file).stat().mtime)
+        content = _read(file, _stamp(file))
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     if isinstance(content, Drawing):
@@ -92,8 +92,14 @@ class _Coco(dict[str, Drawing]):
     categories: list[str]
 
 
+def _stamp(file: str) -> tuple[float, int]:
+    """Returns the time and size of a file, which change whenever it does."""
+    status = epath.Path(file).stat()
+    return status.mtime, status.length
+
+
 @functools.lru_cache(maxsize=8)
-def _read(file: str, mtime: float) -> Drawing | _Coco:
+def _read(file: str, stamp: tuple[float, int]) -> Drawing | _Coco:
     try:
         content = json.loads(epath.Path(file).read_bytes())
         return _labelme(content) if "shapes" in content else _coco(content)

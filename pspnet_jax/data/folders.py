@@ -38,7 +38,8 @@ def find(dataset: ConfigDict, root: str, split: str, extensions: Sequence[str]) 
     Raises:
       UserError: a directory or list is missing or empty, names are ambiguous, or nothing tells the splits apart.
     """
-    listed = _listed(dataset, f"{root}/{dataset.split_file.replace('{split}', split)}", split) if dataset.split_file else []
+    file = f"{root}/{dataset.split_file.replace('{split}', split)}"
+    listed = _listed(dataset, file, split) if dataset.split_file else []
     if listed and all(label for _, label in listed):
         return sorted((os.path.splitext(image)[0], f"{root}/{image}", f"{root}/{label}") for image, label in listed)
     by_fraction = not listed and "{split}" not in dataset.images
@@ -53,7 +54,7 @@ def find(dataset: ConfigDict, root: str, split: str, extensions: Sequence[str]) 
     if not listed:
         return found
     paths = {name: image[len(root) + 1 :] for name, image, _ in found}
-    names = _names([image for image, _ in listed], paths, dataset.split_file)
+    names = _names([image for image, _ in listed], paths, file)
     return [files for files in found if files[0] in names]
 
 

@@ -1,0 +1,96 @@
+"""Patterns of names, lists of splits, and a split by fraction."""
+
+import logging
+
+import pytest
+
+from pspnet_jax.data import layouts
+from pspnet_jax.errors import UserError
+from tests.data.test_sources import recipe
+
+
+def write(root, *files):
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_bytes(b"")
+
+
+def pairs(root, split="train", **fields):
+    """Returns {name: (image, label)} with paths below root."""
+    found = layouts.list_pairs(recipe(root=str(root), **fields), split)
+    return {pair.name: (pair.image.removeprefix(f"{root}/"), pair.label.removeprefix(f"{root}/")) for pair in found}
+
+
+def test_patterns(tmp_path, caplog):
+    write(tmp_path, "x/1_sat.jpg", "x/1_mask.png", "x/b/2_sat.JPG", "x/b/2_mask.png", "x/3_other.png", "x/notes.txt")
+    with caplog.at_level(logging.WARNING, "pspnet_jax"):
+        found = pairs(tmp_path, "x", images="{split}/{name}_sat.*", labels="{split}/{name}_mask.png")
+    assert found == {"1": ("x/1_sat.jpg", "x/1_mask.png"), "b/2": ("x/b/2_sat.JPG", "x/b/2_mask.png")}
+    (record,) = caplog.records
+    assert record.message.endswith(
+        f"1 images are ignored because they match neither dataset.images nor dataset.labels: {tmp_path}/x/3_other.png"
+    )
+    write(tmp_path, "city/a/im_1.png", "truth/a/1_ids.tif", "truth/a/1_color.tif")
+    found = pairs(tmp_path, "a", images="city/{split}/*_{name}.*", labels="truth/{split}/{name}_ids.*")
+    assert found == {"1": ("city/a/im_1.png", "truth/a/1_ids.tif")}
+
+
+def test_labels_that_are_no_pngs_are_used_where_there_are_no_pngs(tmp_path):
+    write(tmp_path, "images/train/a.png", "labels/train/a.npy")
+    assert pairs(tmp_path)["a"][1] == "labels/train/a.npy"
+    write(tmp_path, "labels/train/a.png")
+    assert pairs(tmp_path)["a"][1] == "labels/train/a.png"
+
+
+def test_a_fraction_keeps_the_split_of_each_file(tmp_path):
+    fields = {"images": "im/{name}.*", "labels": "gt/{name}.*", "split_fraction": 0.25}
+    write(tmp_path, *(f"{kind}/{index}.png" for index in range(400) for kind in ("im", "gt")))
+    train, val = (set(pairs(tmp_path, split, **fields)) for split in ("train", "val"))
+    assert not train & val
+    assert len(train | val) == 400
+    assert 75 < len(val) < 125  # 100 +- 3 standard deviations of 8.7
+    write(tmp_path, *(f"{kind}/{index}.png" for index in range(400, 500) for kind in ("im", "gt")))
+    assert set(pairs(tmp_path, "val", **fields)) & (train | val) == val
+    assert set(pairs(tmp_path, "val", **fields, split_seed=1)) & (train | val) != val
+    with pytest.raises(UserError, match=r"has no \{split\}, so every split would have the same images"):
+        pairs(tmp_path, "test", **fields)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1\n2\n\n",
+        "\ufeff1.jpg\r\nim/2.jpg\r\n",
+        "/somewhere/else/1.jpg\n./im/2",
+        "1 1\n2 -1",  # names with flags, as in VOC
+        "image,split\n1.jpg,train\n2.jpg,train\n3.jpg,val\n",
+        "id,filename,subset\n0,im/1.jpg,train\n1,2,train\n2,3,val\n",
+    ],
+)
+def test_lists_of_images(tmp_path, text):
+    write(tmp_path, *(f"{kind}/{index}.{end}" for index in (1, 2, 3) for kind, end in (("im", "jpg"), ("gt", "png"))))
+    (tmp_path / "train.txt").write_text(text, encoding="utf-8")
+    found = pairs(tmp_path, images="im/{name}.*", labels="gt/{name}.*", split_file="{split}.txt")
+    assert found == {index: (f"im/{index}.jpg", f"gt/{index}.png") for index in "12"}
+
+
+@pytest.mark.parametrize(
+    "text", ["x/a b.jpg y/c.png\n", "x/a b.jpg,y/c.png", "/x/a b.jpg\ty/c.png", "mask,image\ny/c.png,x/a b.jpg"]
+)
+def test_lists_of_images_and_labels(tmp_path, text):
+    (tmp_path / "list.train").write_text(text)
+    assert pairs(tmp_path, split_file="list.{split}") == {"x/a b": ("x/a b.jpg", "y/c.png")}
+
+
+def test_wrong_lists(tmp_path):
+    write(tmp_path, "im/1.jpg", "gt/1.png")
+    for text, file, sentence in (
+        ("1\n7\n8\n", "{split}.txt", "train.txt: 2 of 3 entries name none of the 1 images .* the first is '7'"),
+        ("image,split\n1,val\n", "train.txt", "lists no image of split 'train'; its splits are val"),
+        ("1\n", "train.txt", "names no splits"),
+        ("", "{split}.txt", "lists no image of split 'train'"),
+        ("1\n", "x.txt", "x.txt: no such file"),
+    ):
+        (tmp_path / "train.txt").write_text(text)
+        with pytest.raises(UserError, match=sentence):
+            pairs(tmp_path, images="im/{name}.*", labels="gt/{name}.*", split_file=file)
