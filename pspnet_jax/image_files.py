@@ -67,7 +67,7 @@ class Header(NamedTuple):
     size: Size  # as stored
     orientation: int  # see `orientation`
     stored: PixelFormat
-    has_bands: bool = False  # whether its channels are not colors, in a TIFF
+    has_bands: bool = False  # whether it is a TIFF whose channels are not colors
 
 
 def read(path: epath.PathLike, expected: PixelFormat = RGB8) -> np.ndarray:
@@ -88,7 +88,7 @@ def decode(contents: bytes, name: object, expected: PixelFormat = RGB8) -> np.nd
     if problem := expected.problem(header.stored):
         raise UserError(problem)
     if header.kind == "TIFF" and (header.has_bands or expected.dtype != "uint8" or expected.channels not in (1, 3)):
-        image = _decode_tiff(contents, name)
+        image = _decode_tiff(contents, header, name)
     elif expected.dtype == "uint16":
         image = _decode_with_opencv(contents)
     else:
@@ -127,7 +127,7 @@ def _tiff_header(file: IO[bytes]) -> Header:
         if page.imagelength * page.imagewidth > 2 * (Image.MAX_IMAGE_PIXELS or np.inf):
             raise Image.DecompressionBombError
         is_palette = page.photometric == tifffile.PHOTOMETRIC.PALETTE
-        has_bands = page.samplesperpixel > 1 and page.photometric == tifffile.PHOTOMETRIC.MINISBLACK
+        has_bands = page.samplesperpixel > (1 if page.photometric == tifffile.PHOTOMETRIC.MINISBLACK else 4)
         stored = PixelFormat(3 if is_palette else page.samplesperpixel, str(page.dtype).replace("bool", "uint8"))
         size, tag = (page.imagelength, page.imagewidth), page.tags.valueof(ExifTags.Base.Orientation, default=1)
         return Header("TIFF", size, tag if 1 <= tag <= 8 else 1, stored, has_bands)
@@ -149,7 +149,7 @@ def _stored(image: Image.Image) -> PixelFormat:
     return PixelFormat(channels, "uint16" if is_deep else {"I": "int32", "F": "float32"}.get(image.mode, "uint8"))
 
 
-def _decode_tiff(contents: bytes, name: object) -> np.ndarray:
+def _decode_tiff(contents: bytes, header: Header, name: object) -> np.ndarray:
     """Returns the first image of a TIFF as stored, [H,W] or [H,W,C]."""
     import tifffile  # takes a third of a second
 
@@ -157,15 +157,11 @@ def _decode_tiff(contents: bytes, name: object) -> np.ndarray:
         page = tiff.pages.first
         if len(tiff.pages) > 1:
             _warn_once(SEVERAL_IMAGES, name)
-        try:
-            image = page.asarray()
-        except ValueError as error:  # OpenCV decodes LZW, for which tifffile needs another package
-            if "imagecodecs" not in str(error) or page.samplesperpixel > 4:
-                raise
-            image = _decode_with_opencv(contents)
-            if image.shape != page.shape or image.dtype != page.dtype or page.tags.valueof("Orientation", default=1) != 1:
-                raise
-        return np.moveaxis(image, 0, -1) if page.axes == "SYX" else image
+        if page.compression == tifffile.COMPRESSION.LZW and not header.has_bands and header.orientation == 1:
+            image = _decode_with_opencv(contents)  # in a third of the time, and without the optional package imagecodecs
+            if image.shape == page.shape and image.dtype == page.dtype:
+                return image
+        return np.moveaxis(page.asarray(), 0, -1) if page.axes == "SYX" else page.asarray()
 
 
 def _decode_with_opencv(contents: bytes) -> np.ndarray:

@@ -20,7 +20,7 @@ from pspnet_jax.data import augment, stamps, survey
 from pspnet_jax.data.cache import CacheBudget, Read, cached
 from pspnet_jax.data.order import AUGMENT, Order, generator
 from pspnet_jax.data.reader import last_line
-from pspnet_jax.data.sources import Example, Source, open_source, training_parts
+from pspnet_jax.data.sources import Example, Source, check_pixel_format, open_source, training_parts
 from pspnet_jax.data.totals import Totals
 from pspnet_jax.errors import UserError
 
@@ -70,7 +70,7 @@ def open_training(config: ConfigDict, source: Source | None = None) -> TrainingD
     readers, presence, budget = [], [], CacheBudget(config.dataset)
     for dataset, split in training_parts(config.dataset):
         part = open_source(dataset, split, channels=config.model.channels) if source is None or sources else source
-        _check_pixel_format(part, config)
+        check_pixel_format(part, config.model.channels, config.dataset.image_dtype)
         if not len(part):
             raise UserError(f"split {split!r} has no examples to train on")
         read = cached(part, dataset, budget)
@@ -90,15 +90,6 @@ def open_training(config: ConfigDict, source: Source | None = None) -> TrainingD
     fingerprints = [part.fingerprint for part in sources]
     fingerprint = stamps.digest(fingerprints) if any(fingerprints) else ""
     return TrainingData(order, sources, readers, round(len(sources[0]) * sum(weights)), fingerprint)
-
-
-def _check_pixel_format(source: Source, config: ConfigDict) -> None:
-    if source.pixel_format != (config.model.channels, config.dataset.image_dtype):
-        channels, dtype = source.pixel_format
-        raise UserError(
-            f"the images of {source.names[0]} to {source.names[-1]} are {dtype} with {channels} channels; set "
-            f"--config.model.channels={channels} --config.dataset.image_dtype={dtype}"
-        )
 
 
 def _check_totals(parts: Sequence[Totals], config: ConfigDict) -> None:

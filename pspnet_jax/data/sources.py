@@ -36,8 +36,20 @@ def open_source(dataset: ConfigDict, split: str, check: bool = True, channels: i
         return _open_files(dataset, split, check, PixelFormat(channels, dataset.image_dtype))
     datasets.check_classes(dataset)
     if dataset.name in NON_FILE_SOURCES:
-        return NON_FILE_SOURCES[dataset.name](dataset, split, datasets.describe(dataset).num_classes)
+        source = NON_FILE_SOURCES[dataset.name](dataset, split, datasets.describe(dataset).num_classes)
+        check_pixel_format(source, channels, dataset.image_dtype)
+        return source
     raise UserError(f"dataset.name={dataset.name!r}: expected one of {', '.join((*layouts.LAYOUTS, *NON_FILE_SOURCES))}")
+
+
+def check_pixel_format(source: Source, channels: int, dtype: str) -> None:
+    """Raises a UserError if a source's images are not those that the config names."""
+    if source.pixel_format != (channels, dtype):
+        channels, dtype = source.pixel_format
+        raise UserError(
+            f"the images of {source.names[0]} to {source.names[-1]} are {dtype} with {channels} channels; set "
+            f"--config.model.channels={channels} --config.dataset.image_dtype={dtype}"
+        )
 
 
 def training_parts(dataset: ConfigDict) -> Iterator[tuple[ConfigDict, str]]:

@@ -130,7 +130,7 @@ def survey(dataset: ConfigDict, split: str, num_classes: int, channels: int = 3,
 def _moments(image: np.ndarray) -> np.ndarray:
     """Returns float64[3, C]: the number of pixels of [H, W, C], their sum and the sum of their squares; row by row."""
     rows = (row.astype(np.float64) for row in image)
-    return sum(np.stack([np.full(row.shape[1], len(row)), row.sum(0), (row * row).sum(0)]) for row in rows)
+    return np.sum([(np.full(row.shape[1], len(row)), row.sum(0), (row * row).sum(0)) for row in rows], 0)
 
 
 def samples(found: Survey, count: int) -> list[dict[str, Any]]:

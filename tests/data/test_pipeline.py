@@ -247,7 +247,7 @@ def unchecked(tmp_path, monkeypatch):
     """Returns a recipe that is checked only now, so that the files of example 002, also returned, can be damaged afterward."""
     config = recipe(fakes.write_folder(tmp_path, {"train": 3}), batch_size=2, total_steps=6)
     source = sources.open_source(config.dataset, "train")
-    monkeypatch.setattr(pipeline, "open_source", lambda *_: source)
+    monkeypatch.setattr(pipeline, "open_source", lambda *_, **__: source)
     return config, tmp_path / "images/train/002.png", tmp_path / "labels/train/002.png"
 
 

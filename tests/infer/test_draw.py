@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from pspnet_jax.datasets import DatasetInfo
-from pspnet_jax.infer.draw import class_frequencies, colorize, contact_sheet, overlay, palette_image, side_by_side
+from pspnet_jax.infer.draw import class_frequencies, colorize, contact_sheet, overlay, palette_image, side_by_side, to_rgb
 
 INFO = DatasetInfo("two", ("road", "car"), ((10, 20, 30), (200, 100, 50)))
 LABEL = np.array([[0, 1], [255, 0]], np.uint8)
@@ -63,3 +63,14 @@ def test_class_frequencies_are_bars_in_class_colors_with_the_most_frequent_on_to
     road, car = (np.argwhere((picture == color).all(-1)) for color in INFO.colors)
     assert car[:, 0].max() < road[:, 0].min()
     assert np.ptp(car[:, 1]) > np.ptp(road[:, 1])
+
+
+def test_pictures_show_three_channels_scaled_to_8_bits():
+    ramp = np.arange(101, dtype=np.uint16).repeat(4)[:, None, None].repeat(4, 1)  # every fourth row and column is sampled
+    expected = np.rint((np.clip(np.arange(101).repeat(4), 2, 98) - 2) * (255 / 96))
+    bands = np.concatenate([ramp * 100, ramp * 100, ramp * 100, ramp * 0], 2)
+    np.testing.assert_array_equal(to_rgb(bands), expected[:, None, None] * np.ones((1, 4, 3)))
+    np.testing.assert_array_equal(to_rgb(ramp.astype(np.float32) / 8), expected[:, None, None] * np.ones((1, 4, 3)))
+    rgb = np.random.default_rng(0).integers(0, 256, (4, 5, 4), dtype=np.uint8)
+    np.testing.assert_array_equal(to_rgb(rgb), rgb[..., :3])
+    np.testing.assert_array_equal(to_rgb(np.full((4, 4, 1), 7, np.uint16)), np.zeros((4, 4, 3)))

@@ -54,6 +54,24 @@ def test_predictions_do_not_depend_on_sizes_batches_and_devices(protocol):
             np.testing.assert_allclose(ours, alone, atol=1e-6)
 
 
+@pytest.mark.parametrize("protocol", ["semseg", "caffe", "mmseg"])
+def test_channels_and_pixel_types_make_no_difference(protocol):
+    """A network that looks at three of five 16-bit channels predicts what it does from these channels as 8 bits."""
+
+    def apply(factor, x):
+        return factor * reference.network(x if x.shape[3] == 3 else x[..., jnp.array([3, 0, 2])], jnp)
+
+    image, five = picture(14, 18), np.zeros((14, 18, 5), np.uint16)
+    five[..., [3, 0, 2]] = image
+    config = settings(protocol=protocol, scales=(1.0, 1.5))
+    (expected,) = probabilities(apply, ONE, [image], config)
+    (red, green, blue), (r, g, b) = config.normalize.mean, config.normalize.std
+    config.model.channels, config.dataset.image_dtype = 5, "uint16"
+    config.normalize.mean, config.normalize.std = (green, 0.0, blue, red, 0.0), (g, 1.0, b, r, 1.0)
+    (found,) = probabilities(apply, ONE, [five], config)
+    np.testing.assert_allclose(found, expected, atol=0.01 if protocol == "mmseg" else 1e-5)  # it rounds while 8-bit
+
+
 def test_whole_image_inference_is_the_network_on_the_scaled_image():
     image = picture(16, 10)
     config = settings(inference="whole", base_size=0, flip=False)

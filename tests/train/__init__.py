@@ -84,7 +84,7 @@ def mesh_of(devices: int) -> Mesh:
 def filled_state(config: ConfigDict, value: float) -> TrainState:
     """Returns the train state of a config, filled with `value`, and with twice the value in the moving average."""
     parts, everywhere = parts_of(config), parallel.replicated(mesh_of(1))
-    init = make_init_state(config, parts["model"], parts["optimizer"], mesh_of(1), (33, 33, 3))
+    init = make_init_state(config, parts["model"], parts["optimizer"], mesh_of(1), (33, 33, config.model.channels))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(init))
 
     def fill(tree, value):

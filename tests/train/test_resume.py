@@ -52,6 +52,18 @@ def start_from(config, trained, fresh):
     return resume.with_weights(fresh, given, config.init_from)
 
 
+def test_starting_a_network_for_other_channels(trained):
+    """The normalization is that of other images, and may differ."""
+    config = tiny_config()
+    config.model.channels, config.normalize.mean, config.normalize.std = 4, (0.0,) * 4, (1.0,) * 4
+    state = start_from(config, trained, filled_state(config, 1))
+    stem, *others = (state.params["backbone"].pop("stem_conv1")["conv"]["kernel"], *jax.tree.leaves(state.params))
+    assert stem.shape[2] == 4
+    np.testing.assert_array_equal(stem, 4.5)  # 6 * 3 / 4
+    for leaf in others:
+        np.testing.assert_array_equal(leaf, 6)
+
+
 def test_starting_from_another_runs_weights(trained):
     fresh = filled_state(tiny_config(), 1)
     state = start_from(tiny_config(), trained, fresh)
