@@ -196,7 +196,7 @@ def _both_ways(above: tuple, key: tuple, parts: list) -> Iterator[Rule]:
         (images, image_role), (labels, label_role) = sides[::order]
         example = min(pair[1:][::order] for pair in pairs)
         score = _score(image_role, label_role, example)
-        rank = score * (len(pairs) * (1.5 if len(splits) > 1 else 1)) ** 0.25
+        rank = score * (len(pairs) * (1.5 if len(splits) > 1 else 1)) ** 0.1
         if score > 0:
             yield Rule(images, labels, splits, len(pairs), example, rank)
 

@@ -115,7 +115,8 @@ def _candidates(folder: Folder) -> Iterator[tuple[divide.Division, list[str]]]:
     known = set(folder.paths)
     lists = {path: text for path, text in folder.texts.items() if divide.lists_pairs(text, known)}
     if found := divide.find_lists({path: path for path in known}, lists):
-        yield divide.Division(configs.base_config().dataset.images, configs.base_config().dataset.labels, *found), []
+        unused = configs.base_config().dataset
+        yield divide.Division(unused.images, unused.labels, *found[:-1], f"{found[-1]}, which name images and labels"), []
     yield from ((division, []) for division in _coco(folder))
     kept: list[tuple[discover.Rule, set[str]]] = []
     for rule in discover.rules(folder.paths):
@@ -132,26 +133,27 @@ def _candidates(folder: Folder) -> Iterator[tuple[divide.Division, list[str]]]:
 
 def _coco(folder: Folder) -> Iterator[divide.Division]:
     """Yields the COCO files, those with most images first."""
-    images = {path: path for path in folder.paths if not path.endswith(".json")}
-    jsons = [path for path in folder.paths if path.endswith(".json")]
+    pictures, jsons = ([p for p in folder.paths if p.endswith(".json") == is_json] for is_json in (False, True))
     in_folder = collections.Counter(map(os.path.dirname, jsons))
     found: dict[tuple[str, str], collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for path in jsons:
         if in_folder[os.path.dirname(path)] > FEW:
             continue
+        split = discover.split_of(path)
+        images = {image: image for image in pictures if discover.split_of(os.path.dirname(image)) in ("", split)}
         try:
             listed = [key for key in polygons.listed(f"{folder.root}/{path}", images) if key in images]
         except UserError:  # another kind of JSON
             continue
         if listed:
-            split, place = discover.split_of(path), os.path.commonpath([os.path.dirname(image) for image in listed])
+            place = os.path.commonpath([os.path.dirname(image) for image in listed])
             patterns = [text.replace(split, "{split}") if split else text for text in (os.path.join(place, "{name}.*"), path)]
             found[patterns[0], patterns[1]][split] += len(listed)
     for (image_pattern, label_pattern), counts in sorted(found.items(), key=lambda item: -item[1].total()):
         if splits := divide.choose_splits(counts):
             yield divide.Division(image_pattern, label_pattern, *splits, reason="the names of COCO files")
         else:
-            images_of, labels_of = (text.replace("{split}", *counts) for text in (image_pattern, label_pattern))
+            images_of, labels_of = (text.replace("{split}", next(iter(counts))) for text in (image_pattern, label_pattern))
             yield divide.Division(images_of, labels_of, split_fraction=divide.FRACTION, reason=divide.GUESS)
 
 
