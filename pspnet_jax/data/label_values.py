@@ -51,7 +51,8 @@ def count(pairs: Sequence[tuple[str, str]]) -> dict[Any, float]:
     total = collections.Counter[Any]()
     for found in counts:
         total.update({(key, key, key) if colored and isinstance(key, int) else key: n for key, n in found.items()})
-    shares = {key: n / total.total() for key, n in sorted(total.items())}
+    pixels = total.total()
+    shares = {key: n / pixels for key, n in sorted(total.items())}
     if np.median([len(found) for found in counts]) > MANY and not is_smoothed(shares):
         raise UserError(f"{pairs[0][1]}: has {len(counts[0])} values or colors, as a photo has")
     return shares
