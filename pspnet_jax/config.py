@@ -30,6 +30,8 @@ def base_config() -> ConfigDict:
     config.seed = 0  # determines initial weights, order of examples, augmentation and dropout
     config.batch_size = 16  # images per optimizer step, over all devices; BatchNorm sees batch_size / optimizer.accumulate
     config.total_steps = 150_000  # optimizer steps; the learning rate reaches 0 at the end
+    config.patience = 0  # stops early, after this many evaluations without a better eval.best_metric; 0: off
+    config.track = ""  # also sends numbers, pictures and the config to an experiment tracker: wandb or mlflow; empty: none
     config.init_from = ""  # a run's workdir or third-party weights to start from: a file, or a name such as
     # hf://timm/resnet50s.gluon_in1k; empty: random
 
@@ -137,7 +139,8 @@ def base_config() -> ConfigDict:
     evaluation.flip = True  # average the predictions with those of the flipped image
     evaluation.batch_size = 0  # windows (or whole images) per forward pass over all devices; 0: as many as half of a device's
     # memory holds, up to 2 million pixels per device (8 windows of 473x473); on CPUs 4 in total
-    evaluation.best_metric = "mean_iou"  # selects the best checkpoint: mean_iou, mean_accuracy or pixel_accuracy
+    evaluation.best_metric = "mean_iou"  # selects the best checkpoint: mean_iou, mean_accuracy, mean_precision, mean_f1 or
+    # pixel_accuracy; or, of a class, iou/NAME, accuracy/NAME (its recall), precision/NAME or f1/NAME (its Dice coefficient)
 
     config.every = every = ConfigDict()  # intervals, in steps; all are also due at the last step
     every.log = 50  # logs the means since the previous log

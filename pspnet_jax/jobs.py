@@ -6,6 +6,7 @@ takes the parsed arguments (see `main`) and the overrides of the config.
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import time
@@ -20,12 +21,13 @@ import rich
 from etils import epath
 from ml_collections import ConfigDict
 
-from pspnet_jax import datasets, describe, exchange, files, losses, models, optimizers, parallel, pretrain, runs, scoring
+from pspnet_jax import datasets, describe, exchange, figures, files, losses, models, optimizers, parallel, pretrain, runs, scoring
 from pspnet_jax.errors import UserError, grouped
 from pspnet_jax.infer import draw, inputs, video
 from pspnet_jax.infer import predict as prediction
 from pspnet_jax.infer.segmenter import Segmenter
-from pspnet_jax.train import checkpoint
+from pspnet_jax.report import Report
+from pspnet_jax.train import checkpoint, tracking
 
 logger = logging.getLogger("pspnet_jax")
 Evaluation = tuple[Mapping[str, Any], Mapping[str, Any]]  # metrics, and pictures by name
@@ -44,11 +46,14 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
             raise UserError(
                 f"--profile: step {last} cannot be traced, because total_steps={config.total_steps}; choose earlier steps"
             )
-    train_run(config, workdir, arguments.profile)
+    reports = train_run(config, workdir, arguments.profile)
+    if reports and jax.process_index() == 0:
+        with contextlib.suppress(OSError):  # the reader of the pipe is gone, as after `| head -1`
+            rich.print(reports[-1].table())
 
 
-def train_run(config: ConfigDict, workdir: epath.Path, traced: tuple[int, int] | None = None) -> None:
-    """Trains a config that `runs.prepare` has prepared, or resumes its run.
+def train_run(config: ConfigDict, workdir: epath.Path, traced: tuple[int, int] | None = None) -> list[Report]:
+    """Trains a config that `runs.prepare` has prepared, or resumes its run, and returns the reports of its evaluations.
 
     Args:
       config: fields of its dataset and loss are filled in.
@@ -61,7 +66,8 @@ def train_run(config: ConfigDict, workdir: epath.Path, traced: tuple[int, int] |
     from clu import metric_writers  # isort: skip
 
     began = time.perf_counter()
-    with parallel.fail_together("checking init_from"):
+    with parallel.fail_together("checking track and init_from"):
+        tracking.require(config.track)
         if config.init_from:
             runs.check_init_from(config, workdir)
         elif not checkpoint.exists(workdir):
@@ -79,6 +85,7 @@ def train_run(config: ConfigDict, workdir: epath.Path, traced: tuple[int, int] |
     logger.info(f"the data was checked in {time.perf_counter() - began:.1f} s")
     model = models.build(config.model, len(config.dataset.class_names))
     host, hosts = parallel.data_share(parallel.make_mesh(spatial=config.parallel.spatial))
+    reports: list[Report] = []
 
     def batches(start: int) -> Iterable[Mapping[str, Any]]:
         dataset = pipeline.train_dataset(config, start_step=start, host=host, hosts=hosts, data=data)
@@ -90,23 +97,27 @@ def train_run(config: ConfigDict, workdir: epath.Path, traced: tuple[int, int] |
         loss=losses.build(config),
         optimizer=optimizers.build(config.optimizer, config.total_steps),
         batches=batches,
-        evaluate=evaluator(config, model, validation_source),
+        evaluate=evaluator(config, model, validation_source, reports),
         workdir=workdir,
         examples_per_epoch=data.examples_per_epoch,
         fingerprint=data.fingerprint,
         writer=metric_writers.SummaryWriter,
         hooks=[profile.hook(workdir / "profile", *traced)] if traced and jax.process_index() == 0 else (),
     )
-    logger.info(f"{workdir} has checkpoints/, metrics.jsonl, pictures/ and tensorboard/")
+    logger.info(f"{workdir} has checkpoints/, metrics.jsonl, curves.png, pictures/ and tensorboard/")
+    return reports
 
 
-def evaluator(config: ConfigDict, model: nn.Module, source: Any) -> Callable[[Any], Evaluation]:
+def evaluator(
+    config: ConfigDict, model: nn.Module, source: Any, reports: list[Report] | None = None
+) -> Callable[[Any], Evaluation]:
     """Returns the `evaluate` argument of `fit` for a segmentation model: variables -> (metrics, pictures).
 
     Args:
       config: the fields eval, normalize, model.align_corners and dataset are used.
       model: with train=False, maps normalized images f32[N, H, W, 3] to logits [N, H, W, K].
       source: the opened split (see `data.sources`).
+      reports: the report of each evaluation is appended to it.
     """
     info = datasets.describe(config.dataset)
     predictor = scoring.build_predictor(config, model)
@@ -115,7 +126,10 @@ def evaluator(config: ConfigDict, model: nn.Module, source: Any) -> Callable[[An
     def evaluate(variables: Any) -> Evaluation:
         report, pictures = scoring.score(Segmenter(predictor, variables, info), config, source)
         logger.info(report)
-        return report.to_json() | {"data": source.fingerprint}, pictures
+        if reports is not None:
+            reports.append(report)
+        matrix = functools.partial(figures.confusion_matrix, report.matrix, info.class_names)
+        return report.to_json() | {"data": source.fingerprint}, {**pictures, "confusion_matrix": matrix}
 
     return evaluate
 
@@ -210,7 +224,10 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         fields = {"model": config.model.to_dict(), "normalize": config.normalize.to_dict()}
         origin = {"step": step, "checkpoint": str(workdir), **roots, "tfds_name": config.dataset.tfds_name, **fields}
         origin["data"] = source.fingerprint
-        logger.info(f"written to {report.save(workdir / 'evaluation', origin)}")
+        path = report.save(workdir / "evaluation", origin)
+        picture = figures.confusion_matrix(report.matrix, report.info.class_names)
+        draw.save(picture, path.with_name(f"{path.stem}_confusion.png"))
+        logger.info(f"written to {path}, and the confusion matrix to {path.stem}_confusion.csv and .png beside it")
 
 
 def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -234,14 +251,14 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     logger.info(f"predicting {len(paths)} image(s) with step {step} of {workdir} on {network.predictor.device}")
     split = {field: config.dataset[field] for field in ("name", "root")} | {"split": config.eval.split}
     origin = {"checkpoint": str(workdir), "step": step, "input": str(arguments.input) if arguments.input else split}
-    prediction.predict(network, paths, arguments.output, server_format, arguments.skip_existing, origin)
+    prediction.predict(network, paths, arguments.output, server_format, arguments.skip_existing, origin, arguments.maps)
 
 
 def _predict_video(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Writes OUTPUT/overlay/NAME.mp4, and in it how it was made."""
     source, target = arguments.input, arguments.output / "overlay" / f"{video.name_of(arguments.input)}.mp4"
-    if arguments.format or jax.process_count() > 1:
-        raise UserError(f"--input {source}: is a video, which is predicted without --format, and in a single process")
+    if arguments.format or arguments.maps or jax.process_count() > 1:
+        raise UserError(f"--input {source}: is a video, which is predicted without --format and --maps, in a single process")
     if arguments.output.suffix == ".mp4":
         raise UserError(
             f"--output {arguments.output}: is a directory, in which overlay/{target.name} is written; leave out .mp4"

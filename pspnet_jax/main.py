@@ -19,6 +19,7 @@ import pspnet_jax
 from pspnet_jax import clusters, errors, files, jobs, parallel, peers, programs, weights
 from pspnet_jax import config as configs
 from pspnet_jax.infer import video
+from pspnet_jax.infer.predict import MAPS
 
 logger = logging.getLogger("pspnet_jax")
 
@@ -54,6 +55,12 @@ def _size(given: str) -> tuple[int, int]:
     if not (height.isdecimal() and width.isdecimal()):
         raise argparse.ArgumentTypeError(f"{given!r}: expected HEIGHTxWIDTH in pixels, such as 473x473, or any")
     return int(height), int(width)
+
+
+def _maps(given: str) -> tuple[str, ...]:
+    if unknown := [name for name in given.split(",") if name not in MAPS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: expected {' or '.join(MAPS)}, or both with a comma between them")
+    return tuple(name for name in MAPS if name in given.split(","))
 
 
 def _number(given: str) -> int:
@@ -121,6 +128,16 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
             "type": _number,
             "metavar": "N",
             "help": "sets batch_size to N images per chip (or parallel.spatial chips) of each pod",
+        },
+    ),
+    "maps": (
+        ["predict"],
+        {
+            "type": _maps,
+            "metavar": "NAME[,NAME]",
+            "default": (),
+            "help": "confidence: 16-bit PNGs, the probability of the predicted class times 65535; probabilities: .npy, float16 "
+            "[H, W, K], 2 K bytes per pixel",
         },
     ),
     "skip_existing": (

@@ -17,18 +17,23 @@ class Metrics:
     """Fractions from 0 to 1; NaN where the denominator is 0.
 
     Attributes:
-      mean_iou: mean of `iou` over the classes present in truth or prediction.
-      mean_accuracy: mean of `accuracy` over the classes present in the truth.
+      mean_iou, mean_accuracy, mean_precision, mean_f1: means over the classes that have a value.
       pixel_accuracy: share of the labeled pixels that are correct.
-      iou: float64[K], intersection / union of each class.
-      accuracy: float64[K], share of the pixels of each class that are correct.
+      iou: float64[K], intersection / union of each class; NaN if it is neither in the truth nor predicted.
+      accuracy: float64[K], share of the pixels of each class that are correct, its recall; NaN if it is not in the truth.
+      precision: float64[K], share of the pixels predicted as each class that are correct; NaN if it is not predicted.
+      f1: float64[K], harmonic mean of precision and recall, which is the Dice coefficient; NaN where `iou` is.
     """
 
     mean_iou: float
     mean_accuracy: float
+    mean_precision: float
+    mean_f1: float
     pixel_accuracy: float
     iou: np.ndarray
     accuracy: np.ndarray
+    precision: np.ndarray
+    f1: np.ndarray
 
 
 def confusion_matrix(labels: jax.Array, predictions: jax.Array, num_classes: int) -> jax.Array:
@@ -83,9 +88,10 @@ def summarize(matrix: np.ndarray | jax.Array) -> Metrics:
     """Computes the metrics of a confusion matrix [K, K] (rows truth, columns prediction)."""
     counts = np.asarray(matrix, np.float64)
     correct, truth, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
-    iou = _ratio(correct, truth + predicted - correct)
-    accuracy = _ratio(correct, truth)
-    return Metrics(_mean(iou), _mean(accuracy), float(_ratio(correct.sum(), counts.sum())), iou, accuracy)
+    wholes = truth + predicted - correct, truth, predicted, (truth + predicted) / 2
+    iou, accuracy, precision, f1 = (_ratio(correct, whole) for whole in wholes)
+    means = _mean(iou), _mean(accuracy), _mean(precision), _mean(f1)
+    return Metrics(*means, float(_ratio(correct.sum(), counts.sum())), iou, accuracy, precision, f1)
 
 
 @flax.struct.dataclass

@@ -70,8 +70,9 @@ def class_names(root: str, pattern: str) -> tuple[str, ...]:
     Categories without annotations, such as super-categories, are no classes.
     """
     files = sorted(epath.Path(root).expanduser().glob(pattern.replace("{split}", "*")))
-    names = dict.fromkeys(name for file in files for name in _coco_file(str(file)).categories)
-    return (BACKGROUND, *(name for name in names if name != BACKGROUND)) if names else ()
+    categories = {number: name for file in files for number, name in _coco_file(str(file)).categories.items()}
+    names = dict.fromkeys([BACKGROUND, *(name for _, name in sorted(categories.items()))])
+    return tuple(names) if categories else ()
 
 
 def _coco_file(file: str) -> "_Coco":
@@ -87,9 +88,9 @@ def _coco_file(file: str) -> "_Coco":
 
 
 class _Coco(dict[str, Drawing]):
-    """{file name of an image: its polygons}, and the names of the categories that have any, in the order of their ids."""
+    """{file name of an image: its polygons}, and {id: name} of the categories that have any."""
 
-    categories: list[str]
+    categories: dict[int, str]
 
 
 def _stamp(file: str) -> tuple[float, int]:
@@ -131,7 +132,7 @@ def _coco(content: dict[str, Any]) -> _Coco:
     if len(found) < len(drawings):
         raise ValueError("two images have the same file name")
     used = {annotation["category_id"] for annotation in content["annotations"]}
-    found.categories = [names[number] for number in sorted(used)]
+    found.categories = {number: names[number] for number in used}
     return found
 
 

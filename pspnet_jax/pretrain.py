@@ -23,7 +23,7 @@ logger = logging.getLogger("pspnet_jax")
 def pretrain(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Trains a recipe such as configs/imagenet.py, or resumes the run in its workdir."""
     from pspnet_jax.data import classified  # imports TensorFlow, as does clu.metric_writers after it
-    from pspnet_jax.train import loop
+    from pspnet_jax.train import loop, tracking
 
     from clu import metric_writers  # isort: skip
 
@@ -41,6 +41,7 @@ def pretrain(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         dataset.root = dataset.root and str(files.user_path(dataset.root))
         splits = dataset.train_split, config.eval.split
         data, validation_data = (classified.ClassifiedImages(dataset, split) for split in splits)
+        tracking.require(config.track)
         if config.init_from:
             runs.check_init_from(config, workdir)
     parallel.require_same({"data": (data.fingerprint, validation_data.fingerprint), **runs.comparable(config)})

@@ -1,11 +1,13 @@
 """Evaluation reports: scores that are printed and saved together with the settings that make them comparable."""
 
+import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ from pspnet_jax.errors import UserError
 from pspnet_jax.metrics import Metrics
 
 MAX_NAME_BYTES = 200  # of a file name, without its digest; most file systems allow 255 in total
+OF_A_CLASS = {"iou": "IoU", "precision": "precision", "accuracy": "accuracy = recall", "f1": "F1 = Dice"}  # name: in words
+OF_ALL_CLASSES = ("mean_iou", "mean_accuracy", "mean_precision", "mean_f1", "pixel_accuracy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +30,18 @@ class Report:
     """Scores and the settings that make them comparable."""
 
     metrics: Metrics  # of the whole split
-    pixels: np.ndarray  # int64[K], labeled pixels of each class
+    matrix: np.ndarray  # int64[K, K], the confusion matrix: number of pixels by truth (row) and prediction (column)
     images: int  # number of images scored
     info: DatasetInfo  # the classes
     protocol: dict[str, Any]  # split, protocol, inference, crop, stride, base_size, short_size, scales, flip
     device: str  # number and kind of the devices
     images_per_second: float  # of the whole evaluation, including compilation
     slots_used: float  # share of the slots for windows in all forward passes, on all devices, that held a window
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """Number of labeled pixels of each class, int64[K]."""
+        return self.matrix.sum(1)
 
     def __str__(self) -> str:
         """`mIoU 41.68%  mean accuracy 50.90%  pixel accuracy 80.04%`, and the protocol on a second line.
@@ -50,23 +59,24 @@ class Report:
         )
 
     def table(self) -> Table:
-        """Returns a rich table with one row per class."""
-        columns = (Column(name, justify="right") for name in ("IoU", "accuracy", "share of pixels"))
+        """Returns a rich table with one row per class, and a last row with the means over the classes that have a value."""
+        columns = (Column(name, justify="right") for name in (*OF_A_CLASS.values(), "share of pixels"))
         means = f"mIoU{_over(self.metrics.iou)}" if _over(self.metrics.iou) else None
         table = Table(Column("class"), *columns, caption=means)
-        shares = self.pixels / self.pixels.sum()
-        for name, *fractions in zip(self.info.class_names, self.metrics.iou, self.metrics.accuracy, shares, strict=True):
-            table.add_row(Text(name), *("-" if math.isnan(fraction) else f"{fraction:.2%}" for fraction in fractions))
+        fractions = [*(getattr(self.metrics, name) for name in OF_A_CLASS), self.pixels / self.pixels.sum()]
+        for name, *row in zip(self.info.class_names, *fractions, strict=True):
+            table.add_row(Text(name), *map(_percent, row))
+        table.add_section()
+        table.add_row("mean", *(_percent(getattr(self.metrics, f"mean_{name}")) for name in OF_A_CLASS))
         return table
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values; undefined fractions of a class are None."""
         metrics = self.metrics
-        columns = (self.info.class_names, metrics.iou, metrics.accuracy, self.pixels)
+        columns = {name: map(_or_none, getattr(metrics, name)) for name in OF_A_CLASS}
+        rows = zip(self.info.class_names, *columns.values(), self.pixels.tolist(), strict=True)
         return {
-            "mean_iou": metrics.mean_iou,
-            "mean_accuracy": metrics.mean_accuracy,
-            "pixel_accuracy": metrics.pixel_accuracy,
+            **{name: _or_none(getattr(metrics, name)) for name in OF_ALL_CLASSES},
             "classes_in_mean_iou": _present(metrics.iou),
             "classes_in_mean_accuracy": _present(metrics.accuracy),
             "dataset": self.info.name,
@@ -75,14 +85,19 @@ class Report:
             "device": self.device,
             "images_per_second": self.images_per_second,
             "slots_used": self.slots_used,
-            "classes": [
-                {"name": name, "iou": _or_none(iou), "accuracy": _or_none(accuracy), "pixels": int(pixels)}
-                for name, iou, accuracy, pixels in zip(*columns, strict=True)
-            ],
+            "classes": [dict(zip(("name", *columns, "pixels"), row, strict=True)) for row in rows],
         }
+
+    def matrix_csv(self) -> str:
+        """Returns the confusion matrix as CSV: a row for each class of the truth, a column for each that was predicted."""
+        rows = zip(self.info.class_names, *self.matrix.T.tolist(), strict=True)
+        csv.writer(text := io.StringIO()).writerows([("truth / prediction", *self.info.class_names), *rows])
+        return text.getvalue()
 
     def save(self, folder: epath.PathLike, origin: Mapping[str, Any]) -> epath.Path:
         """Writes `to_json` and the origin to a file, and returns its path.
+
+        The confusion matrix is written beside it, to a file whose name ends in _confusion.csv.
 
         The name is like "voc2012_val_step30000_base_size512_crop473-473_flipTrue_windows_semseg_scales1.0_..._DIGEST.json",
         shortened if necessary. The digest covers everything on which the score depends.
@@ -111,6 +126,8 @@ class Report:
         try:
             with files.atomic(path) as temporary:
                 temporary.write_text(json.dumps({**self.to_json(), **origin}, indent=2) + "\n")
+            with files.atomic(path.with_name(f"{path.stem}_confusion.csv")) as temporary:
+                temporary.write_text(self.matrix_csv())
         except OSError as error:
             raise UserError(
                 f"{path}: the report cannot be written ({error}); the score itself is complete and shown above"
@@ -143,6 +160,25 @@ def _windows(protocol: Mapping[str, Any]) -> str:
         return "whole images"
     stride = " stride {}x{}".format(*protocol["stride"]) if any(protocol["stride"]) else ""
     return "windows {}x{}".format(*protocol["crop"]) + stride
+
+
+def require_metric(name: str, class_names: Sequence[str]) -> None:
+    """Checks that a report has the metric, such as "mean_iou" or "iou/road".
+
+    Raises:
+      UserError: it has not; lists the metrics and classes.
+    """
+    figure, _, of_class = name.partition("/")
+    if name not in OF_ALL_CLASSES and not (figure in OF_A_CLASS and of_class in class_names):
+        raise UserError(
+            f"eval.best_metric={name!r}: expected one of {', '.join(OF_ALL_CLASSES)}, or one of a class: "
+            f"{'/CLASS, '.join(OF_A_CLASS)}/CLASS (accuracy is also called recall, and F1 Dice), where CLASS is one of "
+            f"{', '.join(class_names)}"
+        )
+
+
+def _percent(fraction: float) -> str:
+    return "-" if math.isnan(fraction) else f"{fraction:.2%}"
 
 
 def _or_none(fraction: float) -> float | None:

@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from pspnet_jax import config as configs
-from pspnet_jax import datasets, files, losses, models, parallel, validation, weights
+from pspnet_jax import datasets, files, losses, models, parallel, report, validation, weights
 from pspnet_jax.errors import MissingFileError, UserError
 from pspnet_jax.train import checkpoint, resume
 from pspnet_jax.train.step import Variables
@@ -44,6 +44,7 @@ def prepare(config: ConfigDict, num_devices: int = 0) -> ConfigDict:
     dataset = _absolute(config).dataset
     info = datasets.describe(dataset)
     dataset.class_names, dataset.colors = info.class_names, info.colors
+    report.require_metric(config.eval.best_metric, info.class_names)
     return config
 
 

@@ -12,6 +12,7 @@ from pspnet_jax.infer.protocols import PROTOCOLS
 from pspnet_jax.polygons import is_coco
 
 CHOICES: dict[str, Collection[str]] = {
+    "track": ("", "wandb", "mlflow"),
     "loss.auxiliary_schedule": losses.SCHEDULES,
     "loss.class_weighting": ("", *losses.WEIGHTINGS),
     "optimizer.name": optimizers.OPTIMIZERS,
@@ -21,7 +22,6 @@ CHOICES: dict[str, Collection[str]] = {
     "dataset.cache": ("", "memory", "disk"),
     "eval.inference": ("windows", "whole"),
     "eval.protocol": PROTOCOLS,
-    "eval.best_metric": ("mean_iou", "mean_accuracy", "pixel_accuracy"),
     "normalize.order": ("RGB", "BGR"),
 }
 TUPLES = {  # type and number of values in each tuple; None: any number
@@ -48,9 +48,9 @@ def validate(config: ConfigDict, num_devices: int = 0) -> None:
     if problems := _tuple_problems(config):
         raise UserError("\n".join(problems))
     problems = models.problems(config.model)
-    for section in ("normalize", "loss", "optimizer", "dataset", "eval"):
-        problems += _choice_problems(config[section], f"{section}.")
-    problems += _range_problems(config) + _size_problems(config) + _batch_problems(config, num_devices)
+    problems += (
+        _choice_problems(config) + _range_problems(config) + _size_problems(config) + _batch_problems(config, num_devices)
+    )
     if problems:
         raise UserError("\n".join(problems))
 
@@ -63,6 +63,7 @@ USED_ONLY_WITH: tuple[tuple[str, str, Callable[[ConfigDict], bool]], ...] = (
     ("loss.ohem_threshold loss.ohem_min_kept", "ohem", lambda c: "ohem" in c.loss.terms),
     ("optimizer.beta2", "adamw", lambda c: c.optimizer.name == "adamw"),
     ("optimizer.trust_coefficient", "lars", lambda c: c.optimizer.name == "lars"),
+    ("patience", "every.eval above 0", lambda c: c.every.eval > 0),
     ("dataset.tfds_name", "dataset.name='tfds'", lambda c: c.dataset.name == "tfds"),
     (
         "dataset.images dataset.labels dataset.split_file dataset.split_fraction dataset.label_map dataset.ignore_index",
@@ -129,17 +130,17 @@ def _is_part(part: object) -> bool:
     return False
 
 
-def _choice_problems(config: ConfigDict, prefix: str) -> list[str]:
+def _choice_problems(config: ConfigDict) -> list[str]:
     return [
         f"{field}={value!r}: expected one of {', '.join(map(repr, CHOICES[field]))}"
-        for field, value in leaves(config, prefix)
+        for field, value in leaves(config)
         if field in CHOICES and value not in CHOICES[field]
     ]
 
 
 _POSITIVE = """batch_size total_steps parallel.spatial every.log every.save loss.ohem_min_kept
     optimizer.learning_rate optimizer.accumulate optimizer.trust_coefficient"""
-_NOT_NEGATIVE = """every.eval eval.batch_size eval.base_size eval.short_size augment.rotate_degrees loss.focal_gamma
+_NOT_NEGATIVE = """patience every.eval eval.batch_size eval.base_size eval.short_size augment.rotate_degrees loss.focal_gamma
     loss.auxiliary_weight optimizer.power optimizer.weight_decay optimizer.clip_norm optimizer.warmup_steps
     optimizer.head_multiplier"""
 _PROBABILITIES = "augment.rotate_probability augment.blur_probability augment.flip_probability dataset.balance"

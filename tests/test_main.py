@@ -1,6 +1,7 @@
 """The command line: all modes from a recipe to pictures, and the messages for wrong input."""
 
 import ast
+import csv
 import json
 import os
 import re
@@ -91,7 +92,9 @@ def test_training_writes_checkpoints_metrics_pictures_and_config(run):
     assert [r["step"] for r in records(workdir, "eval")] == [3]
     assert (workdir / "checkpoints" / "3").is_dir()
     assert json.loads((workdir / "config.json").read_text())["dataset"]["root"] == str(root)
-    assert len(list((workdir / "pictures").glob("*.png"))) == 3
+    assert len(list((workdir / "pictures").glob("*.png"))) == 4
+    assert (workdir / "pictures" / "confusion_matrix.png").exists()
+    assert (workdir / "curves.png").exists()
     assert list((workdir / "tensorboard").glob("events*"))
     assert list((workdir / "profile" / "plugins" / "profile").glob("*/*.xplane.pb"))
 
@@ -104,6 +107,9 @@ def test_evaluate_reproduces_the_final_score_of_training(run, capsys):
     scored = json.loads(file.read_text())
     assert scored["mean_iou"] == trained["mean_iou"]
     assert scored["images"] == 3
+    rows = list(csv.reader(file.with_name(f"{file.stem}_confusion.csv").read_text().splitlines()))
+    assert [sum(map(int, row)) for _, *row in rows[1:]] == [line["pixels"] for line in scored["classes"]]
+    assert file.with_name(f"{file.stem}_confusion.png").exists()
     printed = capsys.readouterr().out
     assert f"mIoU {trained['mean_iou']:.2%}" in printed
     assert re.search(r"3 images of val, windows 40x48.*flip on, protocol semseg", printed)
@@ -192,6 +198,25 @@ def test_predict_writes_three_pictures_per_image_in_its_size(run, tmp_path):
         assert index.max() < 3
         assert (tmp_path / "color" / f"{image.stem}.png").exists()
         assert (tmp_path / "overlay" / f"{image.stem}.jpg").exists()
+
+
+def test_predict_writes_maps(run, tmp_path):
+    workdir, root = run
+    images = root / "images" / "val"
+    given = [f"--workdir={workdir}", f"--input={images}", f"--output={tmp_path}"]
+    assert main(["--mode=predict", *given, "--maps=probabilities,confidence"]) == 0
+    for image in images.iterdir():
+        probabilities = np.load(tmp_path / "probabilities" / f"{image.stem}.npy")
+        index = pixels(tmp_path / "index" / f"{image.stem}.png")
+        predicted = np.take_along_axis(probabilities, index[..., None], -1)[..., 0]
+        np.testing.assert_array_equal(predicted, probabilities.max(-1))  # in float16, several may be equal
+        confidence = pixels(tmp_path / "confidence" / f"{image.stem}.png") / 65535
+        np.testing.assert_allclose(confidence, probabilities.max(-1), atol=2**-11)
+
+
+def test_an_unknown_map_is_refused(run, capsys):
+    message = error(capsys, "--mode=predict", f"--workdir={run[0]}", "--output=out", "--maps=confidence,entropy")
+    assert "--maps: 'entropy': expected confidence or probabilities, or both with a comma between them" in message
 
 
 def test_predict_draws_over_a_video(run, capsys, tmp_path):

@@ -20,6 +20,10 @@ def test_metrics_of_that_matrix():
     found = summarize(np.array([[1, 1, 0], [0, 2, 0], [1, 0, 2]]))
     np.testing.assert_allclose(found.iou, [1 / 3, 2 / 3, 2 / 3])
     np.testing.assert_allclose(found.accuracy, [1 / 2, 1, 2 / 3])
+    np.testing.assert_allclose(found.precision, [1 / 2, 2 / 3, 1])
+    np.testing.assert_allclose(found.f1, [1 / 2, 4 / 5, 4 / 5])  # 2 / (1 / precision + 1 / recall)
+    assert found.mean_precision == pytest.approx(13 / 18)
+    assert found.mean_f1 == pytest.approx(7 / 10)
     assert found.mean_iou == pytest.approx(5 / 9)
     assert found.mean_accuracy == pytest.approx(13 / 18)
     assert found.pixel_accuracy == pytest.approx(5 / 7)
@@ -38,6 +42,14 @@ def test_a_class_that_is_only_predicted_lowers_mean_iou_but_has_no_accuracy():
     np.testing.assert_array_equal(found.iou, [3 / 4, 0])
     assert found.mean_iou == 3 / 8
     assert found.mean_accuracy == 3 / 4
+    assert (found.mean_precision, found.mean_f1) == (1 / 2, 3 / 7)
+
+
+def test_a_class_that_is_never_predicted_lowers_mean_f1_but_has_no_precision():
+    found = summarize(np.array([[3, 0], [1, 0]]))
+    np.testing.assert_array_equal(found.precision, [3 / 4, np.nan])
+    np.testing.assert_array_equal(found.f1, [6 / 7, 0])
+    assert (found.mean_precision, found.mean_f1) == (3 / 4, 3 / 7)
 
 
 def test_metrics_without_labeled_pixels_are_nan():

@@ -34,8 +34,12 @@ def write_coco(root, segmentation=(WINDOW,), **changes):
 
 
 def test_coco(tmp_path):
-    dataset = write_coco(tmp_path)
+    dataset = write_coco(tmp_path / "x")
+    (tmp_path / "x/train").rename(tmp_path / "valid")
+    content = json.loads((tmp_path / "valid/_annotations.coco.json").read_text())
+    dataset = write_coco(tmp_path, annotations=content["annotations"][:1])  # the wall, with the lower id, is only in valid
     assert datasets.describe(dataset).class_names == ("background", "wall", "window")
+    dataset = write_coco(tmp_path)
     np.testing.assert_array_equal(sources.open_source(dataset, "train").read(0)[1], EXPECTED)
     for label_map, expected in (
         ("{'window': 'hole', 'wall': 'rest', 'background': 'rest'}", EXPECTED != 2),

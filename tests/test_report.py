@@ -1,15 +1,17 @@
 """A report states the number of classes in its means, and has a file of its own for each setting."""
 
+import csv
 import dataclasses
 import errno
 import json
 import os
+import re
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from pspnet_jax import files
+from pspnet_jax import files, report
 from pspnet_jax.config import base_config
 from pspnet_jax.datasets import DatasetInfo
 from pspnet_jax.errors import UserError
@@ -27,7 +29,7 @@ def make(name="data", split="val", names=("a", "b", "c"), matrix=None, **fields)
     }
     protocol |= {field: list(config[field]) for field in ("crop", "stride", "scales")} | fields
     matrix = np.eye(3) if matrix is None else np.array(matrix)
-    return Report(summarize(matrix), matrix.sum(1), 1, DatasetInfo(name, names, COLORS), protocol, "1 x cpu", 1.0, 1.0)
+    return Report(summarize(matrix), matrix, 1, DatasetInfo(name, names, COLORS), protocol, "1 x cpu", 1.0, 1.0)
 
 
 def printed(table):
@@ -45,6 +47,48 @@ def test_the_number_of_classes_in_a_mean_is_stated_if_some_are_missing():
     assert (partial.to_json()["classes_in_mean_iou"], partial.to_json()["classes_in_mean_accuracy"]) == (2, 1)
     assert "classes" not in str(make())
     assert "over" not in printed(make().table())
+
+
+def test_the_table_and_the_json_have_the_same_figures_of_each_class():
+    """Of a's 4 pixels, 3 are predicted as a and 1 as b; of b's 2, one as each; c is missing."""
+    scored = make(matrix=[[3, 1, 0], [1, 1, 0], [0, 0, 0]])
+    rows = [re.findall(r"[^\s│]+", line) for line in printed(scored.table()).splitlines() if line.startswith("│")]
+    assert rows == [
+        ["a", "60.00%", "75.00%", "75.00%", "75.00%", "66.67%"],
+        ["b", "33.33%", "50.00%", "50.00%", "50.00%", "33.33%"],
+        ["c", "-", "-", "-", "-", "0.00%"],
+        ["mean", "46.67%", "62.50%", "62.50%", "62.50%"],
+    ]
+    saved = scored.to_json()
+    assert saved["classes"][0] == {"name": "a", "iou": 0.6, "precision": 0.75, "accuracy": 0.75, "f1": 0.75, "pixels": 4}
+    assert saved["classes"][2] == {"name": "c", "iou": None, "precision": None, "accuracy": None, "f1": None, "pixels": 0}
+    assert (saved["mean_precision"], saved["mean_f1"]) == (0.625, 0.625)
+
+
+def test_the_confusion_matrix_as_csv_has_the_truth_in_rows(tmp_path):
+    scored = make(names=("sky", "a, b", '"c"'), matrix=[[3, 1, 0], [0, 2**40, 0], [5, 0, 7]])
+    path = scored.save(tmp_path, {})
+    with path.with_name(f"{path.stem}_confusion.csv").open() as file:
+        header, *rows = csv.reader(file)
+    assert header == ["truth / prediction", "sky", "a, b", '"c"']
+    assert rows == [["sky", "3", "1", "0"], ["a, b", "0", str(2**40), "0"], ['"c"', "5", "0", "7"]]
+
+
+@pytest.mark.parametrize("name", ["mean_iou", "mean_f1", "iou/road", "accuracy/traffic light", "f1/a/b"])
+def test_metrics_that_can_select_the_best_checkpoint(name):
+    report.require_metric(name, ("road", "traffic light", "a/b"))
+
+
+@pytest.mark.parametrize("name", ["", "f1", "iou/", "iou/Road", "pixels/road", "dice/road"])
+def test_another_metric_is_refused_with_all_choices(name):
+    message = (
+        f"eval.best_metric={name!r}: expected one of mean_iou, mean_accuracy, mean_precision, mean_f1, pixel_accuracy, or one "
+        "of a class: iou/CLASS, precision/CLASS, accuracy/CLASS, f1/CLASS (accuracy is also called recall, and F1 Dice), where "
+        "CLASS is one of road, traffic light"
+    )
+    with pytest.raises(UserError) as found:
+        report.require_metric(name, ("road", "traffic light"))
+    assert str(found.value) == message
 
 
 def test_names_that_look_like_markup_are_printed_as_they_are():
@@ -91,7 +135,7 @@ OTHERS = [
 
 def test_scores_made_in_different_ways_go_to_different_files(tmp_path):
     """Each setting changes the file name, whose length stays within the limit."""
-    paths = [report.save(tmp_path, origin) for report, origin in [(make(), {}), *OTHERS]]
+    paths = [scored.save(tmp_path, origin) for scored, origin in [(make(), {}), *OTHERS]]
     assert len(set(paths)) == 1 + len(OTHERS)
     assert all(len(os.fsencode(path.name)) <= 255 for path in paths)
     expected = "data_val_semseg_windows_base_size512_short_size0_flipTrue_crop473-473_stride0-0_scales1.0_"

@@ -50,7 +50,7 @@ def find(dataset: ConfigDict, root: str, split: str, extensions: Sequence[str]) 
         )
     found = match(f"{root}/{dataset.images}", f"{root}/{dataset.labels}", split, extensions)
     if by_fraction:
-        return [f for f in found if (_position(dataset.split_seed, f[0]) < dataset.split_fraction) == (split == "val")]
+        return [f for f in found if (position(dataset.split_seed, f[0]) < dataset.split_fraction) == (split == "val")]
     if not listed:
         return found
     paths = {name: image[len(root) + 1 :] for name, image, _ in found}
@@ -58,7 +58,7 @@ def find(dataset: ConfigDict, root: str, split: str, extensions: Sequence[str]) 
     return [files for files in found if files[0] in names]
 
 
-def _position(seed: int, name: str) -> float:
+def position(seed: int, name: str) -> float:
     """Returns a number from 0 to 1 that depends only on the seed and the name."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) / 2**64
 

@@ -65,7 +65,7 @@ def _count(pair: tuple[str, str]) -> dict[Any, int]:
             drawing = polygons.read(label, image)
             names = list(dict.fromkeys([polygons.BACKGROUND, *(name for name, _ in drawing.shapes)]))
             return dict(zip(names, np.bincount(drawing.paint(names.index).ravel(), minlength=len(names)).tolist(), strict=True))
-        pixels = label_files._decode(label, epath.Path(label).read_bytes(), True)
+        pixels = label_files.decode(label, epath.Path(label).read_bytes(), True)
     except Exception as error:  # whatever a decoder raises
         raise UserError(f"{label}: cannot be read as a label ({error})") from error
     if colored := pixels.ndim == 3 and not (pixels == pixels[..., :1]).all():

@@ -65,7 +65,7 @@ class Found(NamedTuple):
 def list_folder(root: str) -> Folder:
     """Lists a folder and reads its texts."""
     paths, texts, kinds = [], {}, collections.Counter[str]()
-    for file in listing._walk(root):
+    for file in listing.walk(root):
         path, suffix = file[len(root) + 1 :], os.path.splitext(file)[1].lower()
         if path.startswith("__MACOSX/"):
             continue
@@ -166,11 +166,10 @@ def _open(folder: Folder, division: divide.Division, alternatives: Sequence[str]
     dataset = configs.base_config().dataset
     dataset.update({"root": folder.root} | {field: value for field, value in division._asdict().items() if field in dataset})
     known = {f"{folder.root}/{path}" for path in folder.paths}
-    listed = (
-        _by_fraction(dataset)
-        if division.split_fraction
-        else {split: layouts.list_pairs(dataset, split) for split in (division.train_split, division.val_split)}
-    )
+    if division.split_fraction:
+        listed = _by_fraction(dataset, known)
+    else:
+        listed = {split: layouts.list_pairs(dataset, split) for split in (division.train_split, division.val_split)}
     pairs = {split: [pair for pair in found if {pair.image, pair.label} <= known] for split, found in listed.items()}
     if not all(pairs.values()):
         raise UserError(f"no pairs in split {next(split for split in pairs if not pairs[split])!r}")
@@ -180,13 +179,13 @@ def _open(folder: Folder, division: divide.Division, alternatives: Sequence[str]
     return Found(dataset, [*listed][-1], division.reason, counts, files, unlabeled, alternatives, label_values.count(files))
 
 
-def _by_fraction(dataset: ConfigDict) -> dict[str, list[layouts.Pair]]:
-    """Returns the pairs in train and val with the first split_seed by which neither is empty; a single one in train."""
+def _by_fraction(dataset: ConfigDict, known: set[str]) -> dict[str, list[layouts.Pair]]:
+    """Returns the examples in train and val with the first split_seed by which neither is empty; a single pair is in train."""
     fraction, dataset.split_fraction = dataset.split_fraction, 1.0
     found, dataset.split_fraction = layouts.list_pairs(dataset, "val"), fraction
     for splits, dataset.split_seed in itertools.product((("train", "val"), ("train",)), range(SEEDS)):
-        held_out = {pair for pair in found if folders._position(dataset.split_seed, pair.name) < fraction}
+        held_out = {pair for pair in found if folders.position(dataset.split_seed, pair.name) < fraction}
         listed = {split: [pair for pair in found if (pair in held_out) == (split == "val")] for split in splits}
-        if all(listed.values()):
-            return listed
+        if all(any({pair.image, pair.label} <= known for pair in part) for part in listed.values()):
+            break
     return listed

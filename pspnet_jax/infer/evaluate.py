@@ -75,7 +75,7 @@ def evaluate(
         )
     rate = images / (time.perf_counter() - began)
     protocol = {"split": split, **predictor.description}
-    return Report(summarize(total), total.sum(1), images, info, protocol, predictor.device, rate, windows / slots), panels
+    return Report(summarize(total), total, images, info, protocol, predictor.device, rate, windows / slots), panels
 
 
 def _panel(example: Example, prediction: np.ndarray, info: DatasetInfo) -> Image.Image:

@@ -31,6 +31,7 @@ from pspnet_jax.progress import progress
 
 logger = logging.getLogger(__name__)
 ORIGIN = ".origin.json"  # file in the output that records how its results were made
+MAPS = {"confidence": "png", "probabilities": "npy"}  # maps that can be written: their folders and suffixes
 SIGNATURE = "pspnet_jax"  # PNG text key of a result's signature
 SINGLE_FILE_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)  # any other error would occur for the next image, too
 
@@ -42,6 +43,7 @@ def predict(
     server_format: str = "",
     skip_existing: bool = False,
     origin: Mapping[str, Any] | None = None,
+    maps: Sequence[str] = (),
 ) -> None:
     """Predicts images, each at its own size. With several processes, all pass the same images and share the work.
 
@@ -56,13 +58,19 @@ def predict(
       skip_existing: skips images that already have all their results, to continue an interrupted run.
       origin: identifies the weights and the images, such as the run, its step and the "input"; saved with the settings in
         output/.origin.json.
+      maps: "confidence" also writes output/confidence/NAME.png, 16-bit, the probability of the predicted class times 65535, and
+        "probabilities" output/probabilities/NAME.npy, float16[H, W, K]. The network is run again for each map of an image,
+        whose probabilities take 10 * H * W * K bytes of memory, one image after the other.
 
     Raises:
-      UserError: the network's classes do not fit the submission; the output cannot be written to, is not shared by all
-        processes, has files that would be overwritten, or, with `skip_existing`, has results of another origin; the processes
-        differ in images or settings; or, raised when all others are done, some images could not be predicted.
+      UserError: the network's classes do not fit the submission, or `maps` is given with one; the output cannot be written to,
+        is not shared by all processes, has files that would be overwritten, or, with `skip_existing`, has results of another
+        origin; the processes differ in images or settings; or, raised when all others are done, some images could not be
+        predicted.
     """
     with parallel.fail_together("preparing the prediction"):
+        if server_format and maps:
+            raise UserError("--maps: a submission to a benchmark's server has none; leave out --maps or --format")
         server, output = submission.choose(server_format, segmenter.info) if server_format else None, files.absolute(output)
         if output.exists() and not output.is_dir():
             raise UserError(f"--output {output}: is a file; expected a folder, which is created if missing")
@@ -70,11 +78,12 @@ def predict(
         **segmenter.predictor.description,
         "format": server_format,
         "weights": parallel.checksum(segmenter.variables),
+        **({"maps": [*maps]} if maps else {}),  # without maps, results of earlier versions can be continued
     }
     parallel.require_same({**settings, "images": len(images), "their names": [*images], "skip_existing": skip_existing})
     origin = next(iter(parallel.exchange({**(origin or {}), **settings}).values()))  # the paths may differ
     share = dict(itertools.islice(images.items(), jax.process_index(), None, jax.process_count()))
-    results = {name: _result_paths(output, name, server) for name in share}
+    results = {name: _result_paths(output, name, server, maps) for name in share}
     with locked(output):
         with parallel.fail_together("preparing the output"):
             _refuse_overwriting(results, images, output, origin)
@@ -118,6 +127,8 @@ def _predict_share(
         examples = io.read(todo, segmenter.predictor, sign)
         for result in segmenter.results(examples, lambda example, error: io.fail(f"{example['name']}: {error}")):
             io.write(result.example["name"], _write, results[result.example["name"]], result, server)
+            if "maps" in origin:  # one image at a time, because their probabilities are large
+                io.wait()
             if io.stopped_by:
                 break
         io.wait()
@@ -185,10 +196,11 @@ class _FileIO:
         self._advance(1)
 
 
-def _result_paths(output: epath.Path, name: str, server: submission.Submission | None) -> list[epath.Path]:
+def _result_paths(output: epath.Path, name: str, server: submission.Submission | None, maps: Sequence[str]) -> list[epath.Path]:
     if server:
         return [output / server.folder / f"{name}.png"]
-    return [output / "index" / f"{name}.png", output / "color" / f"{name}.png", output / "overlay" / f"{name}.jpg"]
+    kinds = {"index": "png", "color": "png", "overlay": "jpg"} | {kind: MAPS[kind] for kind in maps}
+    return [output / kind / f"{name}.{suffix}" for kind, suffix in kinds.items()]
 
 
 def _signature(origin: Mapping[str, Any], image: epath.PathLike) -> str:
@@ -217,8 +229,8 @@ def _is_done(results: Sequence[epath.Path], signature: str) -> bool:
     """Returns whether all results of an image exist, and the first, which is written last, has this signature."""
     try:
         for path in results[1:]:
-            with path.open("rb") as file, Image.open(file):
-                pass
+            with path.open("rb") as file:
+                np.lib.format.read_magic(file) if path.suffix == ".npy" else Image.open(file)
         with results[0].open("rb") as file, Image.open(file) as image:
             image.load()
             return image.info.get(SIGNATURE) == signature
@@ -233,7 +245,13 @@ def _write(results: Sequence[epath.Path], result: Result, server: submission.Sub
         raise UserError(f"{', '.join(folders)}: is a folder where a result should be; move it away")
     if server:
         return save(server.encode(label), results[0], pnginfo=signed)
-    index, color, mixed = results
+    index, color, mixed, *maps = results
+    for path in maps:
+        with files.atomic(path) as temporary, temporary.open("wb") as file:
+            if path.suffix == ".npy":
+                np.save(file, result.probabilities().astype(np.float16))
+            else:
+                Image.fromarray(np.rint(result.confidence.highest * 65535).astype(np.uint16)).save(file, "PNG")
     result.save(color)
     save(result.overlay(), mixed, "JPEG", quality=95, subsampling=0)  # crisp edges
     save(Image.fromarray(label), index, pnginfo=signed)  # written last: if it exists, so do the others

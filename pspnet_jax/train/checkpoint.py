@@ -225,12 +225,19 @@ class Checkpoints:
             return None
 
     def best(self) -> int | None:
-        """Returns the step with the largest score among those with the newest score's settings; None if there are no scores."""
+        """Returns the step with the largest score among those with the newest score's settings, of equal ones the first.
+
+        None if there are no scores.
+        """
         scores = {step: score for step, score in self._scores.items() if step in self.steps and not math.isnan(score[SCORE])}
         if not scores:
             return None
         newest = scores[max(scores)].get(SETTINGS)
-        return max((score[SCORE], step) for step, score in scores.items() if score.get(SETTINGS) == newest)[1]
+        return -max((score[SCORE], -step) for step, score in scores.items() if score.get(SETTINGS) == newest)[1]
+
+    def steps_since_best(self) -> int:
+        """Returns the number of steps from the best checkpoint to the last one that was scored."""
+        return max(self._scores) - best if (best := self.best()) is not None else 0
 
     def read_config(self) -> tuple[ConfigDict, str] | None:
         """Returns the config and data fingerprint of the newest checkpoint whose config can be read, or None.

@@ -2,7 +2,9 @@
 
 import contextlib
 import datetime
+import json
 import logging
+import math
 import numbers
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,7 +17,8 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from pspnet_jax import files
+from pspnet_jax import figures, files
+from pspnet_jax.train import tracking
 from pspnet_jax.train.integrity import reason
 from pspnet_jax.train.jsonlines import JsonLines
 from pspnet_jax.train.step import Metrics
@@ -37,7 +40,7 @@ class Writer(Protocol):
 class TrainingLog:
     """Writes the logs of one run, in the job's first process only.
 
-    Files: WORKDIR/metrics.jsonl (one JSON object per line, in the order of steps) and WORKDIR/pictures.
+    Files: WORKDIR/metrics.jsonl (one JSON object per line, in the order of steps), WORKDIR/curves.png and WORKDIR/pictures.
     """
 
     def __init__(
@@ -54,11 +57,14 @@ class TrainingLog:
         If step `start` is `unscored`, the line of its evaluation is also dropped, because the evaluation is repeated.
         """
         self._active = jax.process_index() == 0
-        self._writer: Writer | None = None
+        self._writers: dict[str, Writer] = {}
         if writer and self._active:
-            with self._tolerating_writer_errors():
-                self._writer = writer(str(workdir / "tensorboard"))
-        self._pictures, self._config = workdir / "pictures", config
+            with self._without_on_error("TensorBoard files"):
+                self._writers["TensorBoard files"] = writer(str(workdir / "tensorboard"))
+        if config.track and self._active:
+            with self._without_on_error(f"logs of {config.track}"):
+                self._writers[f"logs of {config.track}"] = tracking.begin(workdir, config, resumed=start > 0)
+        self._workdir, self._pictures, self._config = workdir, workdir / "pictures", config
         self._examples_per_epoch = examples_per_epoch
         self._interval: Metrics | None = None
         self.stalls, self._excluded = InputStallTimer(), 0.0
@@ -109,39 +115,56 @@ class TrainingLog:
         self._excluded += seconds
 
     def log_evaluation(self, step: int, metrics: Mapping[str, Any], pictures: Mapping[str, Any]) -> None:
-        """Writes the metrics of an evaluation, and its pictures, which are uint8[H, W, 3] or PIL images."""
+        """Writes the metrics of an evaluation and its pictures, each uint8[H, W, 3], a PIL image, or a function that draws it.
+
+        The learning curves are drawn, too.
+        """
         self._write("eval", step, metrics)
+        if self._active:
+            self._draw_curves()
         for name, picture in pictures.items() if self._active else ():
             try:
                 if (self._pictures / name).parent != self._pictures:
                     raise ValueError("its name contains a directory")
-                pixels = np.asarray(picture)
+                pixels = np.asarray(picture() if callable(picture) else picture)
                 with files.atomic(self._pictures / f"{name}.png") as path, path.open("wb") as file:
                     Image.fromarray(pixels).save(file, "PNG")
             except Exception as error:  # such as a name that is too long, a full disk, or an array of the wrong shape
                 logger.warning("the picture %r cannot be written (%s); training goes on", name[:100], reason(error))
             else:
-                with self._tolerating_writer_errors():
-                    if self._writer:
-                        self._writer.write_images(step, {name: pixels[None]})
+                self._to_writers(lambda writer: writer.write_images(step, {name: pixels[None]}))  # noqa: B023 -- called at once
+
+    def _draw_curves(self) -> None:
+        try:
+            self._lines.flush()
+            lines = map(json.loads, (self._workdir / "metrics.jsonl").read_text().splitlines())
+            points = [numbers_in(line) | {"kind": line.get("kind")} for line in lines]
+            picture = figures.learning_curves(points, self._config.eval.best_metric)
+            with files.atomic(self._workdir / "curves.png") as path, path.open("wb") as file:
+                picture.save(file, "PNG")
+        except Exception as error:  # such as a full disk, or no matplotlib
+            logger.warning("the learning curves cannot be drawn (%s); training goes on", reason(error))
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if not self._active:
             return
-        scalars = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, numbers.Real | jax.Array)}
-        with self._tolerating_writer_errors():
-            if self._writer:
-                self._writer.write_scalars(step, scalars)
+        scalars = {f"{kind}/{name}": value for name, value in numbers_in(values).items() if not math.isnan(value)}
+        self._to_writers(lambda writer: writer.write_scalars(step, scalars))
         about = {"step": step, "kind": kind}
         self._lines.write(about | dict(values) | about)  # `about` comes first and takes precedence over metrics
 
+    def _to_writers(self, write: Callable[[Writer], None]) -> None:
+        for name, writer in list(self._writers.items()):
+            with self._without_on_error(name):
+                write(writer)
+
     @contextlib.contextmanager
-    def _tolerating_writer_errors(self) -> Iterator[None]:
+    def _without_on_error(self, name: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            logger.warning("TensorBoard files cannot be written (%s); training goes on without them", reason(error))
-            self._writer = None
+            logger.warning("%s cannot be written (%s); training goes on without them", name, reason(error))
+            self._writers.pop(name, None)
 
     def flush(self) -> None:
         """Writes the pending lines."""
@@ -152,9 +175,25 @@ class TrainingLog:
         self.stalls.close()
         if self._active:
             self._lines.close()
-        with self._tolerating_writer_errors():
-            if self._writer:
-                self._writer.close()
+        self._to_writers(lambda writer: writer.close())
+
+
+def numbers_in(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the numbers among metrics by name.
+
+    The fractions in the list "classes", which has a dict for each class, get names like "iou/road"; None becomes NaN.
+    """
+    found = {name: float(value) for name, value in metrics.items() if _is_number(value)}
+    rows = metrics.get("classes")
+    for row in rows if isinstance(rows, list) else ():
+        if isinstance(row, dict) and "name" in row:
+            fractions = {name: math.nan if value is None else value for name, value in row.items()}
+            found |= {f"{name}/{row['name']}": value for name, value in fractions.items() if isinstance(value, float)}
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) or (isinstance(value, jax.Array | np.ndarray) and value.size == 1)
 
 
 _merge = jax.jit(lambda interval, metrics: {name: metric.merge(metrics[name]) for name, metric in interval.items()})

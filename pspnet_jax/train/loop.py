@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import json
 import logging
-import numbers
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,7 +27,7 @@ from pspnet_jax.train import resume
 from pspnet_jax.train.checkpoint import SCORE, Checkpoints
 from pspnet_jax.train.guard import NonFiniteGuard
 from pspnet_jax.train.integrity import reason
-from pspnet_jax.train.logs import TrainingLog, Writer
+from pspnet_jax.train.logs import TrainingLog, Writer, numbers_in
 from pspnet_jax.train.step import Metrics, TrainState, Variables, make_train_step
 from pspnet_jax.train.stop import Stopped, StopSignal
 
@@ -54,8 +53,8 @@ def fit(
     """Trains until config.total_steps, resuming from the newest checkpoint in workdir, if there is one.
 
     Args:
-      config: fields used here: seed, batch_size, total_steps, init_from, normalize, every, parallel, optimizer.accumulate,
-        optimizer.ema_decay, dataset.image_dtype, model.channels, model.norm, model.dtype and
+      config: fields used here: seed, batch_size, total_steps, patience, track, init_from, normalize, every, parallel,
+        optimizer.accumulate, optimizer.ema_decay, dataset.image_dtype, model.channels, model.norm, model.dtype and
         eval.best_metric. The whole config is saved, and compared when a run is resumed.
       model: Flax module, called with normalized images f32[N, H, W, 3] and `train`. It may have variables in "batch_stats" and
         use the random stream "dropout".
@@ -67,7 +66,8 @@ def fit(
         integers; other arrays are for the loss. The first batch is checked.
       evaluate: called with {"params", "batch_stats"} every config.every.eval steps, after the state is saved. Returns
         metrics and pictures, both by name. The metrics must be serializable as JSON and include a number named
-        config.eval.best_metric. Two scores are compared only if their metric "data", which identifies the data, is the same.
+        config.eval.best_metric, or have a list "classes" with a dict for each class, whose fractions can be named like
+        "iou/road". Two scores are compared only if their metric "data", which identifies the data, is the same.
         Exceptions are logged, and training goes on; if one process raises, all must. None: no evaluation.
       workdir: directory for checkpoints, metrics and pictures.
       examples_per_epoch: number of training examples in an epoch, after which rates are written; 0: never.
@@ -108,6 +108,8 @@ def fit(
         if start == total and not unscored:
             logger.info(f"{workdir} holds a finished run, step {start} of {total}; delete it to start over")
             return state
+        if not unscored and _should_stop_early(config, checkpoints):
+            return state
         if start < total:
             _log_summary(config, state, mesh, workdir, start)
         log = closing.enter_context(
@@ -117,7 +119,7 @@ def fit(
         if unscored:
             logger.info(f"step {start} was saved but not evaluated; evaluating it now")
             run.score(start, state)
-        if start == total:
+        if start == total or _should_stop_early(config, checkpoints):
             run.exit_if_requested(start)
             return state
         train_step = make_train_step(config, model, loss, optimizer, mesh)
@@ -246,6 +248,8 @@ class Run:
                     hook(step)
             if stopping or score_due:
                 self.exit_if_requested(step)
+            if score_due and step < total and _should_stop_early(self.config, self.checkpoints):
+                break
         return state
 
     def save(self, step: int, state: TrainState) -> None:
@@ -280,37 +284,47 @@ class Run:
             with self.stop.interrupts():
                 metrics, pictures = self.evaluate(state.variables)
                 json.dumps(metrics, default=float)  # fails here if the metrics cannot be serialized
-                found = {name: float(value) for name, value in metrics.items() if _is_number(value)}
+                found = numbers_in(metrics)
         except Stopped:
             return
         except Exception as error:  # such as a bad image, too little memory, or a bug: training goes on
             failure = reason(error)
-        seconds = time.perf_counter() - began
         if parallel.max_over_processes(failure is not None):
             problem = f"step {step} could not be evaluated ({failure or 'in another process'}), but it is saved"
             if step == self.config.total_steps:
                 raise UserError(f"{problem}; run the same command to evaluate it again")
             logger.warning(f"{problem}, and training goes on")
-            return self.log.exclude_time(seconds)
+            return self.log.exclude_time(time.perf_counter() - began)
         best_metric = self.config.eval.best_metric
         if best_metric not in found:
             raise UserError(f"eval.best_metric={best_metric!r}: the evaluation has {', '.join(found)}; choose one of these")
-        self.log.exclude_time(seconds)
         # Logged before the score is saved: a run that is killed in between repeats the evaluation when it is resumed.
         self.log.log_evaluation(step, metrics, pictures)
+        self.log.exclude_time(time.perf_counter() - began)
         if self.checkpoints.save_failed(wait=True):
             self.save(step, state)
         settings = resume.evaluation_settings(self.config) | {"data": metrics.get("data")}
         self.checkpoints.add_score(step, {SCORE: found[best_metric], **found}, settings)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) or (isinstance(value, jax.Array | np.ndarray) and value.size == 1)
-
-
 def due(step: int, every: int, total: int) -> bool:
     """Returns whether an action is due after `step` steps, if it is done every `every` steps (0: never) and at the end."""
     return step == total or (every > 0 and step % every == 0)
+
+
+def _should_stop_early(config: ConfigDict, checkpoints: Checkpoints) -> bool:
+    """Returns whether the last config.patience evaluations brought no better checkpoint, in all processes, and logs it.
+
+    This depends only on the saved scores, so that a resumed run stops at the same step as one without interruption.
+    """
+    limit, stale = config.patience * config.every.eval, checkpoints.steps_since_best()
+    if not limit or not parallel.max_over_processes(stale >= limit):
+        return False
+    logger.info(
+        f"stopped early: the best {config.eval.best_metric} is that of {stale} steps ago, and patience={config.patience} "
+        f"evaluations; step {checkpoints.steps[-1]} is saved, and the same command with a larger patience resumes"
+    )
+    return True
 
 
 def _lacks_score(checkpoints: Checkpoints, step: int) -> bool:

@@ -97,8 +97,11 @@ def test_the_report_as_text_and_as_json(tmp_path):
         console.print(report.table())
     lines = capture.get().splitlines()
     row = {line.split()[1]: line.split()[3::2] for line in lines if line.startswith("│")}
-    assert row == {"red": ["50.00%", "50.00%", "100.00%"], "green": ["0.00%", "-", "0.00%"]} | {
-        name: ["-", "-", "0.00%"] for name in ("blue", "never")
+    assert row == {
+        "red": ["50.00%", "100.00%", "50.00%", "66.67%", "100.00%"],
+        "green": ["0.00%", "0.00%", "-", "0.00%", "0.00%"],
+        **{name: ["-", "-", "-", "-", "0.00%"] for name in ("blue", "never")},
+        "mean": ["25.00%", "50.00%", "50.00%", "33.33%", "│"],
     }
     score, protocol = str(report).splitlines()
     assert score == "mIoU 25.00% over 2 of 4 classes  mean accuracy 50.00% over 1 of 4 classes  pixel accuracy 50.00%"
@@ -108,7 +111,14 @@ def test_the_report_as_text_and_as_json(tmp_path):
     saved = json.loads(report.save(tmp_path / "evaluation", {"step": 7}).read_text())
     assert saved["mean_iou"] == 0.25
     assert (saved["classes_in_mean_iou"], saved["classes_in_mean_accuracy"], saved["step"]) == (2, 1, 7)
-    assert saved["classes"][1] == {"name": "green", "iou": 0.0, "accuracy": None, "pixels": 0}
+    assert saved["classes"][1] == {
+        "name": "green",
+        "iou": 0.0,
+        "precision": 0.0,
+        "accuracy": None,
+        "f1": 0.0,
+        "pixels": 0,
+    }
     assert saved["scales"] == [1.0, 1.5]
     assert saved["slots_used"] == 5 / 6
     assert saved["flip"] is True

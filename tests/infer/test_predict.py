@@ -47,7 +47,7 @@ def write(folder, **sizes):
 
 def run(tmp_path, paths=None, network=None, **fields):
     """Predicts tmp_path/in into tmp_path/out."""
-    options = {key: fields.pop(key) for key in ("skip_existing", "server_format", "origin") if key in fields}
+    options = {key: fields.pop(key) for key in ("skip_existing", "server_format", "origin", "maps") if key in fields}
     paths = find_images(tmp_path / "in") if paths is None else paths
     predict(Segmenter(network or predictor(**fields), STRONGEST, INFO), paths, tmp_path / "out", **options)
 
@@ -178,6 +178,31 @@ def test_skip_existing_predicts_only_images_that_lack_a_result(tmp_path, monkeyp
     assert read == [paths["a"]]
     run(tmp_path)
     assert len(read) == 4
+
+
+def test_maps_hold_the_probabilities_and_belong_to_the_results(tmp_path):
+    paths, out = write(tmp_path / "in", **{"a": (20, 30), "b": (41, 35)}), tmp_path / "out"
+    run(tmp_path, maps=("confidence", "probabilities"))
+    for name, path in paths.items():
+        expected = Segmenter(predictor(), STRONGEST, INFO)(path)
+        saved = np.load(out / "probabilities" / f"{name}.npy")
+        assert saved.dtype == np.float16
+        np.testing.assert_array_equal(saved, expected.probabilities().astype(np.float16))
+        mode, confidence = read(out / "confidence" / f"{name}.png")
+        assert mode == "I;16"
+        np.testing.assert_array_equal(confidence, np.rint(expected.confidence.highest * 65535))
+        np.testing.assert_array_equal(read(out / "index" / f"{name}.png")[1], expected.labels)
+    assert len(results(out)) == 10
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}
+    (out / "probabilities" / "b.npy").write_bytes(b"")
+    run(tmp_path, maps=("confidence", "probabilities"), skip_existing=True)
+    after = {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}
+    assert {path.stem for path in after if after[path] != before[path]} == {"b", ".origin"}
+    for maps in ((), ("confidence",)):
+        with pytest.raises(UserError, match="its results come from another checkpoint or other settings"):
+            run(tmp_path, maps=maps, skip_existing=True)
+    with pytest.raises(UserError, match="--maps: a submission to a benchmark's server has none"):
+        run(tmp_path, maps=("confidence",), server_format="voc", network=predictor())
 
 
 def test_results_of_other_images_are_not_overwritten(tmp_path):

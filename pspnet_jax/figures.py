@@ -1,0 +1,69 @@
+"""Plots of results: the confusion matrix, and the learning curves of a run. Only drawing them imports matplotlib."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pspnet_jax.losses import LOSSES
+
+MAX_CELLS_WITH_NUMBERS = 25  # classes
+
+
+def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str]) -> Image.Image:
+    """Returns a picture of a confusion matrix [K, K] (rows truth, columns prediction), in percent of each row."""
+    shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
+    with_numbers = len(class_names) <= MAX_CELLS_WITH_NUMBERS
+    side = 3 + (0.45 if with_numbers else 0.16) * len(class_names)  # inches; larger than a line of the names
+    figure, canvas = _canvas(side, side, layout="constrained")
+    axes = figure.add_subplot(title="share of the pixels of each true class, in %", xlabel="prediction", ylabel="truth")
+    axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
+    places = range(len(class_names))
+    names = [name.replace("$", r"\$") for name in class_names]  # no formulas
+    axes.set_xticks(places, names, rotation=90, fontsize=8)
+    axes.set_yticks(places, names, fontsize=8)
+    for (i, j), share in np.ndenumerate(shares) if with_numbers else ():
+        axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color="white" if share > 0.5 else "black")
+    return _picture(canvas)
+
+
+def learning_curves(lines: Sequence[Mapping[str, Any]], best_metric: str) -> Image.Image:
+    """Returns a picture of the losses, the learning rate, mean IoU and the metric that selects the best checkpoint, by step.
+
+    Args:
+      lines: those of metrics.jsonl, in which the metrics of classes have names like "iou/road" (see `logs.numbers_in`).
+      best_metric: config.eval.best_metric.
+    """
+    curves = dict.fromkeys((line["kind"], name) for line in lines for name in line)
+    chosen = {
+        "loss": [curve for curve in curves if curve[0] == "train" and curve[1].endswith(("loss", *LOSSES))],
+        "learning rate": [curve for curve in curves if curve == ("train", "learning_rate")],
+        "metrics": [curve for curve in curves if curve[1] in ("mean_iou", best_metric)],
+    }
+    figure, canvas = _canvas(8, 9)
+    figure.subplots_adjust(0.11, 0.06, 0.98, 0.98, hspace=0.08)  # faster than a layout that fits
+    for axes, (title, of_panel) in zip(figure.subplots(len(chosen), sharex=True), chosen.items(), strict=True):
+        for kind, name in of_panel:
+            points = [(line["step"], line[name]) for line in lines if line["kind"] == kind and name in line]
+            axes.plot(*zip(*points, strict=True), marker="o" if kind == "eval" else "", label=f"{kind}: {name}")
+        axes.set_ylabel(title)
+        axes.grid(alpha=0.3)
+        if of_panel:
+            axes.legend(fontsize=8)
+    axes.set_xlabel("step")
+    return _picture(canvas)
+
+
+def _canvas(width: float, height: float, layout: Any = None) -> tuple[Any, Any]:
+    """Returns a figure, whose size is given in inches, and its canvas, which needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout=layout)
+    return figure, FigureCanvasAgg(figure)
+
+
+def _picture(canvas: Any) -> Image.Image:
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
