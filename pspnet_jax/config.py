@@ -71,6 +71,7 @@ def base_config() -> ConfigDict:
     dataset.extra_root = ""  # voc2012: SBD's folder, with img/, cls/, train.txt and val.txt; empty: searched for next to root
     dataset.tfds_name = ""  # for name="tfds": name of the builder; root is its data_dir
     dataset.train_split = "train"  # join several with +: "train+train_extra"
+    dataset.image_dtype = "uint8"  # of the pixels in image files: uint8, uint16 or float32
     dataset.images = "images/{split}/{name}.*"  # folder: pattern of the images' paths below root; {name} is what an image and
     # its label share (a folder such as a/b too), {split} is optional, and * is any other part of a name
     dataset.labels = "labels/{split}/{name}.*"  # folder: of the labels; {name}.json: labelme's; a .json without {name}: COCO's
@@ -82,7 +83,6 @@ def base_config() -> ConfigDict:
     dataset.label_map = ""  # folder: classes of the values or colors in label files, "{0: 'cell', (255, 0, 0): 'road'}", where
     # None is ignored, of polygons "{'tree': 'tree', 'background': None}", or a CSV; empty: the values are class indices
     dataset.ignore_index = 255  # folder, without label_map: label value that is ignored
-    dataset.image_dtype = "uint8"  # of the pixels in image files: uint8, uint16 or float32
     dataset.class_names = ()  # empty: the dataset's own, or those in a folder's classes.txt
     dataset.colors = ()  # one (R, G, B) per class; empty: as for class_names
     dataset.palette = ()  # (value, R, G, B) in label files with a palette: filled in by training, compared in evaluation

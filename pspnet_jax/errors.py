@@ -64,7 +64,7 @@ def grouped(sentences: Iterable[str]) -> list[str]:
         fault = sentence.partition(": ")[2] or sentence
         first.setdefault(fault, sentence)
         counts[fault] += 1
-    return [s if counts[fault] == 1 else f"{s} (and {counts[fault] - 1} more such files)" for fault, s in first.items()]
+    return [s if counts[fault] == 1 else f"{s} (and in {counts[fault] - 1} more files)" for fault, s in first.items()]
 
 
 def first_line(error: BaseException) -> str:

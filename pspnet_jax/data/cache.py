@@ -129,8 +129,8 @@ def _on_disk(source: Source, budget: CacheBudget, path_of: Callable[[int], pathl
 
 def _identity(source: Source, index: int, dataset: ConfigDict) -> str:
     """Returns a digest of the example's dataset and name, and of its files' paths, sizes and times."""
-    key = (VERSION, source.pixel_format, dataset.name, dataset.root, dataset.tfds_name, source.num_classes, source.names[index])
-    key = (*key, source.reading)
+    kind = source.pixel_format, source.num_classes, source.reading
+    key = (VERSION, *kind, dataset.name, dataset.root, dataset.tfds_name, source.names[index])
     return stamps.digest((*key, [(file, stamps.stat(file)) for file in source.files(index)]))
 
 

@@ -86,7 +86,7 @@ def match(images: str, labels: str, split: str, extensions: Sequence[str]) -> li
     used = {*found.values(), *label_files.values()}
     for where, unused, kind in ((directory, others, extensions), (label_directory, more, kinds[0])):
         neither = [path for path in unused if path not in used]
-        named = all(path.lower().endswith(tuple(kind)) for path in neither)
+        named = any(path.lower().endswith(tuple(kind)) for path in neither)
         why = "match neither dataset.images nor dataset.labels" if named else f"are not {', '.join(kind)} files"
         listing.warn_of_others(where, neither, why)
         used |= {*neither}

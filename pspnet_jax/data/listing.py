@@ -7,7 +7,6 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 
 import tensorflow as tf
-from PIL import Image
 
 from pspnet_jax.errors import MissingFileError, UserError
 
@@ -47,12 +46,12 @@ def find(directory: str, extensions: Sequence[str], pattern: re.Pattern[str] = A
         siblings = ", ".join(sorted(tf.io.gfile.listdir(parent))[:8]) if tf.io.gfile.isdir(parent) else ""
         raise MissingFileError(f"{directory}: no such directory" + (f"; {parent} contains {siblings}" if siblings else ""))
     found: dict[str, str] = {}
-    others, known = [], Image.registered_extensions()
+    others = []
     for path in walk(directory):
         below = unicodedata.normalize("NFC", path[len(directory) + 1 :])  # macOS decomposes accented characters
         extension, matched = os.path.splitext(below)[1].lower(), pattern.fullmatch(below)
         if extension not in extensions or not matched:
-            others += [path] if extension in known else []
+            others.append(path)
             continue
         if (other := found.setdefault(matched["name"], path)) != path:
             raise UserError(f"{path} and {other}: two files of the same name, so their label is ambiguous; remove one")
@@ -60,10 +59,10 @@ def find(directory: str, extensions: Sequence[str], pattern: re.Pattern[str] = A
 
 
 def warn_of_others(directory: str, others: Sequence[str], why: str) -> None:
-    """Logs a warning about images in a directory that are not used."""
+    """Logs a warning about files in a directory that are not used."""
     if others:
         logger.warning(
-            f"{directory}: {len(others):,} images are ignored because they {why}: "
+            f"{directory}: {len(others):,} files are ignored because they {why}: "
             f"{', '.join(others[:MAX_LISTED])}{', ...' if len(others) > MAX_LISTED else ''}"
         )
 

@@ -63,8 +63,7 @@ def training_parts(dataset: ConfigDict) -> Iterator[tuple[ConfigDict, str]]:
 
 
 class Files(Source):
-    """Pairs of files: images in any format of `image_files`, with labels as 8-bit gray or palette PNGs, as SBD's .mat files, or
-    with a reader.
+    """Pairs of files: images of `image_files` with labels as 8-bit gray or palette PNGs, as SBD's .mat files, or with a reader.
 
     Attributes:
       pairs: the files; every pair has a label.
@@ -116,7 +115,8 @@ class Files(Source):
         return function.get_concrete_function()
 
     def tensors(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        image = self._image(index)
+        orientation = None if self._orientations is None else self._orientations[index]
+        image = decode_image(tf.io.read_file(self._images[index]), orientation, self._upright)
         if self._reader:
             files = self._labels[index], self._images[index]
             json = tf.strings.regex_full_match(files[0], r".*\.json")
@@ -134,7 +134,7 @@ class Files(Source):
             label = tf.cond(
                 self._raw[index], lambda: tf.numpy_function(to_classes, [label], tf.uint8, stateful=False), lambda: label
             )
-        return image, label
+        return self._image(index), label
 
     def _image(self, index: tf.Tensor) -> tf.Tensor:
         """Returns an image, decoded by TensorFlow if `checks.is_read_in_graph`, or else by the function of prediction."""
@@ -187,7 +187,7 @@ def _open_files(dataset: ConfigDict, split: str, check: bool, pixel_format: Pixe
     if not check:
         pairs = list_pairs()
         reader = label_files.reader(dataset, names, [pair.label for pair in pairs])
-        files = Files(name, pairs, len(names), reader=reader, pixel_format=pixel_format)
+        files = Files(name, pairs, len(names), None, reader, pixel_format)
         files.image_sizes = [known[0] if known else 0 for known in stamps.stats([pair.image for pair in files.pairs])]
         return files
     screened = screening.screen(list_pairs, dataset, names, f"{root}, {split}", pixel_format)

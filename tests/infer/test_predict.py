@@ -160,7 +160,7 @@ def test_skip_existing_predicts_only_images_that_lack_a_result(tmp_path, monkeyp
     paths = write(tmp_path / "in", a=(20, 30), b=(20, 30), c=(20, 30))
     run(tmp_path)
     out, read, original = tmp_path / "out", [], image_files.read
-    monkeypatch.setattr(image_files, "read", lambda path: (read.append(path), original(path))[1])
+    monkeypatch.setattr(image_files, "read", lambda path, kind: (read.append(path), original(path, kind))[1])
     (out / "overlay" / "b.jpg").unlink()
     os.truncate(out / "index" / "c.png", 60)
     os.utime(out / "index" / "a.png", (0, 0))  # as after copying
@@ -277,10 +277,10 @@ def test_reading_is_ahead_of_computing_and_bounded(tmp_path, monkeypatch):
     paths = write(tmp_path / "in", **{f"{i:03d}": (8, 8) for i in range(3 * AHEAD)})
     lock, read, original, seen = threading.Lock(), [], image_files.read, []
 
-    def counted(path):
+    def counted(path, kind):
         with lock:
             read.append(path)
-        return original(path)
+        return original(path, kind)
 
     labels = Predictor.labels
 
