@@ -53,12 +53,10 @@ def describe(arguments: argparse.Namespace) -> None:
         temporary.write_text(text)
     logger.info(f"the recipe is {recipe}; check the lines with GUESS, then run python -m pspnet_jax.main --config {recipe}")
     config = configs.load_recipe(str(recipe))
-    info = datasets.describe(config.dataset)
     source = sources.open_source(config.dataset, config.dataset.train_split, False, config.model.channels)
-    examples = [
-        dict(zip(("image", "label"), source.read(i), strict=True), name=source.names[i])
-        for i in label_values.sample(range(len(source)), PANELS)
-    ]
+    labeled = [i for i in range(len(source)) if tuple(source.files(i)) in set(found.pairs)]
+    chosen = [(source.names[i], *source.read(i)) for i in label_values.sample(labeled, PANELS)]
+    examples = [{"name": example, "image": image, "label": label} for example, image, label in chosen]
     picture = recipe.with_suffix(".png")
-    draw.save_replacing_own(draw.contact_sheet(examples, info), picture)
+    draw.save_replacing_own(draw.contact_sheet(examples, datasets.describe(config.dataset)), picture)
     logger.info(f"{picture} shows the labels over the images")

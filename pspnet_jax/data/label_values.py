@@ -104,7 +104,7 @@ def entries(shares: Mapping[Any, float], texts: Mapping[str, str]) -> list[Entry
             name, remark = None, f"; {name!r} is ignored; {name!r} instead of None makes it a class"
         elif key == 255 and len(shares) > 2:
             name, remark = None, f"; GUESS: ignored, as 255 usually is; {name!r} instead of None makes it a class"
-        elif key in (0, (0, 0, 0), polygons.BACKGROUND) and len(shares) > 2 and 255 not in shares:
+        elif key in {0, (0, 0, 0), polygons.BACKGROUND} - names.keys() and len(shares) > 2 and 255 not in shares:
             remark = "; GUESS: a class; None instead of the name ignores it, if it means void or not labeled"
         elif key == 1 == next(iter(shares)):
             remark = "; 0 does not occur; if other files have it, add it, as None if it means void"
