@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import logging
 import re
+from collections.abc import Sequence
 
 import rich
 from etils import epath
@@ -21,7 +22,7 @@ PANELS = 12  # images in the picture
 ROWS = 20  # classes in the table
 
 
-def describe(arguments: argparse.Namespace) -> None:
+def describe(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Says what a folder holds, and writes a recipe and a picture of its labels.
 
     Raises:
@@ -29,6 +30,8 @@ def describe(arguments: argparse.Namespace) -> None:
     """
     from pspnet_jax.data import label_values, recipe_text, sources, survey_folder
 
+    if arguments.config or overrides:
+        raise UserError("--mode check takes a folder (--input) or a recipe (--config, with its fields), not both")
     root = epath.Path(arguments.input)
     if not root.is_dir():
         raise MissingFileError(f"--input {root}: no such directory; --mode check takes a folder of images and labels")

@@ -93,7 +93,7 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
         {
             "type": _path,
             "metavar": "PATH",
-            "help": "directory for the results; export: the file or directory to write; check with --input: the recipe to write",
+            "help": "directory for the results; export: the file or directory to write; check with --input: the recipe",
         },
     ),
     "format": (

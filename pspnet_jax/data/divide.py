@@ -55,7 +55,7 @@ def divide(rule: discover.Rule, paths: Collection[str], lists: Mapping[str, str]
 
 
 def choose_splits(splits: Iterable[str]) -> tuple[str, str] | None:
-    """Returns the splits for training and for evaluation, or None if there is not one for each; "a+b" if folders share a name."""
+    """Returns the splits for training and evaluation, "a+b" if folders share a name; None if there is not one for each."""
     named = collections.defaultdict(list)
     for split in sorted(splits):
         named[discover.use_of(split), discover.split_of(split)].append(split)

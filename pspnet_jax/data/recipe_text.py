@@ -81,12 +81,19 @@ def render(folder: Folder, found: Found, fields: Sequence[Line], entries: Sequen
     if label_values.is_smoothed(found.shares):
         label_map = "str({value: LABELS[0 if value < 128 else 255] for value in range(256)})  # the grays between are edges"
     return TEMPLATE.format(
-        root=folder.root,
-        file=file,
+        root=_one_line(folder.root),
+        file=_one_line(file),
         label_map=label_map,
-        labels="\n".join(f"    {key!r}: {name!r},  # {remark}" for key, name, remark in entries),
-        fields="\n".join(f"    config.{field} = {value!r}" + f"  # {remark}" * bool(remark) for field, value, remark in fields),
+        labels="\n".join(f"    {key!r}: {name!r},  # {_one_line(remark)}" for key, name, remark in entries),
+        fields="\n".join(
+            f"    config.{field} = {value!r}" + f"  # {_one_line(remark)}" * bool(remark) for field, value, remark in fields
+        ),
     )
+
+
+def _one_line(text: str) -> str:
+    """Returns a text that cannot end a comment or docstring: names of files may contain anything."""
+    return " ".join(text.split()).replace("\\", "/").replace('"', "'")
 
 
 def _header(file: str) -> image_files.Header:

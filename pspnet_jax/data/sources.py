@@ -115,8 +115,7 @@ class Files(Source):
         return function.get_concrete_function()
 
     def tensors(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        orientation = None if self._orientations is None else self._orientations[index]
-        image = decode_image(tf.io.read_file(self._images[index]), orientation, self._upright)
+        image = self._image(index)
         if self._reader:
             files = self._labels[index], self._images[index]
             json = tf.strings.regex_full_match(files[0], r".*\.json")
@@ -134,7 +133,7 @@ class Files(Source):
             label = tf.cond(
                 self._raw[index], lambda: tf.numpy_function(to_classes, [label], tf.uint8, stateful=False), lambda: label
             )
-        return self._image(index), label
+        return image, label
 
     def _image(self, index: tf.Tensor) -> tf.Tensor:
         """Returns an image, decoded by TensorFlow if `checks.is_read_in_graph`, or else by the function of prediction."""

@@ -1,7 +1,6 @@
 """What an unknown folder of images and labels holds: the first half of --mode check --input."""
 
 import collections
-import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -180,12 +179,12 @@ def _open(folder: Folder, division: divide.Division, alternatives: Sequence[str]
 
 
 def _by_fraction(dataset: ConfigDict, known: set[str]) -> dict[str, list[layouts.Pair]]:
-    """Returns the examples in train and val with the first split_seed by which neither is empty; a single pair is in train."""
+    """Returns the examples in train and val, with the split_seed that divides them best; a single pair is in train."""
     fraction, dataset.split_fraction = dataset.split_fraction, 1.0
     found, dataset.split_fraction = layouts.list_pairs(dataset, "val"), fraction
-    for splits, dataset.split_seed in itertools.product((("train", "val"), ("train",)), range(SEEDS)):
-        held_out = {pair for pair in found if folders.position(dataset.split_seed, pair.name) < fraction}
-        listed = {split: [pair for pair in found if (pair in held_out) == (split == "val")] for split in splits}
-        if all(any({pair.image, pair.label} <= known for pair in part) for part in listed.values()):
-            break
-    return listed
+    whole = [pair.name for pair in found if {pair.image, pair.label} <= known]
+    sizes = {seed: sum(folders.position(seed, name) < fraction for name in whole) for seed in range(SEEDS)}
+    wanted = max(1, round(fraction * len(whole))) if len(whole) > 1 else 0
+    dataset.split_seed = min(sizes, key=lambda seed: abs(sizes[seed] - wanted))
+    held_out = {pair for pair in found if folders.position(dataset.split_seed, pair.name) < fraction}
+    return {"train": [pair for pair in found if pair not in held_out]} | ({"val": [*held_out]} if wanted else {})
