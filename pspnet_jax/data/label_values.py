@@ -96,19 +96,18 @@ def entries(shares: Mapping[Any, float], texts: Mapping[str, str]) -> list[Entry
             Entry(0, "class_0", f"{low:.2%} of the pixels, values 0 to 127"),
             Entry(255, "class_255", f"{1 - low:.2%}, 128 to 255"),
         ]
-    names, found = _names(list(shares), texts), []
+    names, found, several = _names(list(shares), texts), [], len(shares) > 2
     for key, share in shares.items():
         default = "color_{}_{}_{}".format(*key) if isinstance(key, tuple) else key if isinstance(key, str) else f"class_{key}"
         name, remark = names.get(key, default), ""
-        if VOID.fullmatch(name):
-            name, remark = None, f"; {name!r} is ignored; {name!r} instead of None makes it a class"
-        elif key == 255 and len(shares) > 2:
-            name, remark = None, f"; GUESS: ignored, as 255 usually is; {name!r} instead of None makes it a class"
-        elif key in {0, (0, 0, 0), polygons.BACKGROUND} - names.keys() and len(shares) > 2 and 255 not in shares:
+        ignored = several and (key == 255 or VOID.fullmatch(name) is not None)
+        if ignored:
+            remark = f"; GUESS: ignored, as 255 or such a name usually is; {name!r} instead of None makes it a class"
+        elif key in {0, (0, 0, 0), polygons.BACKGROUND} - names.keys() and several and 255 not in shares:
             remark = "; GUESS: a class; None instead of the name ignores it, if it means void or not labeled"
         elif key == 1 == next(iter(shares)):
             remark = "; 0 does not occur; if other files have it, add it, as None if it means void"
-        found.append(Entry(key, name, f"{share:.2%} of the pixels{remark}"))
+        found.append(Entry(key, None if ignored else name, f"{share:.2%} of the pixels{remark}"))
     if len(found) == 1:
         key = 1 if found[0].key != 1 else 2
         found.append(Entry(key, f"class_{key}", "does not occur: a network needs two classes"))

@@ -121,8 +121,8 @@ def _candidates(folder: Folder) -> Iterator[tuple[divide.Division, list[str]]]:
     for rule in discover.rules(folder.paths):
         variant = any(set(rule.example) <= files and rule.example != other.example[::-1] for other, files in kept)
         if not variant and len(kept) < TRIED:
-            sides = (discover.match(pattern, folder.paths, rule.splits) for pattern in (rule.images, rule.labels))
-            kept.append((rule, {path for side in sides for path in side.values()}))
+            matched = (discover.match(pattern, folder.paths, rule.splits) for pattern in (rule.images, rule.labels))
+            kept.append((rule, {path for side in matched for path in side.values()}))
     divided = [(rule, files, divide.divide(rule, folder.paths, folder.texts)) for rule, files in kept]
     for _, files, division in sorted(divided, key=lambda d: -d[0].rank * (2 if d[2].split_file else 1)):
         sides = [pair for other, _ in kept for pair in zip(other.example, (other.images, other.labels), strict=True)]
