@@ -88,7 +88,7 @@ def decoding(name: str, root: pathlib.Path) -> Iterable[object]:
     return iter(lambda: [next(singles) for _ in range(BATCH)], None)
 
 
-def ours(name: str, root: pathlib.Path) -> Iterable[object]:
+def ours(name: str, root: pathlib.Path, **augment: object) -> Iterable[object]:
     """Yields this project's training batches with its default augmentation, including blur and rotation."""
     from pspnet_jax.config import base_config
     from pspnet_jax.data import pipeline
@@ -96,7 +96,13 @@ def ours(name: str, root: pathlib.Path) -> Iterable[object]:
     config = base_config()
     config.dataset.name, config.dataset.root = name, str(root)
     config.batch_size, config.augment.crop, config.total_steps = BATCH, (KINDS[name].crop,) * 2, 10**9
+    config.augment.update(augment)
     return pipeline.as_numpy(pipeline.train_dataset(config))
+
+
+def colors(name: str, root: pathlib.Path) -> Iterable[object]:
+    """Yields the same batches with the brightness, contrast, saturation and hue of mmsegmentation's recipes."""
+    return ours(name, root, brightness=32.0, contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=18)
 
 
 def python_milliseconds(name: str, root: pathlib.Path) -> float:
@@ -155,7 +161,12 @@ def _files(name: str, root: pathlib.Path) -> list[tuple[str, str]]:
     return [(str(root / kind.image.format(index)), str(root / kind.label.format(index))) for index in range(COUNT)]
 
 
-METHODS: dict[str, Callable[[str, pathlib.Path], Iterable[object]]] = {"decoding": decoding, "ours": ours, "semseg": semseg}
+METHODS: dict[str, Callable[[str, pathlib.Path], Iterable[object]]] = {
+    "decoding": decoding,
+    "ours": ours,
+    "colors": colors,
+    "semseg": semseg,
+}
 
 
 def measure(method: str, name: str, root: pathlib.Path, seconds: float) -> dict[str, float]:

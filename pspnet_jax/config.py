@@ -66,7 +66,8 @@ def base_config() -> ConfigDict:
     normalize.order = "RGB"  # channel order of the network's input: RGB, or BGR (Caffe)
 
     config.dataset = dataset = ConfigDict()
-    dataset.name = "folder"  # folder, ade20k, voc2012, cityscapes, scenes (built in) or tfds
+    dataset.name = "folder"  # folder, ade20k, voc2012, cityscapes, pascal_context, coco_stuff, loveda, potsdam, scenes (built
+    # in) or tfds
     dataset.root = ""  # local directory or gs:// path
     dataset.extra_root = ""  # voc2012: SBD's folder, with img/, cls/, train.txt and val.txt; empty: searched for next to root
     dataset.tfds_name = ""  # for name="tfds": name of the builder; root is its data_dir
@@ -99,7 +100,12 @@ def base_config() -> ConfigDict:
     augment.rotate_probability = 0.5  # that an image is rotated
     augment.blur_probability = 0.5  # that an image is blurred, with (1, 4, 6, 4, 1) / 16 along both axes
     augment.flip_probability = 0.5  # that an image is flipped horizontally
+    augment.brightness = 0.0  # up to so many gray levels are added or subtracted, with probability 1/2; mmsegmentation has 32
+    augment.contrast = (1.0, 1.0)  # range of a factor of all values, applied with probability 1/2; mmsegmentation: (0.5, 1.5)
+    augment.saturation = (1.0, 1.0)  # the same for the saturation; mmsegmentation: (0.5, 1.5)
+    augment.hue = 0  # up to so many steps of 2 degrees change the hue, with probability 1/2; mmsegmentation: 18
     augment.crop = (473, 473)  # height, width of a training crop
+    augment.extra = ""  # "module:function" of yours: called with each crop, its label and a random generator; returns both
 
     config.loss = loss = ConfigDict()
     loss.terms = "cross_entropy"  # cross_entropy, ohem, focal or dice; "cross_entropy+dice" is their sum
@@ -118,6 +124,10 @@ def base_config() -> ConfigDict:
     optimizer.power = 0.9  # exponent of the poly schedule
     optimizer.warmup_steps = 0  # the rate is multiplied by min(1, (step + 1) / warmup_steps)
     optimizer.head_multiplier = 10.0  # learning rate of pyramid and heads relative to the backbone's
+    optimizer.layer_decay = 1.0  # factor of the rate from each stage to the one below, for fine-tuning: with 0.8, layer4 learns
+    # at 0.8 times the rate, layer3 at 0.64, ..., the stem at 0.33
+    optimizer.freeze = ""  # keeps the stages up to this one as init_from has them, with BatchNorm's statistics: stem, layer1,
+    # layer2, layer3 or layer4; empty: none
     optimizer.momentum = 0.9  # sgd, lars: momentum; adamw: beta 1
     optimizer.beta2 = 0.999  # adamw: beta 2
     optimizer.trust_coefficient = 0.001  # lars: trust coefficient

@@ -19,7 +19,8 @@ WRONG = 254  # marks values that do not occur in a benchmark's label files
 MAX_CLASSES = 255  # labels are uint8, and 255 is IGNORE
 
 # Names and colors of the known datasets, in the format of classes.txt. The benchmarks' are from hszhao/semseg,
-# data/*/*_names.txt and *_colors.txt (VOC's colors are `voc_palette`); CamVid's are from the SegNet tutorial.
+# data/*/*_names.txt and *_colors.txt (VOC's colors are `voc_palette`); CamVid's are from the SegNet tutorial; those of Pascal
+# Context, COCO-Stuff, LoveDA and Potsdam are mmsegmentation's.
 CLASSES = pathlib.Path(__file__).parent / "classes"
 LISTS = ("classes.txt", "class_dict.csv")  # files in which a folder lists its classes
 
@@ -28,9 +29,16 @@ RAW_VALUES = {
     "cityscapes": (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33),  # labelIds
     "voc2012": tuple(range(21)),
     "ade20k": tuple(range(1, 151)),
+    "pascal_context": tuple(range(1, 60)),
+    # of COCO's ids, less 1, those of eleven classes are not used
+    "coco_stuff": tuple(sorted({*range(182)} - {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90})),
+    "loveda": tuple(range(1, 8)),
+    "potsdam": tuple(range(1, 7)),
 }
-# Other values in these files, which are not scored: 0 in ADE20K; the ids of the remaining classes up to 33 in Cityscapes.
-VOID_VALUES = {"cityscapes": range(34), "voc2012": (IGNORE,), "ade20k": (0,)}
+# Other values in these files, which are not scored; in Cityscapes, the ids of the remaining classes up to 33.
+VOID_VALUES = {"cityscapes": range(34), "voc2012": (IGNORE,), "coco_stuff": (IGNORE,)} | dict.fromkeys(
+    ("ade20k", "pascal_context", "loveda", "potsdam"), (0,)
+)
 MAX_SHOWN = 20  # classes of a label map in a message
 RARE = 10  # wrong values at fewer than 1/10 of the pixels may be the edges of interpolated labels
 # Number of images in each split.
@@ -38,6 +46,10 @@ COUNTS = {
     "ade20k": {"training": 20_210, "validation": 2_000},
     "voc2012": {"train": 1_464, "train_aug": 10_582, "trainval": 2_913, "val": 1_449, "test": 1_456},
     "cityscapes": {"train": 2_975, "val": 500, "test": 1_525, "train_extra": 19_998},
+    "pascal_context": {"train": 4_998, "val": 5_105},
+    "coco_stuff": {"train2017": 118_287, "val2017": 5_000},
+    "loveda": {"Train": 2_522, "Val": 1_669, "Test": 1_796},
+    "potsdam": {"train": 3_456, "val": 2_016},
 }
 
 # Expected contents of the directory for each file-based config.dataset.name, see data/layouts.py.
@@ -47,6 +59,12 @@ EXPECTED_FILES = {
     "voc2012": "JPEGImages, SegmentationClass and ImageSets/Segmentation, as in VOCdevkit/VOC2012; for train_aug also "
     "SegmentationClassAug, or SBD's benchmark_RELEASE/dataset, next to it or as --config.dataset.extra_root",
     "cityscapes": "leftImg8bit/{train,val}/CITY and gtFine/{train,val}/CITY (for train_extra gtCoarse), all in one directory",
+    "pascal_context": "JPEGImages, SegmentationClassContext and ImageSets/SegmentationContext, as mmsegmentation's converter "
+    "writes them to VOCdevkit/VOC2010",
+    "coco_stuff": "images/{train2017,val2017} and annotations/{train2017,val2017} with the files of "
+    "stuffthingmaps_trainval2017.zip",
+    "loveda": "{Train,Val}/{Urban,Rural}/{images_png,masks_png}",
+    "potsdam": "img_dir/{train,val} and ann_dir/{train,val}, the tiles that mmsegmentation's converter writes",
 }
 NAMES = (*EXPECTED_FILES, "scenes", "tfds")
 

@@ -260,7 +260,7 @@ def reason(error: Exception) -> str:
         return f"it {error}"
     if isinstance(error, TOO_LARGE):
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
-        return f"it is larger than the limit of {limit:.0f} million pixels; cut it into smaller images"
+        return f"it is larger than the limit of {limit:.0f} million pixels; cut it into smaller images, or use a tiled TIFF"
     return "its contents are not an image" if isinstance(error, UnidentifiedImageError) else str(error)
 
 

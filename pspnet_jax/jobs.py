@@ -49,9 +49,6 @@ PANELS = 12  # images of each split in the contact sheet of --mode check
 
 def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode train: trains a recipe, or resumes the run in its workdir."""
-    from pspnet_jax.data import pipeline  # noqa: F401 -- imports TensorFlow, which takes seconds
-
-    logger.info(f"Python and its packages were ready after {time.time() - psutil.Process().create_time():.1f} s")
     with parallel.fail_together("reading the recipe"):
         config = runs.from_recipe(arguments, overrides, jax.device_count())
         workdir = runs.workdir_of(arguments, config.name)
@@ -59,6 +56,9 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
             raise UserError(
                 f"--profile: step {last} cannot be traced, because total_steps={config.total_steps}; choose earlier steps"
             )
+    from pspnet_jax.data import pipeline  # noqa: F401 -- imports TensorFlow, which takes seconds
+
+    logger.info(f"Python and its packages were ready after {time.time() - psutil.Process().create_time():.1f} s")
     reports = train_run(config, workdir, arguments.profile)
     if reports and jax.process_index() == 0:
         with contextlib.suppress(OSError):  # the reader of the pipe is gone, as after `| head -1`
@@ -96,7 +96,7 @@ def train_run(config: ConfigDict, workdir: epath.Path, traced: tuple[int, int] |
     data_read = {"training data": data.fingerprint, "validation data": validation_source.fingerprint}
     parallel.require_same({**data_read, **runs.comparable(config)})
     logger.info(f"the data was checked in {time.perf_counter() - began:.1f} s")
-    model = models.build(config.model, len(config.dataset.class_names))
+    model = models.build(config.model, len(config.dataset.class_names), config.optimizer.freeze)
     host, hosts = parallel.data_share(parallel.make_mesh(spatial=config.parallel.spatial))
     reports: list[Report] = []
 

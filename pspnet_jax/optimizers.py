@@ -15,6 +15,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from pspnet_jax.errors import UserError
+from pspnet_jax.models import FREEZE, STAGE_NAMES
 
 Rules = Sequence[tuple[str, float]]
 
@@ -53,8 +54,12 @@ def learning_rate(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
 
 
 def rate_rules(optimizer: ConfigDict) -> Rules:
-    """Multipliers of the learning rate: `head_multiplier` for all parameters outside the backbone."""
-    return (("backbone/.*", 1.0), (".*", optimizer.head_multiplier))
+    """Multipliers of the learning rate: `head_multiplier` outside the backbone; inside, `layer_decay` for layer4, its square
+    for layer3, ..., its fifth power for the stem, and 0 for the stages that `freeze` names."""
+    rates = {stage: optimizer.layer_decay ** (len(STAGE_NAMES) - i) for i, stage in enumerate(STAGE_NAMES)}
+    rates |= dict.fromkeys(FREEZE[optimizer.freeze], 0.0)
+    stages = tuple((f"backbone/{stage}_.*", rate) for stage, rate in rates.items())
+    return (*stages, ("backbone/.*", 1.0), (".*", optimizer.head_multiplier))
 
 
 def decay_rules(optimizer: ConfigDict) -> Rules:

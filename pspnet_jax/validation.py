@@ -16,6 +16,7 @@ CHOICES: dict[str, Collection[str]] = {
     "loss.auxiliary_schedule": losses.SCHEDULES,
     "loss.class_weighting": ("", *losses.WEIGHTINGS),
     "optimizer.name": optimizers.OPTIMIZERS,
+    "optimizer.freeze": models.FREEZE,
     "dataset.name": datasets.NAMES,
     "dataset.image_dtype": image_files.DTYPES,
     "dataset.on_error": ("stop", "skip"),
@@ -28,6 +29,8 @@ TUPLES = {  # type and number of values in each tuple; None: any number
     "model.bins": (int, None),
     "loss.class_weights": (float, None),
     "augment.scale": (float, 2),
+    "augment.contrast": (float, 2),
+    "augment.saturation": (float, 2),
     "augment.crop": (int, 2),
     "eval.crop": (int, 2),
     "eval.stride": (int, 2),
@@ -142,7 +145,7 @@ _POSITIVE = """batch_size total_steps parallel.spatial every.log every.save loss
     optimizer.learning_rate optimizer.accumulate optimizer.trust_coefficient"""
 _NOT_NEGATIVE = """patience every.eval eval.batch_size eval.base_size eval.short_size augment.rotate_degrees loss.focal_gamma
     loss.auxiliary_weight optimizer.power optimizer.weight_decay optimizer.clip_norm optimizer.warmup_steps
-    optimizer.head_multiplier"""
+    optimizer.head_multiplier augment.brightness augment.hue"""
 _PROBABILITIES = "augment.rotate_probability augment.blur_probability augment.flip_probability dataset.balance"
 _SHARES = "optimizer.momentum optimizer.beta2 optimizer.ema_decay loss.label_smoothing dataset.split_fraction"
 RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
@@ -151,7 +154,7 @@ RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (_PROBABILITIES, "a value from 0 to 1", lambda x: 0 <= x <= 1),
     (_SHARES, "a value from 0 up to, not including, 1", lambda x: 0 <= x < 1),
     ("seed", f"a whole number from {-(2**31)} to {2**32 - 1}", lambda x: -(2**31) <= x < 2**32),  # JAX's keys take 32 bits
-    ("loss.ohem_threshold", "a value above 0 and at most 1", lambda x: 0 < x <= 1),
+    ("loss.ohem_threshold optimizer.layer_decay", "a value above 0 and at most 1", lambda x: 0 < x <= 1),
 )
 
 
@@ -189,6 +192,12 @@ def _range_problems(config: ConfigDict) -> list[str]:
         problems.append(
             f"augment.scale={config.augment.scale}: expected (low, high) with 1/16 <= low <= high <= 16; 1.0 keeps the size"
         )
+    for field in ("contrast", "saturation"):
+        low, high = config.augment[field]
+        if not 0 <= low <= high:
+            problems.append(f"augment.{field}={config.augment[field]}: expected (low, high) with 0 <= low <= high")
+    if models.FREEZE.get(config.optimizer.freeze) and not config.init_from:
+        problems.append(f"optimizer.freeze={config.optimizer.freeze!r}: expected init_from, whose weights are kept")
     if not config.eval.scales or min(config.eval.scales) < 1 / 16:
         problems.append(f"eval.scales={config.eval.scales}: expected one or more scales of 1/16 or more; 1.0 keeps the size")
     if 0 < config.eval.base_size < 33:

@@ -122,3 +122,29 @@ def write_cityscapes(
             write_image(root / f"{truth}/{name}_{truth}_{kind}.png", np.full_like(label, 3) if split == "test" else raw)
             write_image(root / f"{truth}/{name}_{truth}_color.png", image)
     return root
+
+
+def write_pairs(
+    root: pathlib.Path,
+    images: str,
+    labels: str,
+    raw_values: Sequence[int],
+    count: int = 2,
+    size: tuple[int, int] = (40, 48),
+) -> None:
+    """Writes `pair("", index)`s of K classes, given the raw value of each class 0..K-1 and then that of 255.
+
+    Args:
+      root: the dataset's directory.
+      images: path of an image below root, with {index}.
+      labels: path of its label.
+      raw_values: K + 1 values.
+      count: number of pairs.
+      size: height and width.
+    """
+    table = np.zeros(256, np.uint8)
+    table[[*range(len(raw_values) - 1), 255]] = raw_values
+    for index in range(count):
+        image, label = pair("", index, size, len(raw_values) - 1)
+        write_image(root / images.format(index=index), image)
+        write_image(root / labels.format(index=index), table[label])

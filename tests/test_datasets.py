@@ -38,12 +38,25 @@ def test_voc_palette_follows_the_bit_rule():
         ("ade20k", 150, 149, "flag", (92, 0, 255)),
         ("camvid", 11, 6, "sign symbol", (192, 128, 128)),
         ("scenes", 11, 10, "bird", (180, 0, 200)),
+        ("pascal_context", 59, 0, "aeroplane", (180, 120, 120)),
+        ("pascal_context", 59, 58, "wood", (31, 0, 255)),
+        ("coco_stuff", 171, 80, "banner", (0, 192, 0)),
+        ("coco_stuff", 171, 170, "wood", (64, 64, 0)),
+        ("loveda", 7, 6, "agricultural", (255, 195, 128)),
+        ("potsdam", 6, 4, "car", (255, 255, 0)),
     ],
 )
 def test_tables(name, count, index, class_name, color):
     info = datasets.table(name)
     assert (info.num_classes, len(set(info.class_names))) == (count, count)
     assert (info.class_names[index], info.colors[index]) == (class_name, color)
+
+
+def test_coco_stuffs_raw_values_are_the_ids_less_1():
+    """The ids 1 to 90 of things and 92 to 182 of stuff, of which eleven are not used: 91 more after 80 things."""
+    table = datasets.classes_of_raw_values("coco_stuff")
+    assert [int(table[value]) for value in (0, 10, 12, 89, 91, 181, 255)] == [0, 10, 11, 79, 80, 170, 255]
+    assert (table[[11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90]] == datasets.WRONG).all()
 
 
 def test_unknown_table_lists_the_known_ones():

@@ -130,6 +130,28 @@ def test_parameter_groups_of_the_whole_network(decay_norm):
     assert {path: float(u[0]) for path, u in traverse_util.flatten_dict(updates).items()} == expected
 
 
+def test_layer_decay_and_freezing_by_hand():
+    """The rate of each stage is 0.5 times that of the next; if the gradient is 0 and all parameters are 1, only decay moves."""
+    stages = ("stem_conv1", "layer1_block0", "layer2_block0", "layer3_block1", "layer4_block0", "mine")
+    params = {"backbone": {stage: {"kernel": jnp.ones(1)} for stage in stages}, "classifier": {"kernel": jnp.ones(1)}}
+    config = tiny_config().optimizer
+    config.update(learning_rate=1.0, weight_decay=0.25, clip_norm=0.0, warmup_steps=0, layer_decay=0.5, freeze="layer1")
+    for name, rate in (("sgd", 0.25), ("adamw", 0.25), ("lars", 0.001)):  # lars: trust coefficient
+        config.name = name
+        transformation = optimizers.build(config, 1000).transformation
+        state = transformation.init(params)
+        for gradient in (0.0, 1.0, 2.0):  # frozen parameters stay exactly the same
+            updates, state = transformation.update(jax.tree.map(lambda p, g=gradient: g * p, params), state, params)
+            flat = {path[-2]: float(u[0]) for path, u in traverse_util.flatten_dict(updates).items()}
+            assert flat["stem_conv1"] == flat["layer1_block0"] == 0
+            if not gradient:
+                multipliers = {"layer2_block0": 0.125, "layer3_block1": 0.25, "layer4_block0": 0.5, "mine": 1, "classifier": 10}
+                np.testing.assert_allclose([flat[k] for k in multipliers], [-rate * m for m in multipliers.values()], rtol=1e-6)
+    config.freeze = ""
+    rates = optimizers.by_path(optimizers.rate_rules(config), params)
+    assert (rates["backbone"]["stem_conv1"]["kernel"], rates["backbone"]["layer1_block0"]["kernel"]) == (1 / 32, 1 / 16)
+
+
 def test_optimizer_state_has_one_structure_for_all_options_so_that_a_run_can_resume_with_other_ones():
     params = jax.tree.map(jnp.asarray, PARAMS, is_leaf=lambda x: isinstance(x, list))
     config = tiny_config().optimizer
@@ -141,6 +163,7 @@ def test_optimizer_state_has_one_structure_for_all_options_so_that_a_run_can_res
         {"warmup_steps": 0},
         {"momentum": 0.0},
         {"weight_decay": 0.0},
+        {"freeze": "layer2", "layer_decay": 0.5},
     ):
         options = config.copy_and_resolve_references()
         options.update(changed)

@@ -40,6 +40,10 @@ def test_an_unknown_choice_is_refused_with_all_choices(field):
         ("augment.scale", (50.0, 200.0), "1/16 <= low <= high <= 16; 1.0 keeps the size"),  # not percent
         ("augment.scale", (0.5,), "2 values of type float"),
         ("augment.flip_probability", 1.5, "a value from 0 to 1"),
+        ("augment.contrast", (1.5, 0.5), "(low, high) with 0 <= low <= high"),
+        ("augment.saturation", (0.5, 1.5, 1.0), "2 values of type float"),
+        ("augment.hue", -1, "0 or more"),
+        ("optimizer.layer_decay", 0.0, "a value above 0 and at most 1"),
         ("augment.crop", (32, 473), "each at least 33 pixels"),
         ("augment.crop", (473,), "2 values of type int"),
         ("augment.crop", ("473", "473"), "2 values of type int"),
@@ -116,6 +120,12 @@ def test_short_size_may_not_exceed_base_size():
     config.eval.short_size = 2049
     with pytest.raises(ValueError, match=r"^eval\.short_size=2049: expected at most eval\.base_size=2048$"):
         validation.validate(config)
+
+
+def test_freezing_needs_weights_to_keep():
+    with pytest.raises(ValueError, match=r"^optimizer\.freeze='layer1': expected init_from, whose weights are kept$"):
+        validation.validate(changed({"optimizer.freeze": "layer1"}))
+    validation.validate(changed({"optimizer.freeze": "layer1", "init_from": "runs/other"}))
 
 
 def test_all_problems_are_listed_at_once():

@@ -1,4 +1,4 @@
-"""Random scale, rotation, blur, horizontal flip and crop of an image and its label, in NumPy and OpenCV.
+"""Random scale, rotation, blur, horizontal flip, colors and crop of an image and its label, in NumPy and OpenCV.
 
 The definition, step by step (as in hszhao/semseg, util/transform.py, but with exact half-pixel centers):
   1. Scale by s: the canvas is round(H*s) x round(W*s), and its pixel x shows the source at (x + 0.5)/s - 0.5. Images are
@@ -6,9 +6,11 @@ The definition, step by step (as in hszhao/semseg, util/transform.py, but with e
   2. Rotate the canvas about its center. Outside the source, the image is filled with the mean and the label with IGNORE.
   3. Blur the canvas with the kernel (1, 4, 6, 4, 1)/16 in both directions, reflected at its border.
   4. Flip it horizontally.
-  5. Pad a canvas smaller than the crop with the mean and IGNORE on both sides (an odd pixel goes below or right), and crop.
+  5. Change the colors (see `colors`). As in mmsegmentation, this is after the flip and before padding, which keeps the mean.
+  6. Pad a canvas smaller than the crop with the mean and IGNORE on both sides (an odd pixel goes below or right), and crop.
 The implementation composes scale, rotation, flip and crop into one affine map and evaluates it only inside the crop. The image
-is rounded once, at the end. Coordinates are float32, so values before rounding are exact to a few hundredths of a gray level.
+is rounded once, before its colors change. Coordinates are float32, so values before rounding are exact to a few hundredths of a
+gray level.
 
 The kernel is the one that semseg's cv2.GaussianBlur(image, (5, 5), 0) uses, for float32 and uint8: for sigma 0, OpenCV has a
 fixed table of kernels up to size 7. Its formula (sigma 1.1 at size 5) would give (0.071, 0.244, 0.370, 0.244, 0.071).
@@ -23,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from ml_collections import ConfigDict
 
+from pspnet_jax.data.colors import ColorParams, apply_colors, sample_colors
 from pspnet_jax.datasets import IGNORE
 from pspnet_jax.errors import UserError
 
@@ -40,6 +43,7 @@ class AugmentationParams(NamedTuple):
     blur: bool
     flip: bool
     offset: np.ndarray  # float64[2] in [0, 1): vertical and horizontal position of the crop within the range that fits
+    colors: ColorParams | None = None  # None keeps the colors
 
 
 def sample_augmentation(random: np.random.Generator, augment: ConfigDict) -> AugmentationParams:
@@ -52,6 +56,7 @@ def sample_augmentation(random: np.random.Generator, augment: ConfigDict) -> Aug
         blur=bool(u[3] < augment.blur_probability),
         flip=bool(u[4] < augment.flip_probability),
         offset=u[5:],
+        colors=sample_colors(random, augment),
     )
 
 
@@ -61,8 +66,8 @@ def apply_augmentation(
     """Returns the augmented crop of an example. Points and sizes are (vertical, horizontal) throughout this module.
 
     Args:
-      image: [H,W,C] of uint8, uint16 or float32, of any size.
-      label: uint8[H,W].
+      image: [H,W,C] of uint8, uint16 or float32, of any size; or a `LargeTiff`, of which only a window is read.
+      label: uint8[H,W], or a `LargeTiff`.
       params: see `sample_augmentation`.
       crop: height and width (h, w) of the result.
       mean: one value per channel, the color of the padding; rounded for integers.
@@ -84,17 +89,19 @@ def apply_augmentation(
     _warp_label(label, a, a @ low + b, rotated, out_label[shown])
     if not params.blur:
         _warp_image(image, a, a @ low + b, rotated, fill, out_image[shown])
-        return out_image, out_label
-    first, last = np.maximum(low - RADIUS, 0), np.minimum(high + RADIUS, canvas)
-    region = np.empty((*(last - first), image.shape[2]), np.float32)
-    _warp_image(image, a, a @ first + b, rotated, fill, region)
-    # The blur reflects at the region's border. Where that is not the canvas's border, the affected pixels are cut off below.
-    cv2.GaussianBlur(region, (2 * RADIUS + 1, 2 * RADIUS + 1), 0, dst=region)
-    blurred = region[_slices(low - first, high - first)]
-    if image.dtype == np.uint8:
-        cv2.convertScaleAbs(blurred, dst=out_image[shown])  # rounds
     else:
-        out_image[shown] = blurred if image.dtype == np.float32 else np.rint(blurred)
+        first, last = np.maximum(low - RADIUS, 0), np.minimum(high + RADIUS, canvas)
+        region = np.empty((*(last - first), image.shape[2]), np.float32)
+        _warp_image(image, a, a @ first + b, rotated, fill, region)
+        # The blur reflects at the region's border. Where that is not the canvas's, the affected pixels are cut off below.
+        cv2.GaussianBlur(region, (2 * RADIUS + 1, 2 * RADIUS + 1), 0, dst=region)
+        blurred = region[_slices(low - first, high - first)]
+        if image.dtype == np.uint8:
+            cv2.convertScaleAbs(blurred, dst=out_image[shown])  # rounds
+        else:
+            out_image[shown] = blurred if image.dtype == np.float32 else np.rint(blurred)
+    if params.colors:
+        apply_colors(out_image[shown], params.colors)
     return out_image, out_label
 
 
@@ -112,8 +119,10 @@ def _warp_label(label: np.ndarray, a: np.ndarray, b: np.ndarray, rotated: bool, 
         box, b, _ = _source_box(label.shape, a, b, out.shape)
         _warp(label[box], a, b, out, cv2.INTER_NEAREST, cv2.BORDER_CONSTANT, IGNORE)
     else:
-        rows, columns = (np.floor(a[i, i] * np.arange(n) + b[i] + 0.5).astype(int) for i, n in enumerate(out.shape))
-        out[:] = label.take(rows, 0, mode="clip").take(columns, 1, mode="clip")
+        places = (np.floor(a[i, i] * np.arange(n) + b[i] + 0.5).astype(int) for i, n in enumerate(out.shape))
+        rows, columns = (place.clip(0, side - 1) for place, side in zip(places, label.shape, strict=True))
+        source = label[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        out[:] = source.take(rows - rows.min(), 0, mode="clip").take(columns - columns.min(), 1, mode="clip")
 
 
 def _warp_image(image: np.ndarray, a: np.ndarray, b: np.ndarray, rotated: bool, fill: np.ndarray, out: np.ndarray) -> None:

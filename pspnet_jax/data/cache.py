@@ -71,6 +71,10 @@ def cached(source: Source, dataset: ConfigDict, budget: CacheBudget) -> Read:
     Raises:
       UserError: config.dataset.cache_dir cannot be written to, or the source names no files that show when an example changes.
     """
+    if source.by_windows:
+        if dataset.cache:
+            logger.warning("dataset.cache is not used, because the large TIFFs are read by windows")
+        return source.read
     if dataset.cache == "memory":
         return _in_memory(source.read, budget)
     if dataset.cache == "disk":

@@ -16,6 +16,7 @@ from PIL import Image, ImageFile
 from pspnet_jax import datasets, image_files
 from pspnet_jax.data.label_files import LabelReader, WrongValues
 from pspnet_jax.errors import MissingFileError, UserError
+from pspnet_jax.large_files import LargeTiff, is_large, open_image, strips
 
 # A label's histogram, the palette colors of its values, and `CheckedPair.outlines`.
 LabelStatistics = tuple[list[int], dict[int, tuple[int, ...]], bool | None]
@@ -62,18 +63,25 @@ def check_pair(
       WrongValues: only the label's values are wrong.
       UserError: anything else is wrong.
     """
+    large_image, large_label = is_large(image_file), reader is not None and is_large(label_file)
     with _opened(image_file, label_file) as file:
-        contents = file.read() if read_pixels else b""
-        size, tag = _check_image(io.BytesIO(contents) if read_pixels else file, image_file, contents, pixel_format)
+        contents = file.read() if read_pixels and not large_image else b""
+        if large_image:
+            size, tag = _check_large_image(image_file, read_pixels, pixel_format), 1
+        else:
+            size, tag = _check_image(io.BytesIO(contents) if read_pixels else file, image_file, contents, pixel_format)
     upright = size[::-1] if tag >= 5 else size
     with _opened(label_file, image_file) as file:
-        label_contents = file.read() if read_pixels and not label_file.endswith(".json") else b""
+        label_contents = file.read() if read_pixels and not label_file.endswith(".json") and not large_label else b""
         if contents and contents == label_contents:
             raise UserError("is a copy of its image; replace it with the label")
         check = _check_mat if label_file.endswith(".mat") else _check_label
         if reader:
             check = functools.partial(_check_mapped, reader, label_file, image_file)
-        label_size, statistics = check(io.BytesIO(label_contents) if label_contents else file, label_contents)
+        if reader and large_label:
+            label_size, statistics = _check_large_label(label_file, read_pixels, reader)
+        else:
+            label_size, statistics = check(io.BytesIO(label_contents) if label_contents else file, label_contents)
         if label_size != upright:
             raise UserError(_size_problem(label_size, image_file, size, tag))
         if not statistics:
@@ -100,11 +108,20 @@ def example_problem(
         return f"has image {found[0]} and label {found[1]}, expected {dtype}[H, W, {channels}] and uint8[H, W]"
     if image.shape[:2] != label.shape:
         return f"the image is {image.shape[:2]}, but the label is {label.shape} (height, width)"
+    if isinstance(label, LargeTiff):
+        return None  # its values are checked in each window
     if not label.size:
         return "has no pixels"
     if (label + np.uint8(1)).max() > num_classes:  # IGNORE + 1 is 0
         return datasets.label_problem(np.bincount(label.ravel(), minlength=256).tolist(), num_classes)
     return None
+
+
+def histogram(label: np.ndarray | LargeTiff) -> np.ndarray:
+    """Returns int64[256], the number of pixels of each value of uint8[H,W]."""
+    # bincount makes a copy in int64, so it gets a million pixels at a time
+    parts = (part for strip in strips(label) for part in np.array_split(strip.ravel(), max(1, strip.size >> 20)))
+    return np.sum([np.bincount(part, minlength=256) for part in parts], axis=0)
 
 
 def is_read_in_graph(file: str, pixel_format: image_files.PixelFormat) -> bool:
@@ -136,7 +153,7 @@ def _opened(file: str, partner: str) -> Iterator[BinaryIO]:
         with tf.io.gfile.GFile(file, "rb") as stream:
             yield stream
     except UserError as error:
-        raise type(error)(f"{file}: {error}") from None
+        raise type(error)(str(error) if str(error).startswith(f"{file}: ") else f"{file}: {error}") from None
     except tf.errors.NotFoundError as error:
         if os.path.islink(file):
             raise MissingFileError(f"{file}: is a broken link to {os.readlink(file)}") from error
@@ -171,6 +188,33 @@ def _check_image(
     elif contents:
         image_files.decode(contents, name, pixel_format)
     return header.size[::-1], header.orientation
+
+
+def _check_large_image(path: str, read_pixels: bool, pixel_format: image_files.PixelFormat) -> tuple[int, int]:
+    """Returns the (width, height) of a large TIFF; checks its pixels too, if they are read."""
+    image = open_image(path, pixel_format)
+    for _ in image.strips() if read_pixels else ():
+        pass
+    return image.shape[1], image.shape[0]
+
+
+def open_large_label(path: str, reader: LabelReader) -> LargeTiff:
+    """Opens a large TIFF as a label uint8[H,W]; reading a window raises `WrongValues` if the map lacks a value in it."""
+
+    def convert(stored: np.ndarray) -> np.ndarray:
+        label = np.ascontiguousarray(stored[..., 0] if stored.shape[2] < 3 else stored[..., :3])
+        classes = reader.to_classes(label)
+        if (wrong := classes == datasets.WRONG).any():
+            raise WrongValues(reader.describe(label[wrong]))
+        return classes
+
+    return LargeTiff(path, convert)
+
+
+def _check_large_label(path: str, read_pixels: bool, reader: LabelReader) -> tuple[tuple[int, ...], LabelStatistics | None]:
+    """Returns the same as `_check_label` for a large TIFF."""
+    label = open_large_label(path, reader)
+    return label.shape[::-1], (histogram(label).tolist(), {}, None) if read_pixels else None
 
 
 def _check_label(file: BinaryIO, contents: bytes) -> tuple[tuple[int, ...], LabelStatistics | None]:

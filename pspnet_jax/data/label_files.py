@@ -71,14 +71,15 @@ class LabelReader:
         label_file, image_file = (path.decode() if isinstance(path, bytes) else path for path in (label_file, image_file))
         if label_file.endswith(".json"):
             return polygons.read(label_file, image_file).paint(self._class_of_category)
-        return self._to_classes(decode(label_file, contents, self._keep_indices))
+        return self.to_classes(decode(label_file, contents, self._keep_indices))
 
     def _class_of_category(self, category: str) -> int:
         if (found := self.classes.get(category, IGNORE if category == polygons.BACKGROUND else WRONG)) == WRONG:
             raise WrongValues(f"has polygons of {category!r}, which is not in {self._known(str)}; add it (None: ignored)")
         return found
 
-    def _to_classes(self, label: np.ndarray) -> np.ndarray:
+    def to_classes(self, label: np.ndarray) -> np.ndarray:
+        """Returns uint8[H,W], as `read` does, of whole numbers [H,W] or colors uint8[H,W,3]."""
         if label.ndim == 3:
             return self._colors.take(cv2.cvtColor(label, cv2.COLOR_RGB2RGBA).view("<u4")[..., 0] & 0xFFFFFF)
         if label.dtype == np.uint8:
@@ -90,7 +91,10 @@ class LabelReader:
 
     def problem(self, label_file: str, contents: bytes, wrong: np.ndarray) -> str:
         """Returns a sentence about the first value that the map lacks; `wrong` is bool[H,W]."""
-        label = decode(label_file, contents, self._keep_indices)[wrong]
+        return self.describe(decode(label_file, contents, self._keep_indices)[wrong])
+
+    def describe(self, label: np.ndarray) -> str:
+        """Returns a sentence about the first of some pixels, values [n] or colors [n,3] that the map lacks."""
         first = label[0].tolist()
         what, kind = (f"color RGB {tuple(first)}", tuple) if label.ndim == 2 else (f"value {first}", int)
         count = int((label == label[0]).reshape(len(label), -1).all(axis=1).sum())

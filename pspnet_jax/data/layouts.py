@@ -13,7 +13,11 @@ from pspnet_jax.data import folders, listing
 from pspnet_jax.errors import MissingFileError, UserError
 
 IMAGES = image_files.SUFFIXES
-ALIASES = {"ade20k": {"train": "training", "val": "validation"}}
+ALIASES = {
+    "ade20k": {"train": "training", "val": "validation"},
+    "coco_stuff": {"train": "train2017", "val": "val2017"},
+    "loveda": {"train": "Train", "val": "Val", "test": "Test"},
+}
 
 
 class Pair(NamedTuple):
@@ -40,7 +44,8 @@ def list_pairs(dataset: ConfigDict, split: str) -> list[Pair]:
     Args:
       dataset: config.dataset.
       split: for "folder", see `folders.find`; ade20k: training (train), validation (val); voc2012: train, train_aug, trainval,
-        val, test; cityscapes: train, val, test, train_extra.
+        val, test; cityscapes: train, val, test, train_extra; pascal_context, coco_stuff, potsdam: train, val; loveda: train,
+        val, test.
 
     Raises:
       UserError: a directory or list file is missing, or an image is in more than one of the splits.
@@ -91,8 +96,32 @@ def _folder(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
 def _ade20k(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
     """images/SPLIT/NAME.jpg with annotations/SPLIT/NAME.png."""
     root = _first_with("images", root, f"{root}/ADEChallengeData2016")
-    found = folders.match(f"{root}/images/{{split}}/{{name}}.*", f"{root}/annotations/{{split}}/{{name}}.png", split, IMAGES)
-    return [Pair(*files, raw=True) for files in found]
+    return _raw_pairs(f"{root}/images/{split}", f"{root}/annotations/{split}")
+
+
+def _coco_stuff(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
+    """images/SPLIT/NAME.jpg with annotations/SPLIT/NAME.png; mmsegmentation writes NAME_labelTrainIds.png next to these."""
+    pairs = _raw_pairs(f"{root}/images/{split}", f"{root}/annotations/{split}")
+    return [pair for pair in pairs if not pair.name.endswith("_labelTrainIds")]
+
+
+def _loveda(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
+    """SPLIT/{Rural,Urban}/images_png/NAME.png with masks_png/NAME.png; the test split has no labels."""
+    return [
+        pair._replace(name=f"{area}/{pair.name}")
+        for area in ("Rural", "Urban")
+        for pair in _raw_pairs(f"{root}/{split}/{area}/images_png", f"{root}/{split}/{area}/masks_png")
+    ]
+
+
+def _potsdam(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
+    """img_dir/SPLIT/NAME.png with ann_dir/SPLIT/NAME.png."""
+    return _raw_pairs(f"{root}/img_dir/{split}", f"{root}/ann_dir/{split}")
+
+
+def _raw_pairs(images: str, labels: str) -> list[Pair]:
+    """Pairs the files of the same name in two directories; labels have raw values."""
+    return [Pair(*found, raw=True) for found in folders.match(f"{images}/{{name}}.*", f"{labels}/{{name}}.png", "", IMAGES)]
 
 
 def _voc2012(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
@@ -104,6 +133,15 @@ def _voc2012(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
     return [
         Pair(name, f"{root}/JPEGImages/{name}.jpg", f"{root}/SegmentationClass/{name}.png" if labeled else "")
         for name in sorted(_names(f"{root}/ImageSets/Segmentation/{split}.txt"))
+    ]
+
+
+def _pascal_context(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
+    """JPEGImages/NAME.jpg with SegmentationClassContext/NAME.png, for the names in ImageSets/SegmentationContext/SPLIT.txt."""
+    root = _first_with("SegmentationClassContext", root, f"{root}/VOC2010", f"{root}/VOCdevkit/VOC2010")
+    return [
+        Pair(name, f"{root}/JPEGImages/{name}.jpg", f"{root}/SegmentationClassContext/{name}.png", raw=True)
+        for name in sorted(_names(f"{root}/ImageSets/SegmentationContext/{split}.txt"))
     ]
 
 
@@ -191,5 +229,9 @@ LAYOUTS: dict[str, Callable[[str, str, ConfigDict], list[Pair]]] = {
     "ade20k": _ade20k,
     "voc2012": _voc2012,
     "cityscapes": _cityscapes,
+    "pascal_context": _pascal_context,
+    "coco_stuff": _coco_stuff,
+    "loveda": _loveda,
+    "potsdam": _potsdam,
 }
 assert LAYOUTS.keys() == datasets.EXPECTED_FILES.keys() >= datasets.RAW_VALUES.keys()

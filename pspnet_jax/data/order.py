@@ -10,7 +10,7 @@ import numpy as np
 
 from pspnet_jax.errors import UserError
 
-MIXTURE, EPOCH, BALANCE, AUGMENT = range(4)  # purposes of random numbers, each with a stream of its own
+MIXTURE, EPOCH, BALANCE, AUGMENT, EXTRA = range(5)  # purposes of random numbers, each with a stream of its own
 BLOCK = 1000  # positions in which each dataset has exactly its share
 
 

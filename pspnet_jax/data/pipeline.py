@@ -16,9 +16,9 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from pspnet_jax import datasets
-from pspnet_jax.data import augment, stamps, survey
+from pspnet_jax.data import augment, extra, stamps, survey
 from pspnet_jax.data.cache import CacheBudget, Read, cached
-from pspnet_jax.data.order import AUGMENT, Order, generator
+from pspnet_jax.data.order import AUGMENT, EXTRA, Order, generator
 from pspnet_jax.data.reader import last_line
 from pspnet_jax.data.sources import Example, Source, check_pixel_format, open_source, training_parts
 from pspnet_jax.data.totals import Totals
@@ -60,9 +60,11 @@ def open_training(config: ConfigDict, source: Source | None = None) -> TrainingD
       source: a custom source that replaces config.dataset's training split; dataset.mixture still applies.
 
     Raises:
-      UserError: see open_source, Order and cache.py; or no class occurs in a dataset although dataset.balance is set; or
-        only one class occurs in all labels.
+      UserError: see open_source, Order, cache.py and extra.py; or no class occurs in a dataset although dataset.balance is
+        set; or only one class occurs in all labels.
     """
+    if config.augment.extra:
+        extra.load(config.augment.extra)  # before the data is checked, which takes longer
     num_classes = datasets.describe(config.dataset).num_classes
     if source is not None and source.num_classes != num_classes:
         raise UserError(f"this source has {source.num_classes} classes, but dataset.class_names has {num_classes}")
@@ -125,6 +127,7 @@ def train_dataset(
     if config.batch_size % hosts:
         raise UserError(f"batch_size={config.batch_size}: expected a multiple of the number of hosts, {hosts}")
     opened, share, crop = data or open_training(config), config.batch_size // hosts, config.augment.crop
+    own = extra.load(config.augment.extra) if config.augment.extra else None
 
     def position(number: int) -> int:
         """Returns the position of this host's `number`-th example since step 0."""
@@ -136,28 +139,35 @@ def train_dataset(
 
     def crop_of(number: int, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         params = augment.sample_augmentation(generator(config.seed, AUGMENT, position(number)), config.augment)
-        return augment.apply_augmentation(image, label, params, crop, config.normalize.mean)
+        image, label = augment.apply_augmentation(image, label, params, crop, config.normalize.mean)
+        return own(image, label, generator(config.seed, EXTRA, position(number))) if own else (image, label)
+
+    def read_crop(number: int) -> tuple[np.ndarray, np.ndarray]:
+        dataset, index = example_at(number)
+        return crop_of(number, *opened.readers[dataset](index))
 
     def read_again(batch: int) -> None:
         for number in range((start_step + batch) * share, (start_step + batch + 1) * share):
-            dataset, index = example_at(number)
-            crop_of(number, *opened.readers[dataset](index))
+            read_crop(number)
 
     loads = [_load(source, read) for source, read in zip(opened.sources, opened.readers, strict=True)]
+    by_windows = any(source.by_windows for source in opened.sources)
     image_spec = tf.TensorSpec((*crop, config.model.channels), config.dataset.image_dtype)
-    label_spec = tf.TensorSpec(crop, tf.uint8)
+    specs = [image_spec, tf.TensorSpec(crop, tf.uint8)]
 
     def element(number: tf.Tensor) -> dict[str, tf.Tensor]:
+        if by_windows:
+            return dict(zip(("image", "label"), _call_python(read_crop, [number], specs), strict=True))
         dataset, index = _call_python(example_at, [number], [INDEX, INDEX])
         branches = [functools.partial(load, index) for load in loads]
         image, label = tf.switch_case(tf.cast(dataset, tf.int32), branches) if len(loads) > 1 else branches[0]()
-        image, label = _call_python(crop_of, [number, image, label], [image_spec, label_spec])
+        image, label = _call_python(crop_of, [number, image, label], specs)
         return {"image": image, "label": label}
 
     numbers = tf.data.Dataset.range(start_step * share, config.total_steps * share)
     mapped = _map(numbers, element, all(map(_in_graph, opened.sources, opened.readers)))
     dataset = mapped.batch(share, drop_remainder=True).prefetch(PREFETCH)
-    return _keep_alive(dataset, example_at, crop_of, loads, read_again=read_again)
+    return _keep_alive(dataset, example_at, crop_of, read_crop, loads, read_again=read_again)
 
 
 def eval_dataset(

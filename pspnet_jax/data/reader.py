@@ -40,6 +40,7 @@ class Source:
       num_classes: K.
       pixel_format: of the images.
       in_graph: whether `tensors` is implemented, which loads an example without Python and is faster.
+      by_windows: whether some images and labels are `LargeTiff`s, of which training reads only the windows that it needs.
       totals: the number of pixels of each class, if known.
       image_sizes: size in bytes of each image file, which is the first of `files`; None without image files.
       palette: the colors of the label values if labels have palettes, see `palettes.Palettes.seen`.
@@ -51,6 +52,7 @@ class Source:
     num_classes: int
     pixel_format = image_files.RGB8
     in_graph = False
+    by_windows = False
     totals: Totals | None = None
     image_sizes: Sequence[int] | None = None
     palette: ValueColors | None = None

@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -16,6 +17,7 @@ from pspnet_jax.data.reader import Example, Source, decode_image, numbered
 from pspnet_jax.data.tfds_source import Tfds
 from pspnet_jax.errors import UserError
 from pspnet_jax.image_files import RGB8, PixelFormat
+from pspnet_jax.large_files import is_large, open_image
 
 logger = logging.getLogger(__name__)
 
@@ -101,13 +103,23 @@ class Files(Source):
         self._raw = tf.constant([pair.raw for pair in pairs])
         self._orientations = tf.constant(screened.orientations, tf.int64) if screened else None
         self._upright = screened is not None and set(screened.orientations) == {1}
+        self._large = {index for index, pair in enumerate(pairs) if is_large(pair.image)}
+        self.by_windows, self.in_graph = bool(self._large), not self._large
         self._is_read_in_graph = [checks.is_read_in_graph(pair.image, pixel_format) for pair in pairs]
 
-    in_graph = True
-
     def load(self, index: int) -> Example:
+        if index in self._large:
+            return self._open_large(index)
         image, label = self._load(tf.constant(index, tf.int64))
         return np.asarray(image), np.asarray(label)
+
+    def _open_large(self, index: int) -> Example:
+        """Opens an image, and its label unless that is a file of another kind, to be read by windows."""
+        image_file, label_file = self.files(index)
+        image: Any = open_image(image_file, self.pixel_format)
+        if self._reader and is_large(label_file):
+            return image, cast(Any, checks.open_large_label(label_file, self._reader))
+        return image, self._label(tf.constant(index)).numpy()
 
     @functools.cached_property
     def _load(self) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
@@ -115,12 +127,14 @@ class Files(Source):
         return function.get_concrete_function()
 
     def tensors(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        image = self._image(index)
+        return self._image(index), self._label(index)
+
+    def _label(self, index: tf.Tensor) -> tf.Tensor:
         if self._reader:
             files = self._labels[index], self._images[index]
             json = tf.strings.regex_full_match(files[0], r".*\.json")
             contents = tf.cond(json, lambda: b"", lambda: tf.io.read_file(files[0]))
-            return image, tf.numpy_function(self._reader.read, [*files, contents], tf.uint8, stateful=False)
+            return tf.numpy_function(self._reader.read, [*files, contents], tf.uint8, stateful=False)
         contents = tf.io.read_file(self._labels[index])
         gray_png = (tf.strings.substr(contents, 1, 3) == "PNG") & (tf.strings.substr(contents, 24, 2) == b"\x08\x00")
         label = tf.cond(
@@ -133,7 +147,7 @@ class Files(Source):
             label = tf.cond(
                 self._raw[index], lambda: tf.numpy_function(to_classes, [label], tf.uint8, stateful=False), lambda: label
             )
-        return image, label
+        return label
 
     def _image(self, index: tf.Tensor) -> tf.Tensor:
         """Returns an image, decoded by TensorFlow if `checks.is_read_in_graph`, or else by the function of prediction."""

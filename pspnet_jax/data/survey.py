@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -21,10 +22,12 @@ from pspnet_jax.data.palettes import Palettes, ValueColors
 from pspnet_jax.data.sources import Source, open_source, training_parts
 from pspnet_jax.data.totals import Totals
 from pspnet_jax.errors import UserError
+from pspnet_jax.large_files import strips
 from pspnet_jax.progress import progress
 
 logger = logging.getLogger(__name__)
 THREADS = 8
+MAX_SIDE = 4096  # pixels of an example in a picture; of larger ones, every n-th row and column
 SAMPLES = 16  # examples of a custom source whose labels are checked before training
 VERSION = 1  # of counting; cached tables of another version are not used
 
@@ -95,7 +98,7 @@ def survey(dataset: ConfigDict, split: str, num_classes: int, channels: int = 3,
             image, label = source.read(index)
         except UserError as error:
             return str(error)
-        return label.shape, np.bincount(label.ravel(), minlength=256), seen, _moments(image) if measure else 0
+        return label.shape, checks.histogram(label), seen, _moments(image) if measure else 0
 
     sizes: collections.Counter[tuple[int, ...]] = collections.Counter()
     usable, problems, total, present = [], [], np.zeros(256, np.int64), np.zeros(256, np.int64)
@@ -129,7 +132,7 @@ def survey(dataset: ConfigDict, split: str, num_classes: int, channels: int = 3,
 
 def _moments(image: np.ndarray) -> np.ndarray:
     """Returns float64[3, C]: the number of pixels of [H, W, C], their sum and the sum of their squares; row by row."""
-    rows = (row.astype(np.float64) for row in image)
+    rows = (row.astype(np.float64) for strip in strips(image) for row in strip)
     return np.sum([(np.full(row.shape[1], len(row)), row.sum(0), (row * row).sum(0)) for row in rows], 0)
 
 
@@ -138,7 +141,14 @@ def samples(found: Survey, count: int) -> list[dict[str, Any]]:
     source = found.source
     chosen = np.unique(np.linspace(0, len(found.usable) - 1, count).round().astype(int)) if found.usable else ()
     indices = [found.usable[i] for i in chosen]
-    return [dict(zip(("image", "label"), source.read(i), strict=True), name=source.names[i]) for i in indices]
+    return [dict(zip(("image", "label"), map(_reduced, source.read(i)), strict=True), name=source.names[i]) for i in indices]
+
+
+def _reduced(array: np.ndarray) -> np.ndarray:
+    """Returns every n-th row and column of an array [H,W,...] that is too large for a picture."""
+    step = max(1, max(array.shape[:2]) // MAX_SIDE)
+    tops = itertools.accumulate((len(strip) for strip in strips(array)), initial=0)
+    return np.concatenate([strip[-top % step :: step, ::step] for top, strip in zip(tops, strips(array), strict=False)])
 
 
 def sample_totals(source: Source, read: Read) -> Totals:
@@ -146,7 +156,7 @@ def sample_totals(source: Source, read: Read) -> Totals:
     labels, values = 0, np.zeros(256, np.int64)
     for index in np.unique(np.linspace(0, len(source) - 1, SAMPLES).round().astype(int)):
         with contextlib.suppress(Exception):
-            values += np.bincount(read(int(index))[1].ravel(), minlength=256)
+            values += checks.histogram(read(int(index))[1])
             labels += 1
     return Totals(f"{source.names[0]} to {source.names[-1]}", labels, len(source), values)
 
@@ -196,7 +206,7 @@ def class_counts(source: Source, dataset: ConfigDict, read: Read) -> np.ndarray:
         logger.info(f"counting the classes in {len(source)} labels of {dataset.name}; the counts are cached")
         table = np.zeros(shape, np.int32)
         with progress("classes", len(source)) as advance, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            labels = pool.map(lambda index: np.bincount(read(index)[1].ravel(), minlength=256)[: shape[1]], range(len(source)))
+            labels = pool.map(lambda index: checks.histogram(read(index)[1])[: shape[1]], range(len(source)))
             for row, counts in zip(table, labels, strict=True):
                 row[:] = counts
                 advance(1)

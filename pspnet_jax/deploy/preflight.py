@@ -155,7 +155,8 @@ def _with_batch(config: ConfigDict, batch_size: int, groups: int, name: str) -> 
 def compile_train(config: ConfigDict, mesh: Mesh, chip: chips.Chip) -> Program:
     """Compiles the train step. Raises DoesNotFitError if it does not fit."""
     num_classes, shape = len(config.dataset.class_names), (config.batch_size, *config.augment.crop)
-    model, optimizer = models.build(config.model, num_classes), optimizers.build(config.optimizer, config.total_steps)
+    model = models.build(config.model, num_classes, config.optimizer.freeze)
+    optimizer = optimizers.build(config.optimizer, config.total_steps)
     init = make_init_state(config, model, optimizer, mesh, (*config.augment.crop, config.model.channels))
     state, shared = _replicated(jax.eval_shape(init), mesh), parallel.batch_sharding(mesh)
     batch = {

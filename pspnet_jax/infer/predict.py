@@ -23,10 +23,11 @@ from PIL import Image, PngImagePlugin
 
 from pspnet_jax import files, image_files, parallel
 from pspnet_jax.errors import UserError, grouped
-from pspnet_jax.infer import submission
+from pspnet_jax.infer import large, submission
 from pspnet_jax.infer.draw import save
 from pspnet_jax.infer.predictor import Example, Predictor
 from pspnet_jax.infer.segmenter import AHEAD, THREADS, Result, Segmenter, ahead
+from pspnet_jax.large_files import read_description
 from pspnet_jax.lock import locked
 from pspnet_jax.progress import progress
 
@@ -49,7 +50,8 @@ def predict(
     """Predicts images, each at its own size. With several processes, all pass the same images and share the work.
 
     Writes output/index/NAME.png (gray, the values are class indices), output/color/NAME.png (the same values with a palette of
-    class colors) and output/overlay/NAME.jpg (half color, half image); or, if `server_format` is given, only the submission.
+    class colors) and output/overlay/NAME.jpg (half color, half image); of a TIFF that is too large to read as a whole, see
+    large.py, output/index/NAME.tif and a reduced overlay; or, if `server_format` is given, only the submission.
 
     Args:
       segmenter: predicts on devices of this process.
@@ -84,7 +86,7 @@ def predict(
     parallel.require_same({**settings, "images": len(images), "their names": [*images], "skip_existing": skip_existing})
     origin = next(iter(parallel.exchange({**(origin or {}), **settings}).values()))  # the paths may differ
     share = dict(itertools.islice(images.items(), jax.process_index(), None, jax.process_count()))
-    results = {name: _result_paths(output, name, server, maps) for name in share}
+    results = {name: _result_paths(output, name, path, server, maps) for name, path in share.items()}
     with locked(output):
         with parallel.fail_together("preparing the output"):
             _refuse_overwriting(results, images, output, origin)
@@ -122,10 +124,12 @@ def _predict_share(
       "stopped_by", why no more could be written, or "".
     """
     sign = functools.partial(_signature, origin)
-    todo = _by_size(_without_results(images, results, sign) if skip_existing else images, segmenter.predictor)
+    todo = _without_results(images, results, sign) if skip_existing else images
+    in_blocks = {name: path for name, path in todo.items() if results[name][0].suffix == ".tif"}
+    whole = _by_size({name: path for name, path in todo.items() if name not in in_blocks}, segmenter.predictor)
     with ThreadPoolExecutor(THREADS) as pool, progress("predicting", len(todo)) as advance:
         io = _FileIO(pool, advance)
-        examples = io.read(todo, segmenter.predictor, sign)
+        examples = io.read(whole, segmenter.predictor, sign)
         for result in segmenter.results(examples, lambda example, error: io.fail(f"{example['name']}: {error}")):
             io.write(result.example["name"], _write, results[result.example["name"]], result, server)
             if "maps" in origin:  # one image at a time, because their probabilities are large
@@ -133,6 +137,11 @@ def _predict_share(
             if io.stopped_by:
                 break
         io.wait()
+    for name, path in in_blocks.items():
+        if "maps" in origin:
+            io.fail(f"{path}: maps are not written of TIFFs that are predicted in blocks; cut it into smaller images")
+        elif not io.stopped_by:
+            io.complete(name, functools.partial(large.predict, segmenter, path, results[name], sign(path)))
     return {"existing": len(images) - len(todo), "done": io.done, "failed": io.failed, "stopped_by": io.stopped_by}
 
 
@@ -181,25 +190,33 @@ class _FileIO:
     def wait(self, max_queued: int = 0) -> None:
         while len(self._writing) > max_queued:
             name, future = self._writing.popleft()
-            try:
-                future.result()
-            except (UserError, OSError) as error:
-                if isinstance(error, UserError) or error.errno in SINGLE_FILE_ERRORS:
-                    self.fail(f"{name}: {error}")
-                else:
-                    self.stopped_by = str(error)
+            self.complete(name, future.result)
+
+    def complete(self, name: str, write: Callable[[], None]) -> None:
+        """Calls the function that writes the last of an image's results."""
+        try:
+            write()
+        except (UserError, OSError) as error:
+            if isinstance(error, UserError) or error.errno in SINGLE_FILE_ERRORS:
+                self.fail(f"{name}: {error}")
             else:
-                self.done += 1
-                self._advance(1)
+                self.stopped_by = str(error)
+        else:
+            self.done += 1
+            self._advance(1)
 
     def fail(self, reason: str) -> None:
         self.failed.append(reason)
         self._advance(1)
 
 
-def _result_paths(output: epath.Path, name: str, server: submission.Submission | None, maps: Sequence[str]) -> list[epath.Path]:
+def _result_paths(
+    output: epath.Path, name: str, image: epath.PathLike, server: submission.Submission | None, maps: Sequence[str]
+) -> list[epath.Path]:
     if server:
         return [output / server.folder / f"{name}.png"]
+    if large.needs_blocks(image):
+        return large.result_paths(output, name)
     kinds = {"index": "png", "color": "png", "overlay": "jpg"} | {kind: MAPS[kind] for kind in maps}
     return [output / kind / f"{name}.{suffix}" for kind, suffix in kinds.items()]
 
@@ -232,6 +249,8 @@ def _is_done(results: Sequence[epath.Path], signature: str) -> bool:
         for path in results[1:]:
             with path.open("rb") as file:
                 np.lib.format.read_magic(file) if path.suffix == ".npy" else Image.open(file)
+        if results[0].suffix == ".tif":
+            return read_description(results[0]) == signature
         with results[0].open("rb") as file, Image.open(file) as image:
             image.load()
             return image.info.get(SIGNATURE) == signature

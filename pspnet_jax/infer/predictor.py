@@ -45,7 +45,7 @@ from pspnet_jax.errors import UserError
 from pspnet_jax.image_files import PixelFormat
 from pspnet_jax.infer import memory, steps
 from pspnet_jax.infer.groups import Example, form_groups
-from pspnet_jax.infer.plan import Batch, Plan, WindowCounts, ceil_div, count_windows, frame_size, plan_images, views_of
+from pspnet_jax.infer.plan import Batch, Plan, View, WindowCounts, ceil_div, count_windows, frame_size, plan_images, views_of
 from pspnet_jax.infer.protocols import PROTOCOLS
 from pspnet_jax.infer.steps import ViewSums
 
@@ -146,7 +146,7 @@ class Predictor:
             except UserError as error:
                 raise UserError(f"{example.get('name', 'an example')}: {error}") from error
             height, width, _ = example["image"].shape
-            return count_windows(views_of(height, width, self._protocol))
+            return count_windows(self.views(height, width))
 
         def room(example: Example) -> int:
             height, width, _ = example["image"].shape
@@ -184,6 +184,10 @@ class Predictor:
             assert total is not None
             return self._in_order(total / len(plan.canvases), plan)
 
+    def views(self, height: int, width: int) -> list[View]:
+        """Returns the views of an image, with the positions of their windows."""
+        return views_of(height, width, self._protocol)
+
     def check(self, image: np.ndarray) -> None:
         """Raises a UserError if an image is not of the `pixel_format` or needs more memory than there is."""
         channels, dtype = self.pixel_format
@@ -196,7 +200,7 @@ class Predictor:
     def log_compilations(self, sizes: Iterable[tuple[int, int]]) -> None:
         """Logs for how many window sizes the network is compiled, given the images' heights and widths."""
         known = {size for size in sizes if all(size)}  # (0, 0) means unknown
-        windows = {window for size in known for window in count_windows(views_of(*size, self._protocol))}
+        windows = {window for size in known for window in count_windows(self.views(*size))}
         if known:
             logger.info(f"the network is compiled for {len(windows)} window sizes, from {len(known)} image sizes")
 

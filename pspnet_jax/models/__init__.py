@@ -9,10 +9,12 @@ from pspnet_jax.models.heads import AuxiliaryHead, Classifier, PyramidHead
 from pspnet_jax.models.layers import CoarseLogits, ConvNorm, by_rows, resize, share_rows
 from pspnet_jax.models.pspnet import CHOICES, PSPNet, build, normalize, problems
 from pspnet_jax.models.pyramid import Pyramid
-from pspnet_jax.models.resnet import ResNet
+from pspnet_jax.models.resnet import FREEZE, STAGE_NAMES, ResNet
 
 __all__ = [
     "CHOICES",
+    "FREEZE",
+    "STAGE_NAMES",
     "AuxiliaryHead",
     "Classifier",
     "CoarseLogits",

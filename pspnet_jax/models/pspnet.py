@@ -80,8 +80,8 @@ class PSPNet(nn.Module):
         return (logits, auxiliary) if train else logits.upsample()
 
 
-def build(model: ConfigDict, num_classes: int) -> PSPNet:
-    """Builds the network that `config.model` describes, with K = num_classes.
+def build(model: ConfigDict, num_classes: int, freeze: str = "") -> PSPNet:
+    """Builds the network that `config.model` describes, with K = num_classes, for training with config.optimizer.freeze.
 
     Raises:
       UserError: lists every field with an invalid value.
@@ -94,6 +94,7 @@ def build(model: ConfigDict, num_classes: int) -> PSPNet:
         backbone=ResNet(
             **{field: model[field] for field in RESNET_FIELDS},
             frozen_norm=frozen_norm,
+            freeze=freeze,
             remat=model.remat,
             dtype=jnp.dtype(model.dtype),
         ),

@@ -26,6 +26,8 @@ STEMS = {
     "deep32": ((3, 0.5), (3, 0.5), (3, 1)),
     "conv7": ((7, 1),),
 }
+STAGE_NAMES = ("stem", "layer1", "layer2", "layer3", "layer4")  # with which the names of a stage's modules begin
+FREEZE = {last: STAGE_NAMES[:i] for i, last in enumerate(("", *STAGE_NAMES))}  # the stages up to one; "": none
 # By output stride: (stride, dilation) of layer1 to layer4, which the paper calls conv2_x to conv5_x.
 STAGES = {
     8: ((1, 1), (2, 1), (1, 2), (1, 4)),
@@ -88,6 +90,7 @@ class ResNet(nn.Module):
       channels, depth, width, stem, stride_in, first_block_dilation, output_stride, remat: as in `config.model`, where each is
         explained.
       frozen_norm: as in `ConvNorm`.
+      freeze: a key of FREEZE, for stages that in training compute the same as in evaluation, and get no gradient.
       dtype: of the activations and features; parameters and statistics stay float32.
 
     Raises:
@@ -101,6 +104,7 @@ class ResNet(nn.Module):
     first_block_dilation: str = "full"
     output_stride: int = 8
     frozen_norm: bool = False
+    freeze: str = ""
     remat: str = "none"
     dtype: Any = jnp.float32
     channels: int = 3
@@ -110,27 +114,33 @@ class ResNet(nn.Module):
         if images.shape[3:] != (self.channels,) or not images.size or not jnp.issubdtype(images.dtype, jnp.floating):
             expected = f"float32[N, H, W, {self.channels}]"
             raise UserError(f"images are {images.dtype}{list(images.shape)}: expected {expected}, from models.normalize")
+        frozen = choose(FREEZE, "freeze", self.freeze)
         conv_norm = functools.partial(ConvNorm, frozen_norm=self.frozen_norm)
         x = images.astype(self.dtype)
         stem_conv = functools.partial(recompute(ConvNorm, self.remat), frozen_norm=self.frozen_norm)
         for i, (kernel_size, multiple) in enumerate(choose(STEMS, "stem", self.stem)):
-            x = stem_conv(int(multiple * self.width), kernel_size, 2 if i == 0 else 1, name=f"stem_conv{i + 1}")(x, train)
-        x = max_pool(x)
+            x = stem_conv(int(multiple * self.width), kernel_size, 2 if i == 0 else 1, name=f"stem_conv{i + 1}")(
+                x, train and not frozen
+            )
+        x = max_pool(jax.lax.stop_gradient(x) if frozen else x)
         bottleneck = functools.partial(recompute(Bottleneck, self.remat), stride_in=self.stride_in)
         block = recompute(BasicBlock, self.remat) if self.depth in BASIC_DEPTHS else bottleneck
         blocks = choose(BLOCKS, "depth", self.depth)
         divisor = choose(FIRST_BLOCK_DILATION, "first_block_dilation", self.first_block_dilation)
         features = []
         for stage, (stride, dilation) in enumerate(choose(STAGES, "output_stride", self.output_stride)):
-            first, *others = (f"layer{stage + 1}_block{i}" for i in range(blocks[stage]))
+            name = STAGE_NAMES[stage + 1]
+            learns = train and name not in frozen
+            first, *others = (f"{name}_block{i}" for i in range(blocks[stage]))
             of_stage = functools.partial(block, channels=self.width * 2**stage, conv_norm=conv_norm)
-            x = of_stage(stride=stride, dilation=max(1, dilation // divisor), name=first)(x, train)
+            x = of_stage(stride=stride, dilation=max(1, dilation // divisor), name=first)(x, learns)
             equal = functools.partial(of_stage, stride=1, dilation=dilation)
             if len(others) < LOOP or self.is_initializing() or is_plain():
-                for name in others:
-                    x = equal(name=name)(x, train)
+                for other in others:
+                    x = equal(name=other)(x, learns)
             else:
-                x = _in_a_loop(self, equal(parent=None), others, x, train)
+                x = _in_a_loop(self, equal(parent=None), others, x, learns)
+            x = jax.lax.stop_gradient(x) if name in frozen else x
             features.append(x)
         return features[2], features[3]
 

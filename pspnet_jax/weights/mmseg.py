@@ -28,7 +28,9 @@ PATTERNS = (
 )
 ZOO = {  # patterns of file names in the model zoo, and the settings they imply; the first match is used
     "769x769": {"align_corners": "True", "mode": "slide", "crop_size": "769,769", "stride": "513,513", "scale": "2049,1025"},
-    "480x480": {"align_corners": "False", "mode": "slide", "crop_size": "480,480", "stride": "320,320"},
+    "480x480": {"align_corners": "False", "mode": "slide", "crop_size": "480,480", "stride": "320,320", "scale": "520,520"},
+    "potsdam": {"align_corners": "False", "scale": "512,512"},
+    "loveda": {"align_corners": "False", "scale": "1024,1024"},
     r"-d32.*\d{3}x\d{3}": {"align_corners": "False", "strides": "1,2,2,2", "dilations": "1,1,2,4"},
     r"\d{3}x\d{3}": {"align_corners": "False"},
 }

@@ -1,8 +1,4 @@
-"""Published PSPNets with their scores on a validation split, for `--mode verify`.
-
-mmsegmentation's networks for Pascal Context, COCO-Stuff, Potsdam and LoveDA are left out, because there is no reader for these
-datasets yet.
-"""
+"""Published PSPNets with their scores on a validation split, for `--mode verify`."""
 
 import os
 from collections.abc import Mapping
@@ -15,8 +11,10 @@ from pspnet_jax.weights import own
 from pspnet_jax.weights.source import Source
 
 SCALES = {"one scale": (1.0,), "six scales": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)}
-SPLITS = {"ade20k": "validation", "cityscapes": "val", "voc2012": "val"}
-CLASSES = {"ade20k": 150, "cityscapes": 19, "voc2012": 21}
+CLASSES = {
+    "ade20k": 150, "cityscapes": 19, "voc2012": 21, "pascal_context": 59, "coco_stuff": 171, "loveda": 7, "potsdam": 6
+}  # fmt: skip
+SPLITS = dict.fromkeys(CLASSES, "val") | {"ade20k": "validation"}
 TOLERANCE = 0.1  # largest difference from a published score, in percentage points of mIoU
 WHERE = {  # protocol -> where the scores are published; all read in 2026
     "semseg": "github.com/hszhao/semseg, README.md",
@@ -91,6 +89,20 @@ PUBLISHED = (
     Published("mmseg", "voc2012", 101, 78.47, 79.25, "pspnet_r101-d8_512x512_20k_voc12aug"),
     Published("mmseg", "voc2012", 50, 77.29, 78.48, "pspnet_r50-d8_512x512_40k_voc12aug"),
     Published("mmseg", "voc2012", 101, 78.52, 79.57, "pspnet_r101-d8_512x512_40k_voc12aug"),
+    Published("mmseg", "pascal_context", 101, 52.02, 53.54, "pspnet_r101-d8_480x480_40k_pascal_context_59"),
+    Published("mmseg", "pascal_context", 101, 52.47, 53.99, "pspnet_r101-d8_480x480_80k_pascal_context_59"),
+    Published("mmseg", "coco_stuff", 50, 38.80, 39.19, "pspnet_r50-d8_512x512_4x4_80k_coco-stuff164k"),
+    Published("mmseg", "coco_stuff", 101, 40.34, 40.79, "pspnet_r101-d8_512x512_4x4_80k_coco-stuff164k"),
+    Published("mmseg", "coco_stuff", 50, 39.64, 39.97, "pspnet_r50-d8_512x512_4x4_160k_coco-stuff164k"),
+    Published("mmseg", "coco_stuff", 101, 41.28, 41.66, "pspnet_r101-d8_512x512_4x4_160k_coco-stuff164k"),
+    Published("mmseg", "coco_stuff", 50, 40.53, 40.75, "pspnet_r50-d8_512x512_4x4_320k_coco-stuff164k"),
+    Published("mmseg", "coco_stuff", 101, 41.95, 42.42, "pspnet_r101-d8_512x512_4x4_320k_coco-stuff164k"),
+    Published("mmseg", "loveda", 18, 48.62, 47.57, "pspnet_r18-d8_512x512_80k_loveda"),
+    Published("mmseg", "loveda", 50, 50.46, 50.19, "pspnet_r50-d8_512x512_80k_loveda"),
+    Published("mmseg", "loveda", 101, 51.86, 51.34, "pspnet_r101-d8_512x512_80k_loveda"),
+    Published("mmseg", "potsdam", 18, 77.09, 78.30, "pspnet_r18-d8_4x4_512x512_80k_potsdam"),
+    Published("mmseg", "potsdam", 50, 78.12, 78.98, "pspnet_r50-d8_4x4_512x512_80k_potsdam"),
+    Published("mmseg", "potsdam", 101, 78.62, 79.47, "pspnet_r101-d8_4x4_512x512_80k_potsdam"),
 )
 
 

@@ -12,7 +12,7 @@ from pspnet_jax.errors import UserError
 from pspnet_jax.weights.source import Source
 
 logger = logging.getLogger(__name__)
-DATASETS = {150: "ade20k", 21: "voc2012", 19: "cityscapes"}  # by number of classes
+DATASETS = {150: "ade20k", 21: "voc2012", 19: "cityscapes", 59: "pascal_context", 171: "coco_stuff"}  # by number of classes
 
 
 def configure(config: ConfigDict, source: Source) -> None:

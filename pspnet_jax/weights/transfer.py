@@ -40,7 +40,8 @@ def load(path: str | os.PathLike, model: nn.Module, partial: bool = False) -> di
       path: a file whose network `inspect` detects.
       model: a PSPNet made by `models.build` with the structure of the file's network. For a file with only a backbone, any
         module with a `models.ResNet` as its `backbone`.
-      partial: skip classifiers with another number of classes, and an auxiliary head that the file lacks.
+      partial: skip an auxiliary head that the file lacks, and classifiers with another number of classes, unless the file names
+        its classes: then, classifiers are returned in the file's shape.
 
     Returns:
       {"params", "batch_stats"}, nested dicts of float32 arrays; for a file with only a backbone, just their "backbone". If the
@@ -131,7 +132,8 @@ def _expected_shapes(source: Source, model: Any) -> Shapes:
     if source.num_classes is None:
         network = models.PSPNet(model.backbone, models.PyramidHead(1))  # the head does not matter
     else:
-        network = model.clone(auxiliary_head=models.AuxiliaryHead(model.head.num_classes))
+        head = model.head.clone(num_classes=source.num_classes)
+        network = model.clone(head=head, auxiliary_head=models.AuxiliaryHead(source.num_classes))
     network = network.clone(backbone=model.backbone.clone(channels=source.model.get("channels", 3)))
     image = jnp.zeros((1, 64, 64, network.backbone.channels))  # any size has the same variables
     variables = jax.eval_shape(lambda: jax.tree.map(names.to_oihw, network.init(jax.random.key(0), image, train=False)))
@@ -139,9 +141,10 @@ def _expected_shapes(source: Source, model: Any) -> Shapes:
 
 
 def _is_skipped(variable: str, source: Source, fields: Mapping[str, Any]) -> bool:
-    """Returns whether a variable is in an auxiliary head that only one side has, or in a classifier with other classes."""
+    """Returns whether a variable is in an auxiliary head that only one side has, or in a classifier of other classes."""
     unpaired = "/auxiliary" in variable and not (fields["auxiliary"] and source.model["auxiliary"])
-    return unpaired or ("classifier/" in variable and source.num_classes != fields["num_classes"])
+    other_classes = source.num_classes != fields["num_classes"] and not source.class_names
+    return unpaired or ("classifier/" in variable and other_classes)
 
 
 def _check_arrays(source: Source, arrays: pytorch.Arrays, known: Set[str], wanted: Mapping[str, str], shapes: Shapes) -> None:

@@ -3,12 +3,15 @@
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from numpy.lib.stride_tricks import sliding_window_view
 
 from pspnet_jax.config import base_config
 from pspnet_jax.data.augment import AugmentationParams, apply_augmentation, sample_augmentation
 from pspnet_jax.data.order import AUGMENT, generator
 from pspnet_jax.datasets import IGNORE
+from pspnet_jax.large_files import LargeTiff
+from tests import fakes
 
 MEAN = (123.675, 116.28, 103.53)
 FILL = np.array([124, 116, 104])
@@ -66,7 +69,7 @@ def at_once(image, label, scale, degrees, flip=False):
 
 def step_by_step(image, label, parameters, crop):
     """Applies the five steps in augment.py's docstring one by one to the whole canvas, in float64 and without rounding."""
-    scale, degrees, blur, flip, offset = parameters
+    scale, degrees, blur, flip, offset, _ = parameters
     height, width = canvas(label, scale)
     y, x = np.mgrid[:height, :width]
     y, x = (y + 0.5) / scale - 0.5, (x + 0.5) / scale - 0.5
@@ -272,7 +275,7 @@ def test_neutral_values_give_exact_crops_at_uniform_positions():
 
 
 def test_distributions():
-    scale, degrees, blur, flip, offset = stacked(4000, base_config())
+    scale, degrees, blur, flip, offset, _ = stacked(4000, base_config())
     tenths, _ = np.histogram(scale, bins=10, range=(0.5, 2.0))
     assert tenths.sum() == 4000
     assert np.abs(tenths - 400).max() < 80  # 4 standard deviations, as all below
@@ -306,3 +309,20 @@ def test_the_last_pixel_is_never_outside_the_source(width, scale, crop):
     pixels, classes = fused(image, label, params(scale, offset=(0.999, 0.999)), (33, crop))
     assert (pixels == 200).all()
     assert (classes == 3).all()
+
+
+@pytest.mark.parametrize(
+    ("scale", "degrees", "blur", "flip"), [(1, 0, 0, 0), (0.7, 0, 1, 1), (1.7, 8.5, 0, 1), (0.5, -9, 1, 0)]
+)
+def test_crops_of_large_files_equal_those_of_whole_images(tmp_path, scale, degrees, blur, flip):
+    """Exactly, for every place of the crop, also beyond the border."""
+    image, label = fakes.pair("train", 0, (180, 250))
+    tifffile.imwrite(tmp_path / "image.tif", image, photometric="rgb", tile=(16, 32))
+    tifffile.imwrite(tmp_path / "label.tif", label, rowsperstrip=7)
+    large = LargeTiff(tmp_path / "image.tif", lambda x: x, (3,)), LargeTiff(tmp_path / "label.tif", lambda x: x[..., 0])
+    for place in ((0, 0), (0.999, 0.999), (0.3, 0.6)):
+        for crop in ((40, 33), (200, 90)):
+            parameters = params(scale, degrees, bool(blur), bool(flip), place)
+            expected, found = (fused(*example, parameters, crop) for example in ((image, label), large))
+            for ours, theirs in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(ours, theirs)

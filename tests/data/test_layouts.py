@@ -155,6 +155,50 @@ def test_a_test_split_lists_its_images_and_cannot_be_scored(tmp_path, name):
         open_split(name, tmp_path, "test")
 
 
+COCO_VALUES = [value for value in range(182) if value not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
+TARGETS = {  # dataset: split, images and labels below the root, raw values of the classes and of 255
+    "pascal_context": (
+        "val",
+        "VOC2010/JPEGImages/{index}.jpg",
+        "VOC2010/SegmentationClassContext/{index}.png",
+        [*range(1, 60), 0],
+    ),
+    "coco_stuff": ("val", "images/val2017/{index}.jpg", "annotations/val2017/{index}.png", [*COCO_VALUES, 255]),
+    "loveda": ("val", "Val/Urban/images_png/{index}.png", "Val/Urban/masks_png/{index}.png", [*range(1, 8), 0]),
+    "potsdam": ("train", "img_dir/train/{index}.png", "ann_dir/train/{index}.png", [*range(1, 7), 0]),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_datasets_with_published_targets(tmp_path, name):
+    split, images, labels, values = TARGETS[name]
+    fakes.write_pairs(tmp_path, images, labels, values)
+    prefix = ""
+    if name == "pascal_context":
+        (tmp_path / "VOC2010/ImageSets/SegmentationContext").mkdir(parents=True)
+        (tmp_path / "VOC2010/ImageSets/SegmentationContext/val.txt").write_text("1\n0\n")
+    elif name == "coco_stuff":  # which mmsegmentation's converter writes next to the labels
+        fakes.write_image(tmp_path / "annotations/val2017/0_labelTrainIds.png", np.zeros((40, 48), np.uint8))
+    elif name == "loveda":  # rural images have the same names
+        prefix = "Urban/"
+        fakes.write_pairs(tmp_path, images.replace("Urban", "Rural"), labels.replace("Urban", "Rural"), values)
+    source = open_split(name, tmp_path, split)
+    assert source.names[-2:] == [f"{prefix}0", f"{prefix}1"]
+    assert len(source) == (4 if prefix else 2)
+    for index in range(2):
+        expected = fakes.pair("", index, num_classes=len(values) - 1)[1]
+        assert_loads(source, len(source) - 2 + index, pixels(tmp_path / images.format(index=index)), expected)
+
+
+def test_lovedas_test_split_has_no_labels(tmp_path):
+    for area in ("Urban", "Rural"):
+        fakes.write_image(tmp_path / f"Test/{area}/images_png/5.png", np.zeros((8, 8, 3), np.uint8))
+    pairs = layouts.list_pairs(recipe(name="loveda", root=str(tmp_path)), "test")
+    assert [pair.name for pair in pairs] == ["Rural/5", "Urban/5"]
+    with pytest.raises(ValueError, match="has no labels"):
+        open_split("loveda", tmp_path, "test")
+
+
 @pytest.mark.parametrize("name", layouts.LAYOUTS)
 def test_a_root_that_is_missing_or_contains_something_else(tmp_path, name):
     for root, words in (

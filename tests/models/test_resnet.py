@@ -123,6 +123,7 @@ def test_every_stride_halves_the_size_and_rounds_up(stem, output_stride, sizes):
         ("stride_in", "conv5x5", "'conv3x3', 'conv1x1'"),
         ("first_block_dilation", "third", "'full', 'half'"),
         ("output_stride", 4, "8, 16, 32"),
+        ("freeze", "layer5", "'', 'stem', 'layer1', 'layer2', 'layer3', 'layer4'"),
     ],
 )
 def test_a_wrong_field_is_refused_with_the_choices(field, value, choices):
@@ -154,3 +155,28 @@ def test_equal_blocks_in_a_loop_compute_the_same(monkeypatch, remat, frozen_norm
     print(f"relative differences up to {max(jax.tree.leaves(errors)):.1e}; {loops} loops")
     assert max(jax.tree.leaves(errors)) < 1e-4
     assert (without_loops, loops) == (0, 4)  # forward and backward in layer2 and layer3
+
+
+def test_frozen_stages_compute_as_in_evaluation_and_get_no_gradient(monkeypatch):
+    monkeypatch.setitem(resnet.BLOCKS, 18, (1, 1, 1, 1))  # compiles in half the time
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 33, 33, 3)), jnp.float32)
+    variables = positive_variables(backbone(depth=18, stem="conv7"), x)
+
+    def gradient_of(freeze: str) -> Callable[[dict], tuple]:
+        module = backbone(depth=18, stem="conv7", freeze=freeze)
+
+        def total(params: dict) -> tuple:
+            features, updates = module.apply(variables | {"params": params}, x, True, mutable=["batch_stats"])
+            return sum(jnp.square(y).mean() for y in features), updates["batch_stats"]
+
+        return jax.jit(jax.grad(total, has_aux=True), compiler_options={"xla_backend_optimization_level": 0})
+
+    gradient, statistics = gradient_of("layer2")(variables["params"])
+    for module, tree in gradient.items():
+        moved = jax.tree.map(lambda a, b: (a != b).any(), statistics[module], variables["batch_stats"][module])
+        learns = module.startswith(("layer3_", "layer4_"))
+        assert any((leaf != 0).any() for leaf in jax.tree.leaves(tree)) == any(jax.tree.leaves(moved)) == learns, module
+    programs = [gradient_of(freeze).lower(variables["params"]).as_text() for freeze in ("", "stem", "layer2", "layer4")]
+    counts = [program.count("stablehlo.convolution(") for program in programs]
+    assert sorted(set(counts), reverse=True) == counts  # the frozen stages' gradients are not computed
+    assert counts[-1] == 0

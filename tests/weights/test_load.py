@@ -17,6 +17,7 @@ from flax import traverse_util
 from pspnet_jax import models, weights
 from pspnet_jax.config import base_config
 from pspnet_jax.errors import UserError
+from pspnet_jax.train import resume
 from pspnet_jax.weights import transfer
 from tests.models.reference import random_variables
 
@@ -323,6 +324,25 @@ def test_a_partial_load_skips_classifiers_with_other_classes(state, tmp_path):
     assert whole.keys() - most.keys() == left_out
     assert all(np.array_equal(whole[path], value) for path, value in most.items())
     assert flat(weights.load(path, same, partial=True)).keys() == whole.keys()
+
+
+def test_classifier_rows_of_a_file_are_matched_by_class_name(tmp_path, caplog):
+    """The file has 5 classes and the run 3, of which it shares two, in another order and spelling."""
+    network, content = mmseg(18, "deep32", False, {"dataset_meta": {"classes": ("wall", "Sky", "road", "car", "tree")}})
+    path = write(tmp_path / "net.pth", content)
+    config, _ = configured(path)
+    config.init_from, config.dataset.class_names = str(path), ("road", "fence", "sky")
+    model = models.build(config.model, 3)
+    fresh = random_variables(model, np.zeros((1, 64, 64, 3), np.float32), False)
+    given, names = resume.initial_weights(config, model, None)
+    matched = resume.match_classes(given, fresh, names, config.dataset.class_names, "net.pth")
+    for ours, theirs in (("classifier", "decode_head"), ("auxiliary_classifier", "auxiliary_head")):
+        rows, bias = (network.state_dict()[f"{theirs}.conv_seg.{leaf}"].numpy() for leaf in ("weight", "bias"))
+        start = fresh["params"][ours]
+        kernel = np.stack([rows[2, :, 0, 0], start["kernel"][0, 0, :, 1], rows[1, :, 0, 0]], axis=-1)
+        np.testing.assert_array_equal(matched["params"][ours]["kernel"][0, 0], kernel)
+        np.testing.assert_array_equal(matched["params"][ours]["bias"], [bias[2], start["bias"][1], bias[1]])
+    assert "moved: road (2 -> 0), sky (1 -> 2); initialized at random: fence; dropped: wall, car, tree" in caplog.text
 
 
 def test_an_auxiliary_head_that_one_side_lacks(state, tmp_path):

@@ -1,0 +1,29 @@
+"""COCO-Stuff 164k, 171 classes: python -m pspnet_jax.main --config configs/coco_stuff.py --config.dataset.root=DIR
+
+`configs/coco_stuff.py:101` trains depth 101. Network, schedule and evaluation are mmsegmentation's, which publishes mIoU on the
+5,000 validation images at one scale / six scales with flip: depth 50: 38.80 / 39.19, 101: 40.34 / 40.79 (80,000 steps); with
+--config.total_steps=320000, 50: 40.53 / 40.75, 101: 41.95 / 42.42 (configs/pspnet/README.md).
+All start from ImageNet weights: add --config.init_from=hf://timm/resnet50c.gluon_in1k, or see configs/imagenet.py.
+Six scales: --mode evaluate --config.eval.scales=0.5,0.75,1.0,1.25,1.5,1.75 --config.eval.flip=true
+"""
+
+from ml_collections import ConfigDict
+
+from pspnet_jax.config import base_config
+
+
+def get_config(depth: str = "50") -> ConfigDict:
+    config = base_config()
+    config.name = f"coco_stuff_{depth}"
+    config.model.update(depth=int(depth), stem="deep32", first_block_dilation="half", align_corners=False)
+    config.model.remat = "norm"  # less memory, and on TPUs less time, see benchmarks/model.md
+    config.dataset.name = "coco_stuff"
+    config.batch_size = 16
+    config.total_steps = 80_000
+    config.optimizer.update(head_multiplier=1.0, weight_decay=5e-4, decay_norm=True)
+    config.augment.update(rotate_probability=0.0, blur_probability=0.0)
+    config.augment.update(brightness=32.0, contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=18)
+    config.augment.scale = (0.53, 2.13)  # 0.5 to 2 times the short side 512; most images have 480
+    config.augment.crop = (512, 512)
+    config.eval.update(protocol="mmseg", inference="whole", base_size=2048, short_size=512, flip=False)
+    return config

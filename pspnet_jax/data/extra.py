@@ -1,0 +1,46 @@
+"""The user's own augmentation, named by config.augment.extra."""
+
+import inspect
+import pkgutil
+from collections.abc import Callable
+
+import numpy as np
+
+from pspnet_jax.data.sources import Example
+from pspnet_jax.errors import UserError
+
+Extra = Callable[[np.ndarray, np.ndarray, np.random.Generator], Example]
+
+
+def load(name: str) -> Extra:
+    """Imports a function, and returns it with a check of its results.
+
+    Args:
+      name: "module:function". The function takes a crop uint8[h,w,3], its label uint8[h,w] and a random generator, and returns
+        an image and a label of the same shapes. It may change both in place, and is called by several threads at a time.
+
+    Raises:
+      UserError: there is no such function, or it takes other arguments; when called, the results are not as described.
+    """
+    try:
+        function = pkgutil.resolve_name(name)
+        inspect.signature(function).bind(None, None, None)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise UserError(
+            f"augment.extra={name!r}: {error}; expected 'module:function' of a module that Python finds (PYTHONPATH=FOLDER "
+            "adds a folder), and a function of an image, a label and a random generator"
+        ) from error
+
+    def call(image: np.ndarray, label: np.ndarray, random: np.random.Generator) -> Example:
+        expected = _describe(image, label)
+        result = function(image, label, random)
+        found = _describe(*result) if isinstance(result, tuple) else _describe(result)
+        if found != expected:
+            raise UserError(f"augment.extra={name!r} returns {found}; expected the types and shapes given, {expected}")
+        return result
+
+    return call
+
+
+def _describe(*values: object) -> str:
+    return " and ".join(f"{v.dtype}{list(v.shape)}" if isinstance(v, np.ndarray) else type(v).__name__ for v in values)
