@@ -21,20 +21,7 @@ import rich
 from etils import epath
 from ml_collections import ConfigDict
 
-from pspnet_jax import (
-    datasets,
-    describe,
-    exchange,
-    figures,
-    files,
-    losses,
-    models,
-    optimizers,
-    parallel,
-    pretrain,
-    runs,
-    scoring,
-)
+from pspnet_jax import datasets, exchange, figures, files, losses, models, optimizers, parallel, pretrain, runs, scoring
 from pspnet_jax.errors import UserError, grouped
 from pspnet_jax.infer import draw, inputs, video
 from pspnet_jax.infer import predict as prediction
@@ -154,8 +141,6 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """
     from pspnet_jax.data import overlap, palettes, sources, survey
 
-    if arguments.input:
-        return describe.describe(arguments, overrides)
     config = runs.from_recipe(arguments, overrides)
     info = datasets.describe(config.dataset)
     output = arguments.output or runs.workdir_of(arguments, config.name) / "check"
