@@ -137,8 +137,8 @@ def evaluator(
 def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode check: reads all images and labels of a recipe, lists problems, and writes pictures of examples.
 
-    With --write_statistics, it also writes the mean and standard deviation of each channel over the training data. With --input,
-    it writes a recipe for a folder instead, see `describe`.
+    With --write_statistics, it also writes the mean and standard deviation of each channel over the training data. With
+    --input, it writes a recipe for a folder instead, see `describe`.
     """
     from pspnet_jax import describe
     from pspnet_jax.data import overlap, palettes, sources, survey
