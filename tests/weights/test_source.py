@@ -130,7 +130,7 @@ def test_the_training_config_in_an_mmcv_file_is_used(tmp_path):
         ("pspnet_r50-d8_512x1024_40k_cityscapes_20200605.pth", 19, False, 8, "whole", 473, 0, (2048, 1024)),
         ("pspnet_r50-d8_512x512_80k_ade20k_20200615.pth", 150, False, 8, "whole", 473, 0, (2048, 512)),
         ("pspnet_r101-d8_4x4_512x512_20k_voc12aug_2020.pth", 21, False, 8, "whole", 473, 0, (2048, 512)),
-        ("pspnet_r50-d8_480x480_40k_pascal_context_2020.pth", 60, False, 8, "windows", 480, 320, (2048, 512)),
+        ("pspnet_r50-d8_480x480_40k_pascal_context_2020.pth", 60, False, 8, "windows", 480, 320, (520, 520)),
     ],
 )
 def test_the_name_of_a_model_zoo_file_is_used(
