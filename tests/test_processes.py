@@ -116,12 +116,12 @@ def test_two_processes_evaluate_a_run_as_one(trained):
     command = ["--mode=evaluate", f"--workdir={directory / 'scored'}", "--config.eval.split=train"]
     done = run_processes(2, "-c", MAIN, *command, options=True)
     check_exit(done, 0)
-    (together,) = (directory / "scored" / "evaluation").iterdir()
+    (together,) = (directory / "scored" / "evaluation").glob("*.json")
     found = json.loads(together.read_text())
     together.unlink()
     with only(1):
         assert main(command) == 0
-    (alone,) = (directory / "scored" / "evaluation").iterdir()
+    (alone,) = (directory / "scored" / "evaluation").glob("*.json")
     expected = json.loads(alone.read_text())
     print(f"\nmIoU of two processes {found['mean_iou']}, of one {expected['mean_iou']}")
     assert found["images"] == expected["images"] == 9
