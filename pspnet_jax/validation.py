@@ -156,6 +156,7 @@ RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("seed", f"a whole number from {-(2**31)} to {2**32 - 1}", lambda x: -(2**31) <= x < 2**32),  # JAX's keys take 32 bits
     ("loss.ohem_threshold optimizer.layer_decay", "a value above 0 and at most 1", lambda x: 0 < x <= 1),
 )
+NEUTRAL_COLORS = {"brightness": 0.0, "contrast": (1.0, 1.0), "saturation": (1.0, 1.0), "hue": 0}
 
 
 def _range_problems(config: ConfigDict) -> list[str]:
@@ -170,6 +171,13 @@ def _range_problems(config: ConfigDict) -> list[str]:
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int | float)]
         if field != "seed" and not all(abs(number) < 2**31 for number in numbers):  # False for inf and nan too
             problems.append(f"{field}={value}: expected finite numbers below {2**31}")
+    if (config.model.channels, config.dataset.image_dtype) != image_files.RGB8:
+        problems += [
+            f"augment.{field}={config.augment[field]}: expected {neutral}, which keeps the colors; it changes only images with "
+            "model.channels=3 and dataset.image_dtype='uint8'"
+            for field, neutral in NEUTRAL_COLORS.items()
+            if config.augment[field] != neutral
+        ]
     if config.normalize.order != "RGB" and config.model.channels != 3:
         problems.append(f"normalize.order={config.normalize.order!r}: expected 'RGB', the order of the files, or 3 channels")
     if config.dataset.image_dtype == "uint16" and config.normalize.mean == base_config().normalize.mean:

@@ -16,8 +16,9 @@ def load(name: str) -> Extra:
     """Imports a function, and returns it with a check of its results.
 
     Args:
-      name: "module:function". The function takes a crop uint8[h,w,3], its label uint8[h,w] and a random generator, and returns
-        an image and a label of the same shapes. It may change both in place, and is called by several threads at a time.
+      name: "module:function". The function takes a crop [h,w,C] of dataset.image_dtype, its label uint8[h,w] and a random
+        generator, and returns an image and a label of the same types and shapes. It may change both in place, and is called by
+        several threads at a time.
 
     Raises:
       UserError: there is no such function, or it takes other arguments; when called, the results are not as described.
