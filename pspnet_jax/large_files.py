@@ -42,7 +42,7 @@ def open_image(path: epath.PathLike, expected: PixelFormat) -> "LargeTiff":
       UserError: see `LargeTiff`; or the file has another format.
     """
     image = LargeTiff(path, expected.fit, (expected.channels,), expected.dtype)
-    if problem := "has a palette; convert it to RGB" if image.has_palette else expected.problem(image.stored):
+    if problem := image.problem("PALETTE", "MINISWHITE") or expected.problem(image.stored):
         raise UserError(f"{path}: {problem}")
     return image
 
@@ -54,7 +54,6 @@ class LargeTiff:
       shape: height, width and possibly channels.
       ndim, dtype: of the pixels.
       stored: their format in the file.
-      has_palette: whether they are indices into one.
       georeference: its tags, for `write_labels`.
     """
 
@@ -88,7 +87,7 @@ class LargeTiff:
             self.georeference: list[Tag] = [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in tags]
             if page.tags.valueof(ExifTags.Base.Orientation, default=1) != 1:
                 raise UserError(f"{path}: is not upright; turn it, and remove its tag Orientation")
-            self.has_palette = page.photometric == tifffile.PHOTOMETRIC.PALETTE
+            self._photometric = getattr(page.photometric, "name", "")
             self._planes = page.samplesperpixel if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE else 1
         size = self._size = (page.imagelength, page.imagewidth)
         self.stored = PixelFormat(page.samplesperpixel, str(page.dtype))
@@ -99,6 +98,10 @@ class LargeTiff:
                 "in tiles, for example with gdal_translate -co TILED=YES -co COMPRESS=DEFLATE"
             )
         self.shape, self.ndim, self.dtype = (*size, *channels), 2 + len(channels), np.dtype(dtype)
+
+    def problem(self, *kinds: str) -> str | None:
+        """Returns a sentence about pixels whose photometric interpretation is one of some kinds, which windows ignore."""
+        return f"is a {self._photometric} TIFF; convert it to gray (MINISBLACK) or RGB" if self._photometric in kinds else None
 
     def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
         """Returns the pixels in ranges of rows and columns.

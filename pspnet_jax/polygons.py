@@ -105,7 +105,7 @@ def _read(file: str, stamp: tuple[float, int]) -> Drawing | _Coco:
         content = json.loads(epath.Path(file).read_bytes())
         return _labelme(content) if "shapes" in content else _coco(content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"is not a labelme or COCO file ({type(error).__name__}: {error})") from error
+        raise UserError(f"cannot be read as a labelme or COCO file ({type(error).__name__}: {error})") from error
 
 
 def _labelme(content: dict[str, Any]) -> Drawing:
@@ -124,7 +124,7 @@ def _labelme(content: dict[str, Any]) -> Drawing:
 def _coco(content: dict[str, Any]) -> _Coco:
     names = {category["id"]: category["name"] for category in content["categories"]}
     drawings = {image["id"]: Drawing((image["width"], image["height"]), []) for image in content["images"]}
-    for annotation in sorted(content["annotations"], key=lambda annotation: -annotation.get("area", 0)):
+    for annotation in sorted(content["annotations"], key=lambda annotation: -(annotation.get("area") or 0)):
         parts = annotation["segmentation"]
         outlines = parts if isinstance(parts, dict) else [np.asarray(part, np.float32).reshape(-1, 2) for part in parts]
         drawings[annotation["image_id"]].shapes.append((names[annotation["category_id"]], outlines))

@@ -118,7 +118,7 @@ def _side(pattern: str, split: str, kinds: Sequence[Sequence[str]]) -> tuple[str
 
 
 def _more_specific(files: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
-    """Drops files that match the other side's pattern with a shorter name, as 1_mask.png does {name}_mask.png, not {name}.png."""
+    """Drops files that match the other pattern with a shorter name: 1_mask.png matches {name}.png and {name}_mask.png."""
     other_names = {path: name for name, path in others.items()}
     return {name: path for name, path in files.items() if len(name) <= len(other_names.get(path, name))}
 

@@ -2,7 +2,7 @@
 
 | file | values |
 | --- | --- |
-| PNG, TIFF, GIF, BMP | gray values, palette indices, or colors; 1-bit files have 0 and 1 |
+| PNG, TIFF, GIF, BMP | gray values as stored, palette indices, or colors; 1-bit files have 0 and 1 |
 | .npy, .mat | whole numbers [H,W], or colors uint8[H,W,3]; the only such array of a .mat, or SBD's GTcls.Segmentation |
 | labelme's or COCO's .json | categories of polygons, see polygons.py |
 
@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import scipy.io
 from ml_collections import ConfigDict
-from PIL import Image
+from PIL import ExifTags, Image
 
 from pspnet_jax import image_files, label_maps, polygons
 from pspnet_jax.datasets import IGNORE, WRONG
@@ -25,7 +25,7 @@ from pspnet_jax.errors import UserError
 
 SMALL_GRAYS = {"L;2": 85, "L;4": 17}  # Pillow multiplies the values of these pixel formats
 # Bit depth and color type in the headers of PNGs that OpenCV decodes, in half of Pillow's time: 8-bit gray and RGB.
-FAST_PNG = {b"\x08\x00": cv2.IMREAD_GRAYSCALE, b"\x08\x02": cv2.IMREAD_COLOR}
+FAST_PNG = {b"\x08\x00": cv2.IMREAD_GRAYSCALE, b"\x08\x02": cv2.IMREAD_COLOR_RGB}
 MAX_LISTED = 8  # keys of a map in a message
 
 
@@ -38,6 +38,7 @@ class LabelReader:
 
     Attributes:
       classes: the class, or IGNORE, of each value, (R, G, B) color, and polygon category.
+      keep_indices: whether the values of a label with a palette are its indices, and not its colors.
     """
 
     def __init__(self, classes: Mapping[label_maps.Key, int]):
@@ -46,7 +47,7 @@ class LabelReader:
         values = {key[0]: found for key, found in classes.items() if isinstance(key, tuple) and len(set(key)) == 1}
         values |= {key: found for key, found in classes.items() if isinstance(key, int) and 0 <= key < 2**16}
         self._values[[*values]] = [*values.values()]
-        self._keep_indices = not any(isinstance(key, tuple) for key in classes)
+        self.keep_indices = not any(isinstance(key, tuple) for key in classes)
 
     @functools.cached_property
     def _colors(self) -> np.ndarray:
@@ -71,7 +72,7 @@ class LabelReader:
         label_file, image_file = (path.decode() if isinstance(path, bytes) else path for path in (label_file, image_file))
         if label_file.endswith(".json"):
             return polygons.read(label_file, image_file).paint(self._class_of_category)
-        return self.to_classes(_decode(label_file, contents, self._keep_indices))
+        return self.to_classes(_decode(label_file, contents, self.keep_indices))
 
     def _class_of_category(self, category: str) -> int:
         if (found := self.classes.get(category, IGNORE if category == polygons.BACKGROUND else WRONG)) == WRONG:
@@ -91,7 +92,7 @@ class LabelReader:
 
     def problem(self, label_file: str, contents: bytes, wrong: np.ndarray) -> str:
         """Returns a sentence about the first value that the map lacks; `wrong` is bool[H,W]."""
-        return self.describe(_decode(label_file, contents, self._keep_indices)[wrong])
+        return self.describe(_decode(label_file, contents, self.keep_indices)[wrong])
 
     def describe(self, label: np.ndarray) -> str:
         """Returns a sentence about the first of some pixels, values [n] or colors [n,3] that the map lacks."""
@@ -139,10 +140,16 @@ def _decode(file: str, contents: bytes, keep_indices: bool) -> np.ndarray:
     elif kind == "mat":
         label = _array_of_mat(contents)
     else:
-        label = _decode_image(contents, keep_indices)
-    label = label.squeeze() if label.ndim == 3 and 1 in (label.shape[0], label.shape[2]) else label
+        label = decode_image(contents, keep_indices)
+    return normalize(label)
+
+
+def normalize(label: np.ndarray) -> np.ndarray:
+    """Returns whole numbers [H,W] or colors uint8[H,W,3] of an array that may have another type, alpha or an axis of length 1."""
     if label.ndim == 3 and label.shape[2] in (3, 4) and label.dtype == np.uint8:
         return np.ascontiguousarray(label[..., :3])
+    if label.ndim == 3 and 1 in (label.shape[0], label.shape[2]):
+        label = label[..., 0] if label.shape[2] == 1 else label[0]
     if label.ndim != 2 or label.dtype.kind not in "biuf":
         raise UserError(f"is {label.dtype}{list(label.shape)}; expected whole numbers [H, W] or colors uint8[H, W, 3]")
     if label.dtype.kind == "f":
@@ -152,17 +159,22 @@ def _decode(file: str, contents: bytes, keep_indices: bool) -> np.ndarray:
     return label.astype(np.uint8) if label.dtype.kind == "b" else label
 
 
-def _decode_image(contents: bytes, keep_indices: bool) -> np.ndarray:
+def decode_image(contents: bytes, keep_indices: bool) -> np.ndarray:
+    """Returns the values [H,W] or colors uint8[H,W,3] of an image file; the indices of a palette, or its colors."""
     if contents.startswith(b"\x89PNG") and (flag := FAST_PNG.get(contents[24:26])) is not None:
         label = cv2.imdecode(np.frombuffer(contents, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
         if label is None:
             raise ValueError(image_files.CUT_SHORT)
-        return label if label.ndim == 2 else cv2.cvtColor(label, cv2.COLOR_BGR2RGB)
+        return label
     with Image.open(io.BytesIO(contents)) as image:
         if image.mode in ("RGB", "RGBA", "CMYK", "YCbCr") or (image.mode == "P" and not keep_indices):
             return np.asarray(image.convert("RGB"))
         scale = SMALL_GRAYS.get(image_files.raw_mode(image), 1)
-        return np.asarray(image.getchannel("L") if image.mode == "LA" else image) // np.uint8(scale)
+        label = np.asarray(image.getchannel("L") if image.mode == "LA" else image)
+        white_is_0 = image.format == "TIFF" and image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0
+        if white_is_0 and image.mode in ("1", "L"):
+            label = ~label  # Pillow returns the complement of the stored values
+        return label if scale == 1 else label // np.uint8(scale)
 
 
 def _array_of_mat(contents: bytes) -> np.ndarray:
