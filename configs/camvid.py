@@ -2,8 +2,8 @@
 
 python -m pspnet_jax.main --config configs/camvid.py --config.dataset.root=DIR
 
-DIR holds images/{train,val} and labels/{train,val} at 480x360 (the SegNet tutorial's version, with 255 for void). The README
-has a script that writes it.
+DIR holds images/{train,val} and labels/{train,val} at 480x360, with 255 for void. The README has the flags for the SegNet
+tutorial's version, which has other folders and 11 for void.
 """
 
 from ml_collections import ConfigDict

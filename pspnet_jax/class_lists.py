@@ -18,7 +18,7 @@ from pspnet_jax.errors import UserError
 Color = tuple[int, int, int]
 COLUMNS = {  # {column: its names in headers}
     "name": "name class class_name classname label label_name category",
-    "index": "index idx id label_id labelid class_id classid class_index train_id trainid value",
+    "index": "index idx id label_id labelid class_id classid class_index train_id trainid value pixel_value",
     "red": "red r",
     "green": "green g",
     "blue": "blue b",
@@ -63,7 +63,7 @@ def read_rows(text: str, file: str) -> list[Row]:
 def _rows(lines: list[tuple[int, str]], file: str) -> list[Row]:
     separator = next((s for s in "\t;," if all(s in line for _, line in lines)), "")
     tables = [(number, _fields(line, separator)) for number, line in lines]
-    header = [_COLUMN.get(field.lower()) for field in tables[0][1]]
+    header = [_COLUMN.get(field.lower().replace(" ", "_")) for field in tables[0][1]]
     if len(header) == 1 and header[0] not in (None, "ignored") and len(tables) > 1:
         _refuse(file, tables[0][0], f"{tables[0][1][0]!r} looks like a header; remove it, or rename the class")
     if "name" in header and None not in header and len(set(header)) == len(header):

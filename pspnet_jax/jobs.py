@@ -137,10 +137,14 @@ def evaluator(
 def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode check: reads all images and labels of a recipe, lists problems, and writes pictures of examples.
 
-    With --write_statistics, it also writes the mean and standard deviation of each channel over the training data.
+    With --write_statistics, it also writes the mean and standard deviation of each channel over the training data. With
+    --input, it writes a recipe for a folder instead, see `describe`.
     """
+    from pspnet_jax import describe
     from pspnet_jax.data import overlap, palettes, sources, survey
 
+    if arguments.input:
+        return describe.describe(arguments, overrides)
     config = runs.from_recipe(arguments, overrides)
     info = datasets.describe(config.dataset)
     output = arguments.output or runs.workdir_of(arguments, config.name) / "check"

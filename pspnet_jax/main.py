@@ -80,17 +80,21 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
         {"type": _nonempty, "metavar": "WHICH", "help": "latest (the default), best or a step number"},
     ),
     "input": (
-        ["predict", "import", "verify", "export"],
+        ["predict", "check", "import", "verify", "export"],
         {
             "type": _input,
             "metavar": "PATH",
             "help": "an image, a folder, a video, a URL or a camera (/dev/video0) to predict; weights to import or verify; "
-            "export: an image to show in the model card",
+            "export: an image to show in the model card; check: a folder of images and labels, to write a recipe",
         },
     ),
     "output": (
         ["predict", "check", "export", "preflight"],
-        {"type": _path, "metavar": "PATH", "help": "directory for the results; export: the file or directory to write"},
+        {
+            "type": _path,
+            "metavar": "PATH",
+            "help": "directory for the results; export: the file or directory to write; check with --input: the recipe",
+        },
     ),
     "format": (
         ["predict", "export"],

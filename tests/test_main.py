@@ -286,7 +286,7 @@ def test_another_network_in_the_same_workdir_is_refused(run, capsys):
         (["--config=configs/camvid.py", "7"], "7: unknown argument"),
         (["--config=configs/camvid.py", "--config.seed=99999999999999999999"], "seed=99999999999999999999: expected a whole"),
         (["--config=configs/camvid.py", "--config.seed", "-1", "--noconfig.model.auxiliary"], "dataset.root"),
-        (["--config=configs/quickstart.py", "--input=x"], "--input: --mode train does not use it, only predict, import"),
+        (["--config=configs/quickstart.py", "--input=x"], "--input: --mode train does not use it, only predict, check, import"),
         (["--config=configs/quickstart.py", "--checkpoint=3"], "--checkpoint: --mode train does not use it"),
         (["--config=configs/quickstart.py", "--batch=0"], "--batch: --mode train does not use it, only export"),
         (["--mode=predict", "--workdir=nowhere", "--output=x", "--input=hf://a/b"], "hf://a/b: is a name of weights, but"),

@@ -17,7 +17,7 @@ from pspnet_jax.data import listing
 from pspnet_jax.data.names import check_partners
 from pspnet_jax.errors import MissingFileError, UserError
 
-LABELS = (".tif", ".tiff", ".gif", ".bmp", ".npy", ".mat")  # extensions of labels, if there are no .png files
+LABELS = (".tif", ".tiff", ".gif", ".bmp", ".jpg", ".jpeg", ".npy", ".mat")  # extensions of labels, if there are no .png files
 COLUMNS = {  # {column: its names in the header of a list}
     "image": "image img image_path image_file image_id image_name file_name filename file path name",
     "label": "label mask label_path mask_path label_file mask_file annotation target",
@@ -49,9 +49,10 @@ def find(dataset: ConfigDict, root: str, split: str, extensions: Sequence[str]) 
             f"dataset.images={dataset.images!r} has no {{split}}, so every split would have the same images; add it, or set "
             "dataset.split_file, or dataset.split_fraction for the splits train and val"
         )
-    found = match(f"{root}/{dataset.images}", f"{root}/{dataset.labels}", split, extensions)
+    skip = dataset.on_error == "skip"
+    found = match(f"{root}/{dataset.images}", f"{root}/{dataset.labels}", split, extensions, skip)
     if by_fraction:
-        chosen = [f for f in found if (_position(dataset.split_seed, f[0]) < dataset.split_fraction) == (split == "val")]
+        chosen = [f for f in found if (position(dataset.split_seed, f[0]) < dataset.split_fraction) == (split == "val")]
         if not chosen:
             raise UserError(
                 f"dataset.split_fraction={dataset.split_fraction}: none of the {len(found)} images of {root} is in split "
@@ -65,12 +66,12 @@ def find(dataset: ConfigDict, root: str, split: str, extensions: Sequence[str]) 
     return [files for files in found if files[0] in names]
 
 
-def _position(seed: int, name: str) -> float:
+def position(seed: int, name: str) -> float:
     """Returns a number from 0 to 1 that depends only on the seed and the name."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) / 2**64
 
 
-def match(images: str, labels: str, split: str, extensions: Sequence[str]) -> list[Files]:
+def match(images: str, labels: str, split: str, extensions: Sequence[str], skip: bool = False) -> list[Files]:
     """Returns the files that match two patterns, sorted by name, and warns about images that match neither.
 
     The label is "" if the labels' directory does not exist. If one file of a pair is missing, its path is a guess.
@@ -79,6 +80,7 @@ def match(images: str, labels: str, split: str, extensions: Sequence[str]) -> li
       images, labels: full paths with {name} and possibly {split}; "*" stands for any part of a file's or directory's name.
       split: replaces {split}.
       extensions: of images.
+      skip: whether to leave out files without a partner, with a warning.
     """
     directory, found, others = _side(images, split, (extensions,))
     kinds = ((".json",),) if labels.endswith(".json") else ((".png",), LABELS)
@@ -98,10 +100,13 @@ def match(images: str, labels: str, split: str, extensions: Sequence[str]) -> li
         why = "match neither dataset.images nor dataset.labels" if named else f"are not {', '.join(kind)} files"
         listing.warn_of_others(where, neither, why)
         used |= {*neither}
+    alone = found.keys() ^ label_files.keys() if skip else set[str]()
+    partners = [(found | label_files)[name] for name in sorted(alone)]
+    listing.warn_of_others(directory, partners, "have no label, or no image, and dataset.on_error is 'skip'")
     image, label = (re.sub(r"\*$", kind, p.replace("{split}", split)) for p, kind in ((images, "jpg"), (labels, "png")))
     return [
         (name, found.get(name, image.replace("{name}", name)), label_files.get(name, label.replace("{name}", name)))
-        for name in sorted(found.keys() | label_files.keys())
+        for name in sorted((found.keys() | label_files.keys()) - alone)
     ]
 
 

@@ -72,7 +72,7 @@ class LabelReader:
         label_file, image_file = (path.decode() if isinstance(path, bytes) else path for path in (label_file, image_file))
         if label_file.endswith(".json"):
             return polygons.read(label_file, image_file).paint(self._class_of_category)
-        return self.to_classes(_decode(label_file, contents, self.keep_indices))
+        return self.to_classes(decode(label_file, contents, self.keep_indices))
 
     def _class_of_category(self, category: str) -> int:
         if (found := self.classes.get(category, IGNORE if category == polygons.BACKGROUND else WRONG)) == WRONG:
@@ -92,7 +92,7 @@ class LabelReader:
 
     def problem(self, label_file: str, contents: bytes, wrong: np.ndarray) -> str:
         """Returns a sentence about the first value that the map lacks; `wrong` is bool[H,W]."""
-        return self.describe(_decode(label_file, contents, self.keep_indices)[wrong])
+        return self.describe(decode(label_file, contents, self.keep_indices)[wrong])
 
     def describe(self, label: np.ndarray) -> str:
         """Returns a sentence about the first of some pixels, values [n] or colors [n,3] that the map lacks."""
@@ -132,7 +132,7 @@ def reader(dataset: ConfigDict, class_names: Sequence[str], files: Sequence[str]
     return LabelReader(classes)
 
 
-def _decode(file: str, contents: bytes, keep_indices: bool) -> np.ndarray:
+def decode(file: str, contents: bytes, keep_indices: bool) -> np.ndarray:
     """Returns whole numbers [H,W], or colors uint8[H,W,3]; the indices of a palette, or its colors."""
     kind = file.lower().rsplit(".", 1)[-1]
     if kind == "npy":
@@ -145,7 +145,7 @@ def _decode(file: str, contents: bytes, keep_indices: bool) -> np.ndarray:
 
 
 def normalize(label: np.ndarray) -> np.ndarray:
-    """Returns whole numbers [H,W] or colors uint8[H,W,3] of an array that may have another type, alpha or an axis of length 1."""
+    """Returns whole numbers [H,W] or colors uint8[H,W,3] of an array that may have another type, alpha or an axis too many."""
     if label.ndim == 3 and label.shape[2] in (3, 4) and label.dtype == np.uint8:
         return np.ascontiguousarray(label[..., :3])
     if label.ndim == 3 and 1 in (label.shape[0], label.shape[2]):

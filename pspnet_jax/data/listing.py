@@ -47,7 +47,7 @@ def find(directory: str, extensions: Sequence[str], pattern: re.Pattern[str] = A
         raise MissingFileError(f"{directory}: no such directory" + (f"; {parent} contains {siblings}" if siblings else ""))
     found: dict[str, str] = {}
     others = []
-    for path in _walk(directory):
+    for path in walk(directory):
         below = unicodedata.normalize("NFC", path[len(directory) + 1 :])  # macOS decomposes accented characters
         extension, matched = os.path.splitext(below)[1].lower(), pattern.fullmatch(below)
         if extension not in extensions or not matched:
@@ -67,7 +67,7 @@ def warn_of_others(directory: str, others: Sequence[str], why: str) -> None:
         )
 
 
-def _walk(directory: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+def walk(directory: str, above: tuple[str, ...] = ()) -> Iterator[str]:
     """Yields the files below a directory, except hidden ones; `above` are the real paths of its parent directories.
 
     In a bucket, a name with a "." and without a trailing "/" is assumed to be a file. Asking the server about each would take
@@ -83,7 +83,7 @@ def _walk(directory: str, above: tuple[str, ...] = ()) -> Iterator[str]:
         if entry.startswith("."):
             continue
         if entry.endswith("/") or (("." not in entry or not remote) and tf.io.gfile.isdir(path)):
-            yield from _walk(path, above)
+            yield from walk(path, above)
         else:
             yield path
 

@@ -135,7 +135,7 @@ def _sheet(
     picture = Image.new("RGB", (columns * (width + MARGIN) - MARGIN, sum(heights)), "white")
     for i, (caption, panel) in enumerate(panels):
         left, top = i % columns * (width + MARGIN), sum(heights[: i // columns])
-        ImageDraw.Draw(picture).text((left, top + 1), caption, "black", _font())
+        ImageDraw.Draw(picture).text((left, top + 1), _shortened(caption, width), "black", _font())
         picture.paste(panel, (left, top + LINE))
     classes = [int(k) for k in values if k < info.num_classes]
     entry = LINE + 2 * MARGIN + max((round(_font().getlength(info.class_names[k])) for k in classes), default=0)
@@ -149,6 +149,14 @@ def _sheet(
         pen.rectangle((left, top + 2, left + LINE - 4, top + LINE - 3), info.colors[k], "black")
         pen.text((left + LINE, top + 1), info.class_names[k], "black", _font())
     return extended
+
+
+def _shortened(text: str, width: int) -> str:
+    """Returns a text of at most `width` pixels, without its beginning if it is longer."""
+    font, kept = _font(), text
+    while font.getlength(kept) > width:
+        kept = f"...{kept.removeprefix('...')[1:]}"
+    return kept
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -202,5 +202,5 @@ def test_results_of_another_map_are_not_used(tmp_path):
 def test_a_map_does_not_excuse_the_classes_of_a_benchmark(tmp_path):
     """In dataset.mixture, a benchmark's labels are not read with the map, so its classes have to be those of the map."""
     dataset = recipe(root=str(tmp_path), name="potsdam", label_map=BY_VALUE, class_names=("a", "b", "c"))
-    with pytest.raises(UserError, match="class 0 of dataset.name='potsdam' .* is 'impervious_surface', but 'a' in"):
+    with pytest.raises(UserError, match=r"class 0 of dataset.name='potsdam' .* is 'impervious_surface', but 'a' in"):
         sources.open_source(dataset, "train")

@@ -74,3 +74,16 @@ def test_pictures_show_three_channels_scaled_to_8_bits():
     rgb = np.random.default_rng(0).integers(0, 256, (4, 5, 4), dtype=np.uint8)
     np.testing.assert_array_equal(to_rgb(rgb), rgb[..., :3])
     np.testing.assert_array_equal(to_rgb(np.full((4, 4, 1), 7, np.uint16)), np.zeros((4, 4, 3)))
+
+
+def test_a_long_caption_ends_before_the_next_panel():
+    """Between the captions of two panels, nothing is drawn."""
+    image = np.full((2, 2, 3), 100, np.uint8)
+    sheets = [
+        np.asarray(contact_sheet([{"image": image, "label": LABEL, "name": name}] * 3, INFO))
+        for name in ("x" * 200 + "end", "end")
+    ]
+    width = sheets[0].shape[1] // 3
+    gaps = [sheet[:16, width - 4 : width + 1] for sheet in sheets]
+    assert sheets[0].shape == sheets[1].shape
+    np.testing.assert_array_equal(*gaps)

@@ -1,0 +1,217 @@
+"""Finds the pairs of images and labels in a folder from the names of its files, as patterns for config.dataset.
+
+Two files may be a pair if their paths are equal except for one run of folders, such as images/ and masks/, and for a prefix and
+a suffix of their names, such as "_sat" and "_mask". All rules that fit are collected, and ranked by their words and pairs.
+"""
+
+import collections
+import functools
+import itertools
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+CLOSE = 100  # more folders that differ in the same place are not compared with each other
+COMMON = 0.1  # share of a folder's files that an affix has
+_WORDS = "trainval|training|train|validation|valid|val|testing|test|eval|dev"
+_SPLIT = re.compile(  # train, train_images, train2017, TrainImages, trainannot, imagesTr
+    rf"(?<![a-zA-Z])(?i:{_WORDS})(?![a-zA-Z])|^(?i:{_WORDS})(?=[A-Z]|(?i:annot|label|mask|im|gt|seg))"
+    r"|(?:(?<=[a-z])|^)(?:Tr|Ts|Va|Train|Val|Test)$"
+)
+_LABELS = (  # how much a word tells that files are labels
+    (r"train_?ids?", 5),
+    (r"truth|manual|label|(?<![a-z])gt", 4),
+    (r"mask|seg|(?<![a-z])ann|target|class|lbl|pars", 3),
+    (r"(?<![a-z0-9])[mly]$", 1),
+)
+_IMAGES = re.compile(r"im(age|g)|jpe?g|photo|pic|rgb|(?<![a-z])sat|input|left|frame|ortho|raw|orig")
+_NEITHER = re.compile(
+    r"colou?r|inst|panop|object|(?<![a-z])d[est]m(?![a-z])|depth|dispar|edge|bound|contour|(?<![a-z])vis|viz|overlay|weight|poly"
+    "|pred|conf|thumb|preview"
+)
+
+
+class File(NamedTuple):
+    """A file: the components of its folder, in which {split} replaces `split`, and its name."""
+
+    folder: tuple[str, ...]
+    split: str
+    stem: str
+    extension: str
+    path: str
+
+
+class Rule(NamedTuple):
+    """Patterns of images and labels, in the form of config.dataset.images and labels.
+
+    Attributes:
+      images: pattern of the images.
+      labels: pattern of the labels.
+      splits: what {split} stands for; folders with images and labels of their own if they do not name a split.
+      pairs: number of pairs.
+      example: the first image and its label.
+      rank: likelihood, on an arbitrary scale.
+    """
+
+    images: str
+    labels: str
+    splits: frozenset[str]
+    pairs: int
+    example: tuple[str, str]
+    rank: float
+
+
+def rules(paths: Collection[str]) -> list[Rule]:
+    """Returns the rules by which files of a folder can be pairs, best first.
+
+    Args:
+      paths: of images and possible labels, relative to the folder.
+    """
+    found = [*_rules([_file(path, True) for path in paths], False), *_rules([_file(path, False) for path in paths], True)]
+    best: dict[tuple[str, str], Rule] = {}
+    for rule in sorted(found, key=lambda r: (-r.rank, any("/" in s for s in r.splits), len(r.images + r.labels), r)):
+        best.setdefault(rule.example, rule)
+    return list(best.values())
+
+
+def match(pattern: str, paths: Iterable[str], splits: Iterable[str]) -> dict[tuple[str, str], str]:
+    """Returns {(split, name): path} of the paths that have a pattern, in which {split} stands for one of `splits`."""
+    either = "|".join(map(re.escape, sorted(splits, key=len, reverse=True)))
+    regex = re.escape(pattern).replace(r"\{split\}", f"(?P<split>{either})", 1).replace(r"\{split\}", "(?P=split)")
+    regex = regex.replace(r"\{name\}", "(?P<name>.+)").replace(r"\.\*", r"\.[^./]+")
+    matches = [(re.fullmatch(regex, path), path) for path in paths]
+    return {(found.groupdict().get("split", ""), found["name"]): path for found, path in matches if found}
+
+
+def split_of(path: str) -> str:
+    """Returns what in a path names a split, such as "val" or "Tr"; "" if nothing does."""
+    found = filter(None, map(_SPLIT.search, path.split("/")))
+    return next((match[0] for match in found), "")
+
+
+@functools.lru_cache
+def use_of(split: str) -> str:
+    """Returns what the split named in a path is for: train, val, test, or "" if no split is named."""
+    uses = {"tr": "train", "va": "val", "ev": "val", "de": "val", "te": "test", "ts": "test"}
+    return uses.get(split_of(split).lower()[:2], "")
+
+
+def _file(path: str, find_split: bool) -> File:
+    *folder, name = path.split("/")
+    split = split_of("/".join(folder)) if find_split else ""
+    folder = [re.sub(_SPLIT, lambda found: "{split}" if found[0] == split else found[0], part) for part in folder]
+    return File(tuple(folder), split, *os.path.splitext(name), path)
+
+
+def _rules(files: Sequence[File], parallel: bool) -> Iterator[Rule]:
+    """Yields all rules; with `parallel`, those that differ only in the folders above images/ and labels/ also as one."""
+    folders = collections.defaultdict(list)
+    for file in files:
+        folders[file.folder].append(file)
+    indices = {folder: _index(members) for folder, members in folders.items()}
+    found: dict = collections.defaultdict(lambda: collections.defaultdict(list))
+    for one, other, above, x, y, below in _neighbors(sorted(folders)):
+        tail = below[: max((i for i, part in enumerate(below, 1) if "{split}" in part), default=0)]
+        for (a, b), pairs in _pairs(indices[one], indices[other]).items():
+            found[x, y, tail, a, b][above].append((below[len(tail) :], pairs))
+    for key, parts in found.items():
+        for above, part in parts.items():
+            yield from _both_ways(above, key, part)
+        if parallel and len(parts) > 1 and all(parts):
+            joined = [
+                (rest, [("/".join(above), *p[1:]) for p in pairs]) for above, part in parts.items() for rest, pairs in part
+            ]
+            yield from _both_ways(("{split}",), key, joined)
+
+
+def _neighbors(folders: Sequence[tuple[str, ...]]) -> Iterator[tuple]:
+    """Yields each (folder, folder, above, x, y, below), where the folders are above/x/below and above/y/below."""
+    places = collections.defaultdict(list)
+    for folder in folders:
+        yield folder, folder, (), (), (), folder
+        for i, j in itertools.combinations_with_replacement(range(len(folder) + 1), 2):
+            if j - i <= 3:
+                places[folder[:i], folder[j:]].append((folder[i:j], folder))
+    for (above, below), members in places.items():
+        for (x, one), (y, other) in itertools.combinations(sorted(members) if len(members) <= CLOSE else (), 2):
+            crosses = {"", use_of("/".join(one)), use_of("/".join(other))}
+            if one != other and len(crosses) < 3 and not (x and y and (x[0] == y[0] or x[-1] == y[-1])):
+                yield one, other, above, x, y, below
+
+
+def _index(files: Sequence[File]) -> dict[str, list[tuple[tuple[str, str], File]]]:
+    """Returns {name: its affixes and files} for every common prefix and suffix that may not belong to the name."""
+    cuts = [(file, cut) for file in files for cut in _cuts(file)]
+    common = collections.Counter(affixes for _, (affixes, _) in cuts)
+    index = collections.defaultdict(list)
+    for file, (affixes, name) in cuts:
+        if common[affixes] >= COMMON * len(files):
+            index[name].append((affixes, file))
+    return index
+
+
+def _cuts(file: File) -> Iterator[tuple[tuple[str, str], str]]:
+    """Yields ((prefix, suffix), name): the prefix is a word, the suffix begins with a separator and a word."""
+    stem = file.stem
+    first = re.match(r"[A-Za-z]+([_\-. ]+|(?=\d))", stem)
+    ends = [len(stem), *(found.start() for found in re.finditer(r"[_\-. ]+(?=[^_\-. ]*[A-Za-z])|(?<=\d)(?=[A-Za-z]+$)", stem))]
+    if re.fullmatch(r"[A-Za-z_\- ]+", stem):
+        yield (f"/{stem}", ""), ""  # the name is that of its folder
+    for start, end in itertools.product({0, first.end() if first else 0}, ends):
+        if start < end:
+            suffix = stem[end:].replace(file.split, "{split}") if file.split else stem[end:]
+            yield (stem[:start], suffix), stem[start:end]
+
+
+def _pairs(index: dict, other: dict) -> dict[tuple, list[tuple[str, str, str]]]:
+    """Returns {(affixes of one, affixes of the other): the split and the paths of each pair}; affixes include ".*"."""
+    found = collections.defaultdict(list)
+    for name in index.keys() & other.keys() - ({""} if index is not other else set()):
+        for (a, file), (b, partner) in itertools.product(index[name], other[name]):
+            ends = [".json" if f.extension == ".json" else ".*" for f in (file, partner)]
+            if file.folder == partner.folder:
+                if (a, file.extension) >= (b, partner.extension):
+                    continue  # each pair once
+                ends = [file.extension, partner.extension] if a == b else ends
+            if file.split == partner.split or not (file.split and partner.split):
+                found[(*a, ends[0]), (*b, ends[1])].append((file.split or partner.split, file.path, partner.path))
+    return found
+
+
+def _both_ways(above: tuple, key: tuple, parts: list) -> Iterator[Rule]:
+    """Yields the rules in which files of x are the images and in which those of y are."""
+    x, y, tail, a, b = key
+    varying = list(zip(*(rest for rest, _ in parts), strict=False))
+    rest = [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, varying)]
+    pairs = [pair for _, found in parts for pair in found]
+    splits = frozenset(pair[0] for pair in pairs)
+    if a[0].startswith("/") and len({rest for rest, _ in parts}) == 1:
+        return  # the folder is no name
+    sides = []
+    for role, (prefix, suffix, extension) in ((x, a), (y, b)):
+        name = f"{{name}}{prefix}{extension}" if prefix.startswith("/") else f"{prefix}{{name}}{suffix}{extension}"
+        sides.append(("/".join((*above, *role, *tail, *rest, name)), f"{'/'.join(role)}/{prefix}{suffix}"))
+    for order in (1, -1):
+        (images, image_role), (labels, label_role) = sides[::order]
+        example = min(pair[1:][::order] for pair in pairs)
+        score = _score(image_role, label_role, example)
+        rank = score * (len(pairs) * (1.5 if len(splits) > 1 else 1)) ** 0.1
+        if score > 0:
+            yield Rule(images, labels, splits, len(pairs), example, rank)
+
+
+def _score(image: str, label: str, example: tuple[str, str]) -> float:
+    """Returns how well the folders and affixes of images and labels, and an example of each, fit; 0 or less: not at all."""
+    image, label = image.lower(), label.lower()
+
+    def strength(text: str) -> int:
+        return max((points for words, points in _LABELS if re.search(words, text)), default=0)
+
+    kinds = [os.path.splitext(path)[1].lower() for path in example]
+    if kinds[0] == ".json":
+        return 0
+    score = 0.5 + strength(label) - strength(image) + 0.1 * (len(label) > len(image))
+    score += 2 * bool(_IMAGES.search(image)) - 2 * bool(_IMAGES.search(label))
+    score -= 2 * bool(_NEITHER.search(image)) + 2 * bool(_NEITHER.search(label))
+    return score + (kinds[0] in (".jpg", ".jpeg", ".jp2") and kinds[0] != kinds[1])

@@ -1,0 +1,171 @@
+"""The recipe for a folder that survey_folder.py has looked at: every guess is a line with a comment."""
+
+import collections
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from pspnet_jax import image_files
+from pspnet_jax.data import discover, label_values
+from pspnet_jax.data.survey_folder import Folder, Found
+from pspnet_jax.errors import UserError
+
+Line = tuple[str, Any, str]  # a field of the config, its value, and a comment
+MEASURED = 20  # images whose pixels are read
+BATCH, EPOCHS, STEPS = 8, 50, (200, 20_000)
+CROPS = 49, 321  # smallest and largest side of a crop
+LARGE = 1024  # long side in pixels beyond which photos are reduced
+MAPS = (".tif", ".tiff", ".jp2")  # formats of images that are not photos, so that small objects are not reduced
+TEMPLATE = '''"""Written by --mode check --input {root}
+
+python -m pspnet_jax.main --config {file}
+
+The comments say what was found, and how it was understood. Check the lines with GUESS first.
+"""
+
+from ml_collections import ConfigDict
+
+from pspnet_jax.config import base_config
+
+LABELS = {{  # in the label files: class, or None for pixels that are ignored
+{labels}
+}}
+
+
+def get_config() -> ConfigDict:
+    config = base_config()
+{fields}
+    config.dataset.label_map = {label_map}
+    return config
+'''
+
+
+def lines(folder: Folder, found: Found, name: str) -> list[Line]:
+    """Returns the fields of a recipe, with comments; all but the label map.
+
+    Args:
+      folder: where the data is.
+      found: how it is read.
+      name: for config.name.
+    """
+    headers = [_header(image) for image, _ in label_values.sample([*dict.fromkeys(found.pairs)])]
+    sizes = sorted(header.size if header.orientation < 5 else header.size[::-1] for header in headers)
+    steps = int(np.clip(EPOCHS * next(iter(found.counts.values())) / BATCH, *STEPS))
+    also = "; ".join(f"or {pattern!r}" for pattern in found.alternatives)
+    return [
+        ("name", name, "runs are saved in runs/<name>"),
+        ("dataset.root", folder.root, ""),
+        ("dataset.images", found.dataset.images, _kinds(headers)),
+        ("dataset.labels", found.dataset.labels, f"GUESS: {also} are there too" if also else ""),
+        *_split_lines(found),
+        *_pixel_lines(found, headers),
+        ("model.depth", 18, "50 takes about four times as long, and is better"),
+        ("model.stem", "conv7", "torchvision's; with config.init_from = 'hf://timm/resnet18.tv_in1k', less data is needed"),
+        ("batch_size", BATCH, "over all devices"),
+        ("total_steps", steps, f"about {EPOCHS} epochs, but {STEPS[0]:,} to {STEPS[1]:,} steps"),
+        ("optimizer.learning_rate", 0.05, "from random weights; with init_from 0.01, and head_multiplier 10"),
+        ("optimizer.head_multiplier", 1.0, ""),
+        *_size_lines(found, sizes),
+        ("every.log", 20, ""),
+        ("every.eval", steps // 5, ""),
+        ("every.save", steps // 5, ""),
+    ]
+
+
+def render(folder: Folder, found: Found, fields: Sequence[Line], entries: Sequence[label_values.Entry], file: str) -> str:
+    """Returns the text of a recipe, which will be in `file`."""
+    label_map = "str(LABELS)"
+    if label_values.is_smoothed(found.shares):
+        label_map = "str({value: LABELS[0 if value < 128 else 255] for value in range(256)})  # the grays between are edges"
+    return TEMPLATE.format(
+        root=_one_line(folder.root),
+        file=_one_line(file),
+        label_map=label_map,
+        labels="\n".join(f"    {key!r}: {name!r},  # {_one_line(remark)}" for key, name, remark in entries),
+        fields="\n".join(
+            f"    config.{field} = {value!r}" + f"  # {_one_line(remark)}" * bool(remark) for field, value, remark in fields
+        ),
+    )
+
+
+def _one_line(text: str) -> str:
+    """Returns a text that cannot end a comment or docstring: names of files may contain anything."""
+    return " ".join(text.split()).replace("\\", "/").replace('"', "'")
+
+
+def _header(file: str) -> image_files.Header:
+    try:
+        with epath.Path(file).open("rb") as opened:
+            return image_files.read_header(opened)
+    except Exception as error:  # whatever a decoder raises
+        raise UserError(f"{file}: cannot be read as an image ({image_files.reason(error)})") from error
+
+
+def _kinds(headers: Sequence[image_files.Header]) -> str:
+    """Returns such as "24 PNG of 3 channel(s), uint8"."""
+    kinds = collections.Counter(
+        f"{header.kind} of {header.stored.channels} channel(s), {header.stored.dtype}" for header in headers
+    )
+    return "; ".join(f"{number} {kind}" for kind, number in kinds.most_common())
+
+
+def _split_lines(found: Found) -> list[Line]:
+    dataset, pairs = found.dataset, [f"{number:,} pair{'s' * (number > 1)}" for number in found.counts.values()]
+    held_out = pairs[1] if len(pairs) > 1 else "GUESS: the training images again, as nothing is left for validation; label more"
+    if discover.use_of(found.val_split) == "test":
+        held_out += "; GUESS: those for the test, as none are for validation"
+    lines = [
+        ("dataset.train_split", dataset.train_split, f"{pairs[0]}; {found.reason}"),
+        ("eval.split", found.val_split, held_out),
+        *(
+            (f"dataset.{field}", dataset[field], "")
+            for field in ("split_file", "split_fraction", "split_seed")
+            if dataset[field]
+        ),
+    ]
+    if found.unlabeled:
+        remark = f"GUESS: leaves out {len(found.unlabeled):,} images without label, such as {found.unlabeled[0]}"
+        lines.append(("dataset.on_error", "skip", remark))
+    return lines
+
+
+def _pixel_lines(found: Found, headers: Sequence[image_files.Header]) -> list[Line]:
+    """Returns the lines about channels and their values, none for 8-bit RGB or gray."""
+    channels, dtype = collections.Counter(header.stored for header in headers).most_common(1)[0][0]
+    alpha = channels == 4 and headers[0].kind != "TIFF"
+    remark = "GUESS: all bands; with 3, the fourth is ignored" if channels == 4 else ""
+    channels = 3 if channels < 4 or alpha else channels
+    if (channels, dtype) == (3, "uint8"):
+        return []
+    expected = image_files.PixelFormat(channels, dtype)
+    images = [
+        image_files.read(image, expected).reshape(-1, channels) for image, _ in label_values.sample(found.pairs, MEASURED)
+    ]
+    pixels = np.concatenate([image[:: 1 + len(image) // 2**16] for image in images]).astype(np.float64)
+    mean, std = (tuple(round(float(x), 3) for x in values) for values in (pixels.mean(0), np.maximum(pixels.std(0), 1e-3)))
+    return [
+        ("model.channels", channels, remark),
+        ("dataset.image_dtype", dtype, ""),
+        ("normalize.mean", mean, f"of {len(images)} images"),
+        ("normalize.std", std, ""),
+    ]
+
+
+def _size_lines(found: Found, sizes: Sequence[tuple[int, int]]) -> list[Line]:
+    """Returns the lines about crops and scales for images of these (height, width)."""
+    height, width = (int(np.median(side)) for side in zip(*sizes, strict=True))
+    reduce = max(height, width) > LARGE and os.path.splitext(found.pairs[0][0])[1].lower() not in MAPS
+    factor = max(0.125, round(LARGE / max(height, width), 3)) if reduce else 1.0
+    crop = tuple(int(np.clip(side * factor // 8 * 8 + 1, *CROPS)) for side in (height, width))
+    smallest, largest = (f"{w}x{h}" for h, w in (sizes[0], sizes[-1]))
+    return [
+        ("augment.scale", (0.5 * factor, 2 * factor), f"of images of {smallest} to {largest} pixels (width x height)"),
+        ("augment.crop", crop, "height, width; larger crops have more context and need more memory: multiples of 8, plus 1"),
+        ("eval.crop", crop, ""),
+        ("eval.base_size", LARGE, "GUESS: long side in pixels, for photos")
+        if reduce
+        else ("eval.base_size", 0, "original size"),
+    ]

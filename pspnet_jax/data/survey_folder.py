@@ -1,0 +1,190 @@
+"""What an unknown folder of images and labels holds: the first half of --mode check --input."""
+
+import collections
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from pspnet_jax import config as configs
+from pspnet_jax import image_files, polygons
+from pspnet_jax.data import discover, divide, folders, label_values, layouts, listing
+from pspnet_jax.errors import UserError
+
+TEXTS = (".txt", ".csv", ".lst")
+LONGEST = 2**24  # bytes of a list
+FEW = 10  # more JSON files in a folder are those of single images
+TRIED = 8  # rules whose labels are read
+SEEDS = 20  # of dataset.split_seed
+
+
+class Folder(NamedTuple):
+    """The files of a folder.
+
+    Attributes:
+      root: its path.
+      paths: of images and possible labels below it.
+      texts: {path: content} of the text files.
+      kinds: number of files of each extension.
+    """
+
+    root: str
+    paths: Sequence[str]
+    texts: Mapping[str, str]
+    kinds: collections.Counter[str]
+
+
+class Found(NamedTuple):
+    """A way to read a folder as a data set.
+
+    Attributes:
+      dataset: config.dataset, without the label map.
+      val_split: config.eval.split.
+      reason: how the splits were found.
+      counts: {split: number of pairs} of the two splits.
+      pairs: the files of all their images and labels.
+      unlabeled: images of these splits without labels.
+      alternatives: other patterns that fit, each of labels or images.
+      shares: share of the pixels of each label value, see `label_values.count`.
+    """
+
+    dataset: ConfigDict
+    val_split: str
+    reason: str
+    counts: Mapping[str, int]
+    pairs: Sequence[tuple[str, str]]
+    unlabeled: Sequence[str]
+    alternatives: Sequence[str]
+    shares: Mapping[Any, float]
+
+
+def list_folder(root: str) -> Folder:
+    """Lists a folder and reads its texts."""
+    paths, texts, kinds = [], {}, collections.Counter[str]()
+    for file in listing.walk(root):
+        path, suffix = file[len(root) + 1 :], os.path.splitext(file)[1].lower()
+        if path.startswith("__MACOSX/"):
+            continue
+        kinds[suffix] += 1
+        if suffix in {*image_files.SUFFIXES, *folders.LABELS, ".json"}:
+            paths.append(path)
+        elif suffix in TEXTS and epath.Path(file).stat().length < LONGEST:
+            texts[path] = epath.Path(file).read_bytes().decode(errors="replace")
+    return Folder(root, sorted(paths), texts, kinds)
+
+
+def find(folder: Folder) -> Found:
+    """Returns the best way to read a folder.
+
+    Raises:
+      UserError: there is none; says what was looked for, and what the folder holds.
+    """
+    reasons = []
+    for division, alternatives in _candidates(folder):
+        try:
+            return _open(folder, division, alternatives)
+        except UserError as error:
+            reasons.append(str(error))
+    held = ", ".join(f"{number:,} {kind or 'without extension'}" for kind, number in folder.kinds.most_common(8)) or "no files"
+    reasons += [
+        f"{one} and {other} differ in the zeros before a number: rename one side" for one, other in _padded(folder.paths)
+    ]
+    raise UserError(
+        f"{folder.root}: no pairs of images and labels found; looked for equal names in two folders (images/a.jpg and "
+        "masks/a.png), for prefixes and suffixes (a_mask.png), for lists of images and labels, and for COCO and labelme files; "
+        "it holds " + held + "".join(f"; {reason}" for reason in reasons[:1])
+    )
+
+
+def _padded(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields pairs of files whose names differ only in the zeros before a number."""
+    first: dict[str, tuple[str, str]] = {}
+    for path in paths:
+        stem = os.path.splitext(os.path.basename(path))[0]
+        other = first.setdefault(re.sub(r"(?<!\d)0+(?=\d)", "", stem), (stem, path))
+        if other[0] != stem:
+            yield other[1], path
+
+
+def _candidates(folder: Folder) -> Iterator[tuple[divide.Division, list[str]]]:
+    """Yields ways to read the folder, best first, each with the patterns of the others for the same images or labels."""
+    known = set(folder.paths)
+    lists = {path: text for path, text in folder.texts.items() if divide.lists_pairs(text, known)}
+    if found := divide.find_lists({path: path for path in known}, lists):
+        unused = configs.base_config().dataset
+        yield divide.Division(unused.images, unused.labels, *found[:-1], f"{found[-1]}, which name images and labels"), []
+    yield from ((division, []) for division in _coco(folder))
+    kept: list[tuple[discover.Rule, set[str]]] = []
+    for rule in discover.rules(folder.paths):
+        variant = any(set(rule.example) <= files and rule.example != other.example[::-1] for other, files in kept)
+        if not variant and len(kept) < TRIED:
+            matched = (discover.match(pattern, folder.paths, rule.splits) for pattern in (rule.images, rule.labels))
+            kept.append((rule, {path for side in matched for path in side.values()}))
+    divided = [(rule, files, divide.divide(rule, folder.paths, folder.texts)) for rule, files in kept]
+    for _, files, division in sorted(divided, key=lambda d: -d[0].rank * (2 if d[2].split_file else 1)):
+        sides = [pair for other, _ in kept for pair in zip(other.example, (other.images, other.labels), strict=True)]
+        partners = {file for other, _ in kept if files & {*other.example} for file in other.example} - files
+        yield division, list({file: pattern for file, pattern in reversed(sides) if file in partners}.values())[::-1]
+
+
+def _coco(folder: Folder) -> Iterator[divide.Division]:
+    """Yields the COCO files, those with most images first."""
+    pictures, jsons = ([p for p in folder.paths if p.endswith(".json") == is_json] for is_json in (False, True))
+    in_folder = collections.Counter(map(os.path.dirname, jsons))
+    found: dict[tuple[str, str], collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for path in jsons:
+        if in_folder[os.path.dirname(path)] > FEW:
+            continue
+        split = discover.split_of(path)
+        images = {image: image for image in pictures if discover.split_of(os.path.dirname(image)) in ("", split)}
+        try:
+            listed = [key for key in polygons.listed(f"{folder.root}/{path}", images) if key in images]
+        except UserError:  # another kind of JSON
+            continue
+        if listed:
+            place = os.path.commonpath([os.path.dirname(image) for image in listed])
+            patterns = [text.replace(split, "{split}") if split else text for text in (os.path.join(place, "{name}.*"), path)]
+            found[patterns[0], patterns[1]][split] += len(listed)
+    for (image_pattern, label_pattern), counts in sorted(found.items(), key=lambda item: -item[1].total()):
+        if splits := divide.choose_splits(counts):
+            yield divide.Division(image_pattern, label_pattern, *splits, reason="the names of COCO files")
+        else:
+            images_of, labels_of = (text.replace("{split}", next(iter(counts))) for text in (image_pattern, label_pattern))
+            yield divide.Division(images_of, labels_of, split_fraction=divide.FRACTION, reason=divide.GUESS)
+
+
+def _open(folder: Folder, division: divide.Division, alternatives: Sequence[str]) -> Found:
+    """Lists the two splits of a candidate and reads a sample of its labels.
+
+    Raises:
+      UserError: it has no pairs, or its labels are none.
+    """
+    dataset = configs.base_config().dataset
+    dataset.update({"root": folder.root} | {field: value for field, value in division._asdict().items() if field in dataset})
+    known = {f"{folder.root}/{path}" for path in folder.paths}
+    if division.split_fraction:
+        listed = _by_fraction(dataset, known)
+    else:
+        listed = {split: layouts.list_pairs(dataset, split) for split in (division.train_split, division.val_split)}
+    pairs = {split: [pair for pair in found if {pair.image, pair.label} <= known] for split, found in listed.items()}
+    if not all(pairs.values()):
+        raise UserError(f"no pairs in split {next(split for split in pairs if not pairs[split])!r}")
+    files = [(pair.image, pair.label) for found in pairs.values() for pair in found]
+    unlabeled = [pair.image for found in listed.values() for pair in found if pair.image in known and pair.label not in known]
+    counts = {split: len(found) for split, found in pairs.items()}
+    return Found(dataset, [*listed][-1], division.reason, counts, files, unlabeled, alternatives, label_values.count(files))
+
+
+def _by_fraction(dataset: ConfigDict, known: set[str]) -> dict[str, list[layouts.Pair]]:
+    """Returns the examples in train and val, with the split_seed that divides them best; a single pair is in train."""
+    fraction, dataset.split_fraction = dataset.split_fraction, 1.0
+    found, dataset.split_fraction = layouts.list_pairs(dataset, "val"), fraction
+    whole = [pair.name for pair in found if {pair.image, pair.label} <= known]
+    sizes = {seed: sum(folders.position(seed, name) < fraction for name in whole) for seed in range(SEEDS)}
+    wanted = max(1, round(fraction * len(whole))) if len(whole) > 1 else 0
+    dataset.split_seed = min(sizes, key=lambda seed: abs(sizes[seed] - wanted))
+    held_out = {pair for pair in found if folders.position(dataset.split_seed, pair.name) < fraction}
+    return {"train": [pair for pair in found if pair not in held_out]} | ({"val": [*held_out]} if wanted else {})

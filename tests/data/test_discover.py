@@ -1,0 +1,115 @@
+"""Finding pairs and splits from the names of files alone: each layout as people publish it, a few files of it."""
+
+import pytest
+
+from pspnet_jax.data import discover, divide
+
+TRAIN_VAL = ("train", "val")
+
+
+def found(paths, lists=None):
+    """Returns the images' and labels' patterns, the splits, and the list or fraction that divides them."""
+    best = discover.rules(paths)[0]
+    division = divide.divide(best, paths, lists or {})
+    return (
+        division.images,
+        division.labels,
+        division.train_split,
+        division.val_split,
+    ), division.split_file or division.split_fraction
+
+
+def files(*patterns, splits=TRAIN_VAL, names=("a_1", "b_2", "c_3")):
+    return [pattern.format(split=split, name=name) for pattern in patterns for split in splits for name in names]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "splits"),
+    [
+        ("images/{split}/{name}.jpg", "labels/{split}/{name}.png", TRAIN_VAL),
+        ("{split}/images/{name}.jpg", "{split}/masks/{name}.png", TRAIN_VAL),
+        ("data/{split}_images/{name}.jpg", "data/{split}_segmentations/{name}.png", TRAIN_VAL),
+        ("{split}/{name}.png", "{split}annot/{name}.png", TRAIN_VAL),
+        ("{split}/{name}.png", "{split}_labels/{name}_L.png", TRAIN_VAL),
+        ("{split}/{name}.jpg", "{split}/{name}_mask.png", ("train", "valid")),
+        ("images/{split}2017/{name}.jpg", "annotations/{split}2017/{name}.png", TRAIN_VAL),
+        ("leftImg8bit/{split}/{name}_leftImg8bit.png", "gtFine/{split}/{name}_gtFine_labelIds.png", TRAIN_VAL),
+        ("images{split}/{name}.png", "labels{split}/{name}.png", ("Tr", "Ts")),
+        ("{split}/{split}-org-img/{name}.jpg", "{split}/{split}-label-img/{name}_lab.png", TRAIN_VAL),
+        ("{split}/images/{name}_{split}.tif", "{split}/1st_manual/{name}_manual1.gif", ("training", "test")),
+        ("Task1-2_{split}_Input/{name}.jpg", "Task1_{split}_GroundTruth/{name}_segmentation.png", ("Training", "Validation")),
+    ],
+)
+def test_splits_in_folders(images, labels, splits):
+    assert found(files(images, labels, splits=splits)) == ((images, labels, *splits), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        ("images/{name}.jpg", "masks/{name}.png"),
+        ("deep/er/images/{name}.jpg", "deep/er/masks/{name}.png"),
+        ("imgs/{name}_img.jpg", "gts/{name}_gt.png"),
+        ("imgs/img_{name}.png", "msks/msk_{name}.png"),
+        ("{name}_sat.jpg", "{name}_mask.png"),
+        ("{name}.jpg", "{name}.png"),
+        ("{name}.png", "{name}.json"),
+        ("4_Ortho_RGBIR/{name}_RGBIR.tif", "{name}_label.tif"),
+        ("photo/{name}.jpg", "v1.2/{name}.png"),
+    ],
+)
+def test_without_splits_a_fraction_is_held_out(images, labels):
+    assert found(files(images, labels, splits=[""])) == ((images, labels, "train", "val"), divide.FRACTION)
+
+
+def test_labels_of_several_kinds_are_ranked_by_their_words():
+    paths = files(
+        "rgb/{name}.png", *(f"gt/{{name}}_{kind}.png" for kind in ("color", "instanceIds", "labelIds", "labelTrainIds"))
+    )
+    best = [rule.labels for rule in discover.rules(paths) if rule.images == "rgb/{name}.*"]
+    assert best == [f"gt/{{name}}_{kind}.*" for kind in ("labelTrainIds", "labelIds", "color", "instanceIds")]
+
+
+def test_the_name_may_be_a_folder():
+    paths = [f"case_{i}/{role}.png" for i in range(5) for role in ("image", "label", "depth")]
+    assert found(paths)[0][:2] == ("{name}/image.png", "{name}/label.png")
+
+
+def test_folders_with_images_and_labels_of_their_own_become_splits():
+    def paths(scenes):
+        return [f"{scene}/{role}/{i}.png" for scene in scenes for role in ("Images", "Labels") for i in range(2)]
+
+    named = found(paths(["Train/Urban", "Train/Rural", "Val/Urban", "Val/Rural"]))
+    patterns = "{split}/Images/{name}.png", "{split}/Labels/{name}.png"
+    assert named == ((*patterns, "Train/Rural+Train/Urban", "Val/Rural+Val/Urban"), 0.0)
+    assert found(paths("abcdef")) == ((*patterns, "b+c+d+e", "a+f"), 0.0)
+
+
+def test_only_one_split_with_labels_is_divided():
+    paths = files("{split}/images/{name}.tif", splits=("train", "test")) + files("train/gt/{name}.tif", splits=[""])
+    assert found(paths) == (("train/images/{name}.tif", "train/gt/{name}.tif", "train", "val"), divide.FRACTION)
+
+
+def test_lists_divide_and_choose_between_rules():
+    paths = [*files("JPEGImages/{name}.jpg", "SegmentationClass/{name}.png", splits=[""])]
+    lists = {
+        "sets/Segmentation/train.txt": "a_1\nb_2\n",
+        "sets/Segmentation/val.txt": "c_3\n",
+        "sets/Main/train.txt": "x\ny\nz\n",
+    }
+    fields = "JPEGImages/{name}.jpg", "SegmentationClass/{name}.png", "train", "val"
+    assert found(paths, lists) == (fields, "sets/Segmentation/{split}.txt")
+    assert found(paths, {"meta.csv": "image,split\na_1.jpg,train\nb_2.jpg,train\nc_3.jpg,valid\n"})[0][3] == "valid"
+    assert found(paths, {"train.txt": "x\n", "val.txt": "y\n"})[1] == divide.FRACTION  # they list other images
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        [f"images/{i}.png" for i in range(9)] + [f"masks/{i:03d}.png" for i in range(9)],  # they differ in their zeros
+        files("train/{name}.jpg", "test/{name}.jpg", splits=[""]),  # the same names in two splits are no labels
+        ["a.jpg"],
+    ],
+)
+def test_no_rule(paths):
+    assert not discover.rules(paths)
