@@ -243,11 +243,11 @@ def _check_label(file: BinaryIO, contents: bytes) -> tuple[tuple[int, ...], Labe
             return label.size, None
         if not image_files.is_whole_png(contents):
             raise ValueError(image_files.CUT_SHORT)
-        if label.mode != "P" and image_files.raw_mode(label) != "L":
-            label = Image.fromarray(decode_label(contents))
-        histogram, colors = label.histogram(), label.getpalette() or []
+        is_plain = label.mode == "P" or image_files.raw_mode(label) == "L"
+        values = label if is_plain else Image.fromarray(decode_label(contents))
+        histogram, colors = values.histogram(), values.getpalette() or []
         palette = {v: tuple(colors[3 * v : 3 * v + 3]) for v in range(len(colors) // 3) if histogram[v]}
-        return label.size, (histogram, palette, _outlines(np.asarray(label), histogram[0]))
+        return label.size, (histogram, palette, _outlines(np.asarray(values), histogram[0]))
 
 
 def _check_mat(file: BinaryIO, contents: bytes) -> tuple[tuple[int, ...], LabelStatistics | None]:

@@ -19,7 +19,7 @@ import scipy.io
 from ml_collections import ConfigDict
 from PIL import ExifTags, Image
 
-from pspnet_jax import image_files, label_maps, polygons
+from pspnet_jax import datasets, image_files, label_maps, polygons
 from pspnet_jax.datasets import IGNORE, WRONG
 from pspnet_jax.errors import UserError
 
@@ -41,8 +41,9 @@ class LabelReader:
       keep_indices: whether the values of a label with a palette are its indices, and not its colors.
     """
 
-    def __init__(self, classes: Mapping[label_maps.Key, int]):
-        self.classes = classes
+    def __init__(self, classes: Mapping[label_maps.Key, int], num_classes: int = 0):
+        """Prepares tables. `num_classes` is K if there is no map, as the values are class indices; then messages differ."""
+        self.classes, self._num_classes = classes, num_classes
         self._values = np.full(2**16, WRONG, np.uint8)
         values = {key[0]: found for key, found in classes.items() if isinstance(key, tuple) and len(set(key)) == 1}
         values |= {key: found for key, found in classes.items() if isinstance(key, int) and 0 <= key < 2**16}
@@ -76,7 +77,7 @@ class LabelReader:
 
     def _class_of_category(self, category: str) -> int:
         if (found := self.classes.get(category, IGNORE if category == polygons.BACKGROUND else WRONG)) == WRONG:
-            raise WrongValues(f"has polygons of {category!r}, which is not in {self._known(str)}; add it (None: ignored)")
+            raise WrongValues(f"has polygons of {category!r}, which is not in {self._known(str)}")
         return found
 
     def to_classes(self, label: np.ndarray) -> np.ndarray:
@@ -96,15 +97,21 @@ class LabelReader:
 
     def describe(self, label: np.ndarray) -> str:
         """Returns a sentence about the first of some pixels, values [n] or colors [n,3] that the map lacks."""
+        if self._num_classes and label.ndim == 1 and (values := label[(label >= 0) & (label < IGNORE)]).size:
+            histogram = np.bincount(values.astype(np.uint8), minlength=256)
+            return str(datasets.label_problem(histogram.tolist(), self._num_classes))
         first = label[0].tolist()
         what, kind = (f"color RGB {tuple(first)}", tuple) if label.ndim == 2 else (f"value {first}", int)
         count = int((label == label[0]).reshape(len(label), -1).all(axis=1).sum())
-        return f"label {what} at {count} pixels is not in {self._known(kind)}; add it, with its class or None (ignored)"
+        return f"label {what} at {count} pixels is not in {self._known(kind)}"
 
     def _known(self, kind: type) -> str:
         keys = [key for key in self.classes if isinstance(key, kind)] or list(self.classes)
         more = f" and {len(keys) - MAX_LISTED} more" if len(keys) > MAX_LISTED else ""
-        return f"dataset.label_map, which has {', '.join(map(repr, keys[:MAX_LISTED]))}{more}"
+        listed = f"{', '.join(map(repr, keys[:MAX_LISTED]))}{more}"
+        if self._num_classes:
+            return f"the classes, {listed}; set dataset.label_map, with the class of each, or None (ignored)"
+        return f"dataset.label_map, which has {listed}; add it, with its class or None (ignored)"
 
 
 def reader(dataset: ConfigDict, class_names: Sequence[str], files: Sequence[str]) -> LabelReader | None:
@@ -122,7 +129,7 @@ def reader(dataset: ConfigDict, class_names: Sequence[str], files: Sequence[str]
     index_of = {name.strip().lower(): index for index, name in enumerate(class_names)}
     if not entries:
         own = {value: value for value in range(len(class_names))} | {dataset.ignore_index: IGNORE}
-        return LabelReader(own | {name: index for index, name in enumerate(class_names)})
+        return LabelReader(own | {name: index for index, name in enumerate(class_names)}, len(class_names))
     classes = {}
     for key, value in entries.items():
         found = IGNORE if value is None else value if isinstance(value, int) else index_of.get(value.strip().lower(), -1)
@@ -170,8 +177,8 @@ def decode_image(contents: bytes, keep_indices: bool) -> np.ndarray:
         if image.mode in ("RGB", "RGBA", "CMYK", "YCbCr") or (image.mode == "P" and not keep_indices):
             return np.asarray(image.convert("RGB"))
         scale = SMALL_GRAYS.get(image_files.raw_mode(image), 1)
-        label = np.asarray(image.getchannel("L") if image.mode == "LA" else image)
-        white_is_0 = image.format == "TIFF" and image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0
+        label: np.ndarray = np.asarray(image.getchannel("L") if image.mode == "LA" else image)
+        white_is_0 = image.format == "TIFF" and image.getexif().get(ExifTags.Base.PhotometricInterpretation) == 0
         if white_is_0 and image.mode in ("1", "L"):
             label = ~label  # Pillow returns the complement of the stored values
         return label if scale == 1 else label // np.uint8(scale)

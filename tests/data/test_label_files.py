@@ -140,6 +140,17 @@ def test_a_wrong_map_is_one_sentence(tmp_path, label_map, sentence):
     assert "\n" not in str(error.value)
 
 
+def test_wrong_values_without_a_map(tmp_path):
+    for number, (array, sentence) in enumerate(
+        [
+            (values(1, 2, 3, 255), 'label value 3 at 720 pixels, expected 0..2 .*either 0 is void .*label_map="{0: None, '),
+            (values(0, 1, 999, 2, np.uint16), "label value 999 at 720 pixels is not in the classes, 0, 1, 2, 255; set dataset"),
+        ]
+    ):
+        with pytest.raises(UserError, match=rf"0.tif: {sentence}"):
+            folder(tmp_path / str(number), "0.tif", lambda p, a=array: Image.fromarray(a).save(p), class_names=("a", "b", "c"))
+
+
 def test_arrays_that_are_no_labels(tmp_path):
     with pytest.raises(UserError, match=r"0.tif: has value 0.5; expected whole numbers"):
         folder(tmp_path, "0.tif", lambda p: tifffile.imwrite(p, np.full((40, 48), 0.5, np.float32)), class_names=("a", "b"))

@@ -82,7 +82,7 @@ def test_the_check_names_what_is_wrong(config, tmp_path):
     label = np.full((300, 280), 3, np.uint8)
     label[299, 279] = 4
     write(root, "values", 1, label=label)
-    with pytest.raises(UserError, match=r"values/0.tif: label value 4 at 1 pixels is not in dataset.label_map"):
+    with pytest.raises(UserError, match=r"values/0.tif: label value 4 at 1 pixels, expected 0..3 for 4 classes"):
         sources.open_source(config.dataset, "values")
     source = sources.open_source(config.dataset, "values", check=False)
     _, label = source.read(0)
