@@ -54,6 +54,14 @@ def test_coco(tmp_path):
         sources.open_source(dataset, "train")
 
 
+@pytest.mark.parametrize("segmentation", [[], None])
+def test_boxes_without_polygons_are_left_out_with_a_warning(tmp_path, caplog, segmentation):
+    dataset = write_coco(tmp_path, segmentation)
+    assert datasets.describe(dataset).class_names == ("background", "wall")
+    np.testing.assert_array_equal(sources.open_source(dataset, "train").read(0)[1], EXPECTED != 0)
+    assert caplog.text.count("coco.json: 1 annotations of 2 are left out because they have no polygon") == 1
+
+
 @pytest.mark.parametrize("text", [False, True])
 def test_a_run_length_encoded_mask(tmp_path, text):
     """Columns 4 to 6, rows 2 to 4: 42 pixels before, then runs of 3 and gaps of 7. "gP" codes 6 + 32, see COCO's maskApi.c."""

@@ -177,11 +177,11 @@ def decode_image(contents: bytes, keep_indices: bool) -> np.ndarray:
         if image.mode in ("RGB", "RGBA", "CMYK", "YCbCr") or (image.mode == "P" and not keep_indices):
             return np.asarray(image.convert("RGB"))
         scale = SMALL_GRAYS.get(image_files.raw_mode(image), 1)
-        label: np.ndarray = np.asarray(image.getchannel("L") if image.mode == "LA" else image)
+        stored: np.ndarray = np.asarray(image.getchannel("L") if image.mode == "LA" else image)
         white_is_0 = image.format == "TIFF" and image.getexif().get(ExifTags.Base.PhotometricInterpretation) == 0
         if white_is_0 and image.mode in ("1", "L"):
-            label = ~label  # Pillow returns the complement of the stored values
-        return label if scale == 1 else label // np.uint8(scale)
+            stored = ~stored  # Pillow returns the complement of the stored values
+        return stored if scale == 1 else stored // np.uint8(scale)
 
 
 def _array_of_mat(contents: bytes) -> np.ndarray:
