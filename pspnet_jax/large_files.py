@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ Tag = tuple[int, int, int, Any, bool]  # as tifffile takes it
 
 def is_large(path: epath.PathLike, pixels: float | None = None) -> bool:
     """Returns whether a file is a TIFF of more than so many pixels, by default `WHOLE`."""
-    if not os.fspath(path).lower().endswith((".tif", ".tiff")):
+    if not _is_tiff(path):
         return False
     import tifffile  # takes a third of a second
 
@@ -33,6 +34,18 @@ def is_large(path: epath.PathLike, pixels: float | None = None) -> bool:
             return tiff.pages.first.imagelength * tiff.pages.first.imagewidth > (WHOLE if pixels is None else pixels)
     except Exception:  # whatever tifffile raises for a damaged file; reported when it is read
         return False
+
+
+def find_large(paths: Sequence[epath.PathLike]) -> set[int]:
+    """Returns the indices of the files that `is_large` finds, in parallel, because it is mostly waiting in a bucket."""
+    tiffs = [index for index, path in enumerate(paths) if _is_tiff(path)]
+    with ThreadPoolExecutor(16) as pool:
+        large = pool.map(is_large, [paths[index] for index in tiffs])
+        return {index for index, found in zip(tiffs, large, strict=True) if found}
+
+
+def _is_tiff(path: epath.PathLike) -> bool:
+    return os.fspath(path).lower().endswith((".tif", ".tiff"))
 
 
 def open_image(path: epath.PathLike, expected: PixelFormat) -> "LargeTiff":
