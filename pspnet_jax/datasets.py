@@ -150,7 +150,8 @@ def check_classes(dataset: ConfigDict) -> None:
     Raises:
       UserError: names the first class that differs.
     """
-    own = _listed_classes(dataset) if not dataset.label_map else None  # a map refers to classes by name
+    has_map = dataset.name == "folder" and dataset.label_map  # which refers to classes by name
+    own = None if has_map else _listed_classes(dataset)
     if own is None:
         return
     for label, listed, named in differing_classes(own[0], describe(dataset).class_names):

@@ -157,7 +157,8 @@ def _decode_tiff(contents: bytes, header: Header, name: object) -> np.ndarray:
         page = tiff.pages.first
         if len(tiff.pages) > 1:
             _warn_once(SEVERAL_IMAGES, name)
-        if page.compression == tifffile.COMPRESSION.LZW and not header.has_bands and header.orientation == 1:
+        scaled = page.dtype == np.uint8 and tifffile.EXTRASAMPLE.UNASSALPHA in page.extrasamples  # by alpha, in OpenCV
+        if page.compression == tifffile.COMPRESSION.LZW and not (header.has_bands or scaled) and header.orientation == 1:
             image = _decode_with_opencv(contents)  # in a third of the time, and without the optional package imagecodecs
             if image.shape == page.shape and image.dtype == page.dtype:
                 return image

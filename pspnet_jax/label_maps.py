@@ -34,6 +34,8 @@ def read(dataset: ConfigDict) -> Entries:
         entries = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise UserError(f"dataset.label_map={_short(text)}: {error}; {EXPECTED}") from error
+    if not isinstance(entries, dict):
+        raise UserError(f"dataset.label_map={_short(text)}: is no dict; {EXPECTED}")
     for key, value in entries.items():
         if not _is_key(key) or not (value is None or (type(value) in (str, int) and value not in ("", -1))):
             raise UserError(f"dataset.label_map: {key!r}: {value!r} is no entry; {EXPECTED}")

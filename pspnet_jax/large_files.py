@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ Tag = tuple[int, int, int, Any, bool]  # as tifffile takes it
 
 def is_large(path: epath.PathLike, pixels: float | None = None) -> bool:
     """Returns whether a file is a TIFF of more than so many pixels, by default `WHOLE`."""
-    if not os.fspath(path).lower().endswith((".tif", ".tiff")):
+    if not _is_tiff(path):
         return False
     import tifffile  # takes a third of a second
 
@@ -35,6 +36,18 @@ def is_large(path: epath.PathLike, pixels: float | None = None) -> bool:
         return False
 
 
+def find_large(paths: Sequence[epath.PathLike]) -> set[int]:
+    """Returns the indices of the files that `is_large` finds, in parallel, because it is mostly waiting in a bucket."""
+    tiffs = [index for index, path in enumerate(paths) if _is_tiff(path)]
+    with ThreadPoolExecutor(16) as pool:
+        large = pool.map(is_large, [paths[index] for index in tiffs])
+        return {index for index, found in zip(tiffs, large, strict=True) if found}
+
+
+def _is_tiff(path: epath.PathLike) -> bool:
+    return os.fspath(path).lower().endswith((".tif", ".tiff"))
+
+
 def open_image(path: epath.PathLike, expected: PixelFormat) -> "LargeTiff":
     """Opens an image [H,W,C] of the expected format.
 
@@ -42,7 +55,7 @@ def open_image(path: epath.PathLike, expected: PixelFormat) -> "LargeTiff":
       UserError: see `LargeTiff`; or the file has another format.
     """
     image = LargeTiff(path, expected.fit, (expected.channels,), expected.dtype)
-    if problem := "has a palette; convert it to RGB" if image.has_palette else expected.problem(image.stored):
+    if problem := image.problem("PALETTE", "MINISWHITE") or expected.problem(image.stored):
         raise UserError(f"{path}: {problem}")
     return image
 
@@ -54,7 +67,6 @@ class LargeTiff:
       shape: height, width and possibly channels.
       ndim, dtype: of the pixels.
       stored: their format in the file.
-      has_palette: whether they are indices into one.
       georeference: its tags, for `write_labels`.
     """
 
@@ -88,7 +100,7 @@ class LargeTiff:
             self.georeference: list[Tag] = [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in tags]
             if page.tags.valueof(ExifTags.Base.Orientation, default=1) != 1:
                 raise UserError(f"{path}: is not upright; turn it, and remove its tag Orientation")
-            self.has_palette = page.photometric == tifffile.PHOTOMETRIC.PALETTE
+            self._photometric = getattr(page.photometric, "name", "")
             self._planes = page.samplesperpixel if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE else 1
         size = self._size = (page.imagelength, page.imagewidth)
         self.stored = PixelFormat(page.samplesperpixel, str(page.dtype))
@@ -99,6 +111,10 @@ class LargeTiff:
                 "in tiles, for example with gdal_translate -co TILED=YES -co COMPRESS=DEFLATE"
             )
         self.shape, self.ndim, self.dtype = (*size, *channels), 2 + len(channels), np.dtype(dtype)
+
+    def problem(self, *kinds: str) -> str | None:
+        """Returns a sentence about pixels whose photometric interpretation is one of some kinds, which windows ignore."""
+        return f"is a {self._photometric} TIFF; convert it to gray (MINISBLACK) or RGB" if self._photometric in kinds else None
 
     def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
         """Returns the pixels in ranges of rows and columns.

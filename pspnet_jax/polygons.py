@@ -6,6 +6,7 @@ file's order, COCO's from the largest to the smallest, so that windows stay visi
 
 import functools
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from PIL import Image, ImageDraw
 
 from pspnet_jax.errors import MissingFileError, UserError
 
+logger = logging.getLogger(__name__)
 BACKGROUND = "background"  # category of the pixels outside all polygons
 
 
@@ -103,9 +105,9 @@ def _stamp(file: str) -> tuple[float, int]:
 def _read(file: str, stamp: tuple[float, int]) -> Drawing | _Coco:
     try:
         content = json.loads(epath.Path(file).read_bytes())
-        return _labelme(content) if "shapes" in content else _coco(content)
+        return _labelme(content) if "shapes" in content else _coco(content, file)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"is not a labelme or COCO file ({type(error).__name__}: {error})") from error
+        raise UserError(f"cannot be read as a labelme or COCO file ({type(error).__name__}: {error})") from error
 
 
 def _labelme(content: dict[str, Any]) -> Drawing:
@@ -121,18 +123,20 @@ def _labelme(content: dict[str, Any]) -> Drawing:
     return Drawing((content["imageWidth"], content["imageHeight"]), shapes)
 
 
-def _coco(content: dict[str, Any]) -> _Coco:
+def _coco(content: dict[str, Any], file: str) -> _Coco:
+    annotations = [annotation for annotation in content["annotations"] if annotation.get("segmentation")]
+    if bare := len(content["annotations"]) - len(annotations):
+        logger.warning(f"{file}: {bare} annotations of {len(annotations) + bare} are left out because they have no polygon")
     names = {category["id"]: category["name"] for category in content["categories"]}
     drawings = {image["id"]: Drawing((image["width"], image["height"]), []) for image in content["images"]}
-    for annotation in sorted(content["annotations"], key=lambda annotation: -annotation.get("area", 0)):
+    for annotation in sorted(annotations, key=lambda annotation: -(annotation.get("area") or 0)):
         parts = annotation["segmentation"]
         outlines = parts if isinstance(parts, dict) else [np.asarray(part, np.float32).reshape(-1, 2) for part in parts]
         drawings[annotation["image_id"]].shapes.append((names[annotation["category_id"]], outlines))
     found = _Coco((os.path.basename(image["file_name"]), drawings[image["id"]]) for image in content["images"])
     if len(found) < len(drawings):
         raise ValueError("two images have the same file name")
-    used = {annotation["category_id"] for annotation in content["annotations"]}
-    found.categories = {number: names[number] for number in used}
+    found.categories = {number: names[number] for number in {annotation["category_id"] for annotation in annotations}}
     return found
 
 

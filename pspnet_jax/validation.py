@@ -141,7 +141,6 @@ def _choice_problems(config: ConfigDict) -> list[str]:
     ]
 
 
-COLORS = ("brightness", "contrast", "saturation", "hue")  # fields of config.augment
 _POSITIVE = """batch_size total_steps parallel.spatial every.log every.save loss.ohem_min_kept
     optimizer.learning_rate optimizer.accumulate optimizer.trust_coefficient"""
 _NOT_NEGATIVE = """patience every.eval eval.batch_size eval.base_size eval.short_size augment.rotate_degrees loss.focal_gamma
@@ -157,6 +156,7 @@ RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("seed", f"a whole number from {-(2**31)} to {2**32 - 1}", lambda x: -(2**31) <= x < 2**32),  # JAX's keys take 32 bits
     ("loss.ohem_threshold optimizer.layer_decay", "a value above 0 and at most 1", lambda x: 0 < x <= 1),
 )
+NEUTRAL_COLORS = {"brightness": 0.0, "contrast": (1.0, 1.0), "saturation": (1.0, 1.0), "hue": 0}
 
 
 def _range_problems(config: ConfigDict) -> list[str]:
@@ -171,6 +171,13 @@ def _range_problems(config: ConfigDict) -> list[str]:
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int | float)]
         if field != "seed" and not all(abs(number) < 2**31 for number in numbers):  # False for inf and nan too
             problems.append(f"{field}={value}: expected finite numbers below {2**31}")
+    if (config.model.channels, config.dataset.image_dtype) != image_files.RGB8:
+        problems += [
+            f"augment.{field}={config.augment[field]}: expected {neutral}, which keeps the colors; it changes only images with "
+            "model.channels=3 and dataset.image_dtype='uint8'"
+            for field, neutral in NEUTRAL_COLORS.items()
+            if config.augment[field] != neutral
+        ]
     if config.normalize.order != "RGB" and config.model.channels != 3:
         problems.append(f"normalize.order={config.normalize.order!r}: expected 'RGB', the order of the files, or 3 channels")
     if config.dataset.image_dtype == "uint16" and config.normalize.mean == base_config().normalize.mean:
@@ -197,13 +204,6 @@ def _range_problems(config: ConfigDict) -> list[str]:
         low, high = config.augment[field]
         if not 0 <= low <= high:
             problems.append(f"augment.{field}={config.augment[field]}: expected (low, high) with 0 <= low <= high")
-    changed = [f for f in COLORS if config.augment[f] != base_config().augment[f]]
-    rgb = config.model.channels == 3 or not {"saturation", "hue"} & {*changed}
-    if changed and (config.dataset.image_dtype != "uint8" or not rgb):
-        problems.append(
-            f"augment.{', augment.'.join(changed)}: change 8-bit images, saturation and hue only those with 3 channels; leave "
-            f"them out with dataset.image_dtype={config.dataset.image_dtype!r}, model.channels={config.model.channels}"
-        )
     if models.FREEZE.get(config.optimizer.freeze) and not config.init_from:
         problems.append(f"optimizer.freeze={config.optimizer.freeze!r}: expected init_from, whose weights are kept")
     if not config.eval.scales or min(config.eval.scales) < 1 / 16:

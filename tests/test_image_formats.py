@@ -79,6 +79,14 @@ def test_pixels_are_read_as_they_were_written(monkeypatch, name, imagecodecs):
         np.testing.assert_array_equal(found, image, f"{name} {expected}")
 
 
+@pytest.mark.parametrize("dtype", image_files.DTYPES)
+def test_alpha_does_not_change_the_other_channels_of_an_lzw_tiff(dtype):
+    """OpenCV would multiply them by it if they have 8 bits."""
+    image, file = array(4, dtype), io.BytesIO()
+    tifffile.imwrite(file, image, photometric="rgb", extrasamples=["unassalpha"], compression="lzw")
+    np.testing.assert_array_equal(image_files.decode(file.getvalue(), "lzw.tif", PixelFormat(4, dtype)), image)
+
+
 def test_a_gif_is_read_in_its_colors():
     colors, indices = array(1, "uint8")[:3, :16, 0].T, array(1, "uint8")[..., 0] % 16
     picture = Image.fromarray(indices)

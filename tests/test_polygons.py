@@ -54,6 +54,14 @@ def test_coco(tmp_path):
         sources.open_source(dataset, "train")
 
 
+@pytest.mark.parametrize("segmentation", [[], None])
+def test_boxes_without_polygons_are_left_out_with_a_warning(tmp_path, caplog, segmentation):
+    dataset = write_coco(tmp_path, segmentation)
+    assert datasets.describe(dataset).class_names == ("background", "wall")
+    np.testing.assert_array_equal(sources.open_source(dataset, "train").read(0)[1], EXPECTED != 0)
+    assert caplog.text.count("coco.json: 1 annotations of 2 are left out because they have no polygon") == 1
+
+
 @pytest.mark.parametrize("text", [False, True])
 def test_a_run_length_encoded_mask(tmp_path, text):
     """Columns 4 to 6, rows 2 to 4: 42 pixels before, then runs of 3 and gaps of 7. "gP" codes 6 + 32, see COCO's maskApi.c."""
@@ -93,7 +101,7 @@ def test_coco_and_files_that_do_not_agree(tmp_path):
         sources.open_source(dataset, "train")
     for text in ("[", '{"images": 3}'):
         (tmp_path / "train/_annotations.coco.json").write_text(text)
-        with pytest.raises(UserError, match=r"coco.json: is not a labelme or COCO file"):
+        with pytest.raises(UserError, match=r"coco.json: cannot be read as a labelme or COCO file"):
             sources.open_source(recipe(**dataset.to_dict() | {"class_names": ("a", "b")}), "train")
 
 
@@ -110,5 +118,5 @@ def test_labelme(tmp_path):
     dataset.class_names = ("wall", "window")
     np.testing.assert_array_equal(sources.open_source(dataset, "train").read(0)[1], EXPECTED - np.uint8(1))
     file.write_text(json.dumps({"shapes": [shapes[0] | {"shape_type": "line"}], "imageWidth": 12, "imageHeight": 10}))
-    with pytest.raises(UserError, match=r"a.json: is not .* 'wall' is a line of 4 points, not a polygon or rectangle"):
+    with pytest.raises(UserError, match=r"a.json: cannot be read as .* 'wall' is a line of 4 points, not a polygon or"):
         sources.open_source(dataset, "train")

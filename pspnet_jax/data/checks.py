@@ -11,15 +11,20 @@ import cv2
 import numpy as np
 import scipy.io
 import tensorflow as tf
-from PIL import Image, ImageFile
+from PIL import Image
 
 from pspnet_jax import datasets, image_files
+from pspnet_jax.data import label_files
 from pspnet_jax.data.label_files import LabelReader, WrongValues
 from pspnet_jax.errors import MissingFileError, UserError
 from pspnet_jax.large_files import LargeTiff, is_large, open_image, strips
 
 # A label's histogram, the palette colors of its values, and `CheckedPair.outlines`.
 LabelStatistics = tuple[list[int], dict[int, tuple[int, ...]], bool | None]
+COLORED = (
+    "has colors instead of class indices; set dataset.label_map, or replace each color with its class index; if it is a photo, "
+    "replace it with the label"
+)
 LINE = 9  # pixels; 0 is a boundary if hardly any square of this size is all 0, but most of the rest is in squares without 0
 
 
@@ -130,16 +135,23 @@ def is_read_in_graph(file: str, pixel_format: image_files.PixelFormat) -> bool:
 
 
 def decode_label(contents: bytes) -> np.ndarray:
-    """Decodes a label file's contents to uint8[H,W]: the indices of a palette PNG, or GTcls.Segmentation of SBD's .mat file.
+    """Decodes a label file's contents to uint8[H,W].
+
+    These are the values or palette indices of a PNG, which may repeat them as R = G = B, or GTcls.Segmentation of SBD's .mat.
 
     Raises:
+      UserError: a PNG has colors or larger values.
       ValueError: the contents are neither.
     """
     if contents.startswith(b"\x89PNG"):
-        with Image.open(io.BytesIO(contents)) as label:
-            if problem := _pixel_format_problem(label):
-                raise ValueError(problem)
-            return np.asarray(label)
+        label = label_files.decode_image(contents, keep_indices=True)
+        if label.ndim == 3:
+            if (label != label[..., :1]).any():
+                raise UserError(COLORED)
+            label = label[..., 0]
+        if label.size and label.max() > datasets.IGNORE:
+            raise UserError(f"has value {label.max()}; expected at most {datasets.IGNORE}; set dataset.label_map")
+        return label.astype(np.uint8, copy=False)
     try:
         return np.asarray(scipy.io.loadmat(io.BytesIO(contents))["GTcls"][0, 0]["Segmentation"], np.uint8)
     except Exception as error:  # whatever scipy raises for a damaged file
@@ -202,13 +214,16 @@ def open_large_label(path: str, reader: LabelReader) -> LargeTiff:
     """Opens a large TIFF as a label uint8[H,W]; reading a window raises `WrongValues` if the map lacks a value in it."""
 
     def convert(stored: np.ndarray) -> np.ndarray:
-        label = np.ascontiguousarray(stored[..., 0] if stored.shape[2] < 3 else stored[..., :3])
+        label = label_files.normalize(stored[..., :1] if stored.shape[2] < 3 else stored)
         classes = reader.to_classes(label)
         if (wrong := classes == datasets.WRONG).any():
             raise WrongValues(reader.describe(label[wrong]))
         return classes
 
-    return LargeTiff(path, convert)
+    label = LargeTiff(path, convert)
+    if problem := None if reader.keep_indices else label.problem("PALETTE"):
+        raise UserError(f"{path}: {problem}")
+    return label
 
 
 def _check_large_label(path: str, read_pixels: bool, reader: LabelReader) -> tuple[tuple[int, ...], LabelStatistics | None]:
@@ -222,17 +237,17 @@ def _check_label(file: BinaryIO, contents: bytes) -> tuple[tuple[int, ...], Labe
     with Image.open(file) as label:
         if label.format != "PNG":
             raise UserError(f"is a {label.format} file despite its name; labels must be PNGs of class indices")
-        if problem := _pixel_format_problem(label):
-            raise UserError(problem)
         if (tag := image_files.orientation(label)) != 1:
             raise UserError(_turned(tag))
         if not contents:
             return label.size, None
         if not image_files.is_whole_png(contents):
             raise ValueError(image_files.CUT_SHORT)
-        histogram, colors = label.histogram(), label.getpalette() or []
+        is_plain = label.mode == "P" or image_files.raw_mode(label) == "L"
+        values = label if is_plain else Image.fromarray(decode_label(contents))
+        histogram, colors = values.histogram(), values.getpalette() or []
         palette = {v: tuple(colors[3 * v : 3 * v + 3]) for v in range(len(colors) // 3) if histogram[v]}
-        return label.size, (histogram, palette, _outlines(np.asarray(label), histogram[0]))
+        return label.size, (histogram, palette, _outlines(np.asarray(values), histogram[0]))
 
 
 def _check_mat(file: BinaryIO, contents: bytes) -> tuple[tuple[int, ...], LabelStatistics | None]:
@@ -274,29 +289,6 @@ def _check_mapped(
 
 def _turned(tag: int) -> str:
     return f"has EXIF orientation {tag}, but labels are read without turning them; turn it upright, or remove the tag"
-
-
-def _pixel_format_problem(label: ImageFile.ImageFile) -> str | None:
-    """Returns why a label PNG's pixel format cannot hold class indices, or None for 8-bit gray and palettes."""
-    if label.mode in ("RGB", "RGBA"):
-        return _color_problem(label)
-    kind = image_files.raw_mode(label)
-    if label.mode == "P" or kind == "L":
-        return None
-    return f"has pixel format {kind!r}; convert it to an 8-bit gray or palette PNG of class indices, or set dataset.label_map"
-
-
-def _color_problem(label: ImageFile.ImageFile) -> str:
-    red, green, blue = np.moveaxis(np.asarray(label)[..., :3], -1, 0)
-    if (red == green).all() and (red == blue).all():
-        return (
-            f"is an {label.mode} image whose red, green and blue are equal, but a label has one channel; save one of them as "
-            "an 8-bit gray PNG, or set dataset.label_map"
-        )
-    return (
-        f"is an {label.mode} image, but a label has one channel; if it shows classes as colors, replace each color with its "
-        "class index, or set dataset.label_map; if it is a photo, replace it with the label"
-    )
 
 
 def _size_problem(label: tuple[int, ...], image_file: str, image: tuple[int, int], tag: int) -> str:

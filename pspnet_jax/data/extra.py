@@ -17,8 +17,9 @@ def load(name: str, num_classes: int) -> Extra:
     """Imports a function, and returns it with a check of its results.
 
     Args:
-      name: "module:function". The function takes a crop uint8[h,w,3], its label uint8[h,w] and a random generator, and returns
-        an image and a label of the same shapes. It may change both in place, and is called by several threads at a time.
+      name: "module:function". The function takes a crop [h,w,C] of dataset.image_dtype, its label uint8[h,w] and a random
+        generator, and returns an image and a label of the same types and shapes. It may change both in place, and is called by
+        several threads at a time.
       num_classes: K; the values of labels are 0 to K-1, or 255 for pixels that are ignored.
 
     Raises:

@@ -1,5 +1,6 @@
 """The files of dataset.name="folder": found by patterns of their names; divided into splits by folders, lists or a fraction."""
 
+import collections
 import csv
 import hashlib
 import itertools
@@ -39,8 +40,8 @@ def find(dataset: ConfigDict, root: str, split: str, extensions: Sequence[str]) 
       UserError: a directory or list is missing or empty, names are ambiguous, or nothing tells the splits apart.
     """
     file = f"{root}/{dataset.split_file.replace('{split}', split)}"
-    listed = _listed(dataset, file, split) if dataset.split_file else []
-    if listed and all(label for _, label in listed):
+    listed = _listed(dataset, root, file, split) if dataset.split_file else []
+    if listed and listed[0][1]:
         return sorted((os.path.splitext(image)[0], f"{root}/{image}", f"{root}/{label}") for image, label in listed)
     by_fraction = not listed and "{split}" not in dataset.images
     if by_fraction and not (dataset.split_fraction and split in ("train", "val")):
@@ -51,7 +52,13 @@ def find(dataset: ConfigDict, root: str, split: str, extensions: Sequence[str]) 
     skip = dataset.on_error == "skip"
     found = match(f"{root}/{dataset.images}", f"{root}/{dataset.labels}", split, extensions, skip)
     if by_fraction:
-        return [f for f in found if (position(dataset.split_seed, f[0]) < dataset.split_fraction) == (split == "val")]
+        chosen = [f for f in found if (position(dataset.split_seed, f[0]) < dataset.split_fraction) == (split == "val")]
+        if not chosen:
+            raise UserError(
+                f"dataset.split_fraction={dataset.split_fraction}: none of the {len(found)} images of {root} is in split "
+                f"{split!r}; change the fraction or dataset.split_seed"
+            )
+        return chosen
     if not listed:
         return found
     paths = {name: image[len(root) + 1 :] for name, image, _ in found}
@@ -84,7 +91,7 @@ def match(images: str, labels: str, split: str, extensions: Sequence[str], skip:
         return [(name, found[name], "") for name in sorted(found)]
     else:
         label_directory, label_files, more = _side(labels, split, kinds)
-        found = {name: path for name, path in found.items() if path not in {*label_files.values()}}  # as a.png of a_mask.png
+        found, label_files = _more_specific(found, label_files), _more_specific(label_files, found)
         check_partners(found, label_files, label_directory)
     used = {*found.values(), *label_files.values()}
     for where, unused, kind in ((directory, others, extensions), (label_directory, more, kinds[0])):
@@ -111,7 +118,14 @@ def _side(pattern: str, split: str, kinds: Sequence[Sequence[str]]) -> tuple[str
         if found:
             return directory, found, others
     expected = "" if pattern.endswith("{name}.*") and not others else f" that match {pattern}"
-    raise MissingFileError(f"{directory}: contains no {', '.join(kinds[0])} files{expected}")
+    extensions = ", ".join(extension for group in kinds for extension in group)
+    raise MissingFileError(f"{directory}: contains no {extensions} files{expected}")
+
+
+def _more_specific(files: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
+    """Drops files that match the other pattern with a shorter name: 1_mask.png matches {name}.png and {name}_mask.png."""
+    other_names = {path: name for name, path in others.items()}
+    return {name: path for name, path in files.items() if len(name) <= len(other_names.get(path, name))}
 
 
 def _compile(pattern: str, split: str) -> tuple[str, re.Pattern[str]]:
@@ -123,13 +137,15 @@ def _compile(pattern: str, split: str) -> tuple[str, re.Pattern[str]]:
     return "/".join(fixed), re.compile(rest, re.IGNORECASE)
 
 
-def _listed(dataset: ConfigDict, file: str, split: str) -> list[tuple[str, str]]:
+def _listed(dataset: ConfigDict, root: str, file: str, split: str) -> list[tuple[str, str]]:
     """Returns the image and the label, or "", in each line of a split's list: a CSV with a header, or one or two paths."""
     lines = listing.read_lines(file)
-    header = [_COLUMN.get(field.strip().strip('"').lower(), "") for field in lines[0].split(",")] if lines else []
+    separator = next((s for s in ",;\t" if lines and s in lines[0]), ",")
+    header = [_COLUMN.get(field.strip().strip('"').lower(), "") for field in lines[0].split(separator)] if lines else []
     if "image" in header:
-        rows = [dict(zip(header, map(str.strip, fields), strict=False)) for fields in csv.reader(lines[1:])]
-        found = [(row["image"], row.get("label", "")) for row in rows if row.get("split", split) == split]
+        table = csv.reader(lines[1:], delimiter=separator)
+        rows = [dict(zip(header, map(str.strip, fields), strict=False)) for fields in table]
+        found = [(row.get("image", ""), row.get("label", "")) for row in rows if row.get("split", split) == split]
         known = ", ".join(sorted({row.get("split", "") for row in rows}))
     else:
         pairs = [re.fullmatch(r"\s*(\S.*?\.\w{2,5})[\s,;]+(\S.*\.\w{2,5})\s*", line) for line in lines]
@@ -139,7 +155,15 @@ def _listed(dataset: ConfigDict, file: str, split: str) -> list[tuple[str, str]]
         raise UserError(f"{file}: names no splits; put {{split}} into dataset.split_file, or add a column named split")
     if not found:
         raise UserError(f"{file}: lists no image of split {split!r}" + (f"; its splits are {known}" if known else ""))
-    return [(image.lstrip("./"), label.lstrip("./")) for image, label in found]
+    for side, column in enumerate(("image", "label")):
+        missing = sum(not line[side] for line in found)
+        if missing and (missing < len(found) or column == "image"):
+            raise UserError(f"{file}: {missing} of {len(found)} lines of split {split!r} have no {column}; complete them")
+
+    def below(path: str) -> str:
+        return path.removeprefix(f"{root}/").lstrip("./")
+
+    return [(below(image), below(label)) for image, label in found]
 
 
 def _names(listed: Sequence[str], images: Mapping[str, str], file: str) -> set[str]:
@@ -156,4 +180,8 @@ def _names(listed: Sequence[str], images: Mapping[str, str], file: str) -> set[s
             f"{file}: {len(missing):,} of {len(listed):,} entries name none of the {len(images):,} images that match "
             f"dataset.images, the first is {missing[0]!r}; correct the list or the pattern"
         )
+    name, number = collections.Counter(names).most_common(1)[0]
+    if number > 1:
+        same = [text for text, found in zip(listed, names, strict=True) if found == name][:2]
+        raise UserError(f"{file}: {same[0]!r} and {same[1]!r} both stand for the image {images[name]}; list each image once")
     return set(names)

@@ -2,7 +2,7 @@
 
 | file | values |
 | --- | --- |
-| PNG, TIFF, GIF, BMP | gray values, palette indices, or colors; 1-bit files have 0 and 1 |
+| PNG, TIFF, GIF, BMP | gray values as stored, palette indices, or colors; 1-bit files have 0 and 1 |
 | .npy, .mat | whole numbers [H,W], or colors uint8[H,W,3]; the only such array of a .mat, or SBD's GTcls.Segmentation |
 | labelme's or COCO's .json | categories of polygons, see polygons.py |
 
@@ -17,15 +17,15 @@ import cv2
 import numpy as np
 import scipy.io
 from ml_collections import ConfigDict
-from PIL import Image
+from PIL import ExifTags, Image
 
-from pspnet_jax import image_files, label_maps, polygons
+from pspnet_jax import datasets, image_files, label_maps, polygons
 from pspnet_jax.datasets import IGNORE, WRONG
 from pspnet_jax.errors import UserError
 
 SMALL_GRAYS = {"L;2": 85, "L;4": 17}  # Pillow multiplies the values of these pixel formats
 # Bit depth and color type in the headers of PNGs that OpenCV decodes, in half of Pillow's time: 8-bit gray and RGB.
-FAST_PNG = {b"\x08\x00": cv2.IMREAD_GRAYSCALE, b"\x08\x02": cv2.IMREAD_COLOR}
+FAST_PNG = {b"\x08\x00": cv2.IMREAD_GRAYSCALE, b"\x08\x02": cv2.IMREAD_COLOR_RGB}
 MAX_LISTED = 8  # keys of a map in a message
 
 
@@ -38,15 +38,17 @@ class LabelReader:
 
     Attributes:
       classes: the class, or IGNORE, of each value, (R, G, B) color, and polygon category.
+      keep_indices: whether the values of a label with a palette are its indices, and not its colors.
     """
 
-    def __init__(self, classes: Mapping[label_maps.Key, int]):
-        self.classes = classes
+    def __init__(self, classes: Mapping[label_maps.Key, int], num_classes: int = 0):
+        """Prepares tables. `num_classes` is K if there is no map, as the values are class indices; then messages differ."""
+        self.classes, self._num_classes = classes, num_classes
         self._values = np.full(2**16, WRONG, np.uint8)
         values = {key[0]: found for key, found in classes.items() if isinstance(key, tuple) and len(set(key)) == 1}
         values |= {key: found for key, found in classes.items() if isinstance(key, int) and 0 <= key < 2**16}
         self._values[[*values]] = [*values.values()]
-        self._keep_indices = not any(isinstance(key, tuple) for key in classes)
+        self.keep_indices = not any(isinstance(key, tuple) for key in classes)
 
     @functools.cached_property
     def _colors(self) -> np.ndarray:
@@ -71,11 +73,11 @@ class LabelReader:
         label_file, image_file = (path.decode() if isinstance(path, bytes) else path for path in (label_file, image_file))
         if label_file.endswith(".json"):
             return polygons.read(label_file, image_file).paint(self._class_of_category)
-        return self.to_classes(decode(label_file, contents, self._keep_indices))
+        return self.to_classes(decode(label_file, contents, self.keep_indices))
 
     def _class_of_category(self, category: str) -> int:
         if (found := self.classes.get(category, IGNORE if category == polygons.BACKGROUND else WRONG)) == WRONG:
-            raise WrongValues(f"has polygons of {category!r}, which is not in {self._known(str)}; add it (None: ignored)")
+            raise WrongValues(f"has polygons of {category!r}, which is not in {self._known(str)}")
         return found
 
     def to_classes(self, label: np.ndarray) -> np.ndarray:
@@ -91,19 +93,25 @@ class LabelReader:
 
     def problem(self, label_file: str, contents: bytes, wrong: np.ndarray) -> str:
         """Returns a sentence about the first value that the map lacks; `wrong` is bool[H,W]."""
-        return self.describe(decode(label_file, contents, self._keep_indices)[wrong])
+        return self.describe(decode(label_file, contents, self.keep_indices)[wrong])
 
     def describe(self, label: np.ndarray) -> str:
         """Returns a sentence about the first of some pixels, values [n] or colors [n,3] that the map lacks."""
+        if self._num_classes and label.ndim == 1 and (values := label[(label >= 0) & (label < IGNORE)]).size:
+            histogram = np.bincount(values.astype(np.uint8), minlength=256)
+            return str(datasets.label_problem(histogram.tolist(), self._num_classes))
         first = label[0].tolist()
         what, kind = (f"color RGB {tuple(first)}", tuple) if label.ndim == 2 else (f"value {first}", int)
         count = int((label == label[0]).reshape(len(label), -1).all(axis=1).sum())
-        return f"label {what} at {count} pixels is not in {self._known(kind)}; add it, with its class or None (ignored)"
+        return f"label {what} at {count} pixels is not in {self._known(kind)}"
 
     def _known(self, kind: type) -> str:
         keys = [key for key in self.classes if isinstance(key, kind)] or list(self.classes)
         more = f" and {len(keys) - MAX_LISTED} more" if len(keys) > MAX_LISTED else ""
-        return f"dataset.label_map, which has {', '.join(map(repr, keys[:MAX_LISTED]))}{more}"
+        listed = f"{', '.join(map(repr, keys[:MAX_LISTED]))}{more}"
+        if self._num_classes:
+            return f"the classes, {listed}; set dataset.label_map, with the class of each, or None (ignored)"
+        return f"dataset.label_map, which has {listed}; add it, with its class or None (ignored)"
 
 
 def reader(dataset: ConfigDict, class_names: Sequence[str], files: Sequence[str]) -> LabelReader | None:
@@ -121,7 +129,7 @@ def reader(dataset: ConfigDict, class_names: Sequence[str], files: Sequence[str]
     index_of = {name.strip().lower(): index for index, name in enumerate(class_names)}
     if not entries:
         own = {value: value for value in range(len(class_names))} | {dataset.ignore_index: IGNORE}
-        return LabelReader(own | {name: index for index, name in enumerate(class_names)})
+        return LabelReader(own | {name: index for index, name in enumerate(class_names)}, len(class_names))
     classes = {}
     for key, value in entries.items():
         found = IGNORE if value is None else value if isinstance(value, int) else index_of.get(value.strip().lower(), -1)
@@ -139,10 +147,16 @@ def decode(file: str, contents: bytes, keep_indices: bool) -> np.ndarray:
     elif kind == "mat":
         label = _array_of_mat(contents)
     else:
-        label = _decode_image(contents, keep_indices)
-    label = label.squeeze() if label.ndim == 3 and 1 in (label.shape[0], label.shape[2]) else label
+        label = decode_image(contents, keep_indices)
+    return normalize(label)
+
+
+def normalize(label: np.ndarray) -> np.ndarray:
+    """Returns whole numbers [H,W] or colors uint8[H,W,3] of an array that may have another type, alpha or an axis too many."""
     if label.ndim == 3 and label.shape[2] in (3, 4) and label.dtype == np.uint8:
         return np.ascontiguousarray(label[..., :3])
+    if label.ndim == 3 and 1 in (label.shape[0], label.shape[2]):
+        label = label[..., 0] if label.shape[2] == 1 else label[0]
     if label.ndim != 2 or label.dtype.kind not in "biuf":
         raise UserError(f"is {label.dtype}{list(label.shape)}; expected whole numbers [H, W] or colors uint8[H, W, 3]")
     if label.dtype.kind == "f":
@@ -152,17 +166,22 @@ def decode(file: str, contents: bytes, keep_indices: bool) -> np.ndarray:
     return label.astype(np.uint8) if label.dtype.kind == "b" else label
 
 
-def _decode_image(contents: bytes, keep_indices: bool) -> np.ndarray:
+def decode_image(contents: bytes, keep_indices: bool) -> np.ndarray:
+    """Returns the values [H,W] or colors uint8[H,W,3] of an image file; the indices of a palette, or its colors."""
     if contents.startswith(b"\x89PNG") and (flag := FAST_PNG.get(contents[24:26])) is not None:
         label = cv2.imdecode(np.frombuffer(contents, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
         if label is None:
             raise ValueError(image_files.CUT_SHORT)
-        return label if label.ndim == 2 else cv2.cvtColor(label, cv2.COLOR_BGR2RGB)
+        return label
     with Image.open(io.BytesIO(contents)) as image:
         if image.mode in ("RGB", "RGBA", "CMYK", "YCbCr") or (image.mode == "P" and not keep_indices):
             return np.asarray(image.convert("RGB"))
         scale = SMALL_GRAYS.get(image_files.raw_mode(image), 1)
-        return np.asarray(image.getchannel("L") if image.mode == "LA" else image) // np.uint8(scale)
+        stored: np.ndarray = np.asarray(image.getchannel("L") if image.mode == "LA" else image)
+        white_is_0 = image.format == "TIFF" and image.getexif().get(ExifTags.Base.PhotometricInterpretation) == 0
+        if white_is_0 and image.mode in ("1", "L"):
+            stored = ~stored  # Pillow returns the complement of the stored values
+        return stored if scale == 1 else stored // np.uint8(scale)
 
 
 def _array_of_mat(contents: bytes) -> np.ndarray:

@@ -17,7 +17,7 @@ from pspnet_jax.data.reader import Example, Source, decode_image, numbered
 from pspnet_jax.data.tfds_source import Tfds
 from pspnet_jax.errors import UserError
 from pspnet_jax.image_files import RGB8, PixelFormat
-from pspnet_jax.large_files import is_large, open_image
+from pspnet_jax.large_files import find_large, is_large, open_image
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class Files(Source):
         self._raw = tf.constant([pair.raw for pair in pairs])
         self._orientations = tf.constant(screened.orientations, tf.int64) if screened else None
         self._upright = screened is not None and set(screened.orientations) == {1}
-        self._large = {index for index, pair in enumerate(pairs) if is_large(pair.image)}
+        self._large = find_large([pair.image for pair in pairs])
         self.by_windows, self.in_graph = bool(self._large), not self._large
         self._is_read_in_graph = [checks.is_read_in_graph(pair.image, pixel_format) for pair in pairs]
 

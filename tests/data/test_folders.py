@@ -41,6 +41,13 @@ def test_labels_that_are_no_pngs_are_used_where_there_are_no_pngs(tmp_path):
     assert pairs(tmp_path)["a"][1] == "labels/train/a.png"
 
 
+@pytest.mark.parametrize(("image", "label"), [("{name}", "{name}_mask"), ("{name}_sat", "{name}"), ("{name}_i", "{name}_l")])
+def test_images_and_labels_side_by_side(tmp_path, image, label):
+    files = {n: (f"x/{image.format(name=n)}.png", f"x/{label.format(name=n)}.png") for n in ("1", "2")}
+    write(tmp_path, *files["1"], *files["2"])
+    assert pairs(tmp_path, "x", images=f"{{split}}/{image}.*", labels=f"{{split}}/{label}.png") == files
+
+
 def test_a_fraction_keeps_the_split_of_each_file(tmp_path):
     fields = {"images": "im/{name}.*", "labels": "gt/{name}.*", "split_fraction": 0.25}
     write(tmp_path, *(f"{kind}/{index}.png" for index in range(400) for kind in ("im", "gt")))
@@ -51,6 +58,8 @@ def test_a_fraction_keeps_the_split_of_each_file(tmp_path):
     write(tmp_path, *(f"{kind}/{index}.png" for index in range(400, 500) for kind in ("im", "gt")))
     assert set(pairs(tmp_path, "val", **fields)) & (train | val) == val
     assert set(pairs(tmp_path, "val", **fields, split_seed=1)) & (train | val) != val
+    with pytest.raises(UserError, match=r"split_fraction=0.0001: none of the 500 images of .* is in split 'val'; change"):
+        pairs(tmp_path, "val", **fields | {"split_fraction": 0.0001})
     with pytest.raises(UserError, match=r"has no \{split\}, so every split would have the same images"):
         pairs(tmp_path, "test", **fields)
 
@@ -74,10 +83,17 @@ def test_lists_of_images(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "text", ["x/a b.jpg y/c.png\n", "x/a b.jpg,y/c.png", "/x/a b.jpg\ty/c.png", "mask,image\ny/c.png,x/a b.jpg"]
+    "text",
+    [
+        "x/a b.jpg y/c.png\n",
+        "x/a b.jpg,y/c.png",
+        "/x/a b.jpg\ty/c.png",
+        "mask,image\ny/c.png,x/a b.jpg",
+        "mask;image\ny/c.png;ROOT/x/a b.jpg",
+    ],
 )
 def test_lists_of_images_and_labels(tmp_path, text):
-    (tmp_path / "list.train").write_text(text)
+    (tmp_path / "list.train").write_text(text.replace("ROOT", str(tmp_path)))
     assert pairs(tmp_path, split_file="list.{split}") == {"x/a b": ("x/a b.jpg", "y/c.png")}
 
 
@@ -87,6 +103,9 @@ def test_wrong_lists(tmp_path):
         ("1\n7\n8\n", "{split}.txt", "train.txt: 2 of 3 entries name none of the 1 images .* the first is '7'"),
         ("image,split\n1,val\n", "train.txt", "lists no image of split 'train'; its splits are val"),
         ("1\n", "train.txt", "names no splits"),
+        ("1\nelsewhere/1.jpg\n", "{split}.txt", "'1' and 'elsewhere/1.jpg' both stand for the image im/1.jpg; list each"),
+        ("split,image\ntrain,1\ntrain\n", "train.txt", "1 of 2 lines of split 'train' have no image; complete them"),
+        ("image,label\nim/1.jpg,gt/1.png\nim/2.jpg,\n", "{split}.txt", "1 of 2 lines of split 'train' have no label"),
         ("", "{split}.txt", "lists no image of split 'train'"),
         ("1\n", "x.txt", "x.txt: no such file"),
     ):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import scipy.io
+import tifffile
 from PIL import Image
 
 from pspnet_jax import datasets
@@ -48,6 +49,7 @@ WAYS = {  # {case: (a label file, how it is written, label_map)}
     "GIF": ("0.gif", lambda p: palette().save(p), BY_COLOR),
     "16 bits": ("0.png", lambda p: Image.fromarray(values(0, 999, 65535, 7, np.uint16)).save(p), BY_VALUE_16),
     "16-bit TIFF": ("0.tiff", lambda p: Image.fromarray(values(0, 1, 2, 255, np.uint16)).save(p), ""),
+    "0 as white": ("0.tif", lambda p: tifffile.imwrite(p, values(0, 100, 250, 7), photometric="miniswhite"), BY_VALUE),
     "npy": ("0.npy", lambda p: np.save(p, values(0, 10**6, 2, -1, np.int64)), "{0: 'a', 1000000: 'b', 2: 'c', -1: None}"),
     "npy of colors": ("0.npy", lambda p: np.save(p, colored()), BY_COLOR),
     "mat": ("0.mat", lambda p: scipy.io.savemat(p, {"label": values(0, 100, 250, 7, float)}), BY_VALUE),
@@ -74,6 +76,8 @@ def test_a_label_map_gives_the_same_classes_in_every_format(tmp_path, way):
 
 def test_one_bit_and_the_order_of_class_names(tmp_path):
     source = folder(tmp_path, "0.png", lambda p: one_bit().save(p), label_map="{1: 'b', 0: 'a'}", class_names=("a", "b"))
+    np.testing.assert_array_equal(source.read(0)[1], CLASSES == 1)
+    source = folder(tmp_path / "white", "0.tif", lambda p: tifffile.imwrite(p, CLASSES == 1), class_names=("a", "b"))
     np.testing.assert_array_equal(source.read(0)[1], CLASSES == 1)
     assert datasets.describe(recipe(label_map="{1: 'b', 0: 'a'}")).class_names == ("b", "a")
 
@@ -121,6 +125,7 @@ def test_an_unknown_value_or_color_is_named_once_for_all_files(tmp_path):
     ("label_map", "sentence"),
     [
         ("{0: 'a', 1}", r"label_map=\{0: 'a', 1\}: .*expected \{value"),
+        ("{0, 1}", r"label_map=\{0, 1\}: is no dict; expected \{value"),
         ("{0: 'a', (1, 2): 'b'}", r"\(1, 2\): 'b' is no entry"),
         ("{0: 'a', 1: 2.5}", "1: 2.5 is no entry"),
         ("{0: __import__('os')}", "malformed node"),
@@ -135,7 +140,20 @@ def test_a_wrong_map_is_one_sentence(tmp_path, label_map, sentence):
     assert "\n" not in str(error.value)
 
 
+def test_wrong_values_without_a_map(tmp_path):
+    for number, (array, sentence) in enumerate(
+        [
+            (values(1, 2, 3, 255), 'label value 3 at 720 pixels, expected 0..2 .*either 0 is void .*label_map="{0: None, '),
+            (values(0, 1, 999, 2, np.uint16), "label value 999 at 720 pixels is not in the classes, 0, 1, 2, 255; set dataset"),
+        ]
+    ):
+        with pytest.raises(UserError, match=rf"0.tif: {sentence}"):
+            folder(tmp_path / str(number), "0.tif", lambda p, a=array: Image.fromarray(a).save(p), class_names=("a", "b", "c"))
+
+
 def test_arrays_that_are_no_labels(tmp_path):
+    with pytest.raises(UserError, match=r"0.tif: has value 0.5; expected whole numbers"):
+        folder(tmp_path, "0.tif", lambda p: tifffile.imwrite(p, np.full((40, 48), 0.5, np.float32)), class_names=("a", "b"))
     for number, (array, sentence) in enumerate(
         [
             (np.full((40, 48), 0.5), "0.npy: has value 0.5; expected whole numbers"),
@@ -190,3 +208,10 @@ def test_results_of_another_map_are_not_used(tmp_path):
     assert survey.class_counts(first, recipe(), first.read).tolist() == [[480, 480, 720]]
     assert survey.class_counts(second, recipe(), second.read).tolist() == [[480, 720, 480]]
     assert first.fingerprint != second.fingerprint
+
+
+def test_a_map_does_not_excuse_the_classes_of_a_benchmark(tmp_path):
+    """In dataset.mixture, a benchmark's labels are not read with the map, so its classes have to be those of the map."""
+    dataset = recipe(root=str(tmp_path), name="potsdam", label_map=BY_VALUE, class_names=("a", "b", "c"))
+    with pytest.raises(UserError, match=r"class 0 of dataset.name='potsdam' .* is 'impervious_surface', but 'a' in"):
+        sources.open_source(dataset, "train")

@@ -68,18 +68,32 @@ def test_examples_are_whole_in_evaluation_and_reduced_in_pictures(config, monkey
         np.testing.assert_array_equal(example["label"], label[::3, ::3])
 
 
+@pytest.mark.parametrize(("dtype", "photometric"), [(bool, "minisblack"), (bool, "miniswhite"), (np.float32, "minisblack")])
+def test_a_window_of_a_label_has_the_values_of_the_whole_file(tmp_path, dtype, photometric):
+    label = (fakes.pair("train", 0, (300, 280))[1] % 2).astype(dtype)
+    path = tmp_path / "0.tif"
+    tifffile.imwrite(path, label, photometric=photometric, tile=(64, 64))
+    np.testing.assert_array_equal(READER.read(str(path), "", path.read_bytes()), label)
+    np.testing.assert_array_equal(checks.open_large_label(str(path), READER)[7:200, 9:99], label[7:200, 9:99])
+
+
 def test_the_check_names_what_is_wrong(config, tmp_path):
     root = tmp_path / "data"
     label = np.full((300, 280), 3, np.uint8)
     label[299, 279] = 4
     write(root, "values", 1, label=label)
-    with pytest.raises(UserError, match=r"values/0.tif: label value 4 at 1 pixels is not in dataset.label_map"):
+    with pytest.raises(UserError, match=r"values/0.tif: label value 4 at 1 pixels, expected 0..3 for 4 classes"):
         sources.open_source(config.dataset, "values")
     source = sources.open_source(config.dataset, "values", check=False)
     _, label = source.read(0)
     assert label[0:2, 3:5].tolist() == [[3, 3], [3, 3]]
     with pytest.raises(UserError, match=r"values/0.tif: label value 4 at 1 pixels"):
         label[290:300, 270:280]
+    colors = label_files.LabelReader({(0, 0, 0): 0, (255, 0, 0): 1})
+    palette = {"photometric": "palette", "colormap": np.zeros((3, 256), np.uint16)}
+    tifffile.imwrite(root / "palette.tif", np.zeros((64, 64), np.uint8), tile=(64, 64), **palette)
+    with pytest.raises(UserError, match=r"palette.tif: is a PALETTE TIFF; convert it"):
+        checks.open_large_label(str(root / "palette.tif"), colors)
     write(root, "sizes", 1, label=np.zeros((280, 300), np.uint8))
     with pytest.raises(UserError, match=r"labels/sizes/0.tif: is 300x280, but its image .*images/sizes/0.tif is 280x300"):
         sources.open_source(config.dataset, "sizes")
