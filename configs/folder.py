@@ -34,8 +34,8 @@ def rare(config: ConfigDict) -> ConfigDict:
     """Crops are enlarged by 1.5 to 2.5, and evaluation by 2, because the features have an eighth of a crop's resolution.
 
     Without class weights, a network that was to find cracks of 1 to 3 pixels, 3% of all pixels, predicted background everywhere
-    after 250 steps; with class_weighting="inverse", the IoU of cracks was 27% after 200 steps. That of real membranes is 67% after
-    all 1,000. Enlarging by 4 was worse: 21% (benchmarks/rare.md).
+    after 250 steps; with class_weighting="inverse", the IoU of cracks was 27% after 200 steps. That of real membranes is
+    67% after all 1,000. Enlarging by 4 was worse: 21% (benchmarks/rare.md).
     """
     config.name = "rare"
     config.model.depth = 18
