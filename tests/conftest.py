@@ -5,6 +5,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import types
 
 import pytest
 
@@ -29,6 +30,19 @@ def _temporary_directory(tmp_path_factory):
         directory = str(tmp_path_factory.mktemp("tmp"))
         patch.setenv("TMPDIR", directory)
         patch.setattr(tempfile, "tempdir", directory)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _without_curves():
+    """Runs draw no learning curves, which takes 0.3 s each time; the tests of the drawing call it directly."""
+    from PIL import Image
+
+    from pspnet_jax.train import logs
+
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = types.SimpleNamespace(learning_curves=lambda lines, best_metric: Image.new("RGB", (8, 9)))
+        patch.setattr(logs, "figures", drawn)
         yield
 
 
