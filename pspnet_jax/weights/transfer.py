@@ -146,7 +146,7 @@ def _expected_shapes(source: Source, model: Any) -> Shapes:
 def _is_skipped(variable: str, source: Source, fields: Mapping[str, Any]) -> bool:
     """Returns whether a variable is in an auxiliary head that only one side has, or in a classifier of other classes."""
     unpaired = "/auxiliary" in variable and not (fields["auxiliary"] and source.model["auxiliary"])
-    other_classes = source.num_classes != fields["num_classes"] and not source.class_names
+    other_classes = source.num_classes != fields.get("num_classes") and not source.class_names
     return unpaired or ("classifier/" in variable and other_classes)
 
 
