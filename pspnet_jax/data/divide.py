@@ -34,7 +34,8 @@ def divide(rule: discover.Rule, paths: Collection[str], lists: Mapping[str, str]
     """
     images, labels = (discover.match(pattern, paths, rule.splits) for pattern in (rule.images, rule.labels))
     images = {key: path for key, path in images.items() if path not in {*labels.values()}}
-    division = Division(_with_extension(rule.images, images.values()), _with_extension(rule.labels, labels.values()))
+    paired = [path for key, path in images.items() if key in labels]
+    division = Division(_with_extension(rule.images, paired), _with_extension(rule.labels, labels.values()))
     if splits := choose_splits(rule.splits):
         return division._replace(train_split=splits[0], val_split=splits[1], reason="the names of folders")
     if len(rule.splits) > 1:

@@ -36,6 +36,7 @@ def files(*patterns, splits=TRAIN_VAL, names=("a_1", "b_2", "c_3")):
         ("leftImg8bit/{split}/{name}_leftImg8bit.png", "gtFine/{split}/{name}_gtFine_labelIds.png", TRAIN_VAL),
         ("images{split}/{name}.png", "labels{split}/{name}.png", ("Tr", "Ts")),
         ("{split}/{split}-org-img/{name}.jpg", "{split}/{split}-label-img/{name}_lab.png", TRAIN_VAL),
+        ("{split}/images/{name}.png", "{split}/Semantic_masks/images/{name}_instance_color_RGB.png", TRAIN_VAL),
         ("{split}/images/{name}_{split}.tif", "{split}/1st_manual/{name}_manual1.gif", ("training", "test")),
         ("Task1-2_{split}_Input/{name}.jpg", "Task1_{split}_GroundTruth/{name}_segmentation.png", ("Training", "Validation")),
     ],
@@ -56,6 +57,8 @@ def test_splits_in_folders(images, labels, splits):
         ("{name}.png", "{name}.json"),
         ("4_Ortho_RGBIR/{name}_RGBIR.tif", "{name}_label.tif"),
         ("photo/{name}.jpg", "v1.2/{name}.png"),
+        ("imagesTr/{name}_0000.png", "labelsTr/{name}.png"),
+        ("pictures/{name}.png", "object_color/images/{name}.png"),
     ],
 )
 def test_without_splits_a_fraction_is_held_out(images, labels):
