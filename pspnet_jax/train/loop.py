@@ -25,10 +25,11 @@ from pspnet_jax.losses import Batch, Loss
 from pspnet_jax.optimizers import Optimizer
 from pspnet_jax.train import batch_checks, resume
 from pspnet_jax.train.batch_checks import HostBatch
-from pspnet_jax.train.checkpoint import SCORE, Checkpoints
+from pspnet_jax.train.checkpoint import Checkpoints
 from pspnet_jax.train.guard import NonFiniteGuard
 from pspnet_jax.train.integrity import reason
 from pspnet_jax.train.logs import TrainingLog, Writer, numbers_in
+from pspnet_jax.train.scores import SCORE
 from pspnet_jax.train.step import Metrics, TrainState, Variables, make_train_step
 from pspnet_jax.train.stop import Stopped, StopSignal
 
@@ -281,7 +282,7 @@ def _should_stop_early(config: ConfigDict, checkpoints: Checkpoints) -> bool:
 
     This depends only on the saved scores, so that a resumed run stops at the same step as one without interruption.
     """
-    limit, stale = config.patience * config.every.eval, checkpoints.steps_since_best()
+    limit, stale = config.patience * config.every.eval, checkpoints.scores.steps_since_best(checkpoints.steps)
     if not limit or not parallel.max_over_processes(stale >= limit):
         return False
     logger.info(
@@ -296,7 +297,7 @@ def _lacks_score(checkpoints: Checkpoints, step: int) -> bool:
     if step == 0 or (saved := checkpoints.read_config()) is None:
         return False
     config, _ = saved
-    lacks_score = due(step, config.every.eval, config.total_steps) and checkpoints.score(step) is None
+    lacks_score = due(step, config.every.eval, config.total_steps) and checkpoints.scores.of(step) is None
     return bool(parallel.max_over_processes(lacks_score))
 
 
