@@ -15,9 +15,12 @@ def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str]) -> Image.Im
     """Returns a picture of a confusion matrix [K, K] (rows truth, columns prediction), in percent of each row."""
     shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
     with_numbers = len(class_names) <= MAX_CELLS_WITH_NUMBERS
-    side = 3 + (0.45 if with_numbers else 0.16) * len(class_names)  # inches; larger than a line of the names
-    figure, canvas = _canvas(side, side, layout="constrained")
-    axes = figure.add_subplot(title="share of the pixels of each true class, in %", xlabel="prediction", ylabel="truth")
+    cells = max(4, (0.45 if with_numbers else 0.16) * len(class_names))  # inches; larger than a line of the names
+    margin = 0.5 + 0.075 * max(map(len, class_names))  # inches
+    side = cells + margin + 0.5
+    figure, canvas = _canvas(side, side)
+    labels = {"title": "share of the pixels of each true class, in %", "xlabel": "prediction", "ylabel": "truth"}
+    axes = figure.add_axes((margin / side, margin / side, cells / side, cells / side), **labels)
     axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
     places = range(len(class_names))
     names = [name.replace("$", r"\$") for name in class_names]  # no formulas
@@ -55,12 +58,12 @@ def learning_curves(lines: Sequence[Mapping[str, Any]], best_metric: str) -> Ima
     return _picture(canvas)
 
 
-def _canvas(width: float, height: float, layout: Any = None) -> tuple[Any, Any]:
+def _canvas(width: float, height: float) -> tuple[Any, Any]:
     """Returns a figure, whose size is given in inches, and its canvas, which needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout=layout)
+    figure = Figure(figsize=(width, height))
     return figure, FigureCanvasAgg(figure)
 
 
