@@ -1,0 +1,175 @@
+"""The charts of a report, as plotly figures; assets/charts.js adds what depends on the light or dark theme."""
+
+import html
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from pspnet_jax.analysis.page import texts
+from pspnet_jax.losses import LOSSES
+
+BLUE, ORANGE, GRAY = "#3f83c8", "#d9782d", "#7d8894"  # their contrast with white and with near-black is 3 or more
+# Most shares in a confusion matrix are a few percent, so these get half of the range.
+SHADES = [[0, "rgba(63,131,200,0)"], [0.01, "rgba(63,131,200,0.2)"], [0.1, "rgba(63,131,200,0.55)"], [1, "rgb(63,131,200)"]]
+ROW = 20  # height of a class, in pixels
+MAX_SQUARE = 720  # side of the confusion matrix, in pixels
+MAX_TICKS = 40
+METRICS = {"mean_iou": "mean IoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"}
+
+
+def all_of(document: Mapping[str, Any]) -> dict[str, go.Figure]:
+    """Returns the charts of a report by name, without those that have no data."""
+    names = [html.escape(one["name"], quote=False) for one in document["dataset"]["classes"]]  # plotly reads tags
+    small = document["inconspicuous"]
+    charts = {
+        "class_scores": intervals(names, [one["iou"] for one in document["classes"]], "IoU, %"),
+        "loss": curves(document["curves"]["training"], lambda name: name.endswith(("loss", *LOSSES)), "loss"),
+        "metrics": curves(document["curves"]["evaluations"], METRICS.__contains__, "%", scale=100),
+        "confusion_matrix": confusion_matrix(names, document["confusion_matrix"]),
+        "by_size": recalls(small["by_size"], "size of the component, in pixels"),
+        "by_thickness": recalls(small["by_thickness"], "thickness of the component, in pixels"),
+        "boundary": boundary(document["boundary"]),
+        "calibration": calibration(document["calibration"]["bins"]),
+    }
+    if against := document["against"]:
+        changes = [one["iou"] for one in against["classes"]]
+        certain = [one["p"] is not None and one["p"] < 0.05 for one in changes]
+        charts["class_differences"] = intervals(names, [one["difference"] for one in changes], "difference, points", certain)
+        charts["image_differences"] = image_differences(document)
+    return {name: chart for name, chart in charts.items() if chart.data}
+
+
+def intervals(names: Sequence[str], figures: Sequence[Any], title: str, filled: Sequence[bool] = ()) -> go.Figure:
+    """Figures of classes as dots with their intervals, the highest on top; undefined ones are left out."""
+    order = sorted((k for k, one in enumerate(figures) if one["value"] is not None), key=lambda k: figures[k]["value"])
+    value, low, high = ([100 * (figures[k][end] or 0) for k in order] for end in ("value", "low", "high"))
+    dots = go.Scatter(
+        x=value,
+        y=[*range(len(order))],
+        error_x={
+            "array": [b - x for x, b in zip(value, high, strict=True)],
+            "arrayminus": [x - a for x, a in zip(value, low, strict=True)],
+            "thickness": 1.5,
+            "width": 0,
+        },
+        mode="markers",
+        marker={"size": 8, "color": BLUE, "symbol": ["circle-open" if filled and not filled[k] else "circle" for k in order]},
+        customdata=order,
+        text=[f"{names[k]}: {x:.1f} ({a:.1f} to {b:.1f})" for k, x, a, b in zip(order, value, low, high, strict=True)],
+        hoverinfo="text",
+    )
+    axis = {"tickvals": [*range(len(order))], "ticktext": [names[k] for k in order], "range": [-0.7, len(order) - 0.3]}
+    return _figure(dots if order else [], title, height=ROW * len(order) + 70, yaxis=axis).update_xaxes(side="top")
+
+
+def curves(points: Sequence[Mapping[str, Any]], chosen: Callable[[str], bool], title: str, scale: float = 1) -> go.Figure:
+    """The chosen values of the points, each as a line over the step."""
+    lines = []
+    for name in dict.fromkeys(name for point in points for name in point if chosen(name)):
+        there = [point for point in points if point.get(name) is not None]
+        steps, values = [point["step"] for point in there], [scale * point[name] for point in there]
+        mode = "lines+markers" if len(there) < 30 else "lines"
+        lines.append(go.Scatter(x=steps, y=values, name=METRICS.get(name, name.replace("_", " ")), mode=mode))
+    return _figure(lines, "step", title)
+
+
+def confusion_matrix(names: Sequence[str], matrix: Sequence[Sequence[int]]) -> go.Figure:
+    """Shares of the pixels of each true class, in percent; shares of 0 are blank."""
+    shares = [[100 * pixels / sum(row) if pixels else None for pixels in row] for row in matrix]
+    heat = go.Heatmap(
+        z=shares,
+        zmin=0,
+        zmax=100,
+        colorscale=SHADES,
+        customdata=matrix,
+        x=[*range(len(names))],
+        y=[*range(len(names))],
+        hovertemplate="truth %{yaxis.ticktext}<br>%{z:.2f}% <extra></extra>",
+        colorbar={"thickness": 10, "outlinewidth": 0, "ticksuffix": "%"},
+    )
+    few = len(names) <= MAX_TICKS
+    axis = {
+        "tickvals": [*range(len(names))] if few else [],
+        "ticktext": list(names) if few else [],
+        "showgrid": False,
+        "zeroline": False,
+    }
+    side = min(MAX_SQUARE, 260 + 2 * ROW * len(names))
+    chart = _figure(heat, "prediction", "truth", side, yaxis=axis | {"autorange": "reversed"})
+    return chart.update_xaxes(**axis, tickangle=-90 if len(names) > 8 else None)
+
+
+def recalls(bins: Sequence[Mapping[str, Any]], title: str) -> go.Figure:
+    """Recall of pixels and share of components found, of all classes, for each range of sizes."""
+    shown = [one for one in bins if one["class"] is None and one["components"]]
+    labels = [texts.sizes(one) for one in shown]
+    number = [f"{one['components']:,} components" for one in shown]
+    bars = [
+        go.Bar(x=labels, y=[100 * one[key] for one in shown], name=name, marker_color=color, hovertext=number)
+        for key, name, color in (("recall", "recall of pixels", BLUE), ("found", "components found", ORANGE))
+    ]
+    return _figure(bars if shown else [], title, "%").update_xaxes(type="category").update_yaxes(range=[0, 100])
+
+
+def boundary(scores: Mapping[str, Any]) -> go.Figure:
+    """Mean IoU and pixel accuracy of the pixels within each distance of a border, and mean IoU of those farther away."""
+    shown = (("mean_iou", "mean IoU", BLUE, "solid"), ("pixel_accuracy", "pixel accuracy", ORANGE, "solid"))
+    shown += (("interior_mean_iou", "mean IoU, farther away", BLUE, "dash"),)
+    lines = [
+        go.Scatter(
+            x=scores["distances"], y=_percents(scores[key]), name=name, mode="lines+markers", line=dict(color=color, dash=dash)
+        )
+        for key, name, color, dash in shown
+    ]
+    return _figure(lines, "distance from the border, in pixels", "%")
+
+
+def calibration(bins: Sequence[Mapping[str, Any]]) -> go.Figure:
+    """The reliability diagram: accuracy over confidence, beside the diagonal of a perfectly calibrated network."""
+    filled = [one for one in bins if one["pixels"]]
+    bars = go.Bar(
+        x=[50 * (one["low"] + one["high"]) for one in filled],
+        y=_percents([one["accuracy"] for one in filled]),
+        width=[95 * (one["high"] - one["low"]) for one in filled],
+        name="accuracy",
+        marker_color=BLUE,
+        hovertext=[f"confidence {texts.levels(one)}: {one['pixels']:,} pixels" for one in filled],
+    )
+    diagonal = go.Scatter(
+        x=[0, 100], y=[0, 100], name="perfectly calibrated", mode="lines", line={"color": GRAY, "dash": "dash"}
+    )
+    chart = _figure([bars, diagonal] if filled else [], "confidence, %", "accuracy, %", 360)
+    return chart.update_xaxes(range=[0, 100]).update_yaxes(range=[0, 100])
+
+
+def image_differences(document: Mapping[str, Any]) -> go.Figure:
+    """Mean IoU of each image in this run over that in the other one; images above the diagonal got better."""
+    pairs = [
+        (100 * other["mean_iou"], 100 * image["mean_iou"], index)
+        for index, (image, other) in enumerate(zip(document["images"], document["against"]["images"], strict=True))
+        if None not in (image["mean_iou"], other["mean_iou"])
+    ]
+    other, this, indices = zip(*pairs, strict=True) if pairs else ((), (), ())
+    titles = [html.escape(text, quote=False) for text in (document["against"]["title"], document["title"])]
+    dots = go.Scatter(
+        x=other,
+        y=this,
+        mode="markers",
+        marker={"size": 6, "color": BLUE, "opacity": 0.6},
+        customdata=indices,
+        text=[html.escape(document["images"][index]["name"], quote=False) for index in indices],
+        showlegend=False,
+    )
+    diagonal = go.Scatter(x=[0, 100], y=[0, 100], mode="lines", line={"color": GRAY, "dash": "dash"}, showlegend=False)
+    chart = _figure([diagonal, dots] if pairs else [], f"mean IoU of {titles[0]}, %", f"mean IoU of {titles[1]}, %", 420)
+    return chart.update_traces(hoverinfo="skip", selector={"mode": "lines"})
+
+
+def _percents(fractions: Sequence[float | None]) -> list[float | None]:
+    return [None if one is None else 100 * one for one in fractions]
+
+
+def _figure(data: Any, x: str, y: str = "", height: int = 300, **layout: Any) -> go.Figure:
+    chart = go.Figure(data, layout={"template": "none", "height": height, "dragmode": False} | layout)
+    return chart.update_layout(xaxis_title=x, yaxis_title=y or None)
