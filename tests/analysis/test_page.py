@@ -3,6 +3,7 @@
 import html.parser
 import json
 import pathlib
+import re
 import urllib.parse
 
 import pytest
@@ -94,6 +95,26 @@ def test_the_page_of_one_run_says_nothing_of_another(document, tmp_path):
     assert not any("without" in text for text in found.text)
 
 
+def test_texts_have_the_contrast_of_wcag_aa():
+    """4.5, with the relative luminance of WCAG 2.1, on both backgrounds in light and dark."""
+
+    def luminance(color: str) -> float:
+        channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    css = (pathlib.Path(page.__file__).parent / "assets/page.css").read_text()
+    light, dark = (
+        dict(re.findall(r"--(\w+): (#\w{6})", rule)) for rule in css.split("@media (prefers-color-scheme: dark)")[:2]
+    )
+    assert len(dark) == 8
+    for colors in (light, light | dark):
+        for text in ("text", "muted", "accent", "up", "down"):
+            for ground in ("background", "surface"):
+                low, high = sorted((luminance(colors[text]), luminance(colors[ground])))
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)
+
+
 def test_a_report_of_nothing_still_has_a_page(tmp_path):
     """One image, two classes, nothing labeled, no curves, no training data."""
     content = documents.write(tmp_path, 1, ["a", "b"])
@@ -110,6 +131,7 @@ def test_a_report_of_nothing_still_has_a_page(tmp_path):
     content["boundary"] |= {name: [None] * 6 for name in ("mean_iou", "pixel_accuracy", "interior_mean_iou")}
     content["calibration"] = {"bins": [], "expected_calibration_error": None}
     content["images"][0] |= undefined | {"labeled": 0, "truth": [], "predicted": [0], "errors": [], "smallest": None}
+    content["images"][0]["name"] = "\udcff.png"  # the byte FF in a file name
     found = written(tmp_path, content)
     assert "No region was found: the training data is gone." in found.text
     assert not any("None" in text or "nan" in text.lower().split() for text in found.text)

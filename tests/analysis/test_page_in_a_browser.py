@@ -56,6 +56,7 @@ def opened(browser, report):
         emulate(browser, scheme)
         browser.get("about:blank")
         browser.get(report[1] + hash)
+        until(lambda: script(browser, "document.getElementById('found')?.textContent"))
         return browser
 
     yield open_page
@@ -101,7 +102,7 @@ def test_nothing_is_loaded_from_elsewhere(opened):
     """Charts are drawn when they come near the screen."""
     browser = opened()
     charts = script(browser, "document.querySelectorAll('[data-chart]').length")
-    assert charts == 10
+    assert charts == 11
     for index in range(charts):
         script(browser, "document.querySelectorAll('[data-chart]')[arguments[0]].scrollIntoView({behavior: 'instant'})", index)
         until(lambda: script(browser, "'drawn' in document.querySelectorAll('[data-chart]')[arguments[0]].dataset", index))  # noqa: B023
@@ -204,6 +205,19 @@ def test_the_divider_and_the_pictures_are_dragged(opened):
     selenium.ActionChains(browser).move_to_element_with_offset(stage, -300, 0).click_and_hold().move_by_offset(40, 30).perform()
     selenium.ActionChains(browser).release().perform()
     assert script(browser, "[place.x, place.y]") == [40, 30]
+
+
+def test_two_fingers_zoom(opened):
+    """From a distance of 60 pixels to 180, around a point that stays where it is."""
+    browser = opened("#images&image=0", width=360)
+    x, y = script(browser, "((box) => [box.left + box.width / 2, box.top + box.height / 2])(stage.getBoundingClientRect())")
+    for kind, half in (("touchStart", 30), ("touchMove", 60), ("touchMove", 90)):
+        points = [{"x": x + 20 + side * half, "y": y, "id": side + 1} for side in (-1, 1)]
+        browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    assert script(browser, "[place.zoom, place.x].map((value) => Math.round(10 * value) / 10)") == pytest.approx(
+        [3, -40], abs=2
+    )
 
 
 def test_tables_are_sorted_by_their_headings(opened, report):

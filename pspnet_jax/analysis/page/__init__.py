@@ -50,10 +50,11 @@ def write(document: Mapping[str, Any], folder: epath.Path) -> None:
     assets = folder / "assets"
     assets.mkdir(exist_ok=True)
     for name in ASSETS:
-        (assets / name).write_text(_read(__name__, f"assets/{name}"))
-    (assets / "plotly.min.js").write_text(_read("plotly", "package_data/plotly.min.js"))
+        (assets / name).write_bytes(_read(__name__, f"assets/{name}"))
+    (assets / "plotly.min.js").write_bytes(_read("plotly", "package_data/plotly.min.js"))
     (assets / "data.js").write_text(f"const REPORT = {json.dumps(_data(document) | {'charts': figures})};\n")
-    (folder / "index.html").write_text(environment.get_template("index.html").render(report=document))
+    text = environment.get_template("index.html").render(report=document)
+    (folder / "index.html").write_bytes(text.encode(errors="backslashreplace"))  # file names may be no valid text
 
 
 def quote(path: str) -> str:
@@ -113,5 +114,5 @@ def _data(document: Mapping[str, Any]) -> dict[str, Any]:
     return {"images": images, "classes": document["dataset"]["classes"], "layers": _layers(document)}
 
 
-def _read(package: str, path: str) -> str:
-    return (importlib.resources.files(package) / path).read_text(encoding="utf-8")
+def _read(package: str, path: str) -> bytes:
+    return (importlib.resources.files(package) / path).read_bytes()

@@ -37,6 +37,7 @@ def all_of(document: Mapping[str, Any]) -> dict[str, go.Figure]:
         certain = [one["p"] is not None and one["p"] < 0.05 for one in changes]
         charts["class_differences"] = intervals(names, [one["difference"] for one in changes], "difference, points", certain)
         charts["image_differences"] = image_differences(document)
+        charts["histogram"] = histogram([one["difference"] for one in against["images"]])
     return {name: chart for name, chart in charts.items() if chart.data}
 
 
@@ -60,7 +61,9 @@ def intervals(names: Sequence[str], figures: Sequence[Any], title: str, filled: 
         hoverinfo="text",
     )
     axis = {"tickvals": [*range(len(order))], "ticktext": [names[k] for k in order], "range": [-0.7, len(order) - 0.3]}
-    return _figure(dots if order else [], title, height=ROW * len(order) + 70, yaxis=axis).update_xaxes(side="top")
+    return _figure(dots if order else [], title, height=ROW * len(order) + 70, yaxis=axis, margin={"b": 12}).update_xaxes(
+        side="top"
+    )
 
 
 def curves(points: Sequence[Mapping[str, Any]], chosen: Callable[[str], bool], title: str, scale: float = 1) -> go.Figure:
@@ -114,8 +117,11 @@ def recalls(bins: Sequence[Mapping[str, Any]], title: str) -> go.Figure:
 
 def boundary(scores: Mapping[str, Any]) -> go.Figure:
     """Mean IoU and pixel accuracy of the pixels within each distance of a border, and mean IoU of those farther away."""
-    shown = (("mean_iou", "mean IoU", BLUE, "solid"), ("pixel_accuracy", "pixel accuracy", ORANGE, "solid"))
-    shown += (("interior_mean_iou", "mean IoU, farther away", BLUE, "dash"),)
+    shown = [
+        ("mean_iou", "mean IoU", BLUE, "solid"),
+        ("interior_mean_iou", "mean IoU, farther away", BLUE, "dash"),
+        ("pixel_accuracy", "pixel accuracy", ORANGE, "solid"),
+    ]
     lines = [
         go.Scatter(
             x=scores["distances"], y=_percents(scores[key]), name=name, mode="lines+markers", line=dict(color=color, dash=dash)
@@ -164,6 +170,13 @@ def image_differences(document: Mapping[str, Any]) -> go.Figure:
     diagonal = go.Scatter(x=[0, 100], y=[0, 100], mode="lines", line={"color": GRAY, "dash": "dash"}, showlegend=False)
     chart = _figure([diagonal, dots] if pairs else [], f"mean IoU of {titles[0]}, %", f"mean IoU of {titles[1]}, %", 420)
     return chart.update_traces(hoverinfo="skip", selector={"mode": "lines"})
+
+
+def histogram(differences: Sequence[float | None]) -> go.Figure:
+    """How many images changed by how much, in percentage points."""
+    found = [one for one in _percents(differences) if one is not None]
+    bars = go.Histogram(x=found, nbinsx=40, marker_color=BLUE)
+    return _figure(bars if found else [], "difference of mean IoU, points", "images", 420)
 
 
 def _percents(fractions: Sequence[float | None]) -> list[float | None]:

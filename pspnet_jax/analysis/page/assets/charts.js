@@ -3,7 +3,7 @@
 // Draws the charts when they come near the screen, in the colors of the light or dark theme.
 const CHARTS = [...document.querySelectorAll("[data-chart]")];
 
-// The images that a point of a chart leads to, as parameters of the hash.
+// The images to which a point of a chart leads, as parameters of the hash.
 const TARGETS = {
   class_scores: (point) => ({ class: point.customdata }),
   class_differences: (point) => ({ class: point.customdata, order: "better" }),
@@ -14,7 +14,7 @@ const TARGETS = {
 function template() {
   const style = getComputedStyle(document.documentElement);
   const [text, line, surface] = ["--text", "--line", "--surface"].map((name) => style.getPropertyValue(name));
-  const axis = { gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true, title: { standoff: 8 }, fixedrange: true };
+  const axis = { gridcolor: line, zerolinecolor: line, automargin: true, title: { standoff: 8 }, fixedrange: true };
   return {
     layout: {
       font: { color: text, family: style.fontFamily, size: 12 },
@@ -36,9 +36,11 @@ async function draw(element) {
   const { data, layout } = REPORT.charts[name];
   await Plotly.newPlot(element, data, { ...layout, template: template() }, { responsive: true, displayModeBar: false });
   element.dataset.drawn = "";
-  if (TARGETS[name]) {
-    element.on("plotly_click", ({ points: [point] }) => (location.hash = hashWith(TARGETS[name](point), new URLSearchParams())));
-  }
+  if (!TARGETS[name]) return;
+  element.on("plotly_click", ({ points: [point] }) => {
+    location.hash = hashWith(TARGETS[name](point), new URLSearchParams());
+    if (!viewer.open) document.getElementById("images").scrollIntoView();
+  });
 }
 
 const near = new IntersectionObserver(

@@ -122,9 +122,9 @@ function render() {
   asked.has("image") ? view(Number(asked.get("image")), asked) : closeViewer();
 }
 
-filter.addEventListener("input", () => {
-  const asked = new FormData(filter);
-  go(Object.fromEntries(KEYS.slice(0, 8).map((key) => [key, asked.get(key)])), document.activeElement.type === "search" ? "replaceState" : "pushState");
+filter.addEventListener("input", ({ target }) => {
+  const value = target.type === "checkbox" && !target.checked ? null : target.value;
+  go({ [target.name]: value }, target.type === "search" ? "replaceState" : "pushState");
 });
 filter.addEventListener("submit", (event) => event.preventDefault());
 more.addEventListener("click", () => extend().querySelector("a").focus());

@@ -155,10 +155,11 @@ const SHIFTED = { ArrowLeft: [60, 0], ArrowRight: [-60, 0], ArrowUp: [0, 60], Ar
 addEventListener("keydown", (event) => {
   if (!viewer.open || event.ctrlKey || event.altKey || event.metaKey) return;
   const layer = Object.keys(REPORT.layers)[event.key - 1];
-  const arrows = event.target.matches("select, input") && event.key.startsWith("Arrow");
-  const shift = event.shiftKey && SHIFTED[event.key];
-  const action = shift ? () => zoomAt(0, 0, 1, ...shift) : (KEYBOARD[event.key] ?? (layer && (() => go({ right: layer }, "replaceState"))));
-  if (!action || arrows) return;
+  const ofControl = event.target.matches("select, input") && event.key.startsWith("Arrow");
+  let action = KEYBOARD[event.key];
+  if (layer) action = () => go({ right: layer }, "replaceState");
+  if (event.shiftKey && SHIFTED[event.key]) action = () => zoomAt(0, 0, 1, ...SHIFTED[event.key]);
+  if (!action || ofControl) return;
   event.preventDefault();
   action();
 });
