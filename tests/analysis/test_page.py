@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 from pspnet_jax.analysis import page
-from pspnet_jax.analysis.page import texts
+from pspnet_jax.analysis.page import filters
 from tests.analysis import documents
 
 pytest.importorskip("plotly", reason="the extra train is not installed")
@@ -45,12 +45,12 @@ def document(tmp_path_factory):
 
 
 def test_numbers_as_they_are_shown():
-    assert [texts.percent(one) for one in (0.61449, 1, None)] == ["61.4", "100.0", "\N{EN DASH}"]
-    assert [texts.points(one) for one in (0.0123, -0.0123)] == ["+1.2", "\N{MINUS SIGN}1.2"]
-    assert texts.interval({"value": 0.6, "low": 0.581, "high": 0.639}) == "58.1\N{EN DASH}63.9"
-    assert texts.interval({"value": 0.6, "low": -0.01, "high": 0.02}, difference=True) == "\N{MINUS SIGN}1.0 to +2.0"
-    assert texts.interval({"value": None, "low": None, "high": None}) == ""
-    assert texts.sizes({"low": 1024, "high": None}) == "from 1,024"
+    assert [filters.percent(one) for one in (0.61449, 1, None)] == ["61.4", "100.0", "\N{EN DASH}"]
+    assert [filters.points(one) for one in (0.0123, -0.0123)] == ["+1.2", "\N{MINUS SIGN}1.2"]
+    assert filters.interval({"value": 0.6, "low": 0.581, "high": 0.639}) == "58.1\N{EN DASH}63.9"
+    assert filters.interval({"value": 0.6, "low": -0.01, "high": 0.02}, difference=True) == "\N{MINUS SIGN}1.0 to +2.0"
+    assert filters.interval({"value": None, "low": None, "high": None}) == ""
+    assert filters.sizes({"low": 1024, "high": None}) == "from 1,024"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_numbers_as_they_are_shown():
     ],
 )
 def test_a_region_is_shown_with_its_surroundings(box, expected):
-    assert page.window(box, height=100, width=200) == pytest.approx(expected, abs=0.001)
+    assert filters.window(box, height=100, width=200) == pytest.approx(expected, abs=0.001)
 
 
 def test_every_file_that_the_page_names_is_there(document):

@@ -1,15 +1,12 @@
 """The page of a report: index.html and its assets, which open from disk, without a server or a network."""
 
-import heapq
 import importlib.resources
 import json
 import urllib.parse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
-
-from pspnet_jax.analysis.page import texts
 
 ASSETS = ("page.css", "charts.js", "tables.js", "images.js", "viewer.js")
 LAYERS = {"image": "Image", "truth": "Truth", "prediction": "Prediction", "error": "Error", "confidence": "Confidence"}
@@ -24,7 +21,7 @@ def write(document: Mapping[str, Any], folder: epath.Path) -> None:
     """
     import jinja2
 
-    from pspnet_jax.analysis.page import charts
+    from pspnet_jax.analysis.page import charts, filters
 
     figures = {name: chart.to_plotly_json() for name, chart in charts.all_of(document).items()}
     environment = jinja2.Environment(
@@ -34,19 +31,8 @@ def write(document: Mapping[str, Any], folder: epath.Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (
-        quote,
-        least_certain,
-        by_class,
-        texts.percent,
-        texts.interval,
-        texts.points,
-        texts.count,
-        texts.sizes,
-        texts.levels,
-    )
-    environment.filters |= {one.__name__: one for one in filters}
-    environment.globals |= {"layers": _layers(document), "window": window, "charts": figures}
+    environment.filters |= {one.__name__: one for one in filters.ALL}
+    environment.globals |= {"layers": _layers(document), "charts": figures}
     assets = folder / "assets"
     assets.mkdir(exist_ok=True)
     for name in ASSETS:
@@ -55,43 +41,6 @@ def write(document: Mapping[str, Any], folder: epath.Path) -> None:
     (assets / "data.js").write_text(f"const REPORT = {json.dumps(_data(document) | {'charts': figures})};\n")
     text = environment.get_template("index.html").render(report=document)
     (folder / "index.html").write_bytes(text.encode(errors="backslashreplace"))  # file names may be no valid text
-
-
-def quote(path: str) -> str:
-    """Returns a relative path as a relative URL."""
-    return urllib.parse.quote(path)
-
-
-def least_certain(images: Sequence[Mapping[str, Any]], number: int) -> list[int]:
-    """Returns the indices of the images with the lowest confidence, the lowest first."""
-    known = [index for index, image in enumerate(images) if image["confidence"] is not None]
-    return heapq.nsmallest(number, known, key=lambda index: images[index]["confidence"])
-
-
-def by_class(bins: Iterable[Mapping[str, Any]]) -> list[tuple[int, dict[int, Mapping[str, Any]]]]:
-    """Returns the bins of each class by their lower edge; those of all classes together are left out."""
-    found: dict[int, dict[int, Mapping[str, Any]]] = {}
-    for one in bins:
-        if one["class"] is not None:
-            found.setdefault(one["class"], {})[one["low"]] = one
-    return sorted(found.items())
-
-
-def window(box: list[int], height: int, width: int, aspect: float = 4 / 3) -> dict[str, float]:
-    """Returns the part of an image that shows a region with its surroundings, as left, top, width, height in the image's units.
-
-    Args:
-      box: [top, left, height, width] of the region.
-      height: of the image in pixels.
-      width: of the image.
-      aspect: width over height of what is shown, as far as the image reaches.
-    """
-    top, left, tall, wide = box
-    wanted = max(2.5 * tall, 2.5 * wide / aspect, height / 4)
-    shown_height, shown_width = min(height, wanted), min(width, wanted * aspect)
-    x = min(max(0, left + wide / 2 - shown_width / 2), width - shown_width)
-    y = min(max(0, top + tall / 2 - shown_height / 2), height - shown_height)
-    return {"left": x, "top": y, "width": shown_width, "height": shown_height}
 
 
 def _layers(document: Mapping[str, Any]) -> dict[str, str]:
@@ -105,11 +54,11 @@ def _data(document: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what the scripts need to filter, order and show the images."""
     images = []
     for index, image in enumerate(document["images"]):
-        shown = dict(image, pictures={layer: quote(path) for layer, path in image["pictures"].items()})
+        shown = dict(image, pictures={layer: urllib.parse.quote(path) for layer, path in image["pictures"].items()})
         if against := document["against"]:
             other = against["images"][index]
             shown["difference"] = other["difference"]
-            shown["pictures"] |= {f"other_{layer}": quote(path) for layer, path in other["pictures"].items()}
+            shown["pictures"] |= {f"other_{layer}": urllib.parse.quote(path) for layer, path in other["pictures"].items()}
         images.append(shown)
     return {"images": images, "classes": document["dataset"]["classes"], "layers": _layers(document)}
 

@@ -6,15 +6,16 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from pspnet_jax.analysis.page import texts
+from pspnet_jax.analysis.page import filters
 from pspnet_jax.losses import LOSSES
 
 BLUE, ORANGE, GRAY = "#3f83c8", "#d9782d", "#7d8894"  # their contrast with white and with near-black is 3 or more
 # Most shares in a confusion matrix are a few percent, so these get half of the range.
 SHADES = [[0, "rgba(63,131,200,0)"], [0.01, "rgba(63,131,200,0.2)"], [0.1, "rgba(63,131,200,0.55)"], [1, "rgb(63,131,200)"]]
+DIAGONAL = {"x": [0, 100], "y": [0, 100], "mode": "lines", "line": {"color": GRAY, "dash": "dash"}}
 ROW = 20  # height of a class, in pixels
 MAX_SQUARE = 720  # side of the confusion matrix, in pixels
-MAX_TICKS = 40
+MAX_TICKS = 40  # classes whose names all fit
 METRICS = {"mean_iou": "mean IoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"}
 
 
@@ -34,8 +35,10 @@ def all_of(document: Mapping[str, Any]) -> dict[str, go.Figure]:
     }
     if against := document["against"]:
         changes = [one["iou"] for one in against["classes"]]
-        certain = [one["p"] is not None and one["p"] < 0.05 for one in changes]
-        charts["class_differences"] = intervals(names, [one["difference"] for one in changes], "difference, points", certain)
+        significant = [one["p"] is not None and one["p"] < 0.05 for one in changes]
+        charts["class_differences"] = intervals(
+            names, [one["difference"] for one in changes], "difference, points", significant
+        )
         charts["image_differences"] = image_differences(document)
         charts["histogram"] = histogram([one["difference"] for one in against["images"]])
     return {name: chart for name, chart in charts.items() if chart.data}
@@ -61,9 +64,8 @@ def intervals(names: Sequence[str], figures: Sequence[Any], title: str, filled: 
         hoverinfo="text",
     )
     axis = {"tickvals": [*range(len(order))], "ticktext": [names[k] for k in order], "range": [-0.7, len(order) - 0.3]}
-    return _figure(dots if order else [], title, height=ROW * len(order) + 70, yaxis=axis, margin={"b": 12}).update_xaxes(
-        side="top"
-    )
+    height, margin = ROW * len(order) + 70, {"b": 12}
+    return _figure(dots if order else [], title, height=height, xaxis={"side": "top"}, yaxis=axis, margin=margin)
 
 
 def curves(points: Sequence[Mapping[str, Any]], chosen: Callable[[str], bool], title: str, scale: float = 1) -> go.Figure:
@@ -79,34 +81,29 @@ def curves(points: Sequence[Mapping[str, Any]], chosen: Callable[[str], bool], t
 
 def confusion_matrix(names: Sequence[str], matrix: Sequence[Sequence[int]]) -> go.Figure:
     """Shares of the pixels of each true class, in percent; shares of 0 are blank."""
-    shares = [[100 * pixels / sum(row) if pixels else None for pixels in row] for row in matrix]
+    sums = [sum(row) for row in matrix]
+    shares = [[100 * pixels / total if pixels else None for pixels in row] for row, total in zip(matrix, sums, strict=True)]
     heat = go.Heatmap(
         z=shares,
         zmin=0,
         zmax=100,
         colorscale=SHADES,
         customdata=matrix,
-        x=[*range(len(names))],
-        y=[*range(len(names))],
-        hovertemplate="truth %{yaxis.ticktext}<br>%{z:.2f}% <extra></extra>",
+        x=names,
+        y=names,
+        hovertemplate="%{y} as %{x}: %{z:.2f}%, %{customdata:,} pixels<extra></extra>",
         colorbar={"thickness": 10, "outlinewidth": 0, "ticksuffix": "%"},
     )
-    few = len(names) <= MAX_TICKS
-    axis = {
-        "tickvals": [*range(len(names))] if few else [],
-        "ticktext": list(names) if few else [],
-        "showgrid": False,
-        "zeroline": False,
-    }
+    axis = {"type": "category", "dtick": 1 if len(names) <= MAX_TICKS else None, "showgrid": False}
     side = min(MAX_SQUARE, 260 + 2 * ROW * len(names))
-    chart = _figure(heat, "prediction", "truth", side, yaxis=axis | {"autorange": "reversed"})
-    return chart.update_xaxes(**axis, tickangle=-90 if len(names) > 8 else None)
+    across, down = axis | {"tickangle": -90 if len(names) > 8 else None}, axis | {"autorange": "reversed"}
+    return _figure(heat, "prediction", "truth", side, xaxis=across, yaxis=down)
 
 
 def recalls(bins: Sequence[Mapping[str, Any]], title: str) -> go.Figure:
     """Recall of pixels and share of components found, of all classes, for each range of sizes."""
     shown = [one for one in bins if one["class"] is None and one["components"]]
-    labels = [texts.sizes(one) for one in shown]
+    labels = [filters.sizes(one) for one in shown]
     number = [f"{one['components']:,} components" for one in shown]
     bars = [
         go.Bar(x=labels, y=[100 * one[key] for one in shown], name=name, marker_color=color, hovertext=number)
@@ -118,15 +115,13 @@ def recalls(bins: Sequence[Mapping[str, Any]], title: str) -> go.Figure:
 def boundary(scores: Mapping[str, Any]) -> go.Figure:
     """Mean IoU and pixel accuracy of the pixels within each distance of a border, and mean IoU of those farther away."""
     shown = [
-        ("mean_iou", "mean IoU", BLUE, "solid"),
-        ("interior_mean_iou", "mean IoU, farther away", BLUE, "dash"),
-        ("pixel_accuracy", "pixel accuracy", ORANGE, "solid"),
+        ("mean_iou", "mean IoU", {"color": BLUE}),
+        ("interior_mean_iou", "mean IoU, farther away", {"color": BLUE, "dash": "dash"}),
+        ("pixel_accuracy", "pixel accuracy", {"color": ORANGE}),
     ]
     lines = [
-        go.Scatter(
-            x=scores["distances"], y=_percents(scores[key]), name=name, mode="lines+markers", line=dict(color=color, dash=dash)
-        )
-        for key, name, color, dash in shown
+        go.Scatter(x=scores["distances"], y=_percents(scores[key]), name=name, mode="lines+markers", line=line)
+        for key, name, line in shown
     ]
     return _figure(lines, "distance from the border, in pixels", "%")
 
@@ -140,11 +135,9 @@ def calibration(bins: Sequence[Mapping[str, Any]]) -> go.Figure:
         width=[95 * (one["high"] - one["low"]) for one in filled],
         name="accuracy",
         marker_color=BLUE,
-        hovertext=[f"confidence {texts.levels(one)}: {one['pixels']:,} pixels" for one in filled],
+        hovertext=[f"confidence {filters.levels(one)}: {one['pixels']:,} pixels" for one in filled],
     )
-    diagonal = go.Scatter(
-        x=[0, 100], y=[0, 100], name="perfectly calibrated", mode="lines", line={"color": GRAY, "dash": "dash"}
-    )
+    diagonal = go.Scatter(DIAGONAL, name="perfectly calibrated")
     chart = _figure([bars, diagonal] if filled else [], "confidence, %", "accuracy, %", 360)
     return chart.update_xaxes(range=[0, 100]).update_yaxes(range=[0, 100])
 
@@ -167,9 +160,8 @@ def image_differences(document: Mapping[str, Any]) -> go.Figure:
         text=[html.escape(document["images"][index]["name"], quote=False) for index in indices],
         showlegend=False,
     )
-    diagonal = go.Scatter(x=[0, 100], y=[0, 100], mode="lines", line={"color": GRAY, "dash": "dash"}, showlegend=False)
-    chart = _figure([diagonal, dots] if pairs else [], f"mean IoU of {titles[0]}, %", f"mean IoU of {titles[1]}, %", 420)
-    return chart.update_traces(hoverinfo="skip", selector={"mode": "lines"})
+    diagonal = go.Scatter(DIAGONAL, hoverinfo="skip", showlegend=False)
+    return _figure([diagonal, dots] if pairs else [], f"mean IoU of {titles[0]}, %", f"mean IoU of {titles[1]}, %", 420)
 
 
 def histogram(differences: Sequence[float | None]) -> go.Figure:
