@@ -104,7 +104,7 @@ def test_nothing_is_loaded_from_elsewhere(opened):
     charts = script(browser, "document.querySelectorAll('[data-chart]').length")
     assert charts == 11
     for index in range(charts):
-        script(browser, "document.querySelectorAll('[data-chart]')[arguments[0]].scrollIntoView({behavior: 'instant'})", index)
+        script(browser, "document.querySelectorAll('[data-chart]')[arguments[0]].scrollIntoView()", index)
         until(lambda: script(browser, "'drawn' in document.querySelectorAll('[data-chart]')[arguments[0]].dataset", index))  # noqa: B023
     messages = [json.loads(line["message"])["message"] for line in browser.get_log("performance")]
     loaded = [one["params"]["request"]["url"] for one in messages if one["method"] == "Network.requestWillBeSent"]
@@ -116,7 +116,7 @@ def test_pictures_are_loaded_when_they_come_near_the_screen(opened):
     browser = opened()
     loaded = "[...document.querySelectorAll('#gallery img')].filter((picture) => picture.naturalWidth).length"
     assert script(browser, loaded) < 20
-    script(browser, "document.getElementById('gallery').scrollIntoView({behavior: 'instant'})")
+    script(browser, "document.getElementById('gallery').scrollIntoView()")
     until(lambda: script(browser, loaded) > 20)
 
 
@@ -151,10 +151,14 @@ def test_a_confusion_leads_to_its_images_and_back(opened, report):
     browser.forward()
     click(browser, "#gallery a")
     until(lambda: script(browser, "viewer.open"))
-    assert f"truth={first['truth']}&predicted={first['predicted']}" in script(browser, "location.hash")
-    browser.back()
-    until(lambda: not script(browser, "viewer.open"))
-    assert found(browser) == f"{len(expected)} of {IMAGES} images"
+    filtered = f"#images&truth={first['truth']}&predicted={first['predicted']}"
+    assert script(browser, "location.hash") == f"{filtered}&image={expected[0]}"
+    for close in (browser.back, lambda: click(browser, "#close")):
+        close()
+        until(lambda: script(browser, "[viewer.open, location.hash]") == [False, filtered])
+        assert found(browser) == f"{len(expected)} of {IMAGES} images"
+        click(browser, "#gallery a")
+        until(lambda: script(browser, "viewer.open"))
 
 
 def test_the_viewer_is_used_by_keyboard(opened, report):

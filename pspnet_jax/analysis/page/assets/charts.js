@@ -14,14 +14,14 @@ const TARGETS = {
 function template() {
   const style = getComputedStyle(document.documentElement);
   const [text, line, surface] = ["--text", "--line", "--surface"].map((name) => style.getPropertyValue(name));
-  const axis = { gridcolor: line, zerolinecolor: line, automargin: true, title: { standoff: 8 }, fixedrange: true };
+  const axis = { gridcolor: line, zerolinecolor: line, automargin: true, ticks: "", title: { standoff: 8 }, fixedrange: true };
   return {
     layout: {
       font: { color: text, family: style.fontFamily, size: 12 },
       paper_bgcolor: "transparent",
       plot_bgcolor: "transparent",
       colorway: ["#3f83c8", "#d9782d", "#3b9b6c", "#8d6cc9"],
-      hoverlabel: { bgcolor: surface, bordercolor: line, font: { color: text } },
+      hoverlabel: { bgcolor: surface, bordercolor: line, font: { color: text, family: style.fontFamily } },
       margin: { l: 48, r: 12, t: 12, b: 44 },
       legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom" },
       bargap: 0.25,

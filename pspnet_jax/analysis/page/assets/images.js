@@ -114,12 +114,12 @@ function list(asked) {
   document.getElementById("found").textContent = `${some} of ${all} images`;
 }
 
-function render() {
+function render(event) {
   const asked = query();
   const own = hashWith(WITHOUT_VIEWER);
   document.getElementById("clear").hidden = own === "#images";
-  if (listed === null || (asked.has("images") && own !== listed)) list(asked);
-  asked.has("image") ? view(Number(asked.get("image")), asked) : closeViewer();
+  if (own !== listed) list(asked);
+  asked.has("image") ? view(Number(asked.get("image")), asked, Boolean(event)) : closeViewer();
 }
 
 filter.addEventListener("input", ({ target }) => {

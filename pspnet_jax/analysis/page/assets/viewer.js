@@ -7,19 +7,23 @@ const divider = document.getElementById("divider");
 const sides = ["left", "right"].map((side) => document.getElementById(side));
 const pointers = new Map(); // those that are down on the stage, by id
 let place = { x: 0, y: 0, zoom: 1 }; // offset of the pictures from the center, in CSS pixels, and magnification
-let current = null;
+let current = null; // index of the image
+let byLink = false; // whether a link of this page opened the viewer, so that closing it goes back
+const layers = { left: "image", right: "prediction" }; // those shown if the hash names none
 
 const byId = (id) => document.getElementById(id);
 const element = (tag, text, more = {}) => Object.assign(document.createElement(tag), { textContent: text }, more);
 
-function view(index, asked) {
+function view(index, asked, linked) {
   const image = REPORT.images[index];
   if (!image) return closeViewer();
-  if (!viewer.open) viewer.showModal();
+  if (!viewer.open) {
+    viewer.showModal();
+    byLink = linked;
+  }
   if (index !== current) move({ x: 0, y: 0, zoom: 1 });
   current = index;
-  sides[0].value = knownLayer(asked.get("left"), "image");
-  sides[1].value = knownLayer(asked.get("right"), "prediction");
+  sides.forEach((side) => (side.value = knownLayer(asked.get(side.id), layers[side.id])));
   stage.style.setProperty("--ratio", image.width / image.height);
   sides.forEach((side) => showLayer(side, image, asked.get("box")));
   describe(index, image);
@@ -77,6 +81,11 @@ function describe(index, image) {
 function closeViewer() {
   current = null;
   if (viewer.open) viewer.close();
+}
+
+function showOn(side, layer) {
+  layers[side] = layer;
+  go({ [side]: layer }, "replaceState");
 }
 
 function step(by) {
@@ -157,15 +166,18 @@ addEventListener("keydown", (event) => {
   const layer = Object.keys(REPORT.layers)[event.key - 1];
   const ofControl = event.target.matches("select, input") && event.key.startsWith("Arrow");
   let action = KEYBOARD[event.key];
-  if (layer) action = () => go({ right: layer }, "replaceState");
+  if (layer) action = () => showOn("right", layer);
   if (event.shiftKey && SHIFTED[event.key]) action = () => zoomAt(0, 0, 1, ...SHIFTED[event.key]);
   if (!action || ofControl) return;
   event.preventDefault();
   action();
 });
-viewer.addEventListener("close", () => query().has("image") && go({ image: null, box: null }));
+viewer.addEventListener("close", () => {
+  if (viewer.open || !query().has("image")) return; // opened again since, or closed by the hash
+  byLink ? history.back() : go({ image: null, box: null }, "replaceState");
+});
 divider.addEventListener("input", () => divide(divider.value));
-sides.forEach((side) => side.addEventListener("change", () => go({ [side.id]: side.value }, "replaceState")));
+sides.forEach((side) => side.addEventListener("change", () => showOn(side.id, side.value)));
 for (const [id, key] of Object.entries({ previous: "ArrowLeft", next: "ArrowRight", in: "+", out: "-", fit: 0 })) {
   byId(id).addEventListener("click", KEYBOARD[key]);
 }
