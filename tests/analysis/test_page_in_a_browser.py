@@ -81,6 +81,10 @@ def script(browser, code: str, *arguments):
     return browser.execute_script(f"return {code}", *arguments)
 
 
+def rectangle(browser, selector: str) -> dict[str, float]:
+    return script(browser, "document.querySelector(arguments[0]).getBoundingClientRect().toJSON()", selector)
+
+
 def shown(browser) -> list[str]:
     """The names of the images in the list."""
     return script(browser, "[...document.querySelectorAll('#gallery .name')].map((name) => name.textContent)")
@@ -165,7 +169,7 @@ def test_the_viewer_is_used_by_keyboard(opened, report):
     from selenium.webdriver import Keys
 
     order = sorted(range(IMAGES), key=lambda index: report[0]["images"][index]["mean_iou"])
-    browser = opened(f"#images&image={order[0]}&box=12,16,24,32")
+    browser = opened(f"#images&image={order[0]}&box=12,8,24,16")
 
     def title() -> str:
         return script(browser, "document.getElementById('viewer-title').textContent")
@@ -173,10 +177,10 @@ def test_the_viewer_is_used_by_keyboard(opened, report):
     def right() -> str:
         return script(browser, "document.querySelector('.layer.right img').getAttribute('src')")
 
-    box = "((box, image) => [box.left - image.left, box.top - image.top, image.width, image.height].map(Math.round))"
-    box += "(...['.left .box', '.left img'].map((selector) => stage.querySelector(selector).getBoundingClientRect()))"
-    left, top, width, height = script(browser, box)
-    assert (left / width, top / height) == pytest.approx((16 / 64, 12 / 48), abs=0.01)
+    box, picture, line = (rectangle(browser, selector) for selector in (".left .box", ".left img", "#line"))
+    shares = (box["x"] - picture["x"]) / picture["width"], (box["y"] - picture["y"]) / picture["height"]
+    assert shares == pytest.approx((8 / 64, 12 / 48), abs=0.01)
+    assert line["x"] + line["width"] / 2 == pytest.approx(box["x"] + box["width"] / 2, abs=picture["width"] / 100)
     press(browser, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT)
     assert title() == report[0]["images"][order[1]]["name"]
     press(browser, "4")
@@ -214,7 +218,8 @@ def test_the_divider_and_the_pictures_are_dragged(opened):
 def test_two_fingers_zoom(opened):
     """From a distance of 60 pixels to 180, around a point that stays where it is."""
     browser = opened("#images&image=0", width=360)
-    x, y = script(browser, "((box) => [box.left + box.width / 2, box.top + box.height / 2])(stage.getBoundingClientRect())")
+    stage = rectangle(browser, "#stage")
+    x, y = stage["x"] + stage["width"] / 2, stage["y"] + stage["height"] / 2
     for kind, half in (("touchStart", 30), ("touchMove", 60), ("touchMove", 90)):
         points = [{"x": x + 20 + side * half, "y": y, "id": side + 1} for side in (-1, 1)]
         browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})

@@ -22,10 +22,11 @@ function view(index, asked, linked) {
     byLink = linked;
   }
   if (index !== current) move({ x: 0, y: 0, zoom: 1 });
-  current = index;
   sides.forEach((side) => (side.value = knownLayer(asked.get(side.id), layers[side.id])));
   stage.style.setProperty("--ratio", image.width / image.height);
   sides.forEach((side) => showLayer(side, image, asked.get("box")));
+  if (asked.has("box") && index !== current) divideAt(stage.querySelector(".box"));
+  current = index;
   describe(index, image);
 }
 
@@ -172,6 +173,11 @@ addEventListener("keydown", (event) => {
   event.preventDefault();
   action();
 });
+function divideAt(shown) {
+  const [box, whole] = [shown, stage].map((one) => one.getBoundingClientRect());
+  divide((100 * (box.left + box.width / 2 - whole.left)) / whole.width);
+}
+
 viewer.addEventListener("close", () => {
   if (viewer.open || !query().has("image")) return; // opened again since, or closed by the hash
   byLink ? history.back() : go({ image: null, box: null }, "replaceState");
