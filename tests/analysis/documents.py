@@ -96,6 +96,7 @@ def _scores(matrix: np.ndarray, names: list[str], colors: np.ndarray, images: in
         "title": "with <pyramid> & co",
         "run": {"workdir": "/runs/a b", "step": 160, "version": "0.2.0", "device": "CPU", "created": "2026-11-29T20:50:00Z"}
         | {"images_per_second": 3.1},
+        "mismatched_reason": None,
         "protocol": {"text": "whole images, own size, scales 1.0, flip on, protocol semseg"},
         "dataset": {"name": "streets", "split": "val", "images": images, "training_images": 367}
         | {"classes": [{"name": name, "color": color} for name, color in zip(names, colors.tolist(), strict=True)]},
@@ -107,7 +108,7 @@ def _scores(matrix: np.ndarray, names: list[str], colors: np.ndarray, images: in
             "training": [{"step": step, "loss": 2 / step**0.3, "learning_rate": 0.01} for step in steps],
             "evaluations": [{"step": step, "mean_iou": step / 300, "pixel_accuracy": step / 220} for step in steps],
         },
-        "mismatched": [region | {"predicted": 2, "beside": 1, "truth": 0, "together": 0, "predicted_images": 90}
+        "mismatched": [region | {"predicted": 2, "beside": 1, "truth": 0, "together": 0, "touching": 0, "predicted_images": 90}
             | {"beside_images": 120, "expected": 29.4, "score": 3.2}] * 9,
         "confusions": ordered,
         "confusion_pairs": [
@@ -166,6 +167,7 @@ def _against(document: dict[str, Any]) -> dict[str, Any]:
     return {
         "title": "without",
         "run": document["run"],
+        "protocol": document["protocol"],
         "summary": {name: change(0, 0.6) for name in METRICS},
         "classes": [{"iou": change(index, one["iou"]["value"])} for index, one in enumerate(document["classes"])],
         "images": images,

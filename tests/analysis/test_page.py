@@ -133,7 +133,7 @@ def test_a_report_of_nothing_still_has_a_page(tmp_path):
     content["images"][0] |= undefined | {"labeled": 0, "truth": [], "predicted": [0], "errors": [], "smallest": None}
     content["images"][0]["name"] = "\udcff.png"  # the byte FF in a file name
     found = written(tmp_path, content)
-    assert "No region was found: the training data is gone." in found.text
+    assert "The training data is gone." in found.text
     assert not any("None" in text or "nan" in text.lower().split() for text in found.text)
 
 

@@ -123,7 +123,8 @@ def boundary(scores: Mapping[str, Any]) -> go.Figure:
         go.Scatter(x=scores["distances"], y=_percents(scores[key]), name=name, mode="lines+markers", line=line)
         for key, name, line in shown
     ]
-    return _figure(lines, "distance from the border, in pixels", "%")
+    known = any(value is not None for value in scores["pixel_accuracy"])
+    return _figure(lines if known else [], "distance from the border, in pixels", "%")
 
 
 def calibration(bins: Sequence[Mapping[str, Any]]) -> go.Figure:
