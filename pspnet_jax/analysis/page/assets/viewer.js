@@ -152,6 +152,11 @@ function divide(percentage) {
   stage.style.setProperty("--divider", divider.value / 100);
 }
 
+function divideAt(shown) {
+  const [box, whole] = [shown, stage].map((one) => one.getBoundingClientRect());
+  divide((100 * (box.left + box.width / 2 - whole.left)) / whole.width);
+}
+
 const KEYBOARD = {
   ArrowLeft: () => step(-1),
   ArrowRight: () => step(1),
@@ -173,11 +178,6 @@ addEventListener("keydown", (event) => {
   event.preventDefault();
   action();
 });
-function divideAt(shown) {
-  const [box, whole] = [shown, stage].map((one) => one.getBoundingClientRect());
-  divide((100 * (box.left + box.width / 2 - whole.left)) / whole.width);
-}
-
 viewer.addEventListener("close", () => {
   if (viewer.open || !query().has("image")) return; // opened again since, or closed by the hash
   byLink ? history.back() : go({ image: null, box: null }, "replaceState");
