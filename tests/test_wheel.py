@@ -54,7 +54,9 @@ def commands(wheel) -> Path:
 
 def test_the_wheel_has_all_files_of_the_package(wheel):
     packaged = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    files = {path for suffix in ("py", "txt", "typed") for path in (ROOT / "pspnet_jax").rglob(f"*.{suffix}")}
+    files = {
+        path for suffix in ("py", "txt", "typed", "html", "css", "js") for path in (ROOT / "pspnet_jax").rglob(f"*.{suffix}")
+    }
     recipes = {f"pspnet_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     assert packaged == {path.relative_to(ROOT).as_posix() for path in files} | recipes
 
