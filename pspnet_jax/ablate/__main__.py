@@ -40,7 +40,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m pspnet_jax.ablate",
         description="Train all rows of tables with several seeds, and compare them. Finished runs are skipped, and interrupted "
-        "ones resumed. Any field of the config can be set for all rows, as in --config.dataset.root=DIR",
+        "ones resumed. Any field of the config can be set for all rows, as in --config.dataset.root=DIR; in its value, {depth} "
+        "is replaced by the depth of the row's network, as in --config.init_from=runs/imagenet_{depth}",
         allow_abbrev=False,
     )
     parser.add_argument("tables", nargs="+", metavar="TABLE", help="pooling, auxiliary, depth, components, variants or a file")

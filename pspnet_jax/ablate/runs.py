@@ -102,7 +102,7 @@ def plan(
       tables: by name; already restricted to the dataset.
       dataset: a key of `Table.bases`.
       seeds: values of config.seed.
-      overrides: options --config.field=value for all runs.
+      overrides: options --config.field=value for all runs; {depth} in a value is replaced by the depth of the row's network.
       folder: directory of the runs' workdirs.
 
     Raises:
@@ -114,12 +114,13 @@ def plan(
             recipe = f"{find(name)}:{details.network or row},{dataset}"
             evaluated = details.changes if details.network else {}
             config = configs.load_recipe(recipe)
-            run_name, values = config.name, {**dict(configs.leaves(configs.override(config, overrides))), **evaluated}
+            options = [option.replace("{depth}", str(config.model.depth)) for option in overrides]
+            run_name, values = config.name, {**dict(configs.leaves(configs.override(config, options))), **evaluated}
             if lost := [field for field, value in table.changes(row).items() if values[field] != value]:
                 raise UserError(f"--config.{lost[0]}: is what row {row} of table {name} changes; leave it out")
             for seed in seeds:
                 workdir = folder / f"{run_name}_seed{seed}"
-                run = found[workdir] = found.get(workdir) or _open(recipe, overrides, seed, workdir)
+                run = found[workdir] = found.get(workdir) or _open(recipe, options, seed, workdir)
                 if evaluated and evaluated not in run.evaluations:
                     run.evaluations.append(evaluated)
                 cells[name, row, seed] = Cell(run, evaluated)
@@ -130,6 +131,8 @@ def _open(recipe: str, overrides: Sequence[str], seed: int, workdir: epath.Path)
     """Returns a run, after checking its config, and that its workdir does not hold another one."""
     options = (f"--config={recipe}", *overrides, f"--config.seed={seed}")
     config = runs.prepare(configs.override(configs.load_recipe(recipe), options[1:]))
+    if not config.dataset.root and config.dataset.name not in ("scenes", "tfds"):
+        raise UserError(f"--config.dataset.root is missing: {recipe} needs the directory of its images and labels")
     if saved := files.read_json(workdir / "config.json"):
         changed = resume.differences(configs.from_dict(saved), config)
         if other := [change for change in changed if not change.startswith(FREE)]:

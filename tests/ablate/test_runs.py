@@ -144,6 +144,7 @@ def test_a_workdir_of_another_config_is_refused(table, tmp_path, capsys):
     [
         (["--config.model.bins=1,2"], "--config.model.bins: is what row none of table "),
         (["--dataset=camvid"], "--dataset camvid: no dataset 'camvid': expected one of scenes"),
+        (["--config.dataset.name=ade20k"], "--config.dataset.root is missing: "),
         (["--config.model.dept=3"], "did you mean model.depth"),
     ],
 )
@@ -153,11 +154,11 @@ def test_wrong_options(table, options, problem, capsys):
 
 
 def test_the_list_shows_the_commands_and_runs_nothing(table, tmp_path, capsys):
-    assert main([*table, "--list", "--config.total_steps=9"]) == 0
+    assert main([*table, "--list", "--config.init_from=resnet{depth}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
     workdir = f"--workdir={tmp_path}/out/runs/scenes_bins-1_seed0"
-    recipe = f"--config={table[0]}:one,scenes --config.total_steps=9 --config.seed=0"
+    recipe = f"--config={table[0]}:one,scenes --config.init_from=resnet18 --config.seed=0"
     assert lines[1:3] == [
         f"python -m pspnet_jax.main {recipe} {workdir}",
         f"python -m pspnet_jax.main --mode=evaluate {workdir} --config.eval.scales=0.5,1.0",
