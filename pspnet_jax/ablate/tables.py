@@ -42,6 +42,9 @@ class Table:
       order: pairs (better, worse) of rows: the comparisons that the publication makes.
       bases: base recipe of each dataset; the first is the default.
       title: set by `load`: the first paragraph of the recipe's docstring.
+
+    Raises:
+      ValueError: a name is not that of a row, or a row with `network` changes more than the evaluation.
     """
 
     rows: Mapping[str, Row]
@@ -50,15 +53,20 @@ class Table:
     bases: Mapping[str, str] = dataclasses.field(default_factory=lambda: BASES)
     title: str = ""
 
+    def __post_init__(self) -> None:
+        networks = {row.network for row in self.rows.values() if row.network}
+        if unknown := {self.reference, *networks, *(name for pair in self.order for name in pair)} - {*self.rows}:
+            raise ValueError(f"no row {min(unknown)!r}: expected one of {', '.join(self.rows)}")
+        for name, row in self.rows.items():
+            if row.network and not all(field.startswith("eval.") for field in row.changes):
+                raise ValueError(f"row {name!r} evaluates the network of {row.network!r}: expected only changes of eval.*")
+
     def of_dataset(self, dataset: str) -> "Table":
         """Returns the table with only the rows of a dataset, and with those comparisons whose rows are left."""
         if dataset not in self.bases:
             raise ValueError(f"no dataset {dataset!r}: expected one of {', '.join(self.bases)}")
         rows = {name: row for name, row in self.rows.items() if not row.datasets or dataset in row.datasets}
-        reference = self.reference if self.reference in rows else next(iter(rows))
-        return dataclasses.replace(
-            self, rows=rows, reference=reference, order=tuple(pair for pair in self.order if {*pair} <= {*rows})
-        )
+        return dataclasses.replace(self, rows=rows, order=tuple(pair for pair in self.order if {*pair} <= {*rows}))
 
     def changes(self, name: str) -> dict[str, Any]:
         """Returns the fields in which a row differs from the base recipe, with those of the row whose network it evaluates."""

@@ -12,11 +12,13 @@ import pytest
 
 import pspnet_jax.main
 from pspnet_jax import config as configs
+from pspnet_jax import models
 from pspnet_jax.ablate import runs
 from pspnet_jax.ablate.__main__ import main
 from pspnet_jax.runs import prepare
 from tests import fakes
 from tests.test_main import SMALL, recipe
+from tests.train import OneLayer
 
 ROOT = Path(__file__).parents[2]
 TABLE = """'''Three rows.
@@ -189,21 +191,21 @@ def test_sigterm_stops_the_running_process_and_starts_no_other(table, tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_a_tiny_table_from_training_to_its_report(tmp_path, monkeypatch):
-    """Two rows and two seeds by the real program, in this process, on a recipe and images of one's own."""
+    """Two rows and two seeds by the real program, in this process, with a recipe, images and a network of one's own."""
+    monkeypatch.setattr(models, "build", lambda *_: OneLayer())
     fakes.write_folder(tmp_path / "data", {"train": 4, "val": 2}, size=(60, 50), num_classes=3)
     base = recipe(tmp_path / "own.py", tmp_path / "data")
-    rows = "{'none': Row({'model.bins': ()}), 'one': Row({'model.bins': (1,)})}"
+    rows = "{'slow': Row({'optimizer.learning_rate': 0.001}), 'fast': Row({})}"
     (tmp_path / "mine.py").write_text(
-        f"from pspnet_jax.ablate import Row, Table\nTABLE = Table({rows}, 'one', bases={{'own': {str(base)!r}}})\n"
+        f"from pspnet_jax.ablate import Row, Table\nTABLE = Table({rows}, 'fast', bases={{'own': {str(base)!r}}})\n"
         "get_config = TABLE.get_config\n"
     )
     monkeypatch.setattr(runs, "_call", lambda options, *_: "" if pspnet_jax.main.main(options) == 0 else "failed")
-    small = [option for option in SMALL if "bins" not in option]
-    assert main([f"{tmp_path}/mine.py", f"--output={tmp_path}/out", "--seeds", "0", "1", *small]) == 0
+    assert main([f"{tmp_path}/mine.py", f"--output={tmp_path}/out", "--seeds", "0", "1", *SMALL]) == 0
     [table] = json.loads((tmp_path / "out/ablation.json").read_text())["tables"]
-    for line, bins in zip(table["lines"], ("_bins-none", "_bins-1"), strict=True):
+    for line, change in zip(table["lines"], ("_learning_rate-0.001", ""), strict=True):
         for seed in ("0", "1"):
-            lines = (tmp_path / f"out/runs/own{bins}_seed{seed}/metrics.jsonl").read_text().splitlines()
+            lines = (tmp_path / f"out/runs/own{change}_seed{seed}/metrics.jsonl").read_text().splitlines()
             last = json.loads(lines[-1])
             assert last["step"] == 3
             assert line["scores"][seed] == [100 * last["mean_iou"], 100 * last["pixel_accuracy"]]

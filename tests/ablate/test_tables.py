@@ -126,6 +126,14 @@ def test_small_datasets_have_their_own_depths():
     assert table.order == (("34", "18"), ("50", "34"), ("50_ms", "50"))
 
 
+def test_a_table_whose_rows_do_not_fit_is_refused():
+    rows = {"a": tables.Row({}), "b": tables.Row({"model.depth": 18}, network="a")}
+    with pytest.raises(ValueError, match="no row 'c': expected one of a"):
+        tables.Table({"a": rows["a"]}, "a", order=(("a", "c"),))
+    with pytest.raises(ValueError, match=r"row 'b' evaluates the network of 'a': expected only changes of eval\.\*"):
+        tables.Table(rows, "a")
+
+
 def test_unknown_rows_datasets_and_tables(tmp_path):
     with pytest.raises(UserError, match="no row 'B2' for scenes: expected one of none, B1_max, "):
         configs.load_recipe("ablations/pooling:B2,scenes")
