@@ -207,7 +207,8 @@ def find_recipe(name: str) -> pathlib.Path:
     if (file := pathlib.Path(name).expanduser()).is_file():
         return file
     folder = next(filter(pathlib.Path.is_dir, RECIPES), RECIPES[0])
-    recipes = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.py"))}
+    paths = [*sorted(folder.glob("*.py")), *sorted(folder.glob("*/*.py"))]
+    recipes = {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
     if (stem := name.removeprefix("configs/").removesuffix(".py")) in recipes:
         return recipes[stem]
     raise MissingFileError(f"--config {name}: no such file or recipe; the recipes are {', '.join(recipes)}")

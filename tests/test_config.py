@@ -82,10 +82,7 @@ def test_a_recipe_with_a_misspelled_field_or_a_wrong_type_is_refused(tmp_path, l
 
 
 def test_a_recipe_that_cannot_be_run_is_refused(tmp_path):
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"nowhere\.py: no such file or recipe; the recipes are ablations/auxiliary, .*, ade20k, camvid, ",
-    ):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.py: no such file or recipe; the recipes are ade20k, camvid, "):
         configs.load_recipe("nowhere.py")
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(ValueError, match=r"empty\.py: it defines no function get_config"):

@@ -75,6 +75,7 @@ def test_checking_a_dataset_and_an_unknown_recipe(commands, tmp_path):
     assert {path.name for path in (tmp_path / "runs/quickstart/check").iterdir()} >= {"train_images.png", "train_classes.png"}
     done = run(commands / "pspnet", "--config=citiscapes", folder=tmp_path)
     assert done.returncode == 1
-    paths = sorted((ROOT / "configs").rglob("*.py"))
-    recipes = ", ".join(path.relative_to(ROOT / "configs").with_suffix("").as_posix() for path in paths)
+    folder = ROOT / "configs"
+    names = [path.stem for path in sorted(folder.glob("*.py"))]
+    recipes = ", ".join(names + [f"ablations/{path.stem}" for path in sorted(folder.glob("ablations/*.py"))])
     assert done.stderr == f"error: --config citiscapes: no such file or recipe; the recipes are {recipes}\n"
