@@ -1,6 +1,7 @@
 """The command line of ablations: `python -m pspnet_jax.ablate pooling --dataset scenes`."""
 
 import argparse
+import contextlib
 import logging
 import shlex
 import signal
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains and compares the rows of tables. Returns the exit status: 1 after an error, 130 after Ctrl-C."""
     logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%m-%d %H:%M:%S", stream=sys.stdout, force=True)
     logger.setLevel(logging.INFO)
+    logging.raiseExceptions = False  # if the reader of a pipe is gone
     try:
         arguments, overrides = _parse(argv)
         if failures := _ablate(arguments, overrides):
@@ -76,8 +78,8 @@ def _ablate(arguments: argparse.Namespace, overrides: Sequence[str]) -> dict[str
     distinct = {run.workdir: run for run, _ in cells.values()}.values()
     todo = [run for seed in arguments.seeds for run in distinct if run.config.seed == seed and any(run.missing())]
     if arguments.list:
-        for command in (command for run in todo for command in run.missing()):
-            print(shlex.join(["python", "-m", "pspnet_jax.main", *command]))
+        commands = [shlex.join(["python", "-m", "pspnet_jax.main", *command]) for run in todo for command in run.missing()]
+        _print("\n".join(commands))
         return {}
     settings = {"dataset": dataset, "seeds": arguments.seeds, "settings": " ".join(overrides) or "those of the recipes"}
 
@@ -90,9 +92,14 @@ def _ablate(arguments: argparse.Namespace, overrides: Sequence[str]) -> dict[str
         return report.write(output, summaries, settings, len(arguments.seeds))
 
     failures = _train(todo, arguments.devices.split(","), output, write)
-    print(write(), end="")
+    _print(write())
     logger.info(f"{output} has ablation.md, .json, .csv and .png, and the runs in runs/")
     return failures
+
+
+def _print(text: str) -> None:
+    with contextlib.suppress(OSError):  # the reader of the pipe is gone, as after `| head -1`
+        print(text, flush=True)
 
 
 def _train(todo: Sequence[runs.Run], devices: Sequence[str], output: epath.Path, write: Callable[[], object]) -> dict[str, str]:
