@@ -140,6 +140,8 @@ def _open(recipe: str, overrides: Sequence[str], seed: int, workdir: epath.Path)
     """Returns a run, after checking its config, and that its workdir does not hold another one."""
     options = (f"--config={recipe}", *overrides, f"--config.seed={seed}")
     config = runs.prepare(configs.override(configs.load_recipe(recipe), options[1:]))
+    if config.patience:
+        raise UserError(f"patience={config.patience}: runs are compared after their last step, so none may stop early; set 0")
     if config.init_from and not weights.is_name(config.init_from):
         config.init_from = str(files.user_path(config.init_from))  # as the run saves it
     if not config.dataset.root and config.dataset.name not in ("scenes", "tfds"):

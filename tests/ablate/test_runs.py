@@ -147,6 +147,7 @@ def test_a_workdir_of_another_config_is_refused(table, tmp_path, capsys):
     [
         (["--config.model.bins=1,2"], "--config.model.bins: is what table "),
         (["--config.eval.scales=0.5"], "--config.eval.scales: is what table "),
+        (["--config.patience=2"], "patience=2: runs are compared after their last step"),
         (["--dataset=camvid"], "--dataset camvid: no dataset 'camvid': expected one of scenes"),
         (["--config.dataset.name=ade20k"], "--config.dataset.root is missing: "),
         (["--config.model.dept=3"], "did you mean model.depth"),
