@@ -46,7 +46,8 @@ class Table:
       title: set by `load`: the first paragraph of the recipe's docstring.
 
     Raises:
-      ValueError: a name is not that of a row, or a row with `network` changes more than the evaluation or names another one.
+      ValueError: a name is empty, not that of a row, or has a comma, which separates a row from the dataset; or a row with
+        `network` changes more than the evaluation, or names a row that is not trained itself.
     """
 
     rows: Mapping[str, Row]
@@ -60,6 +61,8 @@ class Table:
         if unknown := {self.reference, *networks, *(name for pair in self.order for name in pair)} - {*self.rows}:
             raise ValueError(f"no row {min(unknown)!r}: expected one of {', '.join(self.rows)}")
         for name, row in self.rows.items():
+            if not name or {*name} & {*",|\n"}:
+                raise ValueError(f"row {name!r}: expected a name without a comma, a vertical bar or a line break")
             if row.network and not all(field.startswith("eval.") for field in row.changes):
                 raise ValueError(f"row {name!r} evaluates the network of {row.network!r}: expected only changes of eval.*")
             if row.network and self.rows[row.network].network:

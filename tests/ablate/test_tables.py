@@ -148,6 +148,8 @@ def test_a_table_whose_rows_do_not_fit_is_refused():
     rows = {"a": tables.Row({}), "b": tables.Row({"model.depth": 18}, network="a")}
     with pytest.raises(ValueError, match="no row 'c': expected one of a"):
         tables.Table({"a": rows["a"]}, "a", order=(("a", "c"),))
+    with pytest.raises(ValueError, match="row '1,2,3': expected a name without a comma"):
+        tables.Table({"1,2,3": rows["a"]}, "1,2,3")
     chain = {"a": tables.Row({}), "b": tables.Row({}, network="a"), "c": tables.Row({}, network="b")}
     with pytest.raises(ValueError, match="row 'c': expected as network a row that is trained, but 'b' is not"):
         tables.Table(chain, "a")
