@@ -61,8 +61,8 @@ def read_rows(text: str, file: str) -> list[Row]:
     lines = [(number, line.strip()) for number, line in enumerate(without_comments, 1) if line.strip()]
     colored = [_COLOR_FIRST.fullmatch(line) for _, line in lines]
     if all(colored):
-        lines = [(number, "{3} {0} {1} {2}".format(*m.groups())) for (number, _), m in zip(lines, colored, strict=True) if m]
-    return _rows(lines, file) if lines else []
+        return [_row_by_color(number, found, file) for (number, _), found in zip(lines, colored, strict=True) if found]
+    return _rows(lines, file)
 
 
 def _rows(lines: list[tuple[int, str]], file: str) -> list[Row]:
@@ -114,6 +114,15 @@ def _row(number: int, fields: list[str], indexed: bool, separator: str, file: st
     if name.startswith("- ") or name.count('"') % 2 or name.count("[") != name.count("]"):
         _refuse(file, number, f"{name!r} is not just a name; {EXPECTED}")
     return Row(number, name, label, _color(color, number, file) if color else None)
+
+
+def _row_by_color(number: int, found: re.Match[str], file: str) -> Row:
+    *color, name = found.groups()
+    separator = next((s for s in ",;" if s in found.string[: found.start(4)]), "")
+    fields = _fields(name, separator)
+    if len(fields) > 1:
+        _refuse(file, number, f"{name!r} is not just a name; {EXPECTED}")
+    return _row(number, [*fields, *color], False, separator, file)
 
 
 def _row_by_header(header: list[str | None], number: int, fields: list[str], file: str) -> Row:

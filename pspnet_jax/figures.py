@@ -1,5 +1,6 @@
 """Plots of results: the confusion matrix, the learning curves of a run, and ablations. Only drawing them imports matplotlib."""
 
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str]) -> Image.Im
     axes = figure.add_axes((margin / side, margin / side, cells / side, cells / side), **labels)
     axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
     places = range(len(class_names))
-    names = [name.replace("$", r"\$") for name in class_names]  # no formulas
+    names = [*map(_without_formulas, class_names)]
     axes.set_xticks(places, names, rotation=90, fontsize=8)
     axes.set_yticks(places, names, fontsize=8)
     for (i, j), share in np.ndenumerate(shares) if with_numbers else ():
@@ -62,8 +63,9 @@ def ablation(tables: Mapping[str, Sequence[tuple[str, float | None, Sequence[flo
     """Returns a picture of published scores beside measured ones, with the rank of each row.
 
     Args:
-      tables: rows by the name of their table: (name, published score or None, one measured score for each run), in percent.
-        The measured ones are drawn as points, and their mean and standard deviation (that of the sample) as a bar.
+      tables: rows by the name of their table, or by the path of its file: (name, published score or None, one measured score
+        for each run), in percent. The measured ones are drawn as points, and their mean and standard deviation (that of the
+        sample) as a bar.
     """
     heights = [1.2 + 0.35 * len(rows) for rows in tables.values()]
     figure, canvas = _canvas(9, sum(heights))
@@ -73,7 +75,7 @@ def ablation(tables: Mapping[str, Sequence[tuple[str, float | None, Sequence[flo
         means = [np.mean(scores) if scores else None for _, _, scores in rows]
         for axes, title, values in ((left, "published", [row[1] for row in rows]), (right, "measured", means)):
             points = {y: value for y, value in enumerate(values) if value is not None}
-            axes.set_title(f"{table}: {title} mIoU, %, and rank", fontsize=9)
+            axes.set_title(f"{_without_formulas(pathlib.PurePath(table).stem)}: {title} mIoU, %, and rank", fontsize=9)
             axes.plot(points.values(), points.keys(), "o", color="tab:blue")
             for y, value in points.items():
                 rank = 1 + sum(other > value for other in points.values())
@@ -84,9 +86,13 @@ def ablation(tables: Mapping[str, Sequence[tuple[str, float | None, Sequence[flo
             right.plot(scores, [y] * len(scores), "|", color="tab:gray")
             if len(scores) > 1:
                 right.errorbar(means[y], y, xerr=np.std(scores, ddof=1), color="tab:blue", capsize=3)
-        left.set_yticks(range(len(rows)), [row[0].replace("$", r"\$") for row in rows], fontsize=8)
-        left.invert_yaxis()
+        left.set_yticks(range(len(rows)), [_without_formulas(row[0]) for row in rows], fontsize=8)
+        left.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top, also those without a score
     return _picture(canvas)
+
+
+def _without_formulas(text: str) -> str:
+    return text.replace("$", r"\$")
 
 
 def _canvas(width: float, height: float) -> tuple[Any, Any]:

@@ -25,6 +25,7 @@ COLORED = (("sky", "traffic light"), {0: (1, 2, 3), 1: (250, 170, 30)})
         ("sky 1 2 3\ntraffic light  250\t170 30", COLORED),
         ("1 2 3\tsky\n250 170 30\t\ttraffic light\n", COLORED),
         ("1,2,3,sky\n250,170,30,traffic light", COLORED),
+        ('1,2,3,"sky, blue"\n250;170;30;"a; b";', (("sky, blue", "a; b"), COLORED[1])),
         ("sky: 1 2 3\ntraffic light: 250 170 30", COLORED),
         ("sky #010203\ntraffic light #faaa1e", COLORED),
         ("0 sky 1 2 3\n1 traffic light 250 170 30", COLORED),

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import re
 import shlex
 import signal
 import sys
@@ -52,7 +53,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--output", metavar="DIR", help="for the runs and the results; default: runs/ablation_DATASET")
     parser.add_argument(
         "--devices",
-        default="",
+        type=_devices,
+        default=[""],
         metavar="I,J,...",
         help="GPUs or TPU chips of this machine, each for one run at a time; on CPUs, as many runs at a time; by default, one "
         "run has all devices",
@@ -62,7 +64,17 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     arguments.seeds = [*dict.fromkeys(arguments.seeds)]  # once each
     if unknown := [o for o in overrides if o.startswith("-") and not o.startswith(("--config.", "--noconfig."))]:
         parser.error(f"{unknown[0]}: unknown argument; --config.field=value sets a field of all configs")
+    if any(re.match("--config.seed(=|$)", override) for override in overrides):
+        parser.error("--config.seed: is what --seeds sets; leave it out")
     return arguments, overrides
+
+
+def _devices(given: str) -> list[str]:
+    """Returns the devices of --devices; on GPUs, these are any that CUDA_VISIBLE_DEVICES allows, such as a UUID."""
+    devices = given.split(",")
+    if not all(re.fullmatch(r"[\w-]+", device) for device in devices) or len({*devices}) < len(devices):
+        raise argparse.ArgumentTypeError(f"{given!r}: expected different numbers with commas between them, such as 0,1")
+    return devices
 
 
 def _ablate(arguments: argparse.Namespace, overrides: Sequence[str]) -> dict[str, str]:
@@ -91,7 +103,7 @@ def _ablate(arguments: argparse.Namespace, overrides: Sequence[str]) -> dict[str
         ]
         return report.write(output, summaries, settings, len(arguments.seeds))
 
-    failures = _train(todo, arguments.devices.split(","), output, write)
+    failures = _train(todo, arguments.devices, output, write)
     _print(write())
     logger.info(f"{output} has ablation.md, .json, .csv and .png, and the runs in runs/")
     return failures

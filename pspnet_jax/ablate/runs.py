@@ -8,6 +8,7 @@ import queue
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from pspnet_jax import config as configs
-from pspnet_jax import files, runs
+from pspnet_jax import files, runs, weights
 from pspnet_jax.ablate.tables import Table, find
 from pspnet_jax.errors import UserError
 from pspnet_jax.train import resume
@@ -24,7 +25,6 @@ from pspnet_jax.train import resume
 PROGRAM = (sys.executable, "-m", "pspnet_jax.main")
 # Fields that may differ from those of a run that is there already, since they do not change its scores.
 FREE = ("dataset.palette", "dataset.root", "dataset.extra_root", "dataset.cache", "every.", "track", "eval.batch_size")
-COMPARED = ("split", "inference", "protocol", "base_size", "scales", "flip")  # of config.eval: two evaluations are the same
 
 
 class Score(NamedTuple):
@@ -55,8 +55,9 @@ class Run:
 
     def score(self, changes: Mapping[str, Any]) -> Score | None:
         """Returns the score after the last step, evaluated with changed fields of config.eval, or None if it is not there."""
-        expected = {field: self.config.eval[field] for field in COMPARED}
-        expected |= {field.removeprefix("eval."): value for field, value in changes.items()}
+        expected = {**self.config.eval, **{field.removeprefix("eval."): value for field, value in changes.items()}}
+        free = ("batch_size", "best_metric", *(("crop", "stride") if expected["inference"] == "whole" else ()))
+        expected = {field: value for field, value in expected.items() if field not in free}
         expected = json.loads(json.dumps({"step": self.config.total_steps, **expected}))  # lists, not tuples
         for report in _evaluations(self.workdir):
             if expected.items() <= {field: report.get(field) for field in expected}.items():
@@ -81,7 +82,7 @@ class Cell(NamedTuple):
 
 def _option(change: tuple[str, Any]) -> str:
     field, value = change
-    return f"--config.{field}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+    return f"--config.{field}={','.join(map(str, value)) if isinstance(value, tuple | list) else value}"
 
 
 def _evaluations(workdir: epath.Path) -> Iterator[Mapping[str, Any]]:
@@ -106,20 +107,28 @@ def plan(
       folder: directory of the runs' workdirs.
 
     Raises:
-      UserError: a config is wrong, an override sets what a table varies, or a workdir holds a run with other settings.
+      UserError: a config is wrong, an override sets what a table varies, a workdir holds a run with other settings, or two
+        tables with different base recipes need the same workdir.
     """
-    found, cells = dict[epath.Path, Run](), {}
+    found, named, cells = dict[epath.Path, Run](), dict[str, tuple[str, ConfigDict]](), {}
     for name, table in tables.items():
         for row, details in table.rows.items():
             recipe = f"{find(name)}:{details.network or row},{dataset}"
             evaluated = details.changes if details.network else {}
             config = configs.load_recipe(recipe)
-            options = [option.replace("{depth}", str(config.model.depth)) for option in overrides]
-            run_name, values = config.name, {**dict(configs.leaves(configs.override(config, options))), **evaluated}
-            if lost := [field for field, value in table.changes(row).items() if values[field] != value]:
-                raise UserError(f"--config.{lost[0]}: is what row {row} of table {name} changes; leave it out")
+            changed = configs.override(config.copy_and_resolve_references(), overrides)
+            options = [option.replace("{depth}", str(changed.model.depth)) for option in overrides]
+            before, after = (dict(configs.leaves(one)) for one in (config, changed))
+            if lost := [field for field in sorted(table.varied) if before[field] != after[field]]:
+                raise UserError(f"--config.{lost[0]}: is what table {name} varies; leave it out")
+            first, same = named.setdefault(config.name, (recipe, changed))
+            if other := resume.differences(same, changed):
+                raise UserError(
+                    f"{first} and {recipe} would share the runs {config.name}, but differ ({'; '.join(other)}): their base "
+                    "recipes are different; compare one table at a time, each with an --output of its own"
+                )
             for seed in seeds:
-                workdir = folder / f"{run_name}_seed{seed}"
+                workdir = folder / f"{config.name}_seed{seed}"
                 run = found[workdir] = found.get(workdir) or _open(recipe, options, seed, workdir)
                 if evaluated and evaluated not in run.evaluations:
                     run.evaluations.append(evaluated)
@@ -131,11 +140,16 @@ def _open(recipe: str, overrides: Sequence[str], seed: int, workdir: epath.Path)
     """Returns a run, after checking its config, and that its workdir does not hold another one."""
     options = (f"--config={recipe}", *overrides, f"--config.seed={seed}")
     config = runs.prepare(configs.override(configs.load_recipe(recipe), options[1:]))
+    if config.patience:
+        raise UserError(f"patience={config.patience}: runs are compared after their last step, so none may stop early; set 0")
+    if config.init_from and not weights.is_name(config.init_from):
+        config.init_from = str(files.user_path(config.init_from))  # as the run saves it
     if not config.dataset.root and config.dataset.name not in ("scenes", "tfds"):
         raise UserError(f"--config.dataset.root is missing: {recipe} needs the directory of its images and labels")
     if saved := files.read_json(workdir / "config.json"):
         changed = resume.differences(configs.from_dict(saved), config)
-        if other := [change for change in changed if not change.startswith(FREE)]:
+        computed = ("loss.class_weights:",) if config.loss.class_weighting else ()
+        if other := [change for change in changed if not change.startswith((*FREE, *computed))]:
             raise UserError(f"{workdir}: holds a run with other settings ({'; '.join(other)}); choose another --output")
     return Run(options, config, workdir)
 
@@ -152,7 +166,7 @@ def train(todo: Sequence[Run], devices: Sequence[str], logs: epath.Path, done: C
       done: called with each run that ends, and its error; "" if it has succeeded.
     """
     free: queue.SimpleQueue[str] = queue.SimpleQueue()
-    processes: list[subprocess.Popen] = []
+    processes = Processes()
     for device in devices:
         free.put(device)
 
@@ -173,22 +187,39 @@ def train(todo: Sequence[Run], devices: Sequence[str], logs: epath.Path, done: C
                 done(futures[future], future.result())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                process.terminate()
+            processes.terminate()
             raise
 
 
-def _call(options: Sequence[str], device: str, log: epath.Path, processes: list[subprocess.Popen]) -> str:
+class Processes:
+    """The processes that were started."""
+
+    def __init__(self) -> None:
+        self._started: list[subprocess.Popen] = []
+        self._terminated = threading.Event()
+
+    def run(self, command: Sequence[str], **settings: Any) -> int:
+        """Runs a command, and returns its exit status."""
+        self._started.append(process := subprocess.Popen(command, **settings))
+        if self._terminated.is_set():  # since a thread has decided to start it
+            process.terminate()
+        return process.wait()
+
+    def terminate(self) -> None:
+        """Tells those that are running, and those that a thread still starts, to save their state and end."""
+        self._terminated.set()
+        for process in self._started:
+            process.terminate()
+
+
+def _call(options: Sequence[str], device: str, log: epath.Path, processes: Processes) -> str:
     """Runs `pspnet_jax.main` in a process of its own, and returns its error, or "" if it has succeeded."""
     command = [*PROGRAM, *options, "--processes=1"]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         start = output.tell()
         settings = os.environ | device_variables(device)
-        processes.append(
-            process := subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=settings)
-        )
-        status = process.wait()
+        status = processes.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=settings)
     if not status:
         return ""
     text = log.read_bytes()[start:].decode(errors="replace").strip()

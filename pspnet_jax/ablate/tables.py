@@ -1,8 +1,10 @@
 """Tables of an ablation: rows, each a few changed fields of one base recipe, with the published scores beside them."""
 
 import dataclasses
+import hashlib
+import re
 import runpy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -44,7 +46,8 @@ class Table:
       title: set by `load`: the first paragraph of the recipe's docstring.
 
     Raises:
-      ValueError: a name is not that of a row, or a row with `network` changes more than the evaluation.
+      ValueError: a name is empty, not that of a row, or has a comma, which separates a row from the dataset; or a row with
+        `network` changes more than the evaluation, or names a row that is not trained itself.
     """
 
     rows: Mapping[str, Row]
@@ -58,8 +61,17 @@ class Table:
         if unknown := {self.reference, *networks, *(name for pair in self.order for name in pair)} - {*self.rows}:
             raise ValueError(f"no row {min(unknown)!r}: expected one of {', '.join(self.rows)}")
         for name, row in self.rows.items():
+            if not name or {*name} & {*",|\n"}:
+                raise ValueError(f"row {name!r}: expected a name without a comma, a vertical bar or a line break")
             if row.network and not all(field.startswith("eval.") for field in row.changes):
                 raise ValueError(f"row {name!r} evaluates the network of {row.network!r}: expected only changes of eval.*")
+            if row.network and self.rows[row.network].network:
+                raise ValueError(f"row {name!r}: expected as network a row that is trained, but {row.network!r} is not")
+
+    @property
+    def varied(self) -> set[str]:
+        """The fields that any row changes."""
+        return {field for row in self.rows.values() for field in row.changes}
 
     def of_dataset(self, dataset: str) -> "Table":
         """Returns the table with only the rows of a dataset, and with those comparisons whose rows are left."""
@@ -79,7 +91,7 @@ class Table:
         Its name consists of the changes, so that rows of several tables that are the same have the same name.
 
         Raises:
-          ValueError: there is no such row or dataset.
+          ValueError: there is no such row or dataset, or the row changes a field that does not exist.
         """
         name, _, dataset = argument.partition(",")
         dataset = dataset or next(iter(self.bases))
@@ -89,16 +101,27 @@ class Table:
             raise ValueError(f"no row {name!r} for {dataset}: expected one of {', '.join(table.rows)}")
         config = configs.load_recipe(self.bases[dataset])
         base = dict(configs.leaves(config))
+        if unknown := table.changes(name).keys() - base:
+            raise ValueError(f"row {name!r} changes {min(unknown)}, which is not a field of the config; --help lists all")
         changes = {field: value for field, value in table.changes(name).items() if value != base.get(field)}
         config.update_from_flattened_dict(changes)
-        config.name = "_".join((dataset, *(_words(field, value) for field, value in sorted(changes.items()))))
+        config.name = "_".join((dataset, *(_words(field, value, base) for field, value in sorted(changes.items()))))
         return config
 
 
-def _words(field: str, value: Any) -> str:
-    """Returns a change as a part of a file name: ("model.bins", (1, 2)) -> "bins-1-2"."""
-    values = value if isinstance(value, tuple) else (value,)
-    return "-".join((field.rpartition(".")[2], *map(str, values or ("none",))))
+def _words(field: str, value: Any, fields: Iterable[str]) -> str:
+    """Returns a change as a part of a file name: ("model.bins", (1, 2)) -> "bins-1-2".
+
+    A field whose last word is also that of another of `fields` is written in full, and a value that is long or has other
+    characters, such as a path, as a digest.
+    """
+    last = field.rpartition(".")[2]
+    values = value if isinstance(value, tuple | list) else (value,)
+    text = "-".join(map(str, values or ("none",)))
+    if not re.fullmatch(r"[\w.+-]{1,40}", text):
+        text = hashlib.sha256(text.encode()).hexdigest()[:10]
+    is_unique = [other.rpartition(".")[2] for other in fields].count(last) == 1
+    return f"{last if is_unique else field}-{text}"
 
 
 def find(name: str) -> str:

@@ -1,6 +1,8 @@
 """Divides the pairs of a folder into training and validation: by the names of folders, by lists, or by a fraction."""
 
 import collections
+import contextlib
+import csv
 import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
@@ -76,7 +78,7 @@ def find_lists(images: Mapping[str, str], lists: Mapping[str, str]) -> tuple[str
     found: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for path, text in lists.items():
         rows, columns = _rows(text)
-        listed = [row for row in rows if known.intersection(_forms(row.image))]
+        listed = [row for row in rows if any(known & _forms(name) for name in (row.image, *row.image.split()[:1]))]
         folder, name = os.path.split(path)
         if not listed or len(listed) < MOST * len(rows):
             continue
@@ -97,13 +99,14 @@ def lists_pairs(text: str, paths: Collection[str]) -> bool:
 
 
 def _rows(text: str) -> tuple[list[folders.Row], Collection[str]]:
-    return folders.parse_list([line for line in text.splitlines() if line.strip()])
+    with contextlib.suppress(csv.Error):  # another kind of table
+        return folders.parse_list([line for line in text.splitlines() if line.strip()])
+    return [], ()
 
 
 def _forms(text: str) -> set[str]:
-    """Returns the forms in which a list may give a path: with or without folders, extension and a number after it."""
-    bases = {path.removeprefix("./") for path in (text, *text.split()[:1])}
-    bases |= {os.path.splitext(base)[0] for base in bases}
+    """Returns the forms in which a list may give a path: with or without folders and extension."""
+    bases = {text.removeprefix("./"), os.path.splitext(text.removeprefix("./"))[0]}
     return bases | {os.path.basename(base) for base in bases}
 
 

@@ -106,20 +106,20 @@ def test_the_plot_has_means_runs_and_ranks(monkeypatch):
     ranks, bars, annotate, errorbar = {}, {}, Axes.annotate, Axes.errorbar
 
     def annotated(self, text, place, **more):
-        ranks[self.get_title().split()[1], place] = text.strip()
+        ranks[self.get_title().removesuffix(" mIoU, %, and rank"), place] = text.strip()
         return annotate(self, text, place, **more)
 
     monkeypatch.setattr(Axes, "annotate", annotated)
     monkeypatch.setattr(
         Axes, "errorbar", lambda *a, **more: (bars.update({a[2]: (a[1], more["xerr"])}), errorbar(*a, **more))[1]
     )
-    figures.ablation({"mine": [("a$", 40.0, [1, 2, 3]), ("b", 41.5, [7]), ("c", None, [3, 5]), ("d", 39.0, [])]})
+    figures.ablation({"tables/mi$n$e.py": [("a$", 40.0, [1, 2, 3]), ("b", 41.5, [7]), ("c", None, [3, 5]), ("d", 39.0, [])]})
     assert bars == {0: (2, 1), 2: (4, pytest.approx(math.sqrt(2)))}
     assert ranks == {
-        ("published", (40.0, 0)): "2.",
-        ("published", (41.5, 1)): "1.",
-        ("published", (39.0, 3)): "3.",
-        ("measured", (2, 0)): "3.",
-        ("measured", (7, 1)): "1.",
-        ("measured", (4, 2)): "2.",
+        (r"mi\$n\$e: published", (40.0, 0)): "2.",
+        (r"mi\$n\$e: published", (41.5, 1)): "1.",
+        (r"mi\$n\$e: published", (39.0, 3)): "3.",
+        (r"mi\$n\$e: measured", (2, 0)): "3.",
+        (r"mi\$n\$e: measured", (7, 1)): "1.",
+        (r"mi\$n\$e: measured", (4, 2)): "2.",
     }

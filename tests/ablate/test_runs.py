@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -48,7 +49,7 @@ with (workdir.parents[1] / "calls.txt").open("a") as calls:
     print(workdir.name, "evaluate" if "mode" in options else "train", os.environ.get("CUDA_VISIBLE_DEVICES"), file=calls)
 scales = [*map(float, options.get("config.eval.scales", "1.0").split(","))]
 iou = 0.5 + 0.1 * ("bins-1" in workdir.name) + 0.01 * len(scales) + 0.002 * int(workdir.name[-1])
-report = dict(split="validation", inference="whole", protocol="semseg", base_size=0, scales=scales, flip=True)
+report = dict(split="validation", inference="whole", protocol="semseg", base_size=0, short_size=0, scales=scales, flip=True)
 report |= dict(kind="eval", step=160, mean_iou=iou, pixel_accuracy=0.9)
 if (workdir.parents[1] / "break").exists() and "bins-1" in workdir.name:
     print("error: the disk is full", file=sys.stderr)
@@ -144,7 +145,9 @@ def test_a_workdir_of_another_config_is_refused(table, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (["--config.model.bins=1,2"], "--config.model.bins: is what row none of table "),
+        (["--config.model.bins=1,2"], "--config.model.bins: is what table "),
+        (["--config.eval.scales=0.5"], "--config.eval.scales: is what table "),
+        (["--config.patience=2"], "patience=2: runs are compared after their last step"),
         (["--dataset=camvid"], "--dataset camvid: no dataset 'camvid': expected one of scenes"),
         (["--config.dataset.name=ade20k"], "--config.dataset.root is missing: "),
         (["--config.model.dept=3"], "did you mean model.depth"),
@@ -166,6 +169,70 @@ def test_the_list_shows_the_commands_and_runs_nothing(table, tmp_path, capsys):
         f"python -m pspnet_jax.main --mode=evaluate {workdir} --config.eval.scales=0.5,1.0",
     ]
     assert not any((tmp_path / "out").iterdir())
+
+
+def test_a_field_of_a_table_cannot_be_set_even_to_the_value_of_some_rows(capsys):
+    """Rows of average pooling do not name it, since it is the default."""
+    assert main(["pooling", "--dataset=scenes", "--config.model.pool=max", "--list"]) == 1
+    assert capsys.readouterr().err == "error: --config.model.pool: is what table pooling varies; leave it out\n"
+
+
+@pytest.mark.parametrize(
+    "options", [["--config.seed=3"], ["--config.seed", "3"], ["--devices=0,"], ["--devices=0,0"], ["--devices=0, 1"]]
+)
+def test_options_that_could_be_misunderstood(table, options, capsys):
+    with pytest.raises(SystemExit):
+        main([*table, "--list", *options])
+    assert re.search("error: (--config.seed: is what --seeds sets|argument --devices: .*: expected)", capsys.readouterr().err)
+
+
+def test_the_depth_in_an_option_may_be_an_option_too(table, capsys):
+    assert main([*table, "--list", "--config.init_from=resnet{depth}", "--config.model.depth=34"]) == 0
+    assert {re.search(r"init_from=(\S*)", line)[1] for line in capsys.readouterr().out.splitlines() if "init_from" in line} == {
+        "resnet34"
+    }
+
+
+def test_what_training_fills_in_is_no_other_setting(table, tmp_path, monkeypatch, capsys):
+    """It saves the absolute path of initial weights, and the class weights that it computes."""
+    monkeypatch.chdir(tmp_path)
+    options = ["--config.init_from=weights", "--config.loss.class_weights=()", "--config.loss.class_weighting=median"]
+    config = prepare(configs.override(configs.load_recipe(f"{table[0]}:one"), options))
+    config.init_from, config.loss.class_weights = str(tmp_path / "weights"), (0.5,) * 11
+    workdir = tmp_path / "out/runs/scenes_bins-1_seed0"
+    workdir.mkdir(parents=True)
+    (workdir / "config.json").write_text(configs.to_json(config))
+    assert main([*table, "--list", *options]) == 0
+    assert main([*table, "--list", *options[1:]]) == 1
+    assert "holds a run with other settings (init_from: " in capsys.readouterr().err
+
+
+def test_tables_with_different_base_recipes_share_no_runs(table, tmp_path, capsys):
+    base, other = tmp_path / "base.py", tmp_path / "other.py"
+    base.write_text(
+        "from pspnet_jax.config import load_recipe\n"
+        "def get_config():\n    config = load_recipe('quickstart')\n    config.batch_size = 8\n    return config\n"
+    )
+    other.write_text(TABLE.replace('"quickstart"', repr(str(base))))
+    assert main([str(other), *table, "--list"]) == 1
+    assert "would share the runs scenes_bins-none, but differ (batch_size: 8 -> 16): their base" in capsys.readouterr().err
+
+
+def test_an_evaluation_by_hand_with_other_settings_is_not_a_score(table, tmp_path):
+    assert main(table) == 0
+    calls(tmp_path)
+    path = tmp_path / "out/runs/scenes_bins-1_seed0/evaluation/a.json"
+    path.write_text(path.read_text().replace('"short_size": 0', '"short_size": 64'))
+    assert main(table) == 0
+    assert calls(tmp_path) == ["scenes_bins-1_seed0 evaluate None"]
+
+
+def test_a_process_that_starts_while_the_others_are_told_to_end_ends_too():
+    processes = runs.Processes()
+    processes.terminate()
+    began = time.monotonic()
+    assert processes.run(["sleep", "60"]) == -signal.SIGTERM
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """The tables of configs/ablations have the paper's figures, and their rows differ only in what the tables vary."""
 
+import re
+
 import pytest
 
 from pspnet_jax import config as configs
@@ -120,6 +122,22 @@ def test_rows_of_two_tables_that_are_the_same_have_the_same_name_and_others_have
     assert configs.load_recipe("ablations/components:auxiliary,scenes").name == "scenes_bins-none"
 
 
+def test_names_of_rows_are_names_of_directories():
+    """Fields with the same last word are told apart; paths and long values are not written out."""
+    changes = {
+        "training": {"augment.crop": (96, 96)},
+        "evaluation": {"eval.crop": (96, 96)},
+        "path": {"init_from": "hf://timm/resnet50s.gluon_in1k"},
+        "many": {"loss.class_weights": tuple(k / 7 for k in range(150))},
+        "list": {"model.bins": [1, 2]},
+    }
+    table = tables.Table({name: tables.Row(fields) for name, fields in changes.items()}, "training")
+    named = {name: table.get_config(f"{name},scenes").name for name in changes}
+    assert (named["training"], named["evaluation"]) == ("scenes_augment.crop-96-96", "scenes_eval.crop-96-96")
+    assert named["list"] == "scenes_bins-1-2"
+    assert all(re.fullmatch(r"[\w.-]{1,100}", name) for name in named.values())
+
+
 def test_small_datasets_have_their_own_depths():
     table = tables.load("depth").of_dataset("camvid")
     assert [*table.rows] == ["18", "34", "50", "50_ms"]
@@ -130,6 +148,14 @@ def test_a_table_whose_rows_do_not_fit_is_refused():
     rows = {"a": tables.Row({}), "b": tables.Row({"model.depth": 18}, network="a")}
     with pytest.raises(ValueError, match="no row 'c': expected one of a"):
         tables.Table({"a": rows["a"]}, "a", order=(("a", "c"),))
+    with pytest.raises(ValueError, match="row '1,2,3': expected a name without a comma"):
+        tables.Table({"1,2,3": rows["a"]}, "1,2,3")
+    chain = {"a": tables.Row({}), "b": tables.Row({}, network="a"), "c": tables.Row({}, network="b")}
+    with pytest.raises(ValueError, match="row 'c': expected as network a row that is trained, but 'b' is not"):
+        tables.Table(chain, "a")
+    typo = tables.Table({"a": tables.Row({"model.dept": 18})}, "a")
+    with pytest.raises(ValueError, match=r"row 'a' changes model\.dept, which is not a field"):
+        typo.get_config("a")
     with pytest.raises(ValueError, match=r"row 'b' evaluates the network of 'a': expected only changes of eval\.\*"):
         tables.Table(rows, "a")
 

@@ -1,5 +1,6 @@
 """The page of a report: its texts, charts and files. test_page_in_a_browser.py uses it."""
 
+import copy
 import html.parser
 import json
 import pathlib
@@ -93,6 +94,16 @@ def test_the_page_of_one_run_says_nothing_of_another(document, tmp_path):
     found = written(tmp_path, document[1] | {"against": None})
     assert "comparison" not in {attrs.get("id") for _, attrs in found.tags}
     assert not any("without" in text for text in found.text)
+
+
+def test_undefined_differences_are_no_equal_scores(document, tmp_path):
+    """The class that never occurs has no p-value, and an image without labels has neither improved nor stayed the same."""
+    assert any(text.startswith("Filled dots have p below 0.05. Of 4 classes, about 0.2 ") for text in written(*document).text)
+    content = copy.deepcopy(document[1])
+    content["against"]["images"][0]["difference"] = None
+    content["against"]["images"][1]["difference"] = 0.0
+    text = " ".join(written(tmp_path, content).text)
+    assert "2 images got better, 1 got worse, 1 did not change, 1 without labels." in re.sub(r"\s+", " ", text)
 
 
 def test_texts_have_the_contrast_of_wcag_aa():

@@ -165,6 +165,13 @@ def test_a_confusion_leads_to_its_images_and_back(opened, report):
         until(lambda: script(browser, "viewer.open"))
 
 
+def test_a_cell_of_the_confusion_matrix_leads_to_its_images(opened, report):
+    """On the diagonal, where nothing is confused, to those of the class."""
+    browser = opened()
+    for cell, expected in (([1, 2], {"truth": 1, "predicted": 2}), ([1, 1], {"class": 1})):
+        assert script(browser, "TARGETS.confusion_matrix({ pointIndex: arguments[0] })", cell) == expected
+
+
 def test_the_viewer_is_used_by_keyboard(opened, report):
     from selenium.webdriver import Keys
 

@@ -126,6 +126,15 @@ def test_lists_are_found_in_every_form_in_which_they_are_read(text):
     assert "split" not in columns
 
 
+def test_texts_that_list_other_files_are_no_lists():
+    images = {f"IMG {i}": f"images/IMG {i}.jpg" for i in range(4)}
+    assert divide.find_lists(images, {"train.txt": "IMG 0\nIMG 1", "val.txt": "IMG 2"}) is not None
+    assert divide.find_lists(images, {"train.txt": "IMG 7\nIMG 8", "val.txt": "IMG 9"}) is None
+    unbalanced = 'image,remark\nIMG 0.jpg,"' + 200_000 * "x"
+    assert divide.find_lists(images, {"train.csv": unbalanced}) is None
+    assert not divide.lists_pairs(unbalanced, {*images.values()})
+
+
 @pytest.mark.parametrize("header", ["image,label,split", "split;file_name", "Subset\tIMG\tmask_path"])
 def test_columns_of_a_table_are_found_by_every_name_by_which_they_are_read(header):
     separator = next(s for s in ",;\t" if s in header)

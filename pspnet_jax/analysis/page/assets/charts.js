@@ -8,7 +8,7 @@ const TARGETS = {
   class_scores: (point) => ({ class: point.customdata }),
   class_differences: (point) => ({ class: point.customdata, order: "better" }),
   image_differences: (point) => ({ image: point.customdata }),
-  confusion_matrix: ({ pointIndex: [truth, predicted] }) => ({ truth, predicted }),
+  confusion_matrix: ({ pointIndex: [truth, predicted] }) => (truth === predicted ? { class: truth } : { truth, predicted }),
 };
 
 function template() {
