@@ -1,7 +1,7 @@
 """Scores a network on a split: one confusion matrix over all images, and a report that includes the settings."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,8 @@ from pspnet_jax.metrics import confusion_matrix, summarize
 from pspnet_jax.progress import progress
 from pspnet_jax.report import Report
 
+Observe = Callable[[Example, np.ndarray, np.ndarray], None]  # example, prediction uint8[H, W], its confidence f32[H, W]
+
 
 def evaluate(
     segmenter: Segmenter,
@@ -27,6 +29,7 @@ def evaluate(
     num_examples: int,
     split: str,
     pictures: int = 0,
+    observe: Observe | None = None,
 ) -> tuple[Report, dict[str, Image.Image]]:
     """Scores a split. With several processes, each passes its share of the examples and gets the report on the whole split.
 
@@ -36,6 +39,8 @@ def evaluate(
       num_examples: total over all processes.
       split: its name, for the report.
       pictures: number of examples to return as pictures (image, label and prediction side by side), keyed by name.
+      observe: called with every example of this process, which has its number in the share; its prediction; and the
+        probability of the predicted class at each pixel. The arrays are read-only.
 
     Raises:
       UserError: the number of examples is 0 or not `num_examples`; an example lacks a field; a label has the wrong size, type
@@ -49,21 +54,33 @@ def evaluate(
     before = predictor.windows, predictor.slots
     panels: dict[str, Image.Image] = {}
     total = np.zeros((info.num_classes, info.num_classes), np.int64)
-    images, pending = 0, list[tuple[Sequence[Example], tuple[jax.Array, jax.Array]]]()
+    images, pending = 0, list[tuple[Sequence[Example], list[jax.Array], tuple[jax.Array, jax.Array]]]()
+
+    def finish() -> np.ndarray:
+        group, predicted, counts = pending.pop(0)
+        matrix = _fetch_counts(group, counts, predictor)
+        if observe:
+            arrays = map(np.asarray, predicted)
+            for example, prediction, confidence in zip(group, *arrays, strict=False):
+                height, width = example["label"].shape
+                observe(example, prediction[:height, :width], confidence[:height, :width])
+        return matrix
+
     with parallel.fail_together("evaluating"), progress(f"evaluating {split}", share) as advance:
         checked = _checked(examples, info.num_classes)
         numbered = ({**example, "number": i} for i, example in enumerate(checked))
-        for group, labels in predictor.stream(segmenter.variables, numbered):
-            pending.append((group, _count(_stack_labels(group, labels.shape), labels, info.num_classes)))
+        for group, labels, confidence in predictor.stream(segmenter.variables, numbered):
+            counts = _count(_stack_labels(group, labels.shape), labels, info.num_classes)
+            pending.append((group, [labels, confidence] if observe else [], counts))
             for i, example in enumerate(group):
                 if example["number"] in chosen:
                     panels[example["name"]] = _panel(example, np.asarray(labels)[i], info)
             images += len(group)
             if len(pending) > 1:  # fetched one group late, so that the devices always have work queued
-                total += _fetch_counts(*pending.pop(0), predictor)
+                total += finish()
             advance(len(group))
-        for last in pending:
-            total += _fetch_counts(*last, predictor)
+        while pending:
+            total += finish()
     slots = parallel.max_over_processes(predictor.slots - before[1]) * jax.process_count()  # the last one keeps all waiting
     total, images, windows = _sum_over_processes(total, images, predictor.windows - before[0])
     if images != num_examples:

@@ -162,8 +162,8 @@ def test_stream_keeps_the_order_and_fills_the_batch(fields, groups):
     )
     weights, normalize = predictor.place(np.eye(3, dtype=np.float32)), base_config().normalize
     found = list(predictor.stream(weights, [{"image": image, "name": i} for i, image in enumerate(images)]))
-    assert [[example["name"] for example in group] for group, _ in found] == groups
-    for group, labels in found:
+    assert [[example["name"] for example in group] for group, _, _ in found] == groups
+    for group, labels, _ in found:
         group_images = [example["image"] for example in group]
         for image, label in zip(group_images, cropped(labels, group_images), strict=True):
             strongest = ((image - normalize.mean) / normalize.std).argmax(-1)

@@ -1,0 +1,207 @@
+"""--mode report: scores a run as --mode evaluate does and, in the same pass, collects why it fails; compares it with another."""
+
+import argparse
+import collections
+import datetime
+import functools
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+import pspnet_jax
+from pspnet_jax import files, runs, scoring
+from pspnet_jax.analysis import cooccurrence, curves, document, fiftyone, image, page, pictures, tables
+from pspnet_jax.analysis.document import Scored
+from pspnet_jax.analysis.totals import Totals
+from pspnet_jax.data import overlap
+from pspnet_jax.datasets import DatasetInfo
+from pspnet_jax.errors import UserError
+from pspnet_jax.report import describe_protocol
+
+logger = logging.getLogger("pspnet_jax")
+FILE = "report.json"
+THREADS = os.cpu_count() or 1
+MAX_PIXELS = 2**25  # of the images that are analyzed at a time, unless it is a single one
+
+
+class Run(NamedTuple):
+    """A run and the split to report on."""
+
+    restored: runs.Restored
+    source: Any
+
+    @property
+    def title(self) -> str:
+        return self.restored.workdir.name
+
+
+def report(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Writes the folder of a report, see docs/report.md.
+
+    Raises:
+      UserError: the runs cannot be compared, or the folder exists and is not a report.
+    """
+    if arguments.format not in (None, "fiftyone"):
+        raise UserError(f"--format {arguments.format}: --mode report has only fiftyone")
+    overrides = [*overrides, *([f"--config.eval.split={arguments.split}"] if arguments.split else [])]
+    run, other = _open(arguments, overrides), None
+    if arguments.against:
+        of_other = {**vars(arguments), "workdir": arguments.against, "config": None}
+        other = _open(argparse.Namespace(**of_other), overrides)
+        _require_comparable(run, other)
+    default = "report" if other is None else f"report_against_{other.title}"
+    output = arguments.output or run.restored.workdir / default
+    files.require_new_folder(output, FILE)
+    overlap.refuse_inside(output, [run.source])
+    with files.new_folder(output, FILE) as folder:
+        found = _write(folder, run, other, arguments.format == "fiftyone")
+    logger.info(f"mIoU {found['summary']['mean_iou']['value']:.2%}; written to {output}: open {output}/index.html in a browser")
+
+
+def _open(arguments: argparse.Namespace, overrides: Sequence[str]) -> Run:
+    restored = runs.restore(arguments, overrides)
+    return Run(restored, scoring.open_split(restored.config, restored.saved))
+
+
+def _require_comparable(run: Run, other: Run) -> None:
+    """Checks that two runs have the same classes and images.
+
+    Raises:
+      UserError: they have not.
+    """
+    classes = [list(map(str.lower, one.restored.config.dataset.class_names)) for one in (run, other)]
+    if classes[0] != classes[1]:
+        raise UserError(f"--against {other.restored.workdir}: its classes are {classes[1]}, but those of the run are {classes[0]}")
+    one, two = ((sorted(s.names), s.fingerprint, s.reading) for s in (run.source, other.source))
+    if one != two:
+        raise UserError(
+            f"--against {other.restored.workdir}: its images and labels ({len(other.source)}) are not those of the run "
+            f"({len(run.source)}); set --config.dataset.root and the other fields of the dataset for both"
+        )
+
+
+def _write(folder: pathlib.Path, run: Run, other: Run | None, for_fiftyone: bool) -> dict[str, Any]:
+    """Writes all files of a report to a folder, and returns its document."""
+    (folder / "pictures").mkdir()
+    if for_fiftyone:
+        fiftyone.make_folders(folder)
+    training, reason = _training_classes(run)
+    scored = _analyze(run, folder, "", training, for_fiftyone)
+    found = {
+        "schema": document.SCHEMA,
+        "title": run.title,
+        "run": _describe_run(run, scored),
+        "protocol": {**scored.report.protocol, "text": describe_protocol(scored.report.protocol)},
+        "dataset": _describe_dataset(run, scored, training),
+        "mismatched_reason": reason,
+        "curves": curves.read(run.restored.workdir),
+        **document.describe(scored, training),
+        "against": None,
+    }
+    if other:
+        others = _analyze(other, folder, "other_", None, False)
+        found["against"] = {
+            "title": other.title,
+            "run": _describe_run(other, others),
+            "protocol": {**others.report.protocol, "text": describe_protocol(others.report.protocol)},
+            **document.compare(scored, others),
+        }
+    for index, row in enumerate(found["images"]):
+        row["pictures"] = pictures.paths(index)
+        if other:
+            found["against"]["images"][index]["pictures"] = pictures.paths(index, "other_")
+    (folder / FILE).write_text(json.dumps(found, allow_nan=False) + "\n", encoding="utf-8")
+    tables.write(found, folder / "tables")
+    if for_fiftyone:
+        fiftyone.write_samples(folder, found, scored.report.info)
+    page.write(found, epath.Path(folder))
+    return found
+
+
+def _training_classes(run: Run) -> tuple[cooccurrence.Cooccurrence | None, str | None]:
+    """Returns the counts of the training images, or None and why there are none."""
+    config, _, _, workdir, saved = run.restored
+    known = [saved, config] if saved.dataset.name == config.dataset.name else [saved]
+    try:
+        return cooccurrence.of_training(known, workdir), None
+    except UserError as error:
+        reason = f"the training data cannot be read ({error}), so it is not known which classes occur together"
+        logger.warning(reason)
+        return None, reason
+
+
+def _analyze(
+    run: Run, folder: pathlib.Path, prefix: str, training: cooccurrence.Cooccurrence | None, for_fiftyone: bool
+) -> Scored:
+    """Scores a run, and writes the pictures of its images; `prefix` is that of their names."""
+    network = scoring.segmenter(run.restored.config, run.restored.variables)
+    source = scoring.sort_by_size(network.predictor, run.source)
+    indices = {name: index for index, name in enumerate(sorted(source.names))}
+    totals = Totals(network.info.num_classes, len(source))
+    work = functools.partial(_analyze_image, folder, network.info, prefix, None if training is None else training.scores)
+    waiting: collections.deque[tuple[int, int, Future[image.Statistics]]] = collections.deque()
+
+    def finish_first() -> None:
+        index, _, future = waiting.popleft()
+        totals.add(index, future.result())
+
+    def observe(example: Any, prediction: np.ndarray, confidence: np.ndarray) -> None:
+        index = indices[example["name"]]
+        waiting.append((index, prediction.size, pool.submit(work, index, for_fiftyone, example, prediction, confidence)))
+        while len(waiting) > 2 * THREADS or (len(waiting) > 1 and sum(size for _, size, _ in waiting) > MAX_PIXELS):
+            finish_first()
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        report, _ = scoring.score(network, run.restored.config, source, 0, observe)
+        while waiting:
+            finish_first()
+    return Scored(report, totals)
+
+
+def _analyze_image(
+    folder: pathlib.Path,
+    info: DatasetInfo,
+    prefix: str,
+    scores: np.ndarray | None,
+    index: int,
+    for_fiftyone: bool,
+    example: Any,
+    prediction: np.ndarray,
+    confidence: np.ndarray,
+) -> image.Statistics:
+    """Writes the pictures of an image, and returns its statistics."""
+    arrays = example["image"], example["label"], prediction, confidence
+    pictures.write(folder, pictures.paths(index, prefix), *arrays, info)
+    if for_fiftyone:
+        fiftyone.write_image(folder, index, *arrays)
+    return image.analyze(example["name"], *arrays[1:], info.num_classes, scores)
+
+
+def _describe_run(run: Run, scored: Scored) -> dict[str, Any]:
+    return {
+        "workdir": str(run.restored.workdir),
+        "step": run.restored.step,
+        "version": pspnet_jax.__version__,
+        "device": scored.report.device,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "images_per_second": scored.report.images_per_second,
+    }
+
+
+def _describe_dataset(run: Run, scored: Scored, training: cooccurrence.Cooccurrence | None) -> dict[str, Any]:
+    info = scored.report.info
+    classes = zip(info.class_names, info.colors, strict=True)
+    return {
+        "name": info.name,
+        "split": scored.report.protocol["split"],
+        "images": scored.report.images,
+        "training_images": None if training is None else training.images,
+        "classes": [{"name": name, "color": list(color)} for name, color in classes],
+    }
