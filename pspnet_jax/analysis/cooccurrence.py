@@ -53,7 +53,7 @@ class Cooccurrence:
     def scores(self) -> np.ndarray:
         """How suspicious it is that two classes touch: log2((expected + 1) / (touching + 1)), float64[K, K].
 
-        At 1, they touch about half as often as they would occur together by chance; classes that are rare in training have
+        At 2, they touch about a quarter as often as they would occur together by chance; classes that are rare in training have
         scores near 0, as there is no evidence.
         """
         return np.log2((self.expected + 1) / (self.touching + 1))
@@ -107,9 +107,10 @@ def _from_json(document: dict[str, Any]) -> Cooccurrence:
 def _count(opened: Sequence[Any]) -> Cooccurrence:
     classes, images = opened[0].num_classes, sum(map(len, opened))
     together, beside = np.zeros((2, classes, classes), np.int64)
-    with progress("classes in the training images", images) as advance, concurrent.futures.ThreadPoolExecutor(
-        os.cpu_count()
-    ) as pool:
+    with (
+        progress("classes in the training images", images) as advance,
+        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
         for source in opened:
             for present, pairs in pool.map(lambda index, source=source: _classes(source.read_label(index)), range(len(source))):
                 together[np.ix_(present, present)] += 1

@@ -14,7 +14,7 @@ MAX_POINTS = 1000  # of the training curves; of a longer run, every n-th line
 
 
 def read(workdir: epath.Path) -> dict[str, list[dict[str, float | None]]]:
-    """Returns {"training": [...], "evaluations": [...]}, a dict of numbers with its step for each line; empty without a file."""
+    """Returns {"training": [...], "evaluations": [...]}, dicts of numbers with their step; empty without a file."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines() if files.is_there(path) else []
     entries: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}

@@ -73,14 +73,12 @@ def describe(scored: Scored, training: Cooccurrence | None) -> dict[str, Any]:
 
 def compare(scored: Scored, other: Scored) -> dict[str, Any]:
     """Returns what another run's results on the same images add to the document: "against", but for its title and run."""
-    counts, count = [one.totals.per_image() for one in (scored, other)], len(other.totals.rows)
-    pairs = [(one.values(), bootstrap.samples(of_run)) for one, of_run in zip((scored, other), counts, strict=True)]
+    count = len(other.totals.rows)
+    runs = [(one.values(), bootstrap.samples(one.totals.per_image())) for one in (scored, other)]
 
-    def compared(name: str, *index: Any) -> dict[str, Any]:
-        values, samples = ([one[name] for one in part] for part in zip(*pairs, strict=True))
-        if index:
-            values, samples = [value[index] for value in values], [sample[:, *index] for sample in samples]
-        return bootstrap.compare(*values, *samples, count)
+    def compared(name: str, k: Any = ()) -> dict[str, Any]:
+        (value, sampled), (others, sampled_others) = ((np.asarray(run[name])[k], drawn[name].T[k]) for run, drawn in runs)
+        return bootstrap.compare(value, others, sampled, sampled_others, count)
 
     mine, others = scored.totals.rows, other.totals.rows
     differences = [_difference(row["mean_iou"], theirs["mean_iou"]) for row, theirs in zip(mine, others, strict=True)]
@@ -207,7 +205,9 @@ def _calibration(levels: np.ndarray) -> dict[str, Any]:
         confidence = float(levels[part].sum(0) @ values / pixels) if pixels else None
         accuracy = right / pixels if pixels else None
         error += abs((confidence or 0) - (accuracy or 0)) * pixels / total
-        bins.append({"low": low / LEVELS, "high": high / LEVELS, "pixels": pixels, "confidence": confidence, "accuracy": accuracy})
+        bins.append(
+            {"low": low / LEVELS, "high": high / LEVELS, "pixels": pixels, "confidence": confidence, "accuracy": accuracy}
+        )
     return {"bins": bins, "expected_calibration_error": error}
 
 

@@ -1,6 +1,6 @@
 """A dataset that FiftyOne opens, in its format `LegacyFiftyOneDataset`: pictures, label maps and samples.json.
 
-    fiftyone.Dataset.from_dir(dataset_dir="runs/x/report/fiftyone", dataset_type=fiftyone.types.LegacyFiftyOneDataset)
+fiftyone.Dataset.from_dir(dataset_dir="runs/x/report/fiftyone", dataset_type=fiftyone.types.LegacyFiftyOneDataset)
 """
 
 import json

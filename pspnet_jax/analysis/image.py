@@ -16,7 +16,7 @@ LEVELS = 1500  # of confidence, whose sums are kept
 ERRORS = 20  # pairs of classes of an image
 PER_IMAGE = 5  # missed regions of a range of sizes, and mismatched regions
 MIN_SHARE, MIN_BORDER = 1 / 1000, 3  # of a mismatched region: its share of the image, and the border in pixels that it shares
-SUSPICIOUS = 1.0  # from this score on, see `cooccurrence.Cooccurrence.scores`
+SUSPICIOUS = 2.0  # from this score on, see `cooccurrence.Cooccurrence.scores`
 
 
 class Statistics(NamedTuple):
@@ -128,9 +128,7 @@ def _missed(
             }
 
 
-def _mismatched(
-    truth: np.ndarray, prediction: np.ndarray, correct: np.ndarray, scores: np.ndarray
-) -> Iterator[dict[str, Any]]:
+def _mismatched(truth: np.ndarray, prediction: np.ndarray, correct: np.ndarray, scores: np.ndarray) -> Iterator[dict[str, Any]]:
     """Yields the regions of the prediction that are mostly wrong and touch a region with which they have a high score."""
     regions = find_regions(prediction)
     wrong = 2 * regions.sum(correct) < regions.sum(truth != IGNORE)

@@ -52,8 +52,7 @@ def write(
         else:
             label, colors = labels[kind]
             picture = draw.palette_image(_reduced(label, cv2.INTER_NEAREST), colors)
-        options = {"quality": QUALITY} if path.endswith("jpg") else {"compress_level": 3}
-        picture.save(folder / path, **options)
+        picture.save(folder / path, quality=QUALITY, compress_level=3)  # of JPEG and of PNG
 
 
 def _reduced(array: np.ndarray, interpolation: int) -> np.ndarray:

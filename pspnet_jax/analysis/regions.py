@@ -47,7 +47,7 @@ def find_regions(label: np.ndarray) -> Regions:
     classes = [np.zeros(1, np.uint8)]
     found = 0
     for value in np.flatnonzero(np.bincount(label.ravel(), minlength=256)[:IGNORE]):
-        mask = cv2.compare(label, int(value), cv2.CMP_EQ)
+        mask = (label == value).view(np.uint8)
         left, top, width, height = cv2.boundingRect(mask)
         box = np.s_[top : top + height, left : left + width]
         # connectedComponentsWithStats takes several times as long
@@ -55,9 +55,9 @@ def find_regions(label: np.ndarray) -> Regions:
         np.add(part, found, out=ids[box], where=part > 0)
         classes.append(np.full(count - 1, value, np.uint8))
         found += count - 1
-    slices = ndimage.find_objects(ids)
-    boxes = [(y.start, x.start, y.stop - y.start, x.stop - x.start) for y, x in slices]
-    return Regions(ids, np.concatenate(classes), np.bincount(ids.ravel(), minlength=found + 1), np.array([(0, 0, 0, 0), *boxes]))
+    boxes = [(y.start, x.start, y.stop - y.start, x.stop - x.start) for y, x in ndimage.find_objects(ids)]
+    pixels = np.bincount(ids.ravel(), minlength=found + 1)
+    return Regions(ids, np.concatenate(classes), pixels, np.array([(0, 0, 0, 0), *boxes]))
 
 
 def border_distances(label: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""--mode report: scores a run as --mode evaluate does and, in the same pass, collects why it fails; compares it with another."""
+"""--mode report: scores a run as --mode evaluate does and, in the same pass, collects why it fails; compares two runs."""
 
 import argparse
 import collections
@@ -78,7 +78,10 @@ def _require_comparable(run: Run, other: Run) -> None:
     """
     classes = [list(map(str.lower, one.restored.config.dataset.class_names)) for one in (run, other)]
     if classes[0] != classes[1]:
-        raise UserError(f"--against {other.restored.workdir}: its classes are {classes[1]}, but those of the run are {classes[0]}")
+        raise UserError(
+            f"--against {other.restored.workdir}: its classes are {', '.join(classes[1])}, but those of the run are "
+            f"{', '.join(classes[0])}; two runs are compared on the same classes"
+        )
     one, two = ((sorted(s.names), s.fingerprint, s.reading) for s in (run.source, other.source))
     if one != two:
         raise UserError(

@@ -53,7 +53,7 @@ class Totals:
         return self.matrices.sum(0)
 
     def sparse_matrices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns the image, the cell (truth * K + prediction) and the value of all elements but 0 of all confusion matrices."""
+        """Returns image, cell (truth * K + prediction) and value of each nonzero element of the confusion matrices."""
         images = np.repeat(np.arange(len(self._cells)), [len(cells) for cells, _ in self._cells])
         cells, counts = (np.concatenate([entry[i] for entry in self._cells]) for i in (0, 1))
         return images, cells, counts
