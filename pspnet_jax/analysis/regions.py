@@ -63,13 +63,14 @@ def find_regions(label: np.ndarray) -> Regions:
 def border_distances(label: np.ndarray) -> np.ndarray:
     """Returns each pixel's distance to the nearest border between two values (void is one), f32[H, W]; 1 beside a border.
 
-    Without a border, the distances are large.
+    Without a border, all distances are larger than the image.
     """
     inside = np.ones(label.shape, np.uint8)
     rows, columns = label[1:] == label[:-1], label[:, 1:] == label[:, :-1]
     for part, same in ((inside[1:], rows), (inside[:-1], rows), (inside[:, 1:], columns), (inside[:, :-1], columns)):
         np.bitwise_and(part, same, out=part)
-    return cv2.distanceTransform(inside, cv2.DIST_L2, cv2.DIST_MASK_5) + 1
+    distances = cv2.distanceTransform(inside, cv2.DIST_L2, cv2.DIST_MASK_5)
+    return np.minimum(distances, max(label.shape)) + 1
 
 
 def thicknesses(regions: Regions, distances: np.ndarray) -> np.ndarray:

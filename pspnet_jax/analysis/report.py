@@ -123,7 +123,7 @@ def _write(folder: pathlib.Path, run: Run, other: Run | None, for_fiftyone: bool
     (folder / FILE).write_text(json.dumps(found, allow_nan=False) + "\n", encoding="utf-8")
     tables.write(found, folder / "tables")
     if for_fiftyone:
-        fiftyone.write_samples(folder, found, scored.report.info)
+        fiftyone.write_samples(folder, found)
     page.write(found, epath.Path(folder))
     return found
 
