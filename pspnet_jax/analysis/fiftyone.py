@@ -1,6 +1,6 @@
 """A dataset that FiftyOne opens, in its format `LegacyFiftyOneDataset`: pictures, label maps and samples.json.
 
-    fiftyone.Dataset.from_dir(dataset_dir="runs/x/report/fiftyone", dataset_type=fiftyone.types.LegacyFiftyOneDataset)
+fiftyone.Dataset.from_dir(dataset_dir="runs/x/report/fiftyone", dataset_type=fiftyone.types.LegacyFiftyOneDataset)
 """
 
 import json
@@ -52,6 +52,9 @@ def write_samples(folder: pathlib.Path, document: Mapping[str, Any]) -> None:
         scores = {"mean_iou": row["mean_iou"], "pixel_accuracy": row["pixel_accuracy"], "mean_confidence": row["confidence"]}
         samples.append({"filepath": files["filepath"], "name": row["name"], **labels, "confidence": heatmap, **scores})
     names = [entry["name"] for entry in document["dataset"]["classes"]]
-    info = {"default_mask_targets": {str(k + 1): name for k, name in enumerate(names)}, "protocol": document["protocol"]["text"]}
+    info = {
+        "default_mask_targets": {str(k + 1): name for k, name in enumerate(names)},
+        "protocol": document["protocol"]["text"],
+    }
     for name, content in (("metadata", {"media_type": "image", "info": info}), ("samples", {"samples": samples})):
         (folder / FOLDER / f"{name}.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
