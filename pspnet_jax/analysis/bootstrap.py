@@ -47,10 +47,10 @@ def _draws(images: int) -> Iterator[np.ndarray]:
         yield generator.multinomial(images, np.full(images, 1 / images), BLOCK).astype(np.float64)
 
 
-def figure(value: float, sampled: np.ndarray) -> dict[str, float] | None:
-    """Returns a value with the percentile interval of its samples, or None if it is undefined."""
+def figure(value: float, sampled: np.ndarray) -> dict[str, float | None]:
+    """Returns a value with the percentile interval of its samples; all are None if it is undefined."""
     if np.isnan(value):
-        return None
+        return dict.fromkeys(("value", "low", "high"))
     low, high = np.nanquantile(sampled, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return {"value": float(value), "low": float(low), "high": float(high)}
 
@@ -62,10 +62,10 @@ def compare(value: float, other: float, sampled: np.ndarray, sampled_other: np.n
     one more sample counted on each side, so that it is never 0. It is None with a single image, of which all samples are equal.
     """
     differences = (sampled - sampled_other)[~np.isnan(sampled - sampled_other)]
-    difference = figure(value - other, differences)
     smaller = min((differences <= 0).sum(), (differences >= 0).sum())
-    p = min(1.0, 2 * (1 + int(smaller)) / (1 + len(differences))) if difference and images > 1 else None
-    return {"other": figure(other, sampled_other), "difference": difference, "p": p}
+    known = images > 1 and not np.isnan(value - other)
+    p = min(1.0, 2 * (1 + int(smaller)) / (1 + len(differences))) if known else None
+    return {"other": figure(other, sampled_other), "difference": figure(value - other, differences), "p": p}
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -49,8 +49,8 @@ def _named(title: str, entries: Mapping[str, Any]) -> list[dict[str, Any]]:
     return _rows(title, list(entries), list(entries.values()))
 
 
-def _rows(title: str, names: Sequence[str], rows: Sequence[Mapping[str, Any] | None]) -> list[dict[str, Any]]:
-    return [{title: name, **_flat(row or {})} for name, row in zip(names, rows, strict=True)]
+def _rows(title: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{title: name, **_flat(row)} for name, row in zip(names, rows, strict=True)]
 
 
 def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -48,7 +48,7 @@ def test_the_interval_of_a_mean_agrees_with_the_normal_approximation():
 
 def test_a_class_that_does_not_occur_has_no_figure():
     samples = bootstrap.samples(counts_of(np.ones((4, 2, 2), int) * [[1, 0], [0, 0]]))
-    assert bootstrap.figure(math.nan, samples["iou"][:, 1]) is None
+    assert bootstrap.figure(math.nan, samples["iou"][:, 1]) == {"value": None, "low": None, "high": None}
 
 
 def test_paired_runs_are_compared_on_the_same_samples():

@@ -17,6 +17,7 @@ from pspnet_jax.report import Report
 
 INFO = DatasetInfo("farm", ("field", "earth", "sign", "never"), ((0, 9, 0), (9, 0, 0), (0, 0, 9), (9, 9, 9)))
 FIELD, EARTH, SIGN, NEVER = range(4)
+UNDEFINED = {"value": None, "low": None, "high": None}
 TRAINING = Cooccurrence(100, np.full((4, 4), 50), np.array([[0, 40, 40, 0], [40, 0, 0, 0], [40, 0, 0, 0], [0, 0, 0, 0]]))
 
 
@@ -136,7 +137,7 @@ def test_calibration(found):
 
 
 def test_a_class_that_does_not_occur_has_no_figures(found):
-    nothing = {"iou": None, "precision": None, "recall": None, "f1": None}
+    nothing = dict.fromkeys(("iou", "precision", "recall", "f1"), UNDEFINED)
     assert found["classes"][NEVER] == nothing | {"pixels": 0, "images": 0, "training_images": 50}
     assert found["classes"][SIGN]["images"] == 1
 
@@ -146,7 +147,7 @@ def test_two_runs_side_by_side():
     against = document.compare(mine, other)
     expected = mine.report.metrics.iou[EARTH] - other.report.metrics.iou[EARTH]
     assert against["classes"][EARTH]["iou"]["difference"]["value"] == expected
-    assert against["classes"][NEVER]["iou"] == {"other": None, "difference": None, "p": None}
+    assert against["classes"][NEVER]["iou"] == {"other": UNDEFINED, "difference": UNDEFINED, "p": None}
     assert (against["better"], against["worse"]) == ([0], [])
     assert against["images"][1]["difference"] == 0
     assert document.compare(other, mine)["worse"] == [0]
