@@ -202,7 +202,7 @@ def test_an_out_of_memory_error_names_the_settings_to_lower(monkeypatch):
     def scarce(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.\nmore")
 
-    monkeypatch.setattr(Predictor, "labels", scarce)
+    monkeypatch.setattr(Predictor, "labels_and_confidence", scarce)
     message = r"memory ran out with 2 image\(s\) of 40x40 \(RESOURCE_EXHAUSTED: .* bytes\.\); lower one of eval.batch_size=8, "
     with pytest.raises(UserError, match=message):
         evaluate(Segmenter(predictor(batch_size=8), STRONGEST, INFO), examples(*SIZES[:2]), 2, "val")

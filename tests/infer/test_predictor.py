@@ -118,10 +118,13 @@ def test_labels_are_the_most_probable_classes_whether_views_are_kept_or_added_up
     monkeypatch.setattr("pspnet_jax.infer.predictor.plan_images", lambda *args: plan.plan_images(*args)._replace(held=held))
     images, config = [picture(14, 18), picture(30, 12, 1)], settings(protocol="mmseg", scales=(0.5, 1.0, 1.5))
     predictor = Predictor(asymmetric, config, CLASSES, jax.devices()[:2])
-    labels = predictor.labels(ONE, images)
+    labels, confidence = predictor.labels_and_confidence(ONE, images)
+    np.testing.assert_array_equal(predictor.labels(ONE, images), labels)
     assert labels.dtype == np.uint8
-    for label, p in zip(cropped(labels, images), probabilities(asymmetric, ONE, images, config), strict=True):
+    expected = probabilities(asymmetric, ONE, images, config)
+    for label, highest, p in zip(cropped(labels, images), cropped(confidence, images), expected, strict=True):
         np.testing.assert_array_equal(label, p.argmax(-1))
+        np.testing.assert_allclose(highest, p.max(-1), rtol=1e-6)
 
 
 def test_new_weights_and_most_new_sizes_compile_nothing():
