@@ -50,7 +50,7 @@ def describe(scored: Scored, training: Cooccurrence | None) -> dict[str, Any]:
     counts = totals.per_image()
     values, sampled = scored.values(), bootstrap.samples(counts)
     present = (counts[:, 1] > 0).sum(0)
-    classes = [
+    classes: list[dict[str, Any]] = [
         {name: bootstrap.figure(values[name][k], sampled[name][:, k]) for name in OF_A_CLASS}
         | {"pixels": int(scored.report.pixels[k]), "images": int(present[k])}
         | {"training_images": None if training is None else int(training.present[k])}

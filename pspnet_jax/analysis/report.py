@@ -18,11 +18,13 @@ from etils import epath
 import pspnet_jax
 from pspnet_jax import files, runs, scoring
 from pspnet_jax.analysis import cooccurrence, curves, document, fiftyone, image, page, pictures, tables
+from pspnet_jax.analysis.cooccurrence import Cooccurrence
 from pspnet_jax.analysis.document import Scored
 from pspnet_jax.analysis.totals import Totals
 from pspnet_jax.data import overlap
 from pspnet_jax.datasets import DatasetInfo
 from pspnet_jax.errors import UserError
+from pspnet_jax.infer.segmenter import Segmenter
 from pspnet_jax.report import describe_protocol
 
 logger = logging.getLogger("pspnet_jax")
@@ -51,10 +53,10 @@ def report(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if arguments.format not in (None, "fiftyone"):
         raise UserError(f"--format {arguments.format}: --mode report has only fiftyone")
     overrides = [*overrides, *([f"--config.eval.split={arguments.split}"] if arguments.split else [])]
-    run, other = _open(arguments, overrides), None
+    run, other = open_run(arguments, overrides), None
     if arguments.against:
         of_other = {**vars(arguments), "workdir": arguments.against, "config": None}
-        other = _open(argparse.Namespace(**of_other), overrides)
+        other = open_run(argparse.Namespace(**of_other), overrides)
         _require_comparable(run, other)
     default = "report" if other is None else f"report_against_{other.title}"
     output = arguments.output or run.restored.workdir / default
@@ -65,7 +67,8 @@ def report(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     logger.info(f"mIoU {found['summary']['mean_iou']['value']:.2%}; written to {output}: open {output}/index.html in a browser")
 
 
-def _open(arguments: argparse.Namespace, overrides: Sequence[str]) -> Run:
+def open_run(arguments: argparse.Namespace, overrides: Sequence[str]) -> Run:
+    """Opens the run and the split that the command line names."""
     restored = runs.restore(arguments, overrides)
     return Run(restored, scoring.open_split(restored.config, restored.saved))
 
@@ -95,8 +98,8 @@ def _write(folder: pathlib.Path, run: Run, other: Run | None, for_fiftyone: bool
     (folder / "pictures").mkdir()
     if for_fiftyone:
         fiftyone.make_folders(folder)
-    training, reason = _training_classes(run)
-    scored = _analyze(run, folder, "", training, for_fiftyone)
+    training, reason = training_classes(run)
+    scored = analyze(run, _network(run), folder, "", training, for_fiftyone)
     found = {
         "schema": document.SCHEMA,
         "title": run.title,
@@ -109,7 +112,7 @@ def _write(folder: pathlib.Path, run: Run, other: Run | None, for_fiftyone: bool
         "against": None,
     }
     if other:
-        others = _analyze(other, folder, "other_", None, False)
+        others = analyze(other, _network(other), folder, "other_", None)
         found["against"] = {
             "title": other.title,
             "run": _describe_run(other, others),
@@ -128,7 +131,7 @@ def _write(folder: pathlib.Path, run: Run, other: Run | None, for_fiftyone: bool
     return found
 
 
-def _training_classes(run: Run) -> tuple[cooccurrence.Cooccurrence | None, str | None]:
+def training_classes(run: Run) -> tuple[Cooccurrence | None, str | None]:
     """Returns the counts of the training images, or None and why there are none."""
     config, _, _, workdir, saved = run.restored
     known = [saved, config] if saved.dataset.name == config.dataset.name else [saved]
@@ -140,11 +143,19 @@ def _training_classes(run: Run) -> tuple[cooccurrence.Cooccurrence | None, str |
         return None, reason
 
 
-def _analyze(
-    run: Run, folder: pathlib.Path, prefix: str, training: cooccurrence.Cooccurrence | None, for_fiftyone: bool
+def analyze(
+    run: Run, network: Segmenter, folder: pathlib.Path, prefix: str, training: Cooccurrence | None, for_fiftyone: bool = False
 ) -> Scored:
-    """Scores a run, and writes the pictures of its images; `prefix` is that of their names."""
-    network = scoring.segmenter(run.restored.config, run.restored.variables)
+    """Scores a run as --mode evaluate does, and collects the statistics of its images in the same pass.
+
+    Args:
+      run: the run.
+      network: its network.
+      folder: of the report, to which the pictures are written.
+      prefix: of the names of the pictures; "" for the run that the report is about.
+      training: the counts of the training images, if they are known.
+      for_fiftyone: whether to write files for FiftyOne.
+    """
     source = scoring.sort_by_size(network.predictor, run.source)
     indices = {name: index for index, name in enumerate(sorted(source.names))}
     totals = Totals(network.info.num_classes, len(source))
@@ -187,6 +198,10 @@ def _analyze_image(
     return image.analyze(example["name"], *arrays[1:], info.num_classes, scores)
 
 
+def _network(run: Run) -> Segmenter:
+    return scoring.segmenter(run.restored.config, run.restored.variables)
+
+
 def _describe_run(run: Run, scored: Scored) -> dict[str, Any]:
     return {
         "workdir": str(run.restored.workdir),
@@ -198,7 +213,7 @@ def _describe_run(run: Run, scored: Scored) -> dict[str, Any]:
     }
 
 
-def _describe_dataset(run: Run, scored: Scored, training: cooccurrence.Cooccurrence | None) -> dict[str, Any]:
+def _describe_dataset(run: Run, scored: Scored, training: Cooccurrence | None) -> dict[str, Any]:
     info = scored.report.info
     classes = zip(info.class_names, info.colors, strict=True)
     return {
