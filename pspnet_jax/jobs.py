@@ -1,7 +1,7 @@
 """The modes of the command line, one function each, which connect config, data, network, training and inference.
 
-Those that exchange networks with other projects are in `exchange`, and that of pretraining is in `pretrain`. Each function
-takes the parsed arguments (see `main`) and the overrides of the config.
+Those that exchange networks with other projects are in `exchange`, that of pretraining is in `pretrain`, and that of the
+report is in `analysis.report`. Each function takes the parsed arguments (see `main`) and the overrides of the config.
 """
 
 import argparse

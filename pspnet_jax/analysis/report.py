@@ -105,7 +105,7 @@ def _write(folder: pathlib.Path, run: Run, other: Run | None, for_fiftyone: bool
         "title": run.title,
         "run": _describe_run(run, scored),
         "protocol": {**scored.report.protocol, "text": describe_protocol(scored.report.protocol)},
-        "dataset": _describe_dataset(run, scored, training),
+        "dataset": _describe_dataset(scored, training),
         "mismatched_reason": reason,
         "curves": curves.read(run.restored.workdir),
         **document.describe(scored, training),
@@ -213,7 +213,7 @@ def _describe_run(run: Run, scored: Scored) -> dict[str, Any]:
     }
 
 
-def _describe_dataset(run: Run, scored: Scored, training: Cooccurrence | None) -> dict[str, Any]:
+def _describe_dataset(scored: Scored, training: Cooccurrence | None) -> dict[str, Any]:
     info = scored.report.info
     classes = zip(info.class_names, info.colors, strict=True)
     return {
