@@ -90,7 +90,7 @@ def test_a_folder_is_replaced_only_if_it_holds_the_file_and_the_block_succeeds(t
     for text in ("first", "second"):
         with files.new_folder(target, "own.txt") as folder:
             (folder / "own.txt").write_text(text)
-    with pytest.raises(FileNotFoundError), files.new_folder(target, "own.txt") as folder:
+    with pytest.raises(UserError, match="nothing was written"), files.new_folder(target, "own.txt") as folder:
         (folder / "missing.txt").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
     assert (target / "own.txt").read_text() == "second"

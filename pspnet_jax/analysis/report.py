@@ -3,7 +3,6 @@
 import argparse
 import collections
 import datetime
-import functools
 import json
 import logging
 import os
@@ -22,13 +21,14 @@ from pspnet_jax.analysis.cooccurrence import Cooccurrence
 from pspnet_jax.analysis.document import Scored
 from pspnet_jax.analysis.totals import Totals
 from pspnet_jax.data import overlap
-from pspnet_jax.datasets import DatasetInfo
 from pspnet_jax.errors import UserError
+from pspnet_jax.infer.predictor import Example
 from pspnet_jax.infer.segmenter import Segmenter
 from pspnet_jax.report import describe_protocol
 
 logger = logging.getLogger("pspnet_jax")
 FILE = "report.json"
+OTHER = "other_"  # begins the names of the other run's pictures
 THREADS = os.cpu_count() or 1
 MAX_PIXELS = 2**25  # of the images that are analyzed at a time, unless it is a single one
 
@@ -63,8 +63,8 @@ def report(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     files.require_new_folder(output, FILE)
     overlap.refuse_inside(output, [run.source])
     with files.new_folder(output, FILE) as folder:
-        found = _write(folder, run, other, arguments.format == "fiftyone")
-    logger.info(f"mIoU {found['summary']['mean_iou']['value']:.2%}; written to {output}: open {output}/index.html in a browser")
+        _write(folder, run, other, arguments.format == "fiftyone")
+    logger.info(f"written to {output}: open {output}/index.html in a browser")
 
 
 def open_run(arguments: argparse.Namespace, overrides: Sequence[str]) -> Run:
@@ -93,42 +93,38 @@ def _require_comparable(run: Run, other: Run) -> None:
         )
 
 
-def _write(folder: pathlib.Path, run: Run, other: Run | None, for_fiftyone: bool) -> dict[str, Any]:
-    """Writes all files of a report to a folder, and returns its document."""
+def _write(folder: pathlib.Path, run: Run, other: Run | None, for_fiftyone: bool) -> None:
+    """Writes all files of a report to a folder."""
     (folder / "pictures").mkdir()
     if for_fiftyone:
         fiftyone.make_folders(folder)
     training, reason = training_classes(run)
     scored = analyze(run, _network(run), folder, "", training, for_fiftyone)
+    logger.info(scored.report)
     found = {
         "schema": document.SCHEMA,
-        "title": run.title,
-        "run": _describe_run(run, scored),
-        "protocol": {**scored.report.protocol, "text": describe_protocol(scored.report.protocol)},
+        **_describe_run(run, scored),
         "dataset": _describe_dataset(scored, training),
         "mismatched_reason": reason,
         "curves": curves.read(run.restored.workdir),
         **document.describe(scored, training),
         "against": None,
     }
-    if other:
-        others = analyze(other, _network(other), folder, "other_", None)
-        found["against"] = {
-            "title": other.title,
-            "run": _describe_run(other, others),
-            "protocol": {**others.report.protocol, "text": describe_protocol(others.report.protocol)},
-            **document.compare(scored, others),
-        }
     for index, row in enumerate(found["images"]):
         row["pictures"] = pictures.paths(index)
-        if other:
-            found["against"]["images"][index]["pictures"] = pictures.paths(index, "other_")
+    if other:
+        others = analyze(other, _network(other), folder, OTHER, None)
+        logger.info(others.report)
+        if others.report.protocol != scored.report.protocol:
+            logger.warning("the two runs are evaluated by different protocols; fields of --config.eval apply to both")
+        found["against"] = {**_describe_run(other, others), **document.compare(scored, others)}
+        for index, row in enumerate(found["against"]["images"]):
+            row["pictures"] = pictures.paths(index, OTHER)
     (folder / FILE).write_text(json.dumps(found, allow_nan=False) + "\n", encoding="utf-8")
     tables.write(found, folder / "tables")
     if for_fiftyone:
         fiftyone.write_samples(folder, found)
     page.write(found, epath.Path(folder))
-    return found
 
 
 def training_classes(run: Run) -> tuple[Cooccurrence | None, str | None]:
@@ -159,16 +155,24 @@ def analyze(
     source = scoring.sort_by_size(network.predictor, run.source)
     indices = {name: index for index, name in enumerate(sorted(source.names))}
     totals = Totals(network.info.num_classes, len(source))
-    work = functools.partial(_analyze_image, folder, network.info, prefix, None if training is None else training.scores)
+    scores = None if training is None else training.scores
+
+    def work(index: int, example: Example, prediction: np.ndarray, confidence: np.ndarray) -> image.Statistics:
+        arrays = example["image"], example["label"], prediction, confidence
+        pictures.write(folder, pictures.paths(index, prefix), *arrays, network.info)
+        if for_fiftyone:
+            fiftyone.write_image(folder, index, *arrays)
+        return image.analyze(example["name"], *arrays[1:], totals.num_classes, scores)
+
     waiting: collections.deque[tuple[int, int, Future[image.Statistics]]] = collections.deque()
 
     def finish_first() -> None:
         index, _, future = waiting.popleft()
         totals.add(index, future.result())
 
-    def observe(example: Any, prediction: np.ndarray, confidence: np.ndarray) -> None:
+    def observe(example: Example, prediction: np.ndarray, confidence: np.ndarray) -> None:
         index = indices[example["name"]]
-        waiting.append((index, prediction.size, pool.submit(work, index, for_fiftyone, example, prediction, confidence)))
+        waiting.append((index, prediction.size, pool.submit(work, index, example, prediction, confidence)))
         while len(waiting) > 2 * THREADS or (len(waiting) > 1 and sum(size for _, size, _ in waiting) > MAX_PIXELS):
             finish_first()
 
@@ -179,38 +183,22 @@ def analyze(
     return Scored(report, totals)
 
 
-def _analyze_image(
-    folder: pathlib.Path,
-    info: DatasetInfo,
-    prefix: str,
-    scores: np.ndarray | None,
-    index: int,
-    for_fiftyone: bool,
-    example: Any,
-    prediction: np.ndarray,
-    confidence: np.ndarray,
-) -> image.Statistics:
-    """Writes the pictures of an image, and returns its statistics."""
-    arrays = example["image"], example["label"], prediction, confidence
-    pictures.write(folder, pictures.paths(index, prefix), *arrays, info)
-    if for_fiftyone:
-        fiftyone.write_image(folder, index, *arrays)
-    return image.analyze(example["name"], *arrays[1:], info.num_classes, scores)
-
-
 def _network(run: Run) -> Segmenter:
     return scoring.segmenter(run.restored.config, run.restored.variables)
 
 
 def _describe_run(run: Run, scored: Scored) -> dict[str, Any]:
-    return {
+    """Returns the parts of the document on the run itself: "title", "run" and "protocol"."""
+    report = scored.report
+    origin = {
         "workdir": str(run.restored.workdir),
         "step": run.restored.step,
         "version": pspnet_jax.__version__,
-        "device": scored.report.device,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-        "images_per_second": scored.report.images_per_second,
+        "device": report.device,
+        "created": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}",
+        "images_per_second": report.images_per_second,
     }
+    return {"title": run.title, "run": origin, "protocol": {**report.protocol, "text": describe_protocol(report.protocol)}}
 
 
 def _describe_dataset(scored: Scored, training: Cooccurrence | None) -> dict[str, Any]:
