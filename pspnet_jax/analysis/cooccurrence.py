@@ -86,8 +86,11 @@ def of_training(configs: Sequence[ConfigDict], workdir: epath.Path) -> Cooccurre
         raise
     document = {"version": VERSION, "classes": classes, "data": data, "images": found.images}
     document |= {"together": found.together.tolist(), "touching": found.touching.tolist()}
-    with files.writing(workdir / FILE, "free some space"), files.atomic(workdir / FILE) as path:
-        path.write_text(json.dumps(document) + "\n")
+    try:
+        with files.writing(workdir / FILE, "the next report counts again"), files.atomic(workdir / FILE) as path:
+            path.write_text(json.dumps(document) + "\n")
+    except UserError as error:
+        logger.warning(error)
     return found
 
 

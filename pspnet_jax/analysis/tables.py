@@ -10,38 +10,36 @@ def write(document: Mapping[str, Any], folder: pathlib.Path) -> None:
     """Writes the tables of a document; classes and images are given by name, intervals in columns NAME_low and NAME_high."""
     names = [entry["name"] for entry in document["dataset"]["classes"]]
     images = [{name: entry[name] for name in entry if not isinstance(entry[name], list | dict)} for entry in document["images"]]
-    matrix = [dict(zip(names, row, strict=True)) for row in document["confusion_matrix"]]
-    boundary = document["boundary"]
+    files = [entry["name"] for entry in images]
+    lists = {name: document[name] for name in ("confusions", "confusion_pairs", "mismatched")}
+    lists |= {name: document["inconspicuous"][name] for name in ("by_size", "by_thickness", "missed")}
     tables = {
         "summary": _named("score", document["summary"]),
         "classes": _rows("class", names, document["classes"]),
-        "confusion_matrix": _rows("truth", names, matrix),
-        "confusions": document["confusions"],
-        "confusion_pairs": document["confusion_pairs"],
-        "mismatched": document["mismatched"],
-        "by_size": document["inconspicuous"]["by_size"],
-        "by_thickness": document["inconspicuous"]["by_thickness"],
-        "missed": document["inconspicuous"]["missed"],
-        "boundary": [
-            dict(zip(("distance", "mean_iou", "pixel_accuracy", "interior_mean_iou", *names), values, strict=True))
-            for values in zip(
-                *(boundary[name] for name in ("distances", "mean_iou", "pixel_accuracy", "interior_mean_iou")),
-                *boundary["classes"],
-                strict=True,
-            )
-        ],
+        "confusion_matrix": _rows(
+            "truth / prediction", names, [dict(zip(names, row, strict=True)) for row in document["confusion_matrix"]]
+        ),
+        **{name: [_by_name(row, names, files) for row in rows] for name, rows in lists.items()},
+        "boundary": _boundary(document["boundary"], names),
         "calibration": document["calibration"]["bins"],
         "images": images,
-        "training": document["curves"]["training"],
-        "evaluations": document["curves"]["evaluations"],
+        **document["curves"],
     }
     if against := document["against"]:
         tables["against_summary"] = _named("score", against["summary"])
         tables["against_classes"] = _rows("class", names, against["classes"])
-        tables["against_images"] = _rows("name", [entry["name"] for entry in images], against["images"])
+        tables["against_images"] = _rows("name", files, against["images"])
     folder.mkdir()
     for name, rows in tables.items():
-        _write(folder / f"{name}.csv", [_by_name(row, names, images) for row in rows])
+        _write(folder / f"{name}.csv", rows)
+
+
+def _boundary(boundary: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns a row for each distance."""
+    scores = {name: boundary[name] for name in ("mean_iou", "pixel_accuracy", "interior_mean_iou")}
+    columns = {"distance": boundary["distances"], **scores}
+    columns |= {f"iou/{name}": values for name, values in zip(names, boundary["classes"], strict=True)}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _named(title: str, entries: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -65,19 +63,16 @@ def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _by_name(row: Mapping[str, Any], names: Sequence[str], images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns a row in which indices of classes and images are names, and lists have spaces between their values."""
+def _by_name(row: Mapping[str, Any], names: Sequence[str], images: Sequence[str]) -> dict[str, Any]:
+    """Returns a row in which indices of classes and images are names, and lists have semicolons between their values."""
+    known = dict.fromkeys(("class", "classes", "truth", "predicted", "beside"), names)
+    known |= dict.fromkeys(("image", "images"), images)
     found: dict[str, Any] = {}
     for column, value in row.items():
-        if column in ("class", "truth", "predicted", "beside") and isinstance(value, int):
-            value = names[value]
-        elif column == "image":
-            value = images[value]["name"]
-        elif column == "classes":
-            value, column = " / ".join(names[k] for k in value), "classes"
-        elif column == "images" and isinstance(value, list):
-            value = " ".join(images[i]["name"] for i in value)
-        found[column] = " ".join(map(str, value)) if isinstance(value, list) else value
+        values = value if isinstance(value, list) else [value]
+        if column in known and value is not None:
+            values = [known[column][index] for index in values]
+        found[column] = ";".join(map(str, values)) if isinstance(value, list) else values[0]
     return found
 
 

@@ -170,7 +170,7 @@ def test_tables_name_classes_and_images(found, tmp_path):
         with (tmp_path / f"tables/{name}.csv").open() as file:
             return list(csv.DictReader(file))
 
-    assert list(rows("confusions")[0].values()) == ["field", "earth", "234", str(234 / 484), "b a"]
+    assert list(rows("confusions")[0].values()) == ["field", "earth", "234", str(234 / 484), "b;a"]
     assert rows("mismatched")[0]["image"] == "b"
     assert rows("classes")[3] == dict.fromkeys(rows("classes")[0], "") | {
         "class": "never",
@@ -180,4 +180,4 @@ def test_tables_name_classes_and_images(found, tmp_path):
     }
     assert float(rows("classes")[0]["iou_low"]) <= float(rows("classes")[0]["iou"])
     assert [row["name"] for row in rows("images")] == ["a", "b"]
-    assert rows("boundary")[0]["never"] == ""
+    assert rows("boundary")[0]["iou/never"] == ""
