@@ -26,6 +26,11 @@ def seconds(function: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - began[0], time.process_time() - began[1]
 
 
+def peak_memory() -> float:
+    """Returns the largest resident memory of this process so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # from KiB
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workdir", type=epath.Path)
@@ -45,13 +50,13 @@ def main() -> None:
             report.analyze(run, network, pathlib.Path(folder), "", training)
 
     evaluate()  # compiles
-    ratios = []
+    before, ratios = peak_memory(), []
     for _ in range(arguments.repeat):
         (wall, cpu), (wall_of_report, cpu_of_report) = seconds(evaluate), seconds(analyze)
         ratios.append((wall_of_report / wall, cpu_of_report / cpu))
         print(f"evaluate {wall:.2f} s, CPU {cpu:.2f} s; report {wall_of_report:.2f} s, CPU {cpu_of_report:.2f} s", flush=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # from KiB to GiB
-    print("report / evaluate, median: wall {:.3f}, CPU {:.3f}".format(*np.median(ratios, 0)), f"; peak memory {peak:.2f} GiB")
+    print("report / evaluate, median: wall {:.3f}, CPU {:.3f}".format(*np.median(ratios, 0)))
+    print(f"peak memory: evaluate {before:.2f} GiB, report {peak_memory():.2f} GiB")
 
 
 if __name__ == "__main__":
