@@ -148,9 +148,9 @@ def new_folder(path: epath.PathLike, replaces: str = "") -> Iterator[pathlib.Pat
             if replaces and is_there(folder):
                 folder.rename(former)
             temporary.rename(folder)
+            shutil.rmtree(former, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(former, ignore_errors=True)
 
 
 def storage_error(error: BaseException | None) -> str | None:

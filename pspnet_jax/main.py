@@ -106,8 +106,7 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
         {
             "type": _nonempty,
             "help": "format of a benchmark server: cityscapes, ade20k or voc; report: fiftyone, to add a dataset for FiftyOne; "
-            "export: torch, safetensors, hf, stablehlo, "
-            "savedmodel, onnx or tflite",
+            "export: torch, safetensors, hf, stablehlo, savedmodel, onnx or tflite",
         },
     ),
     "outputs": (["export"], {"choices": ("labels", "probabilities"), "help": "of a program; default: labels"}),

@@ -15,9 +15,10 @@ from ml_collections import ConfigDict
 
 from pspnet_jax import files
 from pspnet_jax.analysis.regions import fill_void, touching
-from pspnet_jax.data import sources, stamps
+from pspnet_jax.data import checks, sources, stamps
 from pspnet_jax.datasets import IGNORE
 from pspnet_jax.errors import UserError
+from pspnet_jax.large_files import strips
 from pspnet_jax.progress import progress
 
 logger = logging.getLogger("pspnet_jax")
@@ -90,7 +91,7 @@ def of_training(configs: Sequence[ConfigDict], workdir: epath.Path) -> Cooccurre
         with files.writing(workdir / FILE, "the next report counts again"), files.atomic(workdir / FILE) as path:
             path.write_text(json.dumps(document) + "\n")
     except UserError as error:
-        logger.warning(error)
+        logger.warning(str(error))
     return found
 
 
@@ -117,12 +118,12 @@ def _count(opened: Sequence[Any]) -> Cooccurrence:
         for source in opened:
             for present, pairs in pool.map(lambda index, source=source: _classes(source.read_label(index)), range(len(source))):
                 together[np.ix_(present, present)] += 1
-                beside[pairs[:, 0], pairs[:, 1]] += 1
+                beside[pairs[:, 0], pairs[:, 1]] += 1  # once, also for a pair that is repeated
                 advance(1)
     return Cooccurrence(images, together, beside)
 
 
-def _classes(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the classes in a label map, and the pairs int64[n, 2] of those that touch."""
-    pairs, _ = touching(fill_void(label))
-    return np.flatnonzero(np.bincount(label.ravel(), minlength=256)[:IGNORE]), pairs[(pairs != IGNORE).all(1)]
+def _classes(label: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the classes in a label map, uint8[H, W] or a LargeTiff, and the pairs int64[n, 2] of those that touch."""
+    pairs = np.concatenate([touching(fill_void(strip))[0] for strip in strips(label)])
+    return np.flatnonzero(checks.histogram(label)[:IGNORE]), pairs[(pairs != IGNORE).all(1)]

@@ -84,7 +84,7 @@ class Source:
         return image, label
 
     def read_label(self, index: int) -> np.ndarray:
-        """Returns the label that `read` returns, uint8[H,W]; a subclass may do so without decoding the image."""
+        """Returns the label that `read` returns; a subclass may do so without decoding the image."""
         return self.read(index)[1]
 
     def tensors(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

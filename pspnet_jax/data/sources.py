@@ -122,6 +122,8 @@ class Files(Source):
         return image, self._label(tf.constant(index)).numpy()
 
     def read_label(self, index: int) -> np.ndarray:
+        if index in self._large:
+            return super().read_label(index)
         try:
             label = self._load_label(tf.constant(index, tf.int64)).numpy()
         except Exception:  # explained by `read`

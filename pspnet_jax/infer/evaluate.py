@@ -54,33 +54,22 @@ def evaluate(
     before = predictor.windows, predictor.slots
     panels: dict[str, Image.Image] = {}
     total = np.zeros((info.num_classes, info.num_classes), np.int64)
-    images, pending = 0, list[tuple[Sequence[Example], list[jax.Array], tuple[jax.Array, jax.Array]]]()
-
-    def finish() -> np.ndarray:
-        group, predicted, counts = pending.pop(0)
-        matrix = _fetch_counts(group, counts, predictor)
-        if observe:
-            arrays = map(np.asarray, predicted)
-            for example, prediction, confidence in zip(group, *arrays, strict=False):
-                height, width = example["label"].shape
-                observe(example, prediction[:height, :width], confidence[:height, :width])
-        return matrix
-
+    images, pending = 0, list[tuple[Sequence[Example], tuple[jax.Array, jax.Array], list[jax.Array]]]()
     with parallel.fail_together("evaluating"), progress(f"evaluating {split}", share) as advance:
         checked = _checked(examples, info.num_classes)
         numbered = ({**example, "number": i} for i, example in enumerate(checked))
         for group, labels, confidence in predictor.stream(segmenter.variables, numbered):
             counts = _count(_stack_labels(group, labels.shape), labels, info.num_classes)
-            pending.append((group, [labels, confidence] if observe else [], counts))
+            pending.append((group, counts, [labels, confidence] if observe else []))
             for i, example in enumerate(group):
                 if example["number"] in chosen:
                     panels[example["name"]] = _panel(example, np.asarray(labels)[i], info)
             images += len(group)
             if len(pending) > 1:  # fetched one group late, so that the devices always have work queued
-                total += finish()
+                total += _fetch(*pending.pop(0), predictor, observe)
             advance(len(group))
-        while pending:
-            total += finish()
+        for last in pending:
+            total += _fetch(*last, predictor, observe)
     slots = parallel.max_over_processes(predictor.slots - before[1]) * jax.process_count()  # the last one keeps all waiting
     total, images, windows = _sum_over_processes(total, images, predictor.windows - before[0])
     if images != num_examples:
@@ -134,8 +123,14 @@ def _count(truth: jax.Array, labels: jax.Array, num_classes: int) -> tuple[jax.A
     return confusion_matrix(truth, jax.numpy.where(unpredicted, 0, labels), num_classes), unpredicted.any((1, 2))
 
 
-def _fetch_counts(group: Sequence[Example], counts: tuple[jax.Array, jax.Array], predictor: Predictor) -> np.ndarray:
-    """Waits for a group's confusion matrix and returns it."""
+def _fetch(
+    group: Sequence[Example],
+    counts: tuple[jax.Array, jax.Array],
+    predicted: Sequence[jax.Array],
+    predictor: Predictor,
+    observe: Observe | None,
+) -> np.ndarray:
+    """Waits for a group's confusion matrix and returns it, after its examples were observed with what was predicted."""
     with predictor.explain_out_of_memory([example["image"] for example in group]):
         matrix, unpredicted = map(np.asarray, counts)
     for example, any_unpredicted in zip(group, unpredicted, strict=False):
@@ -144,6 +139,10 @@ def _fetch_counts(group: Sequence[Example], counts: tuple[jax.Array, jax.Array],
                 f"{example['name']}: the network's scores are not finite (NaN), so the image cannot be evaluated; "
                 "the weights may be damaged, or training may have diverged"
             )
+    if observe:
+        for example, *arrays in zip(group, *map(np.asarray, predicted), strict=False):
+            height, width = example["label"].shape
+            observe(example, *(array[:height, :width] for array in arrays))
     return matrix
 
 
