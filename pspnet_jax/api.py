@@ -16,6 +16,7 @@ from pspnet_jax import files, jobs, programs, runs, scoring, weights
 from pspnet_jax.errors import MissingFileError, UserError
 from pspnet_jax.infer.segmenter import Segmenter
 from pspnet_jax.train import checkpoint as checkpoints
+from pspnet_jax.train import scores
 
 SETTINGS = [field for field in configs.base_config().eval if field not in ("split", "best_metric")]  # that `load` takes
 
@@ -100,6 +101,6 @@ def train(config: ConfigDict | str | os.PathLike, *, workdir: str | os.PathLike 
     jobs.train_run(config, directory)
     with contextlib.closing(checkpoints.Checkpoints(directory, read_only=True)) as saved:
         step = saved.find("latest")
-        score = saved.score(step) or {}
-    metrics = {name: value for name, value in score.items() if name not in (checkpoints.SCORE, checkpoints.SETTINGS)}
+        score = saved.scores.of(step) or {}
+    metrics = {name: value for name, value in score.items() if name not in (scores.SCORE, scores.SETTINGS)}
     return Trained(directory, step, metrics)

@@ -4,6 +4,7 @@
 | --- | --- |
 | `sky` | the next class |
 | `sky 128 128 128`, `sky,128,128,128`, `"sky"; 128; 128; 128`, `sky #808080` | with its color |
+| `128 128 128 sky`, `128,128,128,sky` | the same, if all lines start with a color |
 | `0 sky`, `0: sky`, `0,sky,128,128,128` | the class of label 0, if all lines start with a label; a line for 255 is ignored |
 | `name,r,g,b`, `id;name`, `value,name,ignored` | a header that names the columns; a class that is ignored is not listed |
 | `# a comment` | ignored |
@@ -25,6 +26,7 @@ COLUMNS = {  # {column: its names in headers}
     "ignored": "ignored ignore",
 }
 _INDEX = re.compile(r"(\d+)(?:\s*[:=.)]\s*|\s+)(?=\S)")  # a label before a name
+_COLOR_FIRST = re.compile(r"(\d+)[\s,;]+(\d+)[\s,;]+(\d+)[\s,;]+([^\d\s].*)")
 _NO_NAME = re.compile(r"[{}<>|=]|:\s|\s#|(\s+[\d.]+){2}\s*$")  # YAML, JSON, XML, or numbers that are not a color
 EXPECTED = "expected one class per line, as `name` or `name R G B`; put it in quotes if it is meant as a name"
 _COLUMN = {word: column for column, words in COLUMNS.items() for word in words.split()}
@@ -57,6 +59,9 @@ def read_rows(text: str, file: str) -> list[Row]:
     """Returns the lines of a list in their order."""
     without_comments = [re.sub(r"^#.*|\s#(\s.*)?$", "", line.strip()) for line in text.removeprefix("\ufeff").splitlines()]
     lines = [(number, line.strip()) for number, line in enumerate(without_comments, 1) if line.strip()]
+    colored = [_COLOR_FIRST.fullmatch(line) for _, line in lines]
+    if all(colored):
+        lines = [(number, "{3} {0} {1} {2}".format(*m.groups())) for (number, _), m in zip(lines, colored, strict=True) if m]
     return _rows(lines, file) if lines else []
 
 

@@ -179,7 +179,7 @@ def load_recipe(path: str) -> ConfigDict:
             raise MissingFileError(f"--config {saved}: no such file")
         return read(saved)
     name, _, argument = path.partition(":")
-    file = _find_recipe(name)
+    file = find_recipe(name)
     try:
         get_config = runpy.run_path(str(file)).get("get_config")
         config = get_config and (get_config(argument) if argument else get_config())
@@ -198,12 +198,17 @@ def load_recipe(path: str) -> ConfigDict:
     return check(config, f"--config {path}")
 
 
-def _find_recipe(name: str) -> pathlib.Path:
-    """Returns a file of the user's, or a recipe of this package's."""
+def find_recipe(name: str) -> pathlib.Path:
+    """Returns a file of the user's, or a recipe of this package's, such as "cityscapes" or "ablations/pooling".
+
+    Raises:
+      MissingFileError: there is neither; lists the recipes.
+    """
     if (file := pathlib.Path(name).expanduser()).is_file():
         return file
     folder = next(filter(pathlib.Path.is_dir, RECIPES), RECIPES[0])
-    recipes = {recipe.stem: recipe for recipe in sorted(folder.glob("*.py"))}
+    paths = [*sorted(folder.glob("*.py")), *sorted(folder.glob("*/*.py"))]
+    recipes = {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
     if (stem := name.removeprefix("configs/").removesuffix(".py")) in recipes:
         return recipes[stem]
     raise MissingFileError(f"--config {name}: no such file or recipe; the recipes are {', '.join(recipes)}")

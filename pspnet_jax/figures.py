@@ -1,4 +1,4 @@
-"""Plots of results: the confusion matrix, and the learning curves of a run. Only drawing them imports matplotlib."""
+"""Plots of results: the confusion matrix, the learning curves of a run, and ablations. Only drawing them imports matplotlib."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,9 +15,12 @@ def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str]) -> Image.Im
     """Returns a picture of a confusion matrix [K, K] (rows truth, columns prediction), in percent of each row."""
     shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
     with_numbers = len(class_names) <= MAX_CELLS_WITH_NUMBERS
-    side = 3 + (0.45 if with_numbers else 0.16) * len(class_names)  # inches; larger than a line of the names
-    figure, canvas = _canvas(side, side, layout="constrained")
-    axes = figure.add_subplot(title="share of the pixels of each true class, in %", xlabel="prediction", ylabel="truth")
+    cells = max(4, (0.45 if with_numbers else 0.16) * len(class_names))  # inches; larger than a line of the names
+    margin = 0.5 + 0.075 * max(map(len, class_names))  # inches
+    side = cells + margin + 0.5
+    figure, canvas = _canvas(side, side)
+    labels = {"title": "share of the pixels of each true class, in %", "xlabel": "prediction", "ylabel": "truth"}
+    axes = figure.add_axes((margin / side, margin / side, cells / side, cells / side), **labels)
     axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
     places = range(len(class_names))
     names = [name.replace("$", r"\$") for name in class_names]  # no formulas
@@ -55,12 +58,43 @@ def learning_curves(lines: Sequence[Mapping[str, Any]], best_metric: str) -> Ima
     return _picture(canvas)
 
 
-def _canvas(width: float, height: float, layout: Any = None) -> tuple[Any, Any]:
+def ablation(tables: Mapping[str, Sequence[tuple[str, float | None, Sequence[float]]]]) -> Image.Image:
+    """Returns a picture of published scores beside measured ones, with the rank of each row.
+
+    Args:
+      tables: rows by the name of their table: (name, published score or None, one measured score for each run), in percent.
+        The measured ones are drawn as points, and their mean and standard deviation (that of the sample) as a bar.
+    """
+    heights = [1.2 + 0.35 * len(rows) for rows in tables.values()]
+    figure, canvas = _canvas(9, sum(heights))
+    figure.set_layout_engine("constrained")
+    panels = figure.subplots(len(tables), 2, squeeze=False, sharey="row", height_ratios=heights)
+    for (table, rows), (left, right) in zip(tables.items(), panels, strict=True):
+        means = [np.mean(scores) if scores else None for _, _, scores in rows]
+        for axes, title, values in ((left, "published", [row[1] for row in rows]), (right, "measured", means)):
+            points = {y: value for y, value in enumerate(values) if value is not None}
+            axes.set_title(f"{table}: {title} mIoU, %, and rank", fontsize=9)
+            axes.plot(points.values(), points.keys(), "o", color="tab:blue")
+            for y, value in points.items():
+                rank = 1 + sum(other > value for other in points.values())
+                axes.annotate(f" {rank}.", (value, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+            axes.margins(0.15)
+            axes.grid(alpha=0.3)
+        for y, (_, _, scores) in enumerate(rows):
+            right.plot(scores, [y] * len(scores), "|", color="tab:gray")
+            if len(scores) > 1:
+                right.errorbar(means[y], y, xerr=np.std(scores, ddof=1), color="tab:blue", capsize=3)
+        left.set_yticks(range(len(rows)), [row[0].replace("$", r"\$") for row in rows], fontsize=8)
+        left.invert_yaxis()
+    return _picture(canvas)
+
+
+def _canvas(width: float, height: float) -> tuple[Any, Any]:
     """Returns a figure, whose size is given in inches, and its canvas, which needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout=layout)
+    figure = Figure(figsize=(width, height))
     return figure, FigureCanvasAgg(figure)
 
 

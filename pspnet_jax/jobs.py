@@ -1,7 +1,7 @@
 """The modes of the command line, one function each, which connect config, data, network, training and inference.
 
-Those that exchange networks with other projects are in `exchange`, that of pretraining is in `pretrain`, and that of the
-report is in `analysis.report`. Each function takes the parsed arguments (see `main`) and the overrides of the config.
+Those of other modes are in `checking`, `exchange`, `pretrain` and `analysis.report`. Each function takes the parsed arguments
+(see `main`) and the overrides of the config.
 """
 
 import argparse
@@ -15,14 +15,26 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 import psutil
 import rich
 from etils import epath
 from ml_collections import ConfigDict
 
-from pspnet_jax import datasets, exchange, figures, files, losses, models, optimizers, parallel, pretrain, runs, scoring
-from pspnet_jax.errors import UserError, grouped
+from pspnet_jax import (
+    checking,
+    datasets,
+    exchange,
+    figures,
+    files,
+    losses,
+    models,
+    optimizers,
+    parallel,
+    pretrain,
+    runs,
+    scoring,
+)
+from pspnet_jax.errors import UserError
 from pspnet_jax.infer import draw, inputs, video
 from pspnet_jax.infer import predict as prediction
 from pspnet_jax.infer.segmenter import Segmenter
@@ -31,7 +43,6 @@ from pspnet_jax.train import checkpoint, tracking
 
 logger = logging.getLogger("pspnet_jax")
 Evaluation = tuple[Mapping[str, Any], Mapping[str, Any]]  # metrics, and pictures by name
-PANELS = 12  # images of each split in the contact sheet of --mode check
 
 
 def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -132,78 +143,6 @@ def evaluator(
         return report.to_json() | {"data": source.fingerprint}, {**pictures, "confusion_matrix": matrix}
 
     return evaluate
-
-
-def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """--mode check: reads all images and labels of a recipe, lists problems, and writes pictures of examples.
-
-    With --write_statistics, it also writes the mean and standard deviation of each channel over the training data. With
-    --input, it writes a recipe for a folder instead, see `describe`.
-    """
-    from pspnet_jax import describe
-    from pspnet_jax.data import overlap, palettes, sources, survey
-
-    if arguments.input:
-        return describe.describe(arguments, overrides)
-    config = runs.from_recipe(arguments, overrides)
-    info = datasets.describe(config.dataset)
-    output = arguments.output or runs.workdir_of(arguments, config.name) / "check"
-    problems, pictures, palettes_found, opened = [], {}, [], list[Any]()
-    training = list(sources.training_parts(config.dataset))
-    parts = training.copy()
-    if config.eval.split != config.dataset.train_split:
-        parts.append((config.dataset, config.eval.split))
-    moments = np.zeros((3, config.model.channels))
-    for number, (dataset, split) in enumerate(parts):
-        is_measured = arguments.write_statistics and number < len(training)
-        try:
-            found = survey.survey(dataset, split, info.num_classes, config.model.channels, is_measured)
-        except UserError as error:  # the other splits are still checked
-            problems.append(str(error))
-            continue
-        problems += found.problems
-        moments += found.moments
-        palettes_found.append(found.palette)
-        opened.append(found.source)
-        logger.info(found)
-        rich.print(found.table(info))
-        name = split if dataset is config.dataset else f"mixture{number}_{split}"
-        if examples := survey.samples(found, PANELS):
-            pictures[f"{name}_images.png"] = draw.contact_sheet(examples, info)
-            pictures[f"{name}_classes.png"] = draw.class_frequencies(found.pixels, info)
-    if len(opened) == len(parts):
-        overlap.warn_shared(opened[: len(training)], opened[-1] if len(parts) > len(training) else opened[0])
-    for step in (lambda: _write_pictures(pictures, output, opened), lambda: palettes.require_agreement(palettes_found)):
-        try:
-            step()
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("\n".join((*grouped(problems), f"{len(problems)} problem(s) found")))
-    if arguments.write_statistics:
-        _write_statistics(moments, output / "statistics.json")
-
-
-def _write_statistics(moments: np.ndarray, path: epath.Path) -> None:
-    """Writes and logs the mean and standard deviation of each channel, given `Survey.moments` of the training data."""
-    count, total, squares = moments
-    found = {"mean": total / count, "std": np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0))}
-    values = {name: [float(f"{value:.6g}") for value in channels] for name, channels in found.items()}
-    with files.writing(path.parent, "the statistics are missing"), files.atomic(path) as temporary:
-        temporary.write_text(json.dumps({"pixels": int(count[0]), **values}) + "\n")
-    lines = "\n".join(f"config.normalize.{name} = {tuple(channels)}" for name, channels in values.items())
-    logger.info(f"written to {path}; for the recipe:\n{lines}")
-
-
-def _write_pictures(pictures: Mapping[str, Any], output: epath.Path, opened: Sequence[Any]) -> None:
-    """Writes the pictures of --mode check, but never into the dataset or over the user's files."""
-    from pspnet_jax.data import overlap
-
-    overlap.refuse_inside(output, opened)
-    with files.writing(output, "the pictures are missing"):
-        for name, picture in pictures.items():
-            draw.save_replacing_own(picture, output / name)
-    logger.info(f"pictures of the labels and of the class frequencies are in {output}")
 
 
 def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -316,7 +255,7 @@ def preflight(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 JOBS = {
-    "check": check,
+    "check": checking.check,
     "train": train,
     "pretrain": pretrain.pretrain,
     "evaluate": evaluate,

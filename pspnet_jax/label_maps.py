@@ -1,7 +1,6 @@
 """Label maps: the class of each value, color or polygon category in a user's label files."""
 
 import ast
-import re
 from collections.abc import Mapping
 
 from etils import epath
@@ -64,8 +63,6 @@ def _read_csv(*places: epath.Path) -> Entries:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: is not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    if re.match(r"\ufeff?\s*\d+\s*,\s*\d+\s*,\s*\d+\s*,\s*[^\d\s]", text):
-        text = "r,g,b,name\n" + text.removeprefix("\ufeff")
     entries: Entries = {}
     for row in class_lists.read_rows(text, str(file)):
         for key in (row.label, row.color):

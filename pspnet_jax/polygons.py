@@ -107,7 +107,8 @@ def _read(file: str, stamp: tuple[float, int]) -> Drawing | _Coco:
         content = json.loads(epath.Path(file).read_bytes())
         return _labelme(content) if "shapes" in content else _coco(content, file)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot be read as a labelme or COCO file ({type(error).__name__}: {error})") from error
+        why = f"it has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"cannot be read as a labelme or COCO file ({why})") from error
 
 
 def _labelme(content: dict[str, Any]) -> Drawing:

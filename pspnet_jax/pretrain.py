@@ -33,7 +33,9 @@ def pretrain(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         config = configs.override(configs.load_recipe(arguments.config), overrides)
         if config.parallel.spatial != 1:
             raise UserError(f"parallel.spatial={config.parallel.spatial}: --mode pretrain needs 1")
-        validation.validate(config, jax.device_count())
+        without_pyramid = config.copy_and_resolve_references()
+        without_pyramid.model.bins = ()  # the crop may be smaller
+        validation.validate(without_pyramid, jax.device_count())
         config.eval.best_metric = "accuracy"
         workdir, dataset = runs.workdir_of(arguments, config.name), config.dataset
         if not dataset.tfds_name:

@@ -51,9 +51,8 @@ def validate(config: ConfigDict, num_devices: int = 0) -> None:
     if problems := _tuple_problems(config):
         raise UserError("\n".join(problems))
     problems = models.problems(config.model)
-    problems += (
-        _choice_problems(config) + _range_problems(config) + _size_problems(config) + _batch_problems(config, num_devices)
-    )
+    problems += _choice_problems(config) + _range_problems(config) + _pixel_problems(config)
+    problems += _size_problems(config) + _batch_problems(config, num_devices)
     if problems:
         raise UserError("\n".join(problems))
 
@@ -171,27 +170,6 @@ def _range_problems(config: ConfigDict) -> list[str]:
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int | float)]
         if field != "seed" and not all(abs(number) < 2**31 for number in numbers):  # False for inf and nan too
             problems.append(f"{field}={value}: expected finite numbers below {2**31}")
-    if (config.model.channels, config.dataset.image_dtype) != image_files.RGB8:
-        problems += [
-            f"augment.{field}={config.augment[field]}: expected {neutral}, which keeps the colors; it changes only images with "
-            "model.channels=3 and dataset.image_dtype='uint8'"
-            for field, neutral in NEUTRAL_COLORS.items()
-            if config.augment[field] != neutral
-        ]
-    if config.normalize.order != "RGB" and config.model.channels != 3:
-        problems.append(f"normalize.order={config.normalize.order!r}: expected 'RGB', the order of the files, or 3 channels")
-    if config.dataset.image_dtype == "uint16" and config.normalize.mean == base_config().normalize.mean:
-        problems.append(
-            f"normalize.mean={config.normalize.mean}: is that of 8-bit images, but dataset.image_dtype='uint16'; measure it "
-            "with --mode check --write_statistics"
-        )
-    if config.dataset.image_dtype != "uint8" and min(config.normalize.std) <= 0:
-        problems.append(f"normalize.std={config.normalize.std}: expected values above 0")
-    if config.dataset.image_dtype == "uint8" and min(config.normalize.std) < 1:
-        problems.append(
-            f"normalize.std={config.normalize.std}: expected values of 1 or more, on the 0..255 scale; multiply mean and "
-            "std by 255 if they are on the 0..1 scale"
-        )
     problems += losses.problems(config.loss)
     if config.loss.class_weights and not any(config.loss.class_weights):
         problems.append(f"loss.class_weights={config.loss.class_weights}: expected at least one above 0")
@@ -221,6 +199,32 @@ def _range_problems(config: ConfigDict) -> list[str]:
     if config.eval.short_size and config.eval.protocol != "mmseg":
         problems.append(
             f"eval.short_size={config.eval.short_size}: expected 0, or eval.protocol='mmseg', the only one that uses it"
+        )
+    return problems
+
+
+def _pixel_problems(config: ConfigDict) -> list[str]:
+    problems = []
+    if (config.model.channels, config.dataset.image_dtype) != image_files.RGB8:
+        problems += [
+            f"augment.{field}={config.augment[field]}: expected {neutral}, which keeps the colors; it changes only images with "
+            "model.channels=3 and dataset.image_dtype='uint8'"
+            for field, neutral in NEUTRAL_COLORS.items()
+            if config.augment[field] != neutral
+        ]
+    if config.normalize.order != "RGB" and config.model.channels != 3:
+        problems.append(f"normalize.order={config.normalize.order!r}: expected 'RGB', the order of the files, or 3 channels")
+    if config.dataset.image_dtype == "uint16" and config.normalize.mean == base_config().normalize.mean:
+        problems.append(
+            f"normalize.mean={config.normalize.mean}: is that of 8-bit images, but dataset.image_dtype='uint16'; measure it "
+            "with --mode check --write_statistics"
+        )
+    if config.dataset.image_dtype != "uint8" and min(config.normalize.std) <= 0:
+        problems.append(f"normalize.std={config.normalize.std}: expected values above 0")
+    if config.dataset.image_dtype == "uint8" and min(config.normalize.std) < 1:
+        problems.append(
+            f"normalize.std={config.normalize.std}: expected values of 1 or more, on the 0..255 scale; multiply mean and "
+            "std by 255 if they are on the 0..1 scale"
         )
     return problems
 

@@ -23,6 +23,8 @@ COLORED = (("sky", "traffic light"), {0: (1, 2, 3), 1: (250, 170, 30)})
         ("sky;\ntraffic light;", TWO),
         ("id\tname\n0\tsky\n1\ttraffic light\n", TWO),
         ("sky 1 2 3\ntraffic light  250\t170 30", COLORED),
+        ("1 2 3\tsky\n250 170 30\t\ttraffic light\n", COLORED),
+        ("1,2,3,sky\n250,170,30,traffic light", COLORED),
         ("sky: 1 2 3\ntraffic light: 250 170 30", COLORED),
         ("sky #010203\ntraffic light #faaa1e", COLORED),
         ("0 sky 1 2 3\n1 traffic light 250 170 30", COLORED),

@@ -105,4 +105,6 @@ def test_ambiguous_values_are_kept_with_a_remark():
     assert read({0: 1.0}) == [(0, "class_0", False), (1, "class_1", False)]
     listed = {"classes.txt": "building\ntree\n"}
     assert read({1: 0.5, 2: 0.5}, listed.items()) == [(1, "building", False), (2, "tree", False)]  # counted from 1
+    colors = {"class_dict.csv": "name,r,g,b\nfield,0,0,0\nroad,255,255,255\n"}
+    assert read({0: 0.5, 255: 0.5}, colors.items()) == [(0, "field", False), (255, "road", False)]
     assert read({1: 0.5, 3: 0.5}, listed.items()) == [(1, "class_1", False), (3, "class_3", False)]  # the list does not fit

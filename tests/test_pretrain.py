@@ -164,7 +164,7 @@ def test_padding_does_not_count_as_correct(imagenet):
 @pytest.mark.slow
 def test_a_backbone_is_pretrained_resumed_and_then_segments(imagenet, tmp_path, capsys):
     flags = ["--mode=pretrain", "--config=configs/imagenet.py:18", f"--config.dataset.root={imagenet}"]
-    flags += ["--config.model.width=8", "--config.model.bins=1,2"]
+    flags += ["--config.model.width=8"]
     flags += ["--config.augment.crop=(33,33)", "--config.eval.crop=(33,33)", "--config.augment.scale=(0.5,1)"]
     flags += ["--config.optimizer.warmup_steps=0", "--config.batch_size=8", "--config.every.log=1"]
     flags += [f"--workdir={tmp_path}/imagenet"]

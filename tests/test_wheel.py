@@ -54,18 +54,21 @@ def commands(wheel) -> Path:
 
 def test_the_wheel_has_all_files_of_the_package(wheel):
     packaged = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    files = {path for suffix in ("py", "txt", "typed") for path in (ROOT / "pspnet_jax").rglob(f"*.{suffix}")}
-    recipes = {f"pspnet_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
+    files = {
+        path for suffix in ("py", "txt", "typed", "html", "css", "js") for path in (ROOT / "pspnet_jax").rglob(f"*.{suffix}")
+    }
+    recipes = {f"pspnet_jax/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.py")}
     assert packaged == {path.relative_to(ROOT).as_posix() for path in files} | recipes
 
 
 def test_the_command_and_the_recipes_are_found_from_another_directory(commands, tmp_path):
     assert run(commands / "pspnet", "--version", folder=tmp_path).stdout == f"{pspnet_jax.__version__}\n"
     code = "import pspnet_jax; from pspnet_jax.config import load_recipe as recipe; print(pspnet_jax.__file__); "
-    code += "print(*(recipe(name).name for name in ('cityscapes', 'ade20k:101', 'configs/voc2012.py:50')))"
-    place, names = run(commands / "python", "-c", code, folder=tmp_path).stdout.splitlines()
+    names = ("cityscapes", "ade20k:101", "configs/voc2012.py:50", "ablations/pooling:none")
+    code += f"print(*(recipe(name).name for name in {names}))"
+    place, found = run(commands / "python", "-c", code, folder=tmp_path).stdout.splitlines()
     assert place.startswith(str(commands.parent))
-    assert names == "cityscapes_101 ade20k_101 voc2012_50"
+    assert found == "cityscapes_101 ade20k_101 voc2012_50 ade20k_bins-none"
 
 
 def test_checking_a_dataset_and_an_unknown_recipe(commands, tmp_path):
@@ -74,5 +77,7 @@ def test_checking_a_dataset_and_an_unknown_recipe(commands, tmp_path):
     assert {path.name for path in (tmp_path / "runs/quickstart/check").iterdir()} >= {"train_images.png", "train_classes.png"}
     done = run(commands / "pspnet", "--config=citiscapes", folder=tmp_path)
     assert done.returncode == 1
-    recipes = ", ".join(sorted(path.stem for path in (ROOT / "configs").glob("*.py")))
+    folder = ROOT / "configs"
+    names = [path.stem for path in sorted(folder.glob("*.py"))]
+    recipes = ", ".join(names + [f"ablations/{path.stem}" for path in sorted(folder.glob("ablations/*.py"))])
     assert done.stderr == f"error: --config citiscapes: no such file or recipe; the recipes are {recipes}\n"

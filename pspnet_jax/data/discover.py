@@ -21,7 +21,7 @@ _SPLIT = re.compile(  # train, train_images, train2017, TrainImages, trainannot,
 )
 _LABELS = (  # how much a word tells that files are labels
     (r"train_?ids?", 5),
-    (r"truth|manual|label|(?<![a-z])gt", 4),
+    (r"truth|manual|label|semantic|(?<![a-z])gt", 4),
     (r"mask|seg|(?<![a-z])ann|target|class|lbl|pars", 3),
     (r"(?<![a-z0-9])[mly]$", 1),
 )
@@ -30,6 +30,10 @@ _NEITHER = re.compile(
     r"colou?r|inst|panop|object|(?<![a-z])d[est]m(?![a-z])|depth|dispar|edge|bound|contour|(?<![a-z])vis|viz|overlay|weight|poly"
     "|pred|conf|thumb|preview"
 )
+
+
+# "_mask", the "L" of "01L", and "_0000", the first channel of an image for nnU-Net
+_SUFFIX = re.compile(r"[_\-. ]+(?=[^_\-. ]*[A-Za-z])|(?<=\d)(?=[A-Za-z]+$)|_(?=0000$)")
 
 
 class File(NamedTuple):
@@ -69,6 +73,7 @@ def rules(paths: Collection[str]) -> list[Rule]:
       paths: of images and possible labels, relative to the folder.
     """
     found = [*_rules([_file(path, True) for path in paths], False), *_rules([_file(path, False) for path in paths], True)]
+    found = [rule for rule in found if rule.rank > 0] or found
     best: dict[tuple[str, str], Rule] = {}
     for rule in sorted(found, key=lambda r: (-r.rank, any("/" in s for s in r.splits), len(r.images + r.labels), r)):
         best.setdefault(rule.example, rule)
@@ -155,7 +160,7 @@ def _cuts(file: File) -> Iterator[tuple[tuple[str, str], str]]:
     """Yields ((prefix, suffix), name): the prefix is a word, the suffix begins with a separator and a word."""
     stem = file.stem
     first = re.match(r"[A-Za-z]+([_\-. ]+|(?=\d))", stem)
-    ends = [len(stem), *(found.start() for found in re.finditer(r"[_\-. ]+(?=[^_\-. ]*[A-Za-z])|(?<=\d)(?=[A-Za-z]+$)", stem))]
+    ends = [len(stem), *(found.start() for found in re.finditer(_SUFFIX, stem))]
     if re.fullmatch(r"[A-Za-z_\- ]+", stem):
         yield (f"/{stem}", ""), ""  # the name is that of its folder
     for start, end in itertools.product({0, first.end() if first else 0}, ends):
@@ -196,13 +201,12 @@ def _both_ways(above: tuple, key: tuple, parts: list) -> Iterator[Rule]:
         (images, image_role), (labels, label_role) = sides[::order]
         example = min(pair[1:][::order] for pair in pairs)
         score = _score(image_role, label_role, example)
-        rank = score * (len(pairs) * (1.5 if len(splits) > 1 else 1)) ** 0.1
-        if score > 0:
-            yield Rule(images, labels, splits, len(pairs), example, rank)
+        rank = score * (len(pairs) * (1.5 if len(splits) > 1 else 1)) ** (0.1 if score > 0 else -0.1)
+        yield Rule(images, labels, splits, len(pairs), example, rank)
 
 
 def _score(image: str, label: str, example: tuple[str, str]) -> float:
-    """Returns how well the folders and affixes of images and labels, and an example of each, fit; 0 or less: not at all."""
+    """Returns how well the folders and affixes of images and labels, and an example of each, fit; 0 or less: rather not."""
     image, label = image.lower(), label.lower()
 
     def strength(text: str) -> int:

@@ -2,16 +2,14 @@
 
 import collections
 import os
-import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
-from pspnet_jax.data import discover
+from pspnet_jax.data import discover, folders
 
 FRACTION = 0.2  # of the pairs, or of parallel folders, for validation
 MOST = 0.9  # share of a list's lines that must name images
 GUESS = "GUESS: a fifth of the pairs, chosen by their names, for validation"
-COLUMNS = {"split": r"(split|set|subset|fold|partition)$", "image": r"(image|img|file|path|name)(_?(path|file|id|name))?$"}
 
 
 class Division(NamedTuple):
@@ -36,7 +34,8 @@ def divide(rule: discover.Rule, paths: Collection[str], lists: Mapping[str, str]
     """
     images, labels = (discover.match(pattern, paths, rule.splits) for pattern in (rule.images, rule.labels))
     images = {key: path for key, path in images.items() if path not in {*labels.values()}}
-    division = Division(_with_extension(rule.images, images.values()), _with_extension(rule.labels, labels.values()))
+    paired = [path for key, path in images.items() if key in labels]
+    division = Division(_with_extension(rule.images, paired), _with_extension(rule.labels, labels.values()))
     if splits := choose_splits(rule.splits):
         return division._replace(train_split=splits[0], val_split=splits[1], reason="the names of folders")
     if len(rule.splits) > 1:
@@ -76,17 +75,13 @@ def find_lists(images: Mapping[str, str], lists: Mapping[str, str]) -> tuple[str
     known = {form for item in images.items() for text in item for form in _forms(text)}
     found: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for path, text in lists.items():
-        rows = [re.split(r"[\s,;]+", line.strip()) for line in text.splitlines() if line.strip()] or [[""]]
-        header = [
-            next((key for key, words in COLUMNS.items() if re.match(words, field, re.IGNORECASE)), "") for field in rows[0]
-        ]
-        column, rows = (header.index("image"), rows[1:]) if "image" in header else (0, rows)
-        listed = [row for row in rows if len(row) > column and known.intersection(_forms(row[column]))]
+        rows, columns = _rows(text)
+        listed = [row for row in rows if known.intersection(_forms(row.image))]
         folder, name = os.path.split(path)
         if not listed or len(listed) < MOST * len(rows):
             continue
-        if "split" in header:
-            found[path].update(row[header.index("split")] for row in listed)
+        if "split" in columns:
+            found[path].update(row.split for row in listed)
         elif split := discover.split_of(os.path.splitext(name)[0]):
             found[os.path.join(folder, name.replace(split, "{split}", 1))][split] = len(listed)
     for file, counts in sorted(found.items(), key=lambda item: (-item[1].total(), len(item[0]))):
@@ -96,14 +91,19 @@ def find_lists(images: Mapping[str, str], lists: Mapping[str, str]) -> tuple[str
 
 
 def lists_pairs(text: str, paths: Collection[str]) -> bool:
-    """Returns whether every line but a header names an image and its label by their paths."""
-    lines = [re.split(r"[\s,;]+", line.strip()) for line in text.splitlines() if line.strip()]
-    return len(lines) > 1 and all(sum(field.removeprefix("./") in paths for field in line) == 2 for line in lines[1:])
+    """Returns whether every entry of a list is an image and its label, by their paths."""
+    rows, _ = _rows(text)
+    return bool(rows) and all(side.removeprefix("./") in paths for row in rows for side in (row.image, row.label))
+
+
+def _rows(text: str) -> tuple[list[folders.Row], Collection[str]]:
+    return folders.parse_list([line for line in text.splitlines() if line.strip()])
 
 
 def _forms(text: str) -> set[str]:
-    """Returns the forms in which a list may give a path: with or without folders and extension."""
-    bases = {text.removeprefix("./"), os.path.splitext(text.removeprefix("./"))[0]}
+    """Returns the forms in which a list may give a path: with or without folders, extension and a number after it."""
+    bases = {path.removeprefix("./") for path in (text, *text.split()[:1])}
+    bases |= {os.path.splitext(base)[0] for base in bases}
     return bases | {os.path.basename(base) for base in bases}
 
 

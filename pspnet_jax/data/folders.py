@@ -7,7 +7,8 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import tensorflow as tf
 from ml_collections import ConfigDict
@@ -137,33 +138,48 @@ def _compile(pattern: str, split: str) -> tuple[str, re.Pattern[str]]:
     return "/".join(fixed), re.compile(rest, re.IGNORECASE)
 
 
-def _listed(dataset: ConfigDict, root: str, file: str, split: str) -> list[tuple[str, str]]:
-    """Returns the image and the label, or "", in each line of a split's list: a CSV with a header, or one or two paths."""
-    lines = listing.read_lines(file)
+class Row(NamedTuple):
+    """An entry of a list: an image and, each possibly "", its label and its split."""
+
+    image: str
+    label: str = ""
+    split: str = ""
+
+
+def parse_list(lines: Sequence[str]) -> tuple[list[Row], Collection[str]]:
+    """Returns the entries of a list, and the columns that it has.
+
+    A list is a CSV (with "," or ";" or tabs) whose header names an image column (see `COLUMNS`), or has in each line one name
+    or path, or the paths of an image and its label.
+    """
     separator = next((s for s in ",;\t" if lines and s in lines[0]), ",")
     header = [_COLUMN.get(field.strip().strip('"').lower(), "") for field in lines[0].split(separator)] if lines else []
     if "image" in header:
         table = csv.reader(lines[1:], delimiter=separator)
         rows = [dict(zip(header, map(str.strip, fields), strict=False)) for fields in table]
-        found = [(row.get("image", ""), row.get("label", "")) for row in rows if row.get("split", split) == split]
-        known = ", ".join(sorted({row.get("split", "") for row in rows}))
-    else:
-        pairs = [re.fullmatch(r"\s*(\S.*?\.\w{2,5})[\s,;]+(\S.*\.\w{2,5})\s*", line) for line in lines]
-        found = [(pair[1], pair[2]) if pair else (line.strip(), "") for pair, line in zip(pairs, lines, strict=True)]
-        known = ""
-    if "split" not in header and "{split}" not in dataset.split_file:
+        return [Row(*(row.get(column, "") for column in Row._fields)) for row in rows], header
+    pairs = [re.fullmatch(r"\s*(\S.*?\.\w{2,5})[\s,;]+(\S.*\.\w{2,5})\s*", line) for line in lines]
+    return [Row(*pair.groups()) if pair else Row(line.strip()) for pair, line in zip(pairs, lines, strict=True)], ("image",)
+
+
+def _listed(dataset: ConfigDict, root: str, file: str, split: str) -> list[tuple[str, str]]:
+    """Returns the image and the label, or "", in each entry of a split's list."""
+    rows, columns = parse_list(listing.read_lines(file))
+    if "split" not in columns and "{split}" not in dataset.split_file:
         raise UserError(f"{file}: names no splits; put {{split}} into dataset.split_file, or add a column named split")
+    found = [row for row in rows if row.split == split] if "split" in columns else rows
     if not found:
+        known = ", ".join(sorted({row.split for row in rows}))
         raise UserError(f"{file}: lists no image of split {split!r}" + (f"; its splits are {known}" if known else ""))
-    for side, column in enumerate(("image", "label")):
-        missing = sum(not line[side] for line in found)
+    for column in ("image", "label"):
+        missing = sum(not getattr(row, column) for row in found)
         if missing and (missing < len(found) or column == "image"):
             raise UserError(f"{file}: {missing} of {len(found)} lines of split {split!r} have no {column}; complete them")
 
     def below(path: str) -> str:
         return path.removeprefix(f"{root}/").lstrip("./")
 
-    return [(below(image), below(label)) for image, label in found]
+    return [(below(row.image), below(row.label)) for row in found]
 
 
 def _names(listed: Sequence[str], images: Mapping[str, str], file: str) -> set[str]:

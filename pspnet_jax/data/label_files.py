@@ -3,7 +3,7 @@
 | file | values |
 | --- | --- |
 | PNG, TIFF, GIF, BMP | gray values as stored, palette indices, or colors; 1-bit files have 0 and 1 |
-| .npy, .mat | whole numbers [H,W], or colors uint8[H,W,3]; the only such array of a .mat, or SBD's GTcls.Segmentation |
+| .npy, .mat | whole numbers [H,W], or colors uint8[H,W,3]; the only such array of a .mat, or its only struct's Segmentation |
 | labelme's or COCO's .json | categories of polygons, see polygons.py |
 
 The value v and the color (v, v, v) are the same. If a map has colors, the colors of a palette count, and not its indices.
@@ -186,8 +186,11 @@ def decode_image(contents: bytes, keep_indices: bool) -> np.ndarray:
 
 def _array_of_mat(contents: bytes) -> np.ndarray:
     found = scipy.io.loadmat(io.BytesIO(contents))
-    if "GTcls" in found:
-        return found["GTcls"][0, 0]["Segmentation"]
+    structs = [
+        value for value in found.values() if isinstance(value, np.ndarray) and "Segmentation" in (value.dtype.names or ())
+    ]
+    if len(structs) == 1 and structs[0].size == 1:  # as in SBD and CrackForest
+        return structs[0].item()[structs[0].dtype.names.index("Segmentation")]
     arrays = {name: value for name, value in found.items() if isinstance(value, np.ndarray) and min(value.shape[:2]) > 1}
     if len(arrays) != 1:
         raise UserError(f"has {len(arrays)} arrays ({', '.join(arrays)}); expected one, the label")

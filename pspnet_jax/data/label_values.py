@@ -129,6 +129,9 @@ def _listed(keys: Sequence[Any], rows: Sequence[class_lists.Row]) -> dict[Any, s
         return names if 2 * len(names.keys() & set(keys)) > len(keys) else {}
     if not all(isinstance(key, int) for key in keys):
         return {}
+    grays = {row.color[0]: row.name for row in rows if row.color and len(set(row.color)) == 1}
+    if len(grays) == len(rows) > 1:
+        return grays if set(keys) <= {*grays, 255} else {}
     first = int(min(keys) == 1 and max(keys) == len(rows))  # such lists leave out 0
     names = {first + position if row.label is None else row.label: row.name for position, row in enumerate(rows)}
     return names if set(keys) <= {*names, 255} else {}

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import dataclasses
 import functools
+import inspect
 import logging
 import operator
 import os
@@ -127,29 +128,11 @@ def train_dataset(
     if config.batch_size % hosts:
         raise UserError(f"batch_size={config.batch_size}: expected a multiple of the number of hosts, {hosts}")
     opened, share, crop = data or open_training(config), config.batch_size // hosts, config.augment.crop
-    num_classes = datasets.describe(config.dataset).num_classes
-    own = extra.load(config.augment.extra, num_classes) if config.augment.extra else None
-
-    def position(number: int) -> int:
-        """Returns the position of this host's `number`-th example since step 0."""
-        step, i = divmod(int(number), share)
-        return step * config.batch_size + host * share + i
-
-    def example_at(number: int) -> tuple[int, int]:
-        return opened.order[position(number)]
-
-    def crop_of(number: int, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        params = augment.sample_augmentation(generator(config.seed, AUGMENT, position(number)), config.augment)
-        image, label = augment.apply_augmentation(image, label, params, crop, config.normalize.mean)
-        return own(image, label, generator(config.seed, EXTRA, position(number))) if own else (image, label)
-
-    def read_crop(number: int) -> tuple[np.ndarray, np.ndarray]:
-        dataset, index = example_at(number)
-        return crop_of(number, *opened.readers[dataset](index))
+    crops = _Crops(config, opened, host, share)
 
     def read_again(batch: int) -> None:
         for number in range((start_step + batch) * share, (start_step + batch + 1) * share):
-            read_crop(number)
+            crops.read(number)
 
     loads = [_load(source, read) for source, read in zip(opened.sources, opened.readers, strict=True)]
     by_windows = any(source.by_windows for source in opened.sources)
@@ -158,17 +141,46 @@ def train_dataset(
 
     def element(number: tf.Tensor) -> dict[str, tf.Tensor]:
         if by_windows:
-            return dict(zip(("image", "label"), _call_python(read_crop, [number], specs), strict=True))
-        dataset, index = _call_python(example_at, [number], [INDEX, INDEX])
+            return dict(zip(("image", "label"), _call_python(crops.read, [number], specs), strict=True))
+        dataset, index = _call_python(crops.example, [number], [INDEX, INDEX])
         branches = [functools.partial(load, index) for load in loads]
         image, label = tf.switch_case(tf.cast(dataset, tf.int32), branches) if len(loads) > 1 else branches[0]()
-        image, label = _call_python(crop_of, [number, image, label], specs)
+        image, label = _call_python(crops.augment, [number, image, label], specs)
         return {"image": image, "label": label}
 
     numbers = tf.data.Dataset.range(start_step * share, config.total_steps * share)
     mapped = _map(numbers, element, all(map(_in_graph, opened.sources, opened.readers)))
     dataset = mapped.batch(share, drop_remainder=True).prefetch(PREFETCH)
-    return _keep_alive(dataset, example_at, crop_of, read_crop, loads, read_again=read_again)
+    return _keep_alive(dataset, crops, loads, read_again=read_again)
+
+
+class _Crops:
+    """The augmented examples of one process, which has `share` in each batch, numbered from the first of step 0."""
+
+    def __init__(self, config: ConfigDict, data: TrainingData, host: int, share: int):
+        self._config, self._data, self._host, self._share = config, data, host, share
+        num_classes = datasets.describe(config.dataset).num_classes
+        self._extra = extra.load(config.augment.extra, num_classes) if config.augment.extra else None
+
+    def _position(self, number: int) -> int:
+        step, i = divmod(int(number), self._share)
+        return step * self._config.batch_size + self._host * self._share + i
+
+    def example(self, number: int) -> tuple[int, int]:
+        """Returns the index of the dataset and that of the example in it."""
+        return self._data.order[self._position(number)]
+
+    def augment(self, number: int, image: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the crop of an example."""
+        config, position = self._config, self._position(number)
+        params = augment.sample_augmentation(generator(config.seed, AUGMENT, position), config.augment)
+        image, label = augment.apply_augmentation(image, label, params, config.augment.crop, config.normalize.mean)
+        return self._extra(image, label, generator(config.seed, EXTRA, position)) if self._extra else (image, label)
+
+    def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Reads an example, and returns its crop."""
+        dataset, index = self.example(number)
+        return self.augment(number, *self._data.readers[dataset](index))
 
 
 def eval_dataset(
@@ -250,8 +262,8 @@ def _load(source: Source, read: Read) -> Callable[[tf.Tensor], Sequence[tf.Tenso
 
 
 def _call_python(function: Callable[..., Any], inputs: list[tf.Tensor], specs: list[tf.TensorSpec]) -> list[tf.Tensor]:
-    """Calls a Python function of arrays in a graph. The graph keeps only a weak reference to it, see `_keep_alive`."""
-    reference = weakref.ref(function)
+    """Calls a Python function or method of arrays in a graph, which keeps only a weak reference to it, see `_keep_alive`."""
+    reference = (weakref.WeakMethod if inspect.ismethod(function) else weakref.ref)(function)
 
     def call(*arrays: Any) -> Any:
         python = reference()

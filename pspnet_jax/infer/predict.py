@@ -138,9 +138,11 @@ def _predict_share(
                 break
         io.wait()
     for name, path in in_blocks.items():
+        if io.stopped_by:
+            break
         if "maps" in origin:
             io.fail(f"{path}: maps are not written of TIFFs that are predicted in blocks; cut it into smaller images")
-        elif not io.stopped_by:
+        else:
             io.complete(name, functools.partial(large.predict, segmenter, path, results[name], sign(path)))
     return {"existing": len(images) - len(todo), "done": io.done, "failed": io.failed, "stopped_by": io.stopped_by}
 

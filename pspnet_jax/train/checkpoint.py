@@ -1,13 +1,11 @@
 """Checkpoints of a run, written in the background by orbax, each with its config. The newest two and the best are kept.
 
-`layout` describes their contents; `integrity` and `manifest` check them for damage.
+`layout` describes their contents; `integrity` and `manifest` check them for damage; `scores` selects the best.
 """
 
 import contextlib
 import functools
-import json
 import logging
-import math
 import re
 import sys
 import threading
@@ -27,11 +25,10 @@ from pspnet_jax.errors import MissingFileError, UserError
 from pspnet_jax.lock import locked
 from pspnet_jax.train import integrity, layout, manifest
 from pspnet_jax.train.integrity import Verdict
+from pspnet_jax.train.scores import Scores
 from pspnet_jax.train.step import TrainState, Variables
 
 logger = logging.getLogger(__name__)
-SCORE = "score"  # the metric in score.json that selects the best checkpoint; version 0.1 had only "mean_iou"
-SETTINGS = "settings"  # the evaluation settings in score.json; scores are only compared if these are equal
 
 
 def _quiet_orbax() -> None:
@@ -68,7 +65,7 @@ class Checkpoints:
 
     Attributes:
       steps: the saved steps, in increasing order, including one that is still being written.
-      unreadable: the steps whose score files exist but cannot be read.
+      scores: those of the checkpoints, see `Scores`.
     """
 
     def __init__(self, workdir: epath.PathLike, *, read_only: bool = False):
@@ -88,8 +85,7 @@ class Checkpoints:
         self._manager = self._open()
         if not read_only:
             self._announce(max(self.steps, default=0))
-        self.unreadable = set[int]()
-        self._scores = {step: score for step in self.steps if (score := self._read_score(step))}
+        self.scores = Scores(self._directory, self.steps)
 
     def _open(self) -> _Manager:
         """Returns a new orbax manager, after removing what killed processes and failed saves have left."""
@@ -186,58 +182,15 @@ class Checkpoints:
 
         Args:
           step: step of the checkpoint.
-          metrics: numbers by name, including `SCORE`; a larger score is better.
-          settings: evaluation settings, serializable as JSON.
+          metrics, settings: see `Scores.add`.
         """
-        data = settings.get("data")
         with parallel.fail_together("writing the score"), self._writing():
             self._manager.wait_until_finished()
-            if self._scores and (self._scores[max(self._scores)].get(SETTINGS) or {}).get("data", data) != data:
-                logger.warning(
-                    "the evaluation data has changed: the best checkpoint is chosen among those scored from step %s on", step
-                )
-            self._scores[step] = json.loads(json.dumps({**metrics, SETTINGS: settings}))
-            self.unreadable.discard(step)
-            if jax.process_index() == 0 and self.path(step).exists():
-                with files.atomic(self.path(step) / "score.json") as path:
-                    path.write_text(json.dumps(self._scores[step]))
-
-    def score(self, step: int) -> Mapping[str, Any] | None:
-        """Returns the metrics of a checkpoint with their `SETTINGS`, or None if it was not scored."""
-        return self._scores.get(step)
-
-    def _read_score(self, step: int) -> dict[str, Any] | None:
-        paths = [self.path(step) / name for name in ("score.json", "metrics/metrics")]
-        try:
-            path = next((path for path in paths if files.is_there(path)), None)
-            if path is None:
-                return None
-            metrics = json.loads(path.read_text())
-            if not isinstance(metrics.get(SETTINGS, {}), dict):
-                raise ValueError(f"{SETTINGS} is not an object")
-            return {**metrics, SCORE: float(metrics.get(SCORE, metrics.get("mean_iou", math.nan)))}
-        except Exception as error:  # the other checkpoints must remain usable
-            self.unreadable.add(step)
-            logger.warning(
-                "the score of checkpoint %s cannot be read (%s); it cannot be selected as the best, but it is kept",
-                *(step, integrity.reason(error)),
-            )
-            return None
+            self.scores.add(step, metrics, settings)
 
     def best(self) -> int | None:
-        """Returns the step with the largest score among those with the newest score's settings, of equal ones the first.
-
-        None if there are no scores.
-        """
-        scores = {step: score for step, score in self._scores.items() if step in self.steps and not math.isnan(score[SCORE])}
-        if not scores:
-            return None
-        newest = scores[max(scores)].get(SETTINGS)
-        return -max((score[SCORE], -step) for step, score in scores.items() if score.get(SETTINGS) == newest)[1]
-
-    def steps_since_best(self) -> int:
-        """Returns the number of steps from the best checkpoint to the last one that was scored."""
-        return max(self._scores) - best if (best := self.best()) is not None else 0
+        """Returns the step of the best checkpoint, see `Scores.best`; None if there are no scores."""
+        return self.scores.best(self.steps)
 
     def read_config(self) -> tuple[ConfigDict, str] | None:
         """Returns the config and data fingerprint of the newest checkpoint whose config can be read, or None.
@@ -332,7 +285,7 @@ class _Best:
         self._checkpoints = checkpoints
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        kept = {self._checkpoints.best(), *self._checkpoints.unreadable}
+        kept = {self._checkpoints.best(), *self._checkpoints.scores.unreadable}
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
@@ -24,16 +23,17 @@ from pspnet_jax.errors import UserError
 from pspnet_jax.lock import locked
 from pspnet_jax.losses import Batch, Loss
 from pspnet_jax.optimizers import Optimizer
-from pspnet_jax.train import resume
-from pspnet_jax.train.checkpoint import SCORE, Checkpoints
+from pspnet_jax.train import batch_checks, resume
+from pspnet_jax.train.batch_checks import HostBatch
+from pspnet_jax.train.checkpoint import Checkpoints
 from pspnet_jax.train.guard import NonFiniteGuard
 from pspnet_jax.train.integrity import reason
 from pspnet_jax.train.logs import TrainingLog, Writer, numbers_in
+from pspnet_jax.train.scores import SCORE
 from pspnet_jax.train.step import Metrics, TrainState, Variables, make_train_step
 from pspnet_jax.train.stop import Stopped, StopSignal
 
 logger = logging.getLogger(__name__)
-HostBatch = Mapping[str, np.ndarray]
 Evaluate = Callable[[Variables], tuple[Mapping[str, Any], Mapping[str, Any]]]
 
 
@@ -98,7 +98,7 @@ def fit(
         feed = iter(batches(min(newest, total - 1)))
         with parallel.fail_together("reading the first batch"):
             # read before the state is made, which depends on the images' shape
-            first = _check_batch(config, mesh, next(feed, None))
+            first = batch_checks.check_first(config, mesh, next(feed, None))
         began = time.perf_counter()
         state = resume.initial_state(
             config, model, optimizer, mesh, first["image"].shape[1:], checkpoints, workdir, fingerprint
@@ -124,7 +124,7 @@ def fit(
             run.exit_if_requested(start)
             return state
         train_step = make_train_step(config, model, loss, optimizer, mesh)
-        feed = _check_same_format(first, itertools.chain([first], feed) if start == newest else iter(batches(start)))
+        feed = batch_checks.check_rest(first, itertools.chain([first], feed) if start == newest else iter(batches(start)))
         on_devices = closing.enter_context(contextlib.closing(parallel.to_devices(feed, mesh)))
         return run.loop(state, train_step, log.stalls.timed(on_devices))
 
@@ -140,34 +140,6 @@ def _newest_step(checkpoints: Checkpoints, workdir: epath.Path) -> int:
     return newest
 
 
-def _check_batch(config: ConfigDict, mesh: Mesh, batch: HostBatch | None) -> HostBatch:
-    """Returns the first batch after checking it, because JAX would misinterpret wrong arrays or fail with an unclear error."""
-    if batch is None:
-        raise UserError("there is no batch to train on")
-    if not isinstance(batch, Mapping):
-        raise UserError(f"the first batch is a {type(batch).__name__}; expected a dict of NumPy arrays")
-    if "image" not in batch:
-        raise UserError(f"the batches have {', '.join(batch)}; expected an array named image")
-    size, share = np.shape(batch["image"])[1:3], config.batch_size // parallel.data_share(mesh)[1]
-    channels, dtype = config.model.channels, config.dataset.image_dtype
-    for name in ("image", *batch):
-        if not hasattr(batch[name], "dtype"):
-            raise UserError(f"the first batch's {name} is a {type(batch[name]).__name__}; expected a NumPy array")
-        array = np.asarray(batch[name])
-        found, expected = f"is {array.dtype}{list(array.shape)}", ""
-        if name == "image" and (array.dtype != dtype or array.shape[3:] != (channels,)):
-            expected = f"{dtype}[N, H, W, {channels}], not normalized"
-        elif name == "label" and not np.issubdtype(array.dtype, np.integer):
-            expected = "integers"
-        elif name == "label" and array.ndim == 3 and array.shape[1:] != size:
-            expected = "[N, {}, {}], the size of the images".format(*size)
-        elif array.shape[:1] != (share,):
-            expected = f"{share} examples along the first axis, this process's share of batch_size={config.batch_size}"
-        if expected:
-            raise UserError(f"the first batch's {name} {found}; expected {expected}")
-    return batch
-
-
 def _refuse_foreign_files(workdir: epath.Path, newest: int) -> None:
     """Refuses a workdir that has no checkpoints, but files that a run would overwrite and that no earlier run wrote."""
     if newest:
@@ -179,19 +151,6 @@ def _refuse_foreign_files(workdir: epath.Path, newest: int) -> None:
         ours = False
     if not ours or (not path.exists() and (path := workdir / "parameters.txt").exists()):
         raise UserError(f"{path}: already exists and was not written by this program; choose another --workdir")
-
-
-def _check_same_format(first: HostBatch, batches: Iterable[HostBatch]) -> Iterator[HostBatch]:
-    """Yields the batches, after checking that each has the same dtypes and number of examples as the first."""
-
-    def formats(batch: HostBatch) -> dict[str, str]:
-        return {name: f"{array.dtype}[{len(array)}, ...]" for name, array in batch.items()}
-
-    expected = formats(first)
-    for batch in batches:
-        if (found := formats(batch)) != expected:
-            raise UserError(f"a batch has {found}, but the first one had {expected}; all batches need the same format")
-        yield batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,7 +282,7 @@ def _should_stop_early(config: ConfigDict, checkpoints: Checkpoints) -> bool:
 
     This depends only on the saved scores, so that a resumed run stops at the same step as one without interruption.
     """
-    limit, stale = config.patience * config.every.eval, checkpoints.steps_since_best()
+    limit, stale = config.patience * config.every.eval, checkpoints.scores.steps_since_best(checkpoints.steps)
     if not limit or not parallel.max_over_processes(stale >= limit):
         return False
     logger.info(
@@ -338,7 +297,7 @@ def _lacks_score(checkpoints: Checkpoints, step: int) -> bool:
     if step == 0 or (saved := checkpoints.read_config()) is None:
         return False
     config, _ = saved
-    lacks_score = due(step, config.every.eval, config.total_steps) and checkpoints.score(step) is None
+    lacks_score = due(step, config.every.eval, config.total_steps) and checkpoints.scores.of(step) is None
     return bool(parallel.max_over_processes(lacks_score))
 
 

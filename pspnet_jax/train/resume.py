@@ -21,7 +21,7 @@ from pspnet_jax.errors import UserError
 from pspnet_jax.image_files import RGB8
 from pspnet_jax.models.pspnet import RESNET_FIELDS
 from pspnet_jax.optimizers import Optimizer
-from pspnet_jax.train import checkpoint
+from pspnet_jax.train import checkpoint, scores
 from pspnet_jax.train.step import TrainState, Variables, make_init_state
 
 logger = logging.getLogger(__name__)
@@ -83,10 +83,10 @@ def initial_state(
 
 def _check_comparable(checkpoints: checkpoint.Checkpoints, config: ConfigDict) -> None:
     """Warns if new scores are not comparable with the saved ones."""
-    scored = [score for step in checkpoints.steps if (score := checkpoints.score(step))]
+    scored = [score for step in checkpoints.steps if (score := checkpoints.scores.of(step))]
     if not scored:
         return
-    before, now = scored[-1].get(checkpoint.SETTINGS) or {}, evaluation_settings(config)
+    before, now = scored[-1].get(scores.SETTINGS) or {}, evaluation_settings(config)
     if changed := [f"{k}: {before.get(k, 'unknown')!r} -> {v!r}" for k, v in now.items() if before.get(k) != v]:
         logger.warning(
             "new evaluations cannot be compared with earlier ones (%s); the best checkpoint is chosen among the new ones",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pspnet_jax.data import discover, divide
+from pspnet_jax.data import discover, divide, folders
 
 TRAIN_VAL = ("train", "val")
 
@@ -36,6 +36,7 @@ def files(*patterns, splits=TRAIN_VAL, names=("a_1", "b_2", "c_3")):
         ("leftImg8bit/{split}/{name}_leftImg8bit.png", "gtFine/{split}/{name}_gtFine_labelIds.png", TRAIN_VAL),
         ("images{split}/{name}.png", "labels{split}/{name}.png", ("Tr", "Ts")),
         ("{split}/{split}-org-img/{name}.jpg", "{split}/{split}-label-img/{name}_lab.png", TRAIN_VAL),
+        ("{split}/images/{name}.png", "{split}/Semantic_masks/images/{name}_instance_color_RGB.png", TRAIN_VAL),
         ("{split}/images/{name}_{split}.tif", "{split}/1st_manual/{name}_manual1.gif", ("training", "test")),
         ("Task1-2_{split}_Input/{name}.jpg", "Task1_{split}_GroundTruth/{name}_segmentation.png", ("Training", "Validation")),
     ],
@@ -56,6 +57,8 @@ def test_splits_in_folders(images, labels, splits):
         ("{name}.png", "{name}.json"),
         ("4_Ortho_RGBIR/{name}_RGBIR.tif", "{name}_label.tif"),
         ("photo/{name}.jpg", "v1.2/{name}.png"),
+        ("imagesTr/{name}_0000.png", "labelsTr/{name}.png"),
+        ("pictures/{name}.png", "object_color/images/{name}.png"),
     ],
 )
 def test_without_splits_a_fraction_is_held_out(images, labels):
@@ -101,6 +104,40 @@ def test_lists_divide_and_choose_between_rules():
     assert found(paths, lists) == (fields, "sets/Segmentation/{split}.txt")
     assert found(paths, {"meta.csv": "image,split\na_1.jpg,train\nb_2.jpg,train\nc_3.jpg,valid\n"})[0][3] == "valid"
     assert found(paths, {"train.txt": "x\n", "val.txt": "y\n"})[1] == divide.FRACTION  # they list other images
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a\nb\n",
+        "./a.jpg\nb.jpg",
+        "images/a.jpg\nimages/b.jpg\n",
+        "a 1\nb -1",
+        "images/a.jpg masks/a.png\nimages/b.jpg masks/b.png",
+    ],
+)
+def test_lists_are_found_in_every_form_in_which_they_are_read(text):
+    images = {name: f"images/{name}.jpg" for name in "abc"}
+    splits = ("train", "val", "{split}.txt", 0.0, "the lists {split}.txt")
+    assert divide.find_lists(images, {"train.txt": text, "val.txt": "c"}) == splits
+    rows, columns = folders.parse_list(text.splitlines())
+    names = folders._names([row.image.removeprefix("./") for row in rows], images, "train.txt")
+    assert names == {"a", "b"}
+    assert "split" not in columns
+
+
+@pytest.mark.parametrize("header", ["image,label,split", "split;file_name", "Subset\tIMG\tmask_path"])
+def test_columns_of_a_table_are_found_by_every_name_by_which_they_are_read(header):
+    separator = next(s for s in ",;\t" if s in header)
+    columns = [word.lower() for word in header.split(separator)]
+    kinds = {"img": "image", "file_name": "image", "mask_path": "label", "subset": "split"}
+    values = {"image": "a.jpg", "label": "a.png", "split": "train"}
+    lines = [header, separator.join(values[kinds.get(column, column)] for column in columns)]
+    (row,), _ = folders.parse_list(lines)
+    assert (row.image, row.split) == ("a.jpg", "train")
+    val = separator.join({"image": "b.jpg", "label": "b.png", "split": "val"}[kinds.get(column, column)] for column in columns)
+    found = divide.find_lists({"a": "a.jpg", "b": "b.jpg"}, {"all.csv": "\n".join([*lines, val])})
+    assert found[:3] == ("train", "val", "all.csv")
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,11 @@ WAYS = {  # {case: (a label file, how it is written, label_map)}
     "0 as white": ("0.tif", lambda p: tifffile.imwrite(p, values(0, 100, 250, 7), photometric="miniswhite"), BY_VALUE),
     "npy": ("0.npy", lambda p: np.save(p, values(0, 10**6, 2, -1, np.int64)), "{0: 'a', 1000000: 'b', 2: 'c', -1: None}"),
     "npy of colors": ("0.npy", lambda p: np.save(p, colored()), BY_COLOR),
+    "struct in mat": (
+        "0.mat",
+        lambda p: scipy.io.savemat(p, {"groundTruth": {"Edges": np.eye(4), "Segmentation": values(0, 100, 250, 7)}}),
+        BY_VALUE,
+    ),
     "mat": ("0.mat", lambda p: scipy.io.savemat(p, {"label": values(0, 100, 250, 7, float)}), BY_VALUE),
 }  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from pspnet_jax.train.checkpoint import SCORE, Checkpoints
+from pspnet_jax.train.checkpoint import Checkpoints
+from pspnet_jax.train.scores import SCORE
 from tests.train import filled_state, tiny_config
 
 

@@ -16,7 +16,8 @@ import pytest
 from pspnet_jax import parallel
 from pspnet_jax.errors import UserError
 from pspnet_jax.train import checkpoint, integrity, layout
-from pspnet_jax.train.checkpoint import SCORE, Checkpoints
+from pspnet_jax.train.checkpoint import Checkpoints
+from pspnet_jax.train.scores import SCORE
 from pspnet_jax.train.step import TrainState
 from tests.train import filled_state, mesh_of, tiny_config
 

@@ -67,7 +67,7 @@ def test_an_interrupted_run_stops_at_the_same_step(tmp_path):
 
 def test_the_processes_of_a_job_stop_together(monkeypatch):
     """One of them may be unable to read a score."""
-    checkpoints = SimpleNamespace(steps_since_best=lambda: 2, steps=[8])
+    checkpoints = SimpleNamespace(scores=SimpleNamespace(steps_since_best=lambda steps: 2), steps=[8])
     for others in (0, 1):
         monkeypatch.setattr(loop.parallel, "max_over_processes", lambda own, others=others: max(own, others))
         assert loop._should_stop_early(patient(2), checkpoints) == bool(others)

@@ -125,7 +125,7 @@ def test_a_stop_signal_ends_an_evaluation_which_is_repeated_on_resume(tmp_path, 
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "eval"] == [3, 6]
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
-    assert all(Checkpoints(tmp_path).score(step) for step in {3, 6} & set(saved_steps(tmp_path)))
+    assert all(Checkpoints(tmp_path).scores.of(step) for step in {3, 6} & set(saved_steps(tmp_path)))
 
 
 def test_scores_with_different_settings_are_not_compared(tmp_path, caplog):

@@ -1,0 +1,87 @@
+"""The scores of a run's checkpoints, each in a file score.json in the checkpoint's directory, and which one is the best."""
+
+import json
+import logging
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from pspnet_jax import files
+from pspnet_jax.train.integrity import reason
+
+logger = logging.getLogger(__name__)
+SCORE = "score"  # the metric in score.json that selects the best checkpoint; version 0.1 had only "mean_iou"
+SETTINGS = "settings"  # the evaluation settings in score.json; scores are only compared if these are equal
+
+
+class Scores:
+    """The metrics of the checkpoints that were scored.
+
+    Attributes:
+      unreadable: the steps whose score files exist but cannot be read.
+    """
+
+    def __init__(self, directory: epath.Path, steps: Sequence[int]):
+        """Reads the scores of these checkpoints in a directory."""
+        self._directory, self.unreadable = directory, set[int]()
+        self._of_step = {step: score for step in steps if (score := self._read(step))}
+
+    def of(self, step: int) -> Mapping[str, Any] | None:
+        """Returns the metrics of a checkpoint with their `SETTINGS`, or None if it was not scored."""
+        return self._of_step.get(step)
+
+    def add(self, step: int, metrics: Mapping[str, float], settings: Mapping[str, Any]) -> None:
+        """Writes the score of a complete checkpoint.
+
+        Args:
+          step: step of the checkpoint.
+          metrics: numbers by name, including `SCORE`; a larger score is better.
+          settings: evaluation settings, serializable as JSON.
+        """
+        data = settings.get("data")
+        if self._of_step and (self._of_step[max(self._of_step)].get(SETTINGS) or {}).get("data", data) != data:
+            logger.warning(
+                "the evaluation data has changed: the best checkpoint is chosen among those scored from step %s on", step
+            )
+        self._of_step[step] = json.loads(json.dumps({**metrics, SETTINGS: settings}))
+        self.unreadable.discard(step)
+        checkpoint = self._directory / str(step)
+        if jax.process_index() == 0 and checkpoint.exists():
+            with files.atomic(checkpoint / "score.json") as path:
+                path.write_text(json.dumps(self._of_step[step]))
+
+    def best(self, steps: Collection[int]) -> int | None:
+        """Returns the one of `steps` with the largest score, of equal ones the first; None if none has a score.
+
+        Only scores with the settings of the newest one are compared.
+        """
+        scores = {step: score for step, score in self._of_step.items() if step in steps and not math.isnan(score[SCORE])}
+        if not scores:
+            return None
+        newest = scores[max(scores)].get(SETTINGS)
+        return -max((score[SCORE], -step) for step, score in scores.items() if score.get(SETTINGS) == newest)[1]
+
+    def steps_since_best(self, steps: Collection[int]) -> int:
+        """Returns the number of steps from the best of `steps` to the last one that was scored."""
+        return max(self._of_step) - best if (best := self.best(steps)) is not None else 0
+
+    def _read(self, step: int) -> dict[str, Any] | None:
+        paths = [self._directory / str(step) / name for name in ("score.json", "metrics/metrics")]
+        try:
+            path = next((path for path in paths if files.is_there(path)), None)
+            if path is None:
+                return None
+            metrics = json.loads(path.read_text())
+            if not isinstance(metrics.get(SETTINGS, {}), dict):
+                raise ValueError(f"{SETTINGS} is not an object")
+            return {**metrics, SCORE: float(metrics.get(SCORE, metrics.get("mean_iou", math.nan)))}
+        except Exception as error:  # the other checkpoints must remain usable
+            self.unreadable.add(step)
+            logger.warning(
+                "the score of checkpoint %s cannot be read (%s); it cannot be selected as the best, but it is kept",
+                *(step, reason(error)),
+            )
+            return None
