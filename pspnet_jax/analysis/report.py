@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 import pspnet_jax
-from pspnet_jax import files, runs, scoring
+from pspnet_jax import datasets, files, runs, scoring
 from pspnet_jax.analysis import cooccurrence, curves, document, fiftyone, image, page, pictures, tables
 from pspnet_jax.analysis.cooccurrence import Cooccurrence
 from pspnet_jax.analysis.document import Scored
@@ -79,11 +79,11 @@ def _require_comparable(run: Run, other: Run) -> None:
     Raises:
       UserError: they have not.
     """
-    classes = [list(map(str.lower, one.restored.config.dataset.class_names)) for one in (run, other)]
-    if classes[0] != classes[1]:
+    theirs, ours = (one.restored.config.dataset.class_names for one in (other, run))
+    for label, their, our in datasets.differing_classes(theirs, ours):
         raise UserError(
-            f"--against {other.restored.workdir}: its classes are {', '.join(classes[1])}, but those of the run are "
-            f"{', '.join(classes[0])}; two runs are compared on the same classes"
+            f"--against {other.restored.workdir}: its class {label} is {their or 'missing'!r}, but that of the run is "
+            f"{our or 'missing'!r}; only runs with the same classes can be compared"
         )
     one, two = ((sorted(s.names), s.fingerprint, s.reading) for s in (run.source, other.source))
     if one != two:

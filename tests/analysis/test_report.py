@@ -130,7 +130,10 @@ def opened(classes=("a", "b"), names=("x", "y"), fingerprint="1"):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"classes": ("a", "c")}, "runs/other: its classes are a, c, but those of the run are a, b; two runs are compared"),
+        (
+            {"classes": ("a", "c")},
+            "runs/other: its class 1 is 'c', but that of the run is 'b'; only runs with the same classes",
+        ),
         ({"names": ("x", "z")}, r"runs/other: its images and labels \(2\) are not those of the run \(2\)"),
         ({"fingerprint": "2"}, "its images and labels"),
     ],
@@ -162,3 +165,8 @@ def test_curves_have_numbers_and_keep_undamaged_lines(tmp_path):
         "training": [{"step": 1, "loss": 2.5}, {"step": 2, "loss": None}],
         "evaluations": [{"step": 2, "mean_iou": 0.25, "pixel_accuracy": 0.5}],
     }
+
+
+def test_another_format_is_refused(tmp_path, capsys):
+    assert main(["--mode=report", f"--workdir={tmp_path}", "--format=voc"]) == 1
+    assert "--format voc: --mode report has only fiftyone" in capsys.readouterr().err
