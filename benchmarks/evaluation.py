@@ -111,7 +111,7 @@ def balance(count: int, protocol: str) -> None:
     for scales, windows in itertools.product(((1.0,), SIX), (1, 4, 8)):
         config = settings(protocol, ADE20K_CROP, *sizes, scales=scales, batch_size=windows * jax.device_count())
         predictor = Predictor(trivial_network, config, 2)
-        for _, labels in predictor.stream(predictor.place(np.zeros(2, np.float32)), ({"image": image} for image in images)):
+        for _, labels, _ in predictor.stream(predictor.place(np.zeros(2, np.float32)), ({"image": image} for image in images)):
             labels.block_until_ready()
         print(
             f"| {protocol} | {len(scales)} | {jax.device_count()} | {windows} | {predictor.windows / predictor.slots:.1%} |",

@@ -115,33 +115,40 @@ def atomic(path: epath.PathLike) -> Iterator[epath.Path]:
             temporary.unlink(missing_ok=True)
 
 
-def require_new_folder(path: epath.PathLike) -> None:
+def require_new_folder(path: epath.PathLike, replaces: str = "") -> None:
     """Checks that `new_folder` can create a folder.
 
     Raises:
-      UserError: `path` exists or is in a bucket.
+      UserError: `path` exists (and is not to be replaced) or is in a bucket.
     """
     if is_remote(path):
         raise UserError(f"{os.fspath(path)}: directories are only written locally; copy it to the bucket afterwards")
-    if is_there(path):
+    if is_there(path) and not (replaces and is_there(epath.Path(path) / replaces)):
         raise UserError(f"{os.fspath(path)}: already exists; choose another name, or delete it")
 
 
 @contextlib.contextmanager
-def new_folder(path: epath.PathLike) -> Iterator[pathlib.Path]:
+def new_folder(path: epath.PathLike, replaces: str = "") -> Iterator[pathlib.Path]:
     """Yields a temporary directory beside `path`, and renames it to `path` if the block succeeds.
 
+    Args:
+      path: of the directory.
+      replaces: name of a file; an existing directory that contains it is replaced.
+
     Raises:
-      UserError: `path` exists, is in a bucket or cannot be written.
+      UserError: `path` exists (and is not to be replaced), is in a bucket or cannot be written.
     """
-    require_new_folder(path)
+    require_new_folder(path, replaces)
     folder = pathlib.Path(path)
-    temporary = folder.with_name(f".{secrets.token_hex(8)}")
+    temporary, former = (folder.with_name(f".{secrets.token_hex(8)}") for _ in range(2))
     with writing(folder, "nothing was written"):
         try:
             temporary.mkdir(parents=True)
             yield temporary
+            if replaces and is_there(folder):
+                folder.rename(former)
             temporary.rename(folder)
+            shutil.rmtree(former, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -1,7 +1,7 @@
 """The modes of the command line, one function each, which connect config, data, network, training and inference.
 
-Those of other modes are in `checking`, `exchange` and `pretrain`. Each function takes the parsed arguments (see `main`) and the
-overrides of the config.
+Those of other modes are in `checking`, `exchange`, `pretrain` and `analysis.report`. Each function takes the parsed arguments
+(see `main`) and the overrides of the config.
 """
 
 import argparse
@@ -147,15 +147,9 @@ def evaluator(
 
 def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """--mode evaluate: scores a checkpoint with its saved config, and writes a new report to WORKDIR/evaluation/."""
-    from pspnet_jax.data import palettes, sources
-
     config, step, variables, workdir, saved = runs.restore(arguments, overrides)
     network = scoring.segmenter(config, variables)
-    source = sources.open_source(config.dataset, config.eval.split, channels=config.model.channels)
-    parallel.require_same({"validation data": source.fingerprint})
-    _warn_of_training_images(saved, source)
-    palettes.require_agreement([palettes.training_colors(saved.dataset), source.palette])
-    source = scoring.sort_by_size(network.predictor, source)
+    source = scoring.sort_by_size(network.predictor, scoring.open_split(config, saved))
     report, _ = scoring.score(network, config, source)
     if jax.process_index() == 0:
         with contextlib.suppress(OSError):  # the reader of the pipe is gone, as after `| head -1`
@@ -169,6 +163,13 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         picture = figures.confusion_matrix(report.matrix, report.info.class_names)
         draw.save(picture, path.with_name(f"{path.stem}_confusion.png"))
         logger.info(f"written to {path}, and the confusion matrix to {path.stem}_confusion.csv and .png beside it")
+
+
+def report(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """--mode report: shows why a network fails, in a folder of pages, pictures and tables."""
+    from pspnet_jax.analysis import report as analysis  # imports SciPy and TensorFlow
+
+    analysis.report(arguments, overrides)
 
 
 def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -258,6 +259,7 @@ JOBS = {
     "train": train,
     "pretrain": pretrain.pretrain,
     "evaluate": evaluate,
+    "report": report,
     "predict": predict,
     "import": exchange.import_weights,
     "verify": exchange.verify,
@@ -265,16 +267,6 @@ JOBS = {
     "export": exchange.export,
 }
 MULTI_PROCESS_JOBS = ("train", "pretrain", "evaluate", "predict")  # modes that several processes can run together
-
-
-def _warn_of_training_images(saved: ConfigDict, source: Any) -> None:
-    """Warns if the training data, where it is available, contains images that will be evaluated."""
-    from pspnet_jax.data import overlap, sources
-
-    with contextlib.suppress(UserError):  # the training data is not available
-        parts = list(sources.training_parts(saved.copy_and_resolve_references().dataset))
-        if not any("://" in dataset.root for dataset, _ in parts):  # too slow in a bucket
-            overlap.warn_shared([sources.open_source(*part, check=False) for part in parts], source)
 
 
 def _split_images(config: ConfigDict) -> dict[str, str]:

@@ -76,9 +76,14 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
     ),
     "workdir": ([*jobs.JOBS], {"type": _path, "metavar": "DIR", "help": "directory of the run; default: runs/<recipe name>"}),
     "checkpoint": (
-        ["evaluate", "predict", "export"],
+        ["evaluate", "report", "predict", "export"],
         {"type": _nonempty, "metavar": "WHICH", "help": "latest (the default), best or a step number"},
     ),
+    "split": (
+        ["report"],
+        {"type": _nonempty, "metavar": "NAME", "help": "split of the dataset to report on; default: config.eval.split"},
+    ),
+    "against": (["report"], {"type": _path, "metavar": "DIR", "help": "directory of another run to compare with"}),
     "input": (
         ["predict", "check", "import", "verify", "export"],
         {
@@ -89,7 +94,7 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
         },
     ),
     "output": (
-        ["predict", "check", "export", "preflight"],
+        ["predict", "report", "check", "export", "preflight"],
         {
             "type": _path,
             "metavar": "PATH",
@@ -97,11 +102,11 @@ OPTIONS: dict[str, tuple[Sequence[str], dict[str, Any]]] = {  # argument: the mo
         },
     ),
     "format": (
-        ["predict", "export"],
+        ["predict", "report", "export"],
         {
             "type": _nonempty,
-            "help": "format of a benchmark server: cityscapes, ade20k or voc; export: torch, safetensors, hf, stablehlo, "
-            "savedmodel, onnx or tflite",
+            "help": "format of a benchmark server: cityscapes, ade20k or voc; report: fiftyone, to add a dataset for FiftyOne; "
+            "export: torch, safetensors, hf, stablehlo, savedmodel, onnx or tflite",
         },
     ),
     "outputs": (["export"], {"choices": ("labels", "probabilities"), "help": "of a program; default: labels"}),

@@ -1,5 +1,6 @@
 """Builds the segmenter that a config describes, and scores it on a split."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,8 @@ import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
-from pspnet_jax import datasets, models
+from pspnet_jax import datasets, models, parallel
+from pspnet_jax.errors import UserError
 from pspnet_jax.infer import evaluate as evaluation
 from pspnet_jax.infer.predictor import Predictor
 from pspnet_jax.infer.segmenter import Segmenter
@@ -31,6 +33,28 @@ def build_predictor(config: ConfigDict, model: nn.Module, devices: Sequence[jax.
     return Predictor(apply, config, datasets.describe(config.dataset).num_classes, devices)
 
 
+def open_split(config: ConfigDict, saved: ConfigDict) -> Any:
+    """Opens config.eval.split to score a run, and warns about images in it that the run was trained on.
+
+    Args:
+      config: with the overrides of the command line.
+      saved: the run's own.
+
+    Raises:
+      UserError: the split cannot be opened, or its labels have other colors than those of the training data.
+    """
+    from pspnet_jax.data import overlap, palettes, sources
+
+    source = sources.open_source(config.dataset, config.eval.split, channels=config.model.channels)
+    parallel.require_same({"validation data": source.fingerprint})
+    with contextlib.suppress(UserError):  # the training data is not available
+        parts = list(sources.training_parts(saved.copy_and_resolve_references().dataset))
+        if not any("://" in dataset.root for dataset, _ in parts):  # too slow in a bucket
+            overlap.warn_shared([sources.open_source(*part, check=False) for part in parts], source)
+    palettes.require_agreement([palettes.training_colors(saved.dataset), source.palette])
+    return source
+
+
 def sort_by_size(predictor: Predictor, source: Any) -> Any:
     """Returns the source sorted by image size for whole-image inference, otherwise unchanged; logs the number of sizes."""
     if predictor.settings.inference != "whole":
@@ -42,9 +66,11 @@ def sort_by_size(predictor: Predictor, source: Any) -> Any:
     return ordered
 
 
-def score(network: Segmenter, config: ConfigDict, source: Any) -> tuple[Report, Mapping[str, Any]]:
-    """Evaluates config.eval.split, opened as `source`."""
+def score(
+    network: Segmenter, config: ConfigDict, source: Any, pictures: int = PICTURES, observe: evaluation.Observe | None = None
+) -> tuple[Report, Mapping[str, Any]]:
+    """Evaluates config.eval.split, opened as `source`; see `evaluation.evaluate`."""
     from pspnet_jax.data import pipeline
 
     dataset = pipeline.eval_dataset(config, host=jax.process_index(), hosts=jax.process_count(), source=source)
-    return evaluation.evaluate(network, pipeline.as_numpy(dataset), len(source), config.eval.split, pictures=PICTURES)
+    return evaluation.evaluate(network, pipeline.as_numpy(dataset), len(source), config.eval.split, pictures, observe)

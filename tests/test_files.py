@@ -83,3 +83,16 @@ def test_storage_errors_become_user_errors(error, reason):
 def test_a_user_error_is_raised_unchanged():
     with pytest.raises(MissingFileError, match=r"^x: no such file$"), files.writing("runs/x", "make room"):
         raise MissingFileError("x: no such file")
+
+
+def test_a_folder_is_replaced_only_if_it_holds_the_file_and_the_block_succeeds(tmp_path):
+    target = tmp_path / "report"
+    for text in ("first", "second"):
+        with files.new_folder(target, "own.txt") as folder:
+            (folder / "own.txt").write_text(text)
+    with pytest.raises(UserError, match="nothing was written"), files.new_folder(target, "own.txt") as folder:
+        (folder / "missing.txt").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+    assert (target / "own.txt").read_text() == "second"
+    with pytest.raises(UserError, match="already exists"), files.new_folder(target, "other.txt"):
+        pass

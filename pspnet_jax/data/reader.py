@@ -83,6 +83,10 @@ class Source:
             raise UserError(f"{self.where(index)}: {problem}")
         return image, label
 
+    def read_label(self, index: int) -> np.ndarray:
+        """Returns the label that `read` returns; a subclass may do so without decoding the image."""
+        return self.read(index)[1]
+
     def tensors(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Does the same as `load` in a TensorFlow graph, if `in_graph` is set; index is an int64 scalar."""
         raise NotImplementedError

@@ -121,6 +121,20 @@ class Files(Source):
             return image, cast(Any, checks.open_large_label(label_file, self._reader))
         return image, self._label(tf.constant(index)).numpy()
 
+    def read_label(self, index: int) -> np.ndarray:
+        if index in self._large:
+            return super().read_label(index)
+        try:
+            label = self._load_label(tf.constant(index, tf.int64)).numpy()
+        except Exception:  # explained by `read`
+            return super().read_label(index)
+        return label if (label + np.uint8(1)).max(initial=0) <= self.num_classes else super().read_label(index)
+
+    @functools.cached_property
+    def _load_label(self) -> Callable[[tf.Tensor], tf.Tensor]:
+        function = tf.function(self._label, input_signature=[tf.TensorSpec([], tf.int64)], autograph=False)
+        return function.get_concrete_function()
+
     @functools.cached_property
     def _load(self) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
         function = tf.function(self.tensors, input_signature=[tf.TensorSpec([], tf.int64)], autograph=False)

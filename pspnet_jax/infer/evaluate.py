@@ -1,7 +1,7 @@
 """Scores a network on a split: one confusion matrix over all images, and a report that includes the settings."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,8 @@ from pspnet_jax.metrics import confusion_matrix, summarize
 from pspnet_jax.progress import progress
 from pspnet_jax.report import Report
 
+Observe = Callable[[Example, np.ndarray, np.ndarray], None]  # example, prediction uint8[H, W], its confidence f32[H, W]
+
 
 def evaluate(
     segmenter: Segmenter,
@@ -27,6 +29,7 @@ def evaluate(
     num_examples: int,
     split: str,
     pictures: int = 0,
+    observe: Observe | None = None,
 ) -> tuple[Report, dict[str, Image.Image]]:
     """Scores a split. With several processes, each passes its share of the examples and gets the report on the whole split.
 
@@ -36,6 +39,8 @@ def evaluate(
       num_examples: total over all processes.
       split: its name, for the report.
       pictures: number of examples to return as pictures (image, label and prediction side by side), keyed by name.
+      observe: called with every example of this process, which has its number in the share; its prediction; and the
+        probability of the predicted class at each pixel. The arrays are read-only.
 
     Raises:
       UserError: the number of examples is 0 or not `num_examples`; an example lacks a field; a label has the wrong size, type
@@ -49,21 +54,22 @@ def evaluate(
     before = predictor.windows, predictor.slots
     panels: dict[str, Image.Image] = {}
     total = np.zeros((info.num_classes, info.num_classes), np.int64)
-    images, pending = 0, list[tuple[Sequence[Example], tuple[jax.Array, jax.Array]]]()
+    images, pending = 0, list[tuple[Sequence[Example], tuple[jax.Array, jax.Array], list[jax.Array]]]()
     with parallel.fail_together("evaluating"), progress(f"evaluating {split}", share) as advance:
         checked = _checked(examples, info.num_classes)
         numbered = ({**example, "number": i} for i, example in enumerate(checked))
-        for group, labels in predictor.stream(segmenter.variables, numbered):
-            pending.append((group, _count(_stack_labels(group, labels.shape), labels, info.num_classes)))
+        for group, labels, confidence in predictor.stream(segmenter.variables, numbered):
+            counts = _count(_stack_labels(group, labels.shape), labels, info.num_classes)
+            pending.append((group, counts, [labels, confidence] if observe else []))
             for i, example in enumerate(group):
                 if example["number"] in chosen:
                     panels[example["name"]] = _panel(example, np.asarray(labels)[i], info)
             images += len(group)
             if len(pending) > 1:  # fetched one group late, so that the devices always have work queued
-                total += _fetch_counts(*pending.pop(0), predictor)
+                total += _fetch(*pending.pop(0), predictor, observe)
             advance(len(group))
         for last in pending:
-            total += _fetch_counts(*last, predictor)
+            total += _fetch(*last, predictor, observe)
     slots = parallel.max_over_processes(predictor.slots - before[1]) * jax.process_count()  # the last one keeps all waiting
     total, images, windows = _sum_over_processes(total, images, predictor.windows - before[0])
     if images != num_examples:
@@ -117,8 +123,14 @@ def _count(truth: jax.Array, labels: jax.Array, num_classes: int) -> tuple[jax.A
     return confusion_matrix(truth, jax.numpy.where(unpredicted, 0, labels), num_classes), unpredicted.any((1, 2))
 
 
-def _fetch_counts(group: Sequence[Example], counts: tuple[jax.Array, jax.Array], predictor: Predictor) -> np.ndarray:
-    """Waits for a group's confusion matrix and returns it."""
+def _fetch(
+    group: Sequence[Example],
+    counts: tuple[jax.Array, jax.Array],
+    predicted: Sequence[jax.Array],
+    predictor: Predictor,
+    observe: Observe | None,
+) -> np.ndarray:
+    """Waits for a group's confusion matrix and returns it, after its examples were observed with what was predicted."""
     with predictor.explain_out_of_memory([example["image"] for example in group]):
         matrix, unpredicted = map(np.asarray, counts)
     for example, any_unpredicted in zip(group, unpredicted, strict=False):
@@ -127,6 +139,10 @@ def _fetch_counts(group: Sequence[Example], counts: tuple[jax.Array, jax.Array],
                 f"{example['name']}: the network's scores are not finite (NaN), so the image cannot be evaluated; "
                 "the weights may be damaged, or training may have diverged"
             )
+    if observe:
+        for example, *arrays in zip(group, *map(np.asarray, predicted), strict=False):
+            height, width = example["label"].shape
+            observe(example, *(array[:height, :width] for array in arrays))
     return matrix
 
 

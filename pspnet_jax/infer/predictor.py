@@ -129,13 +129,13 @@ class Predictor:
         local = jax.tree.map(parallel.local, variables)
         return jax.device_put(local, parallel.replicated(self.mesh))
 
-    def stream(self, variables: Any, examples: Iterable[Example]) -> Iterator[tuple[list[Example], jax.Array]]:
-        """Yields all examples in `groups`, each group with the `labels` of its images."""
+    def stream(self, variables: Any, examples: Iterable[Example]) -> Iterator[tuple[list[Example], jax.Array, jax.Array]]:
+        """Yields all examples in `groups`, each group with the `labels_and_confidence` of its images."""
         for group in self.groups(variables, examples):
             images = [example["image"] for example in group]
             with self.explain_out_of_memory(images):
-                labels = self.labels(variables, images)
-            yield group, labels
+                labels, confidence = self.labels_and_confidence(variables, images)
+            yield group, labels, confidence
 
     def groups(self, variables: Any, examples: Iterable[Example]) -> Iterator[list[Example]]:
         """Yields the examples, on one device in order, in groups for `labels`, see `form_groups`."""
@@ -172,9 +172,14 @@ class Predictor:
         Raises:
           UserError: see `check`; or the network does not return logits [N, H, W, K].
         """
+        return self.labels_and_confidence(variables, images)[0]
+
+    def labels_and_confidence(self, variables: Any, images: Sequence[np.ndarray]) -> tuple[jax.Array, jax.Array]:
+        """Returns the `labels` and their probabilities f32[M, S, T], which cost no further pass through the network."""
         with jax.enable_x64(False):
             plan = self._plan(variables, images)
-            return self._in_order(self._most_probable(*self._add_views(variables, plan, plan.held)), plan)
+            labels, summed = self._most_probable(*self._add_views(variables, plan, plan.held))
+            return self._in_order(labels, plan), self._in_order(summed / len(plan.canvases), plan)
 
     def probabilities(self, variables: Any, images: Sequence[np.ndarray]) -> jax.Array:
         """Returns probabilities f32[M, S, T, K]; otherwise like `labels`."""

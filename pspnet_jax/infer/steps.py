@@ -52,21 +52,26 @@ def accumulate_view(protocol: Protocol, total: jax.Array, sums: jax.Array, to_im
     return jax.lax.fori_loop(0, len(strips), add, strips).reshape(total.shape)
 
 
-def most_probable(protocol: Protocol, total: jax.Array | None, views: list[ViewSums]) -> jax.Array:
-    """Returns the labels uint8[m, H, W] from the total, if any, plus the views not in it; in strips, to save memory."""
+def most_probable(protocol: Protocol, total: jax.Array | None, views: list[ViewSums]) -> tuple[jax.Array, jax.Array]:
+    """Returns the most probable classes uint8[m, H, W] and the sums of their scores over the views, f32[m, H, W].
+
+    The scores are the total, if any, plus those of the views not in it; in strips, to save memory.
+    """
     rows, columns = views[0][1]
     (count, height, _), width = rows.indices.shape, columns.indices.shape[1]
     strips = jnp.zeros((0,)) if total is None else total.reshape(-1, STRIP, width, total.shape[-1])
 
-    def labels(i: jax.Array) -> jax.Array:
+    def best(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         scores = [] if total is None else [strips[i]]
         scores += [protocol.finalize_scores(_strip(sums, to_image, i)) for sums, to_image in views]
-        return jnp.argmax(sum(scores), -1).astype(jnp.uint8)
+        summed = sum(scores)
+        return jnp.argmax(summed, -1).astype(jnp.uint8), jnp.max(summed, -1)
 
-    found = jax.lax.map(labels, jnp.arange(count * height // STRIP)).reshape(count, height, width)
+    strips_found = jax.lax.map(best, jnp.arange(count * height // STRIP))
+    found, highest = (x.reshape(count, height, width) for x in strips_found)
     accumulated = [*([] if total is None else [total]), *(sums for sums, _ in views)]
     finite = jnp.all(jnp.array([(x < jnp.inf).all((1, 2, 3)) for x in accumulated]), 0)  # argmax returns a class even for NaN
-    return jnp.where(finite[:, None, None], found, IGNORE).astype(jnp.uint8)
+    return jnp.where(finite[:, None, None], found, IGNORE).astype(jnp.uint8), highest
 
 
 def _strip(sums: jax.Array, to_image: ToImage, i: jax.Array) -> jax.Array:

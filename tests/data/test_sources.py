@@ -30,6 +30,7 @@ def assert_loads(source, index, image, label):
     loaded = source.read(index)
     np.testing.assert_array_equal(loaded[0], image)
     np.testing.assert_array_equal(loaded[1], label)
+    np.testing.assert_array_equal(source.read_label(index), label)
 
 
 # Folder

@@ -66,6 +66,23 @@ def test_every_pixel_of_every_image_counts_once(devices, inference):
     assert report.slots_used == used[inference, devices]
 
 
+@pytest.mark.parametrize("devices", [1, 4])
+def test_each_example_is_observed_once_with_its_prediction_and_confidence(devices):
+    seen, weights = {}, STRONGEST / 8  # so that the confidence is not 1
+
+    def observe(example, prediction, confidence):
+        assert example["name"] not in seen
+        seen[example["name"]] = np.array(prediction)
+        pure = np.eye(3, dtype=np.uint8)[prediction] * 255
+        np.testing.assert_array_equal(example["image"], pure)
+        np.testing.assert_allclose(confidence, 1 / (1 + 2 * np.exp(-10 / 8)), rtol=1e-5)
+
+    network = predictor(devices, inference="whole")
+    report, _ = evaluate(Segmenter(network, weights, INFO), examples(*SIZES), len(SIZES), "val", observe=observe)
+    assert {name: label.shape for name, label in seen.items()} == {str(i): size for i, size in enumerate(SIZES)}
+    np.testing.assert_array_equal(report.matrix, expected_matrix(examples(*SIZES)))
+
+
 def test_the_wrong_number_of_examples_is_an_error():
     with pytest.raises(UserError, match="split 'val': got 2 images, but expected 3"):
         evaluate(Segmenter(predictor(), STRONGEST, INFO), examples(*SIZES[:2]), 3, "val")
@@ -202,7 +219,7 @@ def test_an_out_of_memory_error_names_the_settings_to_lower(monkeypatch):
     def scarce(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.\nmore")
 
-    monkeypatch.setattr(Predictor, "labels", scarce)
+    monkeypatch.setattr(Predictor, "labels_and_confidence", scarce)
     message = r"memory ran out with 2 image\(s\) of 40x40 \(RESOURCE_EXHAUSTED: .* bytes\.\); lower one of eval.batch_size=8, "
     with pytest.raises(UserError, match=message):
         evaluate(Segmenter(predictor(batch_size=8), STRONGEST, INFO), examples(*SIZES[:2]), 2, "val")

@@ -118,10 +118,13 @@ def test_labels_are_the_most_probable_classes_whether_views_are_kept_or_added_up
     monkeypatch.setattr("pspnet_jax.infer.predictor.plan_images", lambda *args: plan.plan_images(*args)._replace(held=held))
     images, config = [picture(14, 18), picture(30, 12, 1)], settings(protocol="mmseg", scales=(0.5, 1.0, 1.5))
     predictor = Predictor(asymmetric, config, CLASSES, jax.devices()[:2])
-    labels = predictor.labels(ONE, images)
+    labels, confidence = predictor.labels_and_confidence(ONE, images)
+    np.testing.assert_array_equal(predictor.labels(ONE, images), labels)
     assert labels.dtype == np.uint8
-    for label, p in zip(cropped(labels, images), probabilities(asymmetric, ONE, images, config), strict=True):
+    expected = probabilities(asymmetric, ONE, images, config)
+    for label, highest, p in zip(cropped(labels, images), cropped(confidence, images), expected, strict=True):
         np.testing.assert_array_equal(label, p.argmax(-1))
+        np.testing.assert_allclose(highest, p.max(-1), rtol=1e-6)
 
 
 def test_new_weights_and_most_new_sizes_compile_nothing():
@@ -162,8 +165,8 @@ def test_stream_keeps_the_order_and_fills_the_batch(fields, groups):
     )
     weights, normalize = predictor.place(np.eye(3, dtype=np.float32)), base_config().normalize
     found = list(predictor.stream(weights, [{"image": image, "name": i} for i, image in enumerate(images)]))
-    assert [[example["name"] for example in group] for group, _ in found] == groups
-    for group, labels in found:
+    assert [[example["name"] for example in group] for group, _, _ in found] == groups
+    for group, labels, _ in found:
         group_images = [example["image"] for example in group]
         for image, label in zip(group_images, cropped(labels, group_images), strict=True):
             strongest = ((image - normalize.mean) / normalize.std).argmax(-1)
