@@ -71,7 +71,7 @@ def analyze(
         "width": truth.shape[1],
         **_scores(cells.reshape(-1, num_classes, num_classes).sum(0)),
         "confidence": float(confidence.mean()),
-        "smallest": int(regions.pixels[1:].min(initial=truth.size)),
+        "smallest": int(regions.pixels[1:].min()) if len(regions) > 1 else None,
     }
     return Statistics(
         kept,

@@ -34,14 +34,11 @@ MAX_PIXELS = 2**25  # of the images that are analyzed at a time, unless it is a 
 
 
 class Run(NamedTuple):
-    """A run and the split to report on."""
+    """A run, the split to report on, and the run's name in the report."""
 
     restored: runs.Restored
     source: Any
-
-    @property
-    def title(self) -> str:
-        return self.restored.workdir.name
+    title: str
 
 
 def report(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -58,7 +55,8 @@ def report(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         of_other = {**vars(arguments), "workdir": arguments.against, "config": None}
         other = open_run(argparse.Namespace(**of_other), overrides)
         _require_comparable(run, other)
-    default = "report" if other is None else f"report_against_{other.title}"
+        run, other = _with_different_titles(run, other)
+    default = "report" if other is None else f"report_against_{other.restored.workdir.name}"
     output = arguments.output or run.restored.workdir / default
     files.require_new_folder(output, FILE)
     overlap.refuse_inside(output, [run.source])
@@ -70,7 +68,14 @@ def report(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 def open_run(arguments: argparse.Namespace, overrides: Sequence[str]) -> Run:
     """Opens the run and the split that the command line names."""
     restored = runs.restore(arguments, overrides)
-    return Run(restored, scoring.open_split(restored.config, restored.saved))
+    return Run(restored, scoring.open_split(restored.config, restored.saved), restored.workdir.name)
+
+
+def _with_different_titles(*compared: Run) -> list[Run]:
+    """Returns runs whose titles are as much of the ends of their paths as tells them apart."""
+    paths = [run.restored.workdir.parts for run in compared]
+    length = next((n for n in range(1, max(map(len, paths))) if len({path[-n:] for path in paths}) == len(paths)), 1)
+    return [run._replace(title="/".join(path[-length:])) for run, path in zip(compared, paths, strict=True)]
 
 
 def _require_comparable(run: Run, other: Run) -> None:

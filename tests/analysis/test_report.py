@@ -68,6 +68,16 @@ def test_the_score_is_that_of_evaluate(runs):
     assert rows == [row["pixels"] for row in expected["classes"]] == [entry["pixels"] for entry in found["classes"]]
 
 
+def test_runs_of_the_same_name_get_different_titles():
+    def titles(*workdirs):
+        found = [report.Run(types.SimpleNamespace(workdir=epath.Path(workdir)), None, "") for workdir in workdirs]
+        return [run.title for run in report._with_different_titles(*found)]
+
+    assert titles("/a/one", "/a/two") == ["one", "two"]
+    assert titles("/a/x/run", "/b/x/run") == ["a/x/run", "b/x/run"]
+    assert titles("/a/run", "/a/run") == ["run", "run"]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_two_runs_and_all_files(runs, tmp_path):
@@ -82,7 +92,8 @@ def test_two_runs_and_all_files(runs, tmp_path):
     assert (found["title"], against["title"]) == ("one", "two")
     assert found["curves"] == {"training": [], "evaluations": []}
     assert [entry["name"] for entry in found["images"]] == ["000", "001", "002"]
-    assert (found["images"][2]["mean_iou"], found["images"][2]["labeled"]) == (None, 0)
+    row = found["images"][2]
+    assert (row["mean_iou"], row["labeled"], row["smallest"]) == (None, 0, None)
     for row, other in zip(found["images"], against["images"], strict=True):
         assert {*row["pictures"]} == {"image", "truth", "prediction", "error", "confidence"}
         for path in (*row["pictures"].values(), *other["pictures"].values()):
@@ -124,7 +135,7 @@ class Source(list):
 def opened(classes=("a", "b"), names=("x", "y"), fingerprint="1"):
     config = base_config()
     config.dataset.class_names = classes
-    return report.Run(types.SimpleNamespace(config=config, workdir="runs/other"), Source(names, fingerprint))
+    return report.Run(types.SimpleNamespace(config=config, workdir="runs/other"), Source(names, fingerprint), "other")
 
 
 @pytest.mark.parametrize(
