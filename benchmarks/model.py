@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.candidates import DTYPES, HEADS, JOBS, Candidate, Task, count_flops, functions_and_data, make_task, ours, semseg
-from pspnet_jax import datasets, parallel
+from pspnet_jax import datasets, parallel, programs
 from pspnet_jax.config import load_recipe
 
 # Dense FLOP/s by prefix of JAX's device_kind, from the vendors' data sheets, at JAX's default precision: float32 products use
@@ -276,6 +276,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ConfigDict]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    programs.skip_tpu_compiler()
     arguments, config = parse(argv)
     num_classes = datasets.describe(config.dataset).num_classes
     rows = (check if arguments.check else benchmark)(arguments, config, num_classes)
