@@ -21,7 +21,7 @@ pytestmark = [
     ),
 ]
 FLAGS = "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-FLAGS += " --disable-component-update --disable-sync"
+FLAGS += " --disable-component-update --disable-sync --disable-dev-shm-usage"
 NAMES = ["sky", '<u>road</u> & "path"', "it's #1 50%", "Straße", "never"]
 IMAGES = 60
 
@@ -68,7 +68,7 @@ def emulate(browser, scheme: str) -> None:
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
 
 
-def until(condition, seconds: float = 10):
+def until(condition, seconds: float = 60):
     """Returns the first true result of a function that is called again and again."""
     end = time.monotonic() + seconds
     while not (found := condition()):
