@@ -2,7 +2,8 @@
 
 import collections
 import errno
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 ADVICE = {
     errno.ENOSPC: "free some space, or choose another place",
@@ -33,6 +34,20 @@ def user_message(error: BaseException) -> str:
     exception that was raised from one of these.
     """
     return _message(error) or (user_message(error.__cause__) if error.__cause__ else "")
+
+
+def exit_status(program: Callable[[], None]) -> int:
+    """Runs a program. Returns 0, 1 after printing the `user_message` of an error, or 130 after Ctrl-C; bugs are raised."""
+    try:
+        program()
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if not (sentence := user_message(error)):
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _message(error: BaseException) -> str:

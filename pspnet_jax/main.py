@@ -178,7 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.ERROR)
     logging.raiseExceptions = False  # if the reader of a pipe is gone, as after `| head -1`, the job goes on
-    try:
+
+    def program() -> None:
         arguments, overrides = _parse(argv)
         if arguments.mode == "preflight":
             jax.config.update("jax_platforms", "cpu")  # on a TPU machine, the compiler works while the TPU is busy
@@ -188,14 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             logger.setLevel(logging.WARNING)  # only the first process logs progress
         with _interruptible():
             jobs.JOBS[arguments.mode](arguments, overrides)
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        if not (sentence := errors.user_message(error)):
-            raise
-        print(f"error: {sentence}", file=sys.stderr)
-        return 1
-    return 0
+
+    return errors.exit_status(program)
 
 
 @contextlib.contextmanager

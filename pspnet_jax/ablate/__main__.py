@@ -24,19 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%m-%d %H:%M:%S", stream=sys.stdout, force=True)
     logger.setLevel(logging.INFO)
     logging.raiseExceptions = False  # if the reader of a pipe is gone
-    try:
-        arguments, overrides = _parse(argv)
-        if failures := _ablate(arguments, overrides):
+
+    def program() -> None:
+        if failures := _ablate(*_parse(argv)):
             listed = "\n".join(f"{name}: {reason}" for name, reason in failures.items())
             raise errors.UserError(f"{len(failures)} run(s) failed; the same command tries them again\n{listed}")
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        if not (sentence := errors.user_message(error)):
-            raise
-        print(f"error: {sentence}", file=sys.stderr)
-        return 1
-    return 0
+
+    return errors.exit_status(program)
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:

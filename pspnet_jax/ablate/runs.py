@@ -1,6 +1,5 @@
 """The training runs of tables: what they need, what is done already, and a process for each of them."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -20,7 +19,7 @@ from pspnet_jax import config as configs
 from pspnet_jax import files, runs, weights
 from pspnet_jax.ablate.tables import Table, find
 from pspnet_jax.errors import UserError
-from pspnet_jax.train import resume
+from pspnet_jax.train import jsonlines, resume
 
 PROGRAM = (sys.executable, "-m", "pspnet_jax.main")
 # Fields that may differ from those of a run that is there already, since they do not change its scores.
@@ -87,10 +86,7 @@ def _option(change: tuple[str, Any]) -> str:
 
 def _evaluations(workdir: epath.Path) -> Iterator[Mapping[str, Any]]:
     """Yields the reports of a run: those made in training, and those of --mode evaluate."""
-    if (path := workdir / "metrics.jsonl").exists():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a damaged line
-                yield json.loads(line)
+    yield from jsonlines.read(workdir / "metrics.jsonl")
     yield from map(files.read_json, workdir.glob("evaluation/*.json"))
 
 

@@ -32,7 +32,7 @@ class JsonLines:
         path = self._path
         content = path.read_bytes() if path.exists() else b""
         lines = [line for line in content.split(b"\n") if line.strip()]
-        steps = [_step(line) for line in lines]
+        steps = [values["step"] if (values := _parse(line)) else None for line in lines]
         good = [(line, step) for line, step in zip(lines, steps, strict=True) if step is not None and step <= start]
         kept = b"".join(
             line + b"\n" for line, step in good if step < start or not drop_kind or json.loads(line).get("kind") != drop_kind
@@ -89,11 +89,17 @@ class JsonLines:
             logger.warning("%s: %s line(s) could not be written", self._path, self._pending.count("\n"))
 
 
-def _step(line: bytes) -> int | None:
-    """Returns the step of a line, or None if the line is damaged."""
+def read(path: epath.Path) -> list[dict[str, Any]]:
+    """Returns the lines of a file that are not damaged; none if there is no file."""
+    lines = path.read_bytes().splitlines() if files.is_there(path) else []
+    return [values for line in lines if (values := _parse(line)) is not None]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Returns the values of a line with their step, or None if the line is damaged."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
         return None
     step = values.get("step") if isinstance(values, dict) else None
-    return step if isinstance(step, int) and not isinstance(step, bool) else None
+    return values if isinstance(step, int) and not isinstance(step, bool) else None

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import json
 import logging
 import math
 import numbers
@@ -18,9 +17,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from pspnet_jax import figures, files
-from pspnet_jax.train import tracking
+from pspnet_jax.train import jsonlines, tracking
 from pspnet_jax.train.integrity import reason
-from pspnet_jax.train.jsonlines import JsonLines
 from pspnet_jax.train.step import Metrics
 
 logger = logging.getLogger(__name__)
@@ -70,7 +68,7 @@ class TrainingLog:
         self.stalls, self._excluded = InputStallTimer(), 0.0
         self.restart_clocks(start)
         if self._active:
-            self._lines = JsonLines(workdir / "metrics.jsonl", start, drop_kind="eval" if unscored else "")
+            self._lines = jsonlines.JsonLines(workdir / "metrics.jsonl", start, drop_kind="eval" if unscored else "")
 
     def restart_clocks(self, step: int) -> None:
         """Restarts the measurement of rates, after `step` steps."""
@@ -137,7 +135,7 @@ class TrainingLog:
     def _draw_curves(self) -> None:
         try:
             self._lines.flush()
-            lines = map(json.loads, (self._workdir / "metrics.jsonl").read_text().splitlines())
+            lines = jsonlines.read(self._workdir / "metrics.jsonl")
             points = [numbers_in(line) | {"kind": line.get("kind")} for line in lines]
             picture = figures.learning_curves(points, self._config.eval.best_metric)
             with files.atomic(self._workdir / "curves.png") as path, path.open("wb") as file:
