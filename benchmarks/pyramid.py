@@ -1,66 +1,58 @@
-"""What the pyramid is worth on the built-in scenes: the quickstart without it, with 1x1, and with 1, 2, 3, 6, at one budget.
+"""What the pyramid is worth on the built-in scenes, class by class, from the runs of the pooling ablation.
 
-python -m benchmarks.pyramid [--seeds 0 1 2] [--workdir DIR] [--picture docs/quickstart.png]
+python -m pspnet_jax.ablate pooling --dataset scenes
+python -m benchmarks.pyramid [--runs runs/ablation_scenes/runs] [--picture docs/quickstart.png]
 """
 
 import argparse
 import itertools
-import json
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
+from etils import epath
 
 import pspnet_jax
 from pspnet_jax import datasets
 from pspnet_jax.data import scenes
 from pspnet_jax.infer.draw import save, side_by_side
+from pspnet_jax.train import jsonlines
 
-VARIANTS = ("none", "1", "1236")
+VARIANTS = {"none": "scenes_bins-none", "1": "scenes_bins-1", "1, 2, 3, 6": "scenes"}  # names of the runs, without the seeds
 SHOWN = ("boat", "car", "sheep", "boulder", "pole", "bird")
 
 
-def train(variant: str, seed: int, workdir: pathlib.Path) -> dict[str, float]:
-    """Trains one variant (or finds it trained) and returns its last evaluation, in percent."""
-    recipe = f"configs/quickstart.py:{variant}"
-    command = [sys.executable, "-m", "pspnet_jax.main", "--config", recipe, "--workdir", str(workdir), f"--config.seed={seed}"]
-    subprocess.run(command, check=True, stdout=sys.stderr)
-    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
-    classes = {c["name"]: 100 * c["iou"] for c in last["classes"]}
+def scores(workdir: epath.Path) -> dict[str, float]:
+    """Returns the mean IoU and the IoU of some classes, in percent, of a run's last evaluation."""
+    last = [line for line in jsonlines.read(workdir / "metrics.jsonl") if "mean_iou" in line][-1]
+    classes = {line["name"]: 100 * line["iou"] for line in last["classes"]}
     return {"mIoU": 100 * last["mean_iou"]} | {name: classes[name] for name in SHOWN}
 
 
-def draw(workdir: pathlib.Path, seed: int, path: pathlib.Path) -> None:
-    """Draws scenes that have a boat and a car, with their predictions without and with the pyramid."""
+def draw(runs: epath.Path, path: epath.Path) -> None:
+    """Draws scenes that have a boat and a car, with their predictions without and with the pyramid, by the networks of seed 0."""
     examples = (scenes.scene("validation", index) for index in range(200))
     both = (example for example in examples if {scenes.BOAT, scenes.CAR} <= {*np.unique(example[1])})
     images, labels = zip(*itertools.islice(both, 4), strict=True)
     columns = {"ground truth": labels}
-    for caption, variant in {"without the pyramid": "none", "with the pyramid": "1236"}.items():
-        segmenter = pspnet_jax.load(workdir / f"{variant}_{seed}")
+    for caption, variant in {"without the pyramid": "none", "with the pyramid": "1, 2, 3, 6"}.items():
+        segmenter = pspnet_jax.load(runs / f"{VARIANTS[variant]}_seed0")
         columns[caption] = [result.labels for result in segmenter(images)]
     stacked = {caption: np.vstack(column) for caption, column in columns.items()}
     save(side_by_side(np.vstack(images), stacked, datasets.table("scenes")), path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/pyramid"))
-    parser.add_argument("--picture", type=pathlib.Path)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=epath.Path, default=epath.Path("runs/ablation_scenes/runs"))
+    parser.add_argument("--picture", type=epath.Path)
     arguments = parser.parse_args()
-    print(f"| pyramid | mIoU, by seed {arguments.seeds} | mean | std | {' | '.join(SHOWN)} |")
-    print("| --- " * (4 + len(SHOWN)) + "|")
-    for variant in VARIANTS:
-        scores = [train(variant, seed, arguments.workdir / f"{variant}_{seed}") for seed in arguments.seeds]
-        mean = {key: np.mean([s[key] for s in scores]) for key in scores[0]}
-        each, miou = ", ".join(f"{s['mIoU']:.1f}" for s in scores), mean.pop("mIoU")
-        std = np.std([s["mIoU"] for s in scores])
-        classes = " | ".join(f"{value:.1f}" for value in mean.values())
-        print(f"| {variant} | {each} | {miou:.1f} | {std:.1f} | {classes} |", flush=True)
+    print("| levels of the pyramid |", " | ".join(("runs", "mIoU", *SHOWN)), "|")
+    print("| --- " * (3 + len(SHOWN)) + "|")
+    for variant, name in VARIANTS.items():
+        found = [scores(workdir) for workdir in sorted(arguments.runs.glob(f"{name}_seed*"))]
+        means = (f"{np.mean([run[key] for run in found]):.1f}" for key in ("mIoU", *SHOWN))
+        print(f"| {variant} | {len(found)} |", " | ".join(means), "|")
     if arguments.picture:
-        draw(arguments.workdir, arguments.seeds[0], arguments.picture)
+        draw(arguments.runs, arguments.picture)
 
 
 if __name__ == "__main__":
