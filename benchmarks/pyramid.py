@@ -28,7 +28,7 @@ def scores(workdir: epath.Path) -> dict[str, float]:
 
 
 def draw(runs: epath.Path, path: epath.Path) -> None:
-    """Draws scenes that have a boat and a car, with their predictions without and with the pyramid, by the networks of seed 0."""
+    """Draws scenes that have a boat and a car, with the predictions of the networks of seed 0 without and with the pyramid."""
     examples = (scenes.scene("validation", index) for index in range(200))
     both = (example for example in examples if {scenes.BOAT, scenes.CAR} <= {*np.unique(example[1])})
     images, labels = zip(*itertools.islice(both, 4), strict=True)

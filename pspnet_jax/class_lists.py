@@ -7,18 +7,23 @@
 | `128 128 128 sky`, `128,128,128,sky` | the same, if all lines start with a color |
 | `0 sky`, `0: sky`, `0,sky,128,128,128` | the class of label 0, if all lines start with a label; a line for 255 is ignored |
 | `name,r,g,b`, `id;name`, `value,name,ignored` | a header that names the columns; a class that is ignored is not listed |
+| `sky:128,128,128::` | CVAT's labelmap.txt |
 | `# a comment` | ignored |
+
+In a .json file, the first of these counts: `[{"name": "sky", "id": 0, "color": "#808080"}]`, `["sky"]`, `{"#808080": "sky"}`,
+`{"0": "sky"}`, `{"sky": 0}`, `{"sky": [128, 128, 128]}`.
 """
 
 import csv
+import json
 import re
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from pspnet_jax.errors import UserError
 
 Color = tuple[int, int, int]
 COLUMNS = {  # {column: its names in headers}
-    "name": "name class class_name classname label label_name category",
+    "name": "name class class_name classname label label_name category title readable",
     "index": "index idx id label_id labelid class_id classid class_index train_id trainid value pixel_value",
     "red": "red r",
     "green": "green g",
@@ -57,12 +62,52 @@ def parse(text: str, file: str) -> tuple[tuple[str, ...], dict[int, Color]]:
 
 def read_rows(text: str, file: str) -> list[Row]:
     """Returns the lines of a list in their order."""
+    if file.endswith(".json"):
+        try:
+            return _find_rows(json.loads(text)) or _refuse(file, 1, "lists no classes")
+        except ValueError as error:
+            raise UserError(f"{file}: is not JSON ({error})") from error
     without_comments = [re.sub(r"^#.*|\s#(\s.*)?$", "", line.strip()) for line in text.removeprefix("\ufeff").splitlines()]
     lines = [(number, line.strip()) for number, line in enumerate(without_comments, 1) if line.strip()]
+    cvat = [re.fullmatch(r"([^:]+):(\d+),(\d+),(\d+):[^:]*:[^:]*", line) for _, line in lines]
+    if lines and all(cvat):
+        found = [(n, match.groups()) for (n, _), match in zip(lines, cvat, strict=True) if match]
+        return [Row(number, name, None, _color(color, number, file)) for number, (name, *color) in found]
     colored = [_COLOR_FIRST.fullmatch(line) for _, line in lines]
     if all(colored):
         return [_row_by_color(number, found, file) for (number, _), found in zip(lines, colored, strict=True) if found]
     return _rows(lines, file)
+
+
+def _find_rows(content: Any) -> list[Row]:
+    """Returns the first list of classes in the content of a JSON file; [] without one."""
+    items: list[tuple[Any, ...]] = []  # name, label, color
+    if isinstance(content, list):
+        for item in content:
+            named = item if isinstance(item, dict) else {"name": item}
+            fields = {_COLUMN.get(key.lower(), key.lower()): value for key, value in named.items()}
+            items.append((fields.get("name"), fields.get("index"), fields.get("color")))
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            is_name, label = isinstance(value, str), key if key.isdecimal() else None
+            items.append((value if is_name else key, label if is_name else value, key if is_name else value))
+    rows = [
+        Row(1, name, int(label) if type(label) is int or label == str(label) else None, _json_color(color))
+        for name, label, color in items
+        if isinstance(name, str)
+    ]
+    known = isinstance(content, list) or all(row.label is not None or row.color for row in rows)
+    if rows and len(rows) == len(items) and known:
+        return rows
+    inside = content.values() if isinstance(content, dict) else ()
+    return next(filter(None, map(_find_rows, inside)), [])
+
+
+def _json_color(value: Any) -> Color | None:
+    if isinstance(value, str) and re.fullmatch("#[0-9a-fA-F]{6}", value):
+        return tuple(bytes.fromhex(value[1:]))  # type: ignore[return-value]
+    is_color = isinstance(value, list) and len(value) == 3 and all(type(v) is int and 0 <= v < 256 for v in value)
+    return tuple(value) if is_color else None
 
 
 def _rows(lines: list[tuple[int, str]], file: str) -> list[Row]:

@@ -33,6 +33,8 @@ def describe(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if arguments.config or overrides:
         raise UserError("--mode check takes a folder (--input) or a recipe (--config, with its fields), not both")
     root = epath.Path(arguments.input)
+    if root.is_file():
+        raise UserError(f"--input {root}: is a file; --mode check takes a folder of images and labels, so unpack an archive")
     if not root.is_dir():
         raise MissingFileError(f"--input {root}: no such directory; --mode check takes a folder of images and labels")
     name = re.sub(r"\W+", "_", root.name).strip("_") or "folder"
@@ -40,7 +42,7 @@ def describe(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     recipe = arguments.output or files.absolute(f"{name}.py" if free else f"{name}_recipe.py")
     folder = survey_folder.list_folder(str(root))
     found = survey_folder.find(folder)
-    fields, entries = recipe_text.lines(folder, found, name), label_values.entries(found.shares, folder.texts)
+    fields, entries = recipe_text.lines(folder, found, name), label_values.entries(found.values, folder.texts)
     text = recipe_text.render(folder, found, fields, entries, str(recipe))
     if recipe.suffix != ".py" or (recipe.exists() and recipe.read_text() != text):
         raise UserError(f"--output {recipe}: exists, or does not end in .py; choose another name, such as {name}_2.py")
@@ -56,9 +58,13 @@ def describe(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         temporary.write_text(text)
     logger.info(f"the recipe is {recipe}; check the lines with GUESS, then run python -m pspnet_jax.main --config {recipe}")
     config = configs.load_recipe(str(recipe))
-    source = sources.open_source(config.dataset, config.dataset.train_split, False, config.model.channels)
-    labeled = [i for i in range(len(source)) if tuple(source.files(i)) in set(found.pairs)]
-    chosen = [(source.names[i], *source.read(i)) for i in label_values.sample(labeled, PANELS)]
+    try:
+        skip = config.dataset.on_error == "skip"
+        source = sources.open_source(config.dataset, config.dataset.train_split, skip, config.model.channels)
+        labeled = [i for i in range(len(source)) if tuple(source.files(i)) in set(found.pairs)]
+        chosen = [(source.names[i], *source.read(i)) for i in label_values.sample(labeled, PANELS)]
+    except UserError as error:
+        raise UserError(f"{error}; {recipe} is written, but cannot train as the files are") from error
     examples = [{"name": example, "image": image, "label": label} for example, image, label in chosen]
     picture = recipe.with_suffix(".png")
     draw.save_replacing_own(draw.contact_sheet(examples, datasets.describe(config.dataset)), picture)

@@ -117,6 +117,16 @@ def read_header(file: IO[bytes]) -> Header:
         return Header(str(image.format), image.size[::-1], orientation(image), _stored(image))
 
 
+def count_frames(file: IO[bytes]) -> int:
+    """Returns the number of images in a file that Pillow reads, of which only the first is used; 1 for a phone's previews."""
+    file.seek(0)
+    try:
+        with Image.open(file) as image:
+            return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    except UnidentifiedImageError:  # a TIFF of more than 8 bits
+        return 1
+
+
 def _tiff_header(file: IO[bytes]) -> Header:
     import tifffile  # takes a third of a second
 

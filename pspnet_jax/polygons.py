@@ -4,6 +4,7 @@ As in labelme's own exports, Pillow fills a polygon, and pixels on its outline b
 file's order, COCO's from the largest to the smallest, so that windows stay visible on a facade.
 """
 
+import collections
 import functools
 import json
 import logging
@@ -55,15 +56,22 @@ def read(file: str, image_file: str) -> Drawing:
     content = _read(file, _stamp(file))
     if isinstance(content, Drawing):
         return content
-    if not (drawing := content.get(os.path.basename(image_file))):
+    if not (key := content.key(image_file)):
         raise UserError(f"has no entry for {image_file}; add it, or remove the image")
-    return drawing
+    return content[key]
 
 
 def listed(file: str, images: Mapping[str, str]) -> dict[str, str]:
     """Returns {name: file} of the images in a COCO file, where {name: path} are the images that were found."""
-    name_of = {os.path.basename(path): name for name, path in images.items()}
-    return {name_of.get(base, os.path.splitext(base)[0]): file for base in _coco_file(file)}
+    content = _coco_file(file)
+    name_of = {content.key(path): name for name, path in images.items()}
+    return {name_of.get(key, os.path.splitext(key)[0]): file for key in content}
+
+
+def categories(file: str) -> list[str]:
+    """Returns the categories of a COCO or labelme file that have polygons."""
+    content = _read(file, _stamp(file))
+    return [name for name, _ in content.shapes] if isinstance(content, Drawing) else [*content.categories.values()]
 
 
 def class_names(root: str, pattern: str) -> tuple[str, ...]:
@@ -90,9 +98,22 @@ def _coco_file(file: str) -> "_Coco":
 
 
 class _Coco(dict[str, Drawing]):
-    """{file name of an image: its polygons}, and {id: name} of the categories that have any."""
+    """{name of an image: its polygons}, and {id: name} of the categories that have any.
+
+    The name is that of the image's file, without the folders in front of it unless these tell images apart.
+    """
 
     categories: dict[int, str]
+
+    def key(self, image_file: str) -> str:
+        """Returns the name of an image, given its path; "" if it is not listed."""
+        return next((tail for tail in _tails(image_file) if tail in self), "")
+
+
+def _tails(path: str) -> list[str]:
+    """Returns a path without more and more of its folders: a/b/c.jpg, b/c.jpg, c.jpg."""
+    parts = path.replace("\\", "/").split("/")
+    return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
 def _stamp(file: str) -> tuple[float, int]:
@@ -118,8 +139,12 @@ def _labelme(content: dict[str, Any]) -> Drawing:
         if kind == "rectangle":
             (left, top), (right, bottom) = points
             points = np.array([[left, top], [right, top], [right, bottom], [left, bottom]], np.float32)
+        elif kind == "circle":
+            center, other = points
+            angles = np.linspace(0, 2 * np.pi, 100, endpoint=False, dtype=np.float32)
+            points = center + np.hypot(*(other - center)) * np.stack([np.cos(angles), np.sin(angles)], axis=1)
         elif kind != "polygon" or len(points) < 3:
-            raise ValueError(f"{shape['label']!r} is a {kind} of {len(points)} points, not a polygon or rectangle")
+            raise ValueError(f"{shape['label']!r} is a {kind} of {len(points)} points, not a polygon, rectangle or circle")
         shapes.append((shape["label"], [points]))
     return Drawing((content["imageWidth"], content["imageHeight"]), shapes)
 
@@ -134,9 +159,11 @@ def _coco(content: dict[str, Any], file: str) -> _Coco:
         parts = annotation["segmentation"]
         outlines = parts if isinstance(parts, dict) else [np.asarray(part, np.float32).reshape(-1, 2) for part in parts]
         drawings[annotation["image_id"]].shapes.append((names[annotation["category_id"]], outlines))
-    found = _Coco((os.path.basename(image["file_name"]), drawings[image["id"]]) for image in content["images"])
-    if len(found) < len(drawings):
-        raise ValueError("two images have the same file name")
+    tails = {image["id"]: _tails(image["file_name"]) for image in content["images"]}
+    used = collections.Counter(tail for of_image in tails.values() for tail in of_image)
+    if twice := next((of_image[0] for of_image in tails.values() if used[of_image[0]] > 1), None):
+        raise ValueError(f"two images have the file name {twice}")
+    found = _Coco((min((t for t in tails[number] if used[t] == 1), key=len), drawing) for number, drawing in drawings.items())
     found.categories = {number: names[number] for number in {annotation["category_id"] for annotation in annotations}}
     return found
 

@@ -64,7 +64,7 @@ def test_forms(text, expected):
         ("- sky\n- road", 1, "'- sky' is not just a name"),
         ("['sky', 'road']", 1, "is not just a name"),
         ('["sky",\n"road"]', 1, "is not just a name"),
-        ("background:0,0,0::\nroad:128,0,0::", 1, "is not a color"),
+        ("background:0,0,0::\nroad:128,0,300::", 2, "128, 0, 300 after the name is not a color"),
         (
             "road 128 64 128 255\nsky 1 2 3 255",
             1,

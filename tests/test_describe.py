@@ -97,15 +97,143 @@ def test_without_pairs_there_is_no_recipe(tmp_path, capsys, paths, sentence):
 
 def test_ambiguous_values_are_kept_with_a_remark():
     def read(shares, texts=()):
-        return [(entry.key, entry.name, "GUESS" in entry.remark) for entry in label_values.entries(shares, dict(texts))]
+        found = label_values.entries(label_values.Values(shares, 9, 9), dict(texts))
+        return [(entry.key, entry.name, "GUESS" in entry.remark) for entry in found]
 
     assert read({0: 0.5, 255: 0.5}) == [(0, "class_0", False), (255, "class_255", False)]
     assert read({0: 0.5, 1: 0.2, 2: 0.3}) == [(0, "class_0", True), (1, "class_1", False), (2, "class_2", False)]
     assert read({0: 0.5, 1: 0.2, 255: 0.3}) == [(0, "class_0", False), (1, "class_1", False), (255, None, True)]
+    assert read({0: 0.5, 128: 0.2, 255: 0.3})[2] == (255, "class_255", False)  # a trimap, not indices and void
+    assert read({(0, 0, 0): 0.5, (9, 9, 9): 0.2, (224, 224, 192): 0.3})[2][1:] == (None, True)  # borders in VOC's colors
     assert read({0: 1.0}) == [(0, "class_0", False), (1, "class_1", False)]
     listed = {"classes.txt": "building\ntree\n"}
     assert read({1: 0.5, 2: 0.5}, listed.items()) == [(1, "building", False), (2, "tree", False)]  # counted from 1
+    assert read({0: 0.6, 1: 0.4}, [("names.json", '["road", "car", "bus"]')])[2] == (2, "bus", False)  # in no sampled label
     colors = {"class_dict.csv": "name,r,g,b\nfield,0,0,0\nroad,255,255,255\n"}
     assert read({0: 0.5, 255: 0.5}, colors.items()) == [(0, "field", False), (255, "road", False)]
     assert read({0: 0.5, 1: 0.5}, colors.items()) == [(0, "field", False), (1, "road", False)]  # not the colors
     assert read({1: 0.5, 3: 0.5}, listed.items()) == [(1, "class_1", False), (3, "class_3", False)]  # the list does not fit
+
+
+def test_numbers_of_objects_are_named_as_a_guess():
+    def read(counts):
+        shares = {value: 0.1 for found in counts for value in found}
+        values = label_values.Values(shares, 3, 3, numbered=label_values._are_numbers(counts))
+        return ["numbers its objects" in entry.remark for entry in label_values.entries(values, {})]
+
+    assert any(read([dict.fromkeys(range(n), 9) for n in (3, 6, 12)]))
+    assert not any(read([{0: 9, 2: 9, 11: 9}, {0: 9, 5: 9}, {1: 9}]))  # classes
+
+
+def write_pairs(root, masks="masks/{}.png", images="images/{}.png", count=6, label=HALF):
+    for i in range(count):
+        write(root / images.format(i), photo(i))
+        write(root / masks.format(i), label)
+
+
+def test_masks_are_not_taken_for_images(tmp_path, capsys):
+    for part in ("hair", "nose"):
+        write_pairs(tmp_path / "parts", f"masks/000{{}}_{part}.png")
+    assert check(tmp_path / "parts", tmp_path / "made.py") == 1
+    assert re.search(r"masks/0000_.*png: has only a few colors, as masks have, unlike .*images/0.png", capsys.readouterr().err)
+
+
+def test_copies_in_another_format_are_not_for_validation(tmp_path):
+    for kind in ("TIF", "PNG"):
+        write_pairs(tmp_path / "data" / kind, f"Truth/{{}}.{kind.lower()}", f"Original/{{}}.{kind.lower()}")
+    assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    config, labels = labels_by(tmp_path / "made.py")
+    assert (config.dataset.images, len(labels)) == ("TIF/Original/{name}.*", 6)
+
+
+def test_lists_divide_folders_of_scenes(tmp_path):
+    for scene, numbers in {"paris": (0, 1), "rome": (2, 3)}.items():
+        for i in numbers:
+            write(tmp_path / f"data/{scene}/images/{i}.png", photo(i))
+            write(tmp_path / f"data/{scene}/labels/{i}.png", HALF)
+    for split, names in {"train": "0.png\n2.png\n3.png", "val": "1.png"}.items():
+        (tmp_path / f"data/{split}.txt").write_text(names)
+    assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    config, labels = labels_by(tmp_path / "made.py")
+    assert (config.dataset.images, config.dataset.split_file) == ("*/images/{name}.png", "{split}.txt")
+    assert len(labels) == 4
+
+
+def test_a_list_beside_the_folders_that_it_names(tmp_path):
+    write_pairs(tmp_path / "data/davis")
+    for split, numbers in {"train": range(4), "val": (4, 5)}.items():
+        (tmp_path / "data/davis/sets").mkdir(exist_ok=True)
+        lines = "\n".join(f"/images/{i}.png /masks/{i}.png" for i in numbers)
+        (tmp_path / f"data/davis/sets/{split}.txt").write_text(lines)
+    assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    config, labels = labels_by(tmp_path / "made.py")
+    assert (config.dataset.split_file, len(labels)) == ("davis/sets/{split}.txt", 6)
+
+
+def test_what_cannot_be_used_is_left_out_with_a_remark(tmp_path):
+    write_pairs(tmp_path / "data", count=8)
+    write(tmp_path / "data/masks/alone.png", HALF)
+    (tmp_path / "data/masks/5.png").write_bytes((tmp_path / "data/masks/5.png").read_bytes()[:60])
+    for name in "train", "val":
+        (tmp_path / f"data/{name}.txt").write_text("1\n2\n3\n4\n5\n6\n7" if name == "train" else "0")
+    assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    [line] = [line for line in (tmp_path / "made.py").read_text().splitlines() if "on_error" in line]
+    assert re.search(r"'skip'  # GUESS: leaves out 1 label\(s\): .*masks/5.png: cannot be read as a label", line)
+    assert len(labels_by(tmp_path / "made.py")[1]) == 7
+
+
+def test_deep_images_among_others_are_left_out_with_a_remark(tmp_path):
+    write_pairs(tmp_path / "data")
+    write(tmp_path / "data/images/0.png", photo(0)[..., 0].astype(np.uint16) * 257)
+    assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    assert "leaves out 1 image(s) that are not uint8 of 3 channels" in (tmp_path / "made.py").read_text()
+    assert len(labels_by(tmp_path / "made.py")[1]) == 5
+
+
+def test_only_the_first_image_of_a_stack_is_used_with_a_remark(tmp_path):
+    pages = [Image.fromarray(photo(i)) for i in range(3)]
+    for i in range(6):
+        write(tmp_path / f"data/masks/{i}.png", HALF)
+        (tmp_path / "data/images").mkdir(exist_ok=True)
+        pages[0].save(tmp_path / f"data/images/{i}.tif", save_all=True, append_images=pages[1:])
+    assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    assert re.search(r"GUESS: only the first of 3 images in .*images/0.tif is used", (tmp_path / "made.py").read_text())
+
+
+def test_a_shape_in_the_transparency_is_refused(tmp_path, capsys):
+    write_pairs(tmp_path / "data", label=np.dstack([np.full((16, 16, 3), 255, np.uint8), 255 * HALF]))
+    assert check(tmp_path / "data", tmp_path / "made.py") == 1
+    assert "masks/0.png: has one color, and its shape is in the transparency" in capsys.readouterr().err
+
+
+def test_other_files_beside_the_images_do_not_matter(tmp_path):
+    write_pairs(tmp_path / "data", images="images/{}.jpg")
+    for i in range(6):
+        (tmp_path / f"data/images/{i}.json").write_text("{}")
+    assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    config, _ = labels_by(tmp_path / "made.py")
+    assert config.dataset.images == "images/{name}.jpg"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "advice"),
+    [
+        ("labels/0.txt", "0 0.1 0.1 0.5 0.1 0.5 0.5\n", "YOLO's polygons: export or convert them to COCO's JSON"),
+        ("train.csv", "ImageId,EncodedPixels\n0.jpg,1 3\n", "run-length encoded masks: decode them to label images"),
+        ("via.json", '{"0.jpg123": {"filename": "0.jpg", "regions": []}}', "VIA's polygons: in VIA, export them as COCO"),
+        ("labels/0.json", '{"imgHeight": 16, "objects": []}', "Cityscapes' polygons: write label images"),
+        ("labels.zip", "", "archives: unpack them"),
+    ],
+)
+def test_other_forms_are_recognized_with_an_advice(tmp_path, capsys, name, content, advice):
+    write(tmp_path / "data/images/0.jpg", photo(0))
+    (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "data" / name).write_text(content)
+    assert check(tmp_path / "data", tmp_path / "made.py") == 1
+    assert f"it seems to have {advice}" in capsys.readouterr().err
+
+
+def test_a_recipe_that_cannot_train_is_an_error(tmp_path, capsys):
+    write_pairs(tmp_path / "data", label=HALF[::2, ::2])
+    assert check(tmp_path / "data", tmp_path / "made.py") == 1
+    assert re.search(r"is 8x8, but its image .*made.py is written, but cannot train as the files are", capsys.readouterr().err)

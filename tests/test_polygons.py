@@ -118,5 +118,5 @@ def test_labelme(tmp_path):
     dataset.class_names = ("wall", "window")
     np.testing.assert_array_equal(sources.open_source(dataset, "train").read(0)[1], EXPECTED - np.uint8(1))
     file.write_text(json.dumps({"shapes": [shapes[0] | {"shape_type": "line"}], "imageWidth": 12, "imageHeight": 10}))
-    with pytest.raises(UserError, match=r"a.json: cannot be read as .* 'wall' is a line of 4 points, not a polygon or"):
+    with pytest.raises(UserError, match=r"a.json: cannot be read as .* 'wall' is a line of 4 points, not a polygon"):
         sources.open_source(dataset, "train")

@@ -33,11 +33,12 @@ _NEITHER = re.compile(
 
 
 # "_mask", the "L" of "01L", and "_0000", the first channel of an image for nnU-Net
+_PREFIXES = (r"[A-Za-z{}]+([_\-. ]+|(?=\d))", r"([A-Za-z{}]+[_\-. ]*)+(?=\d)")
 _SUFFIX = re.compile(r"[_\-. ]+(?=[^_\-. ]*[A-Za-z])|(?<=\d)(?=[A-Za-z]+$)|_(?=0000$)")
 
 
 class File(NamedTuple):
-    """A file: the components of its folder, in which {split} replaces `split`, and its name."""
+    """A file: the components of its folder and its name, where {split} replaces `split` in the folder, or else in the name."""
 
     folder: tuple[str, ...]
     split: str
@@ -84,7 +85,7 @@ def match(pattern: str, paths: Iterable[str], splits: Iterable[str]) -> dict[tup
     """Returns {(split, name): path} of the paths that have a pattern, in which {split} stands for one of `splits`."""
     either = "|".join(map(re.escape, sorted(splits, key=len, reverse=True)))
     regex = re.escape(pattern).replace(r"\{split\}", f"(?P<split>{either})", 1).replace(r"\{split\}", "(?P=split)")
-    regex = regex.replace(r"\{name\}", "(?P<name>.+)").replace(r"\.\*", r"\.[^./]+")
+    regex = re.sub(r"\\\.\\\*$", r"\\.[^./]+", regex).replace(r"\*", "[^/]*").replace(r"\{name\}", "(?P<name>.+)")
     matches = [(re.fullmatch(regex, path), path) for path in paths]
     return {(found.groupdict().get("split", ""), found["name"]): path for found, path in matches if found}
 
@@ -106,7 +107,10 @@ def _file(path: str, find_split: bool) -> File:
     *folder, name = path.split("/")
     split = split_of("/".join(folder)) if find_split else ""
     folder = [re.sub(_SPLIT, lambda found: "{split}" if found[0] == split else found[0], part) for part in folder]
-    return File(tuple(folder), split, *os.path.splitext(name), path)
+    stem, extension = os.path.splitext(name)
+    if find_split and not split and (first := _SPLIT.match(stem)):  # train_1.png
+        split, stem = first[0], "{split}" + stem[first.end() :]
+    return File(tuple(folder), split, stem, extension, path)
 
 
 def _rules(files: Sequence[File], parallel: bool) -> Iterator[Rule]:
@@ -151,19 +155,23 @@ def _index(files: Sequence[File]) -> dict[str, list[tuple[tuple[str, str], File]
     common = collections.Counter(affixes for _, (affixes, _) in cuts)
     index = collections.defaultdict(list)
     for file, (affixes, name) in cuts:
-        if common[affixes] >= COMMON * len(files):
+        is_number = common[affixes] == 1 and len(files) > 2 and re.search(r"\d", "".join(affixes))
+        if common[affixes] >= COMMON * len(files) and not is_number:
             index[name].append((affixes, file))
     return index
 
 
 def _cuts(file: File) -> Iterator[tuple[tuple[str, str], str]]:
-    """Yields ((prefix, suffix), name): the prefix is a word, the suffix begins with a separator and a word."""
+    """Yields ((prefix, suffix), name): the prefix is one word or all before a number, the suffix a separator and words."""
     stem = file.stem
-    first = re.match(r"[A-Za-z]+([_\-. ]+|(?=\d))", stem)
     ends = [len(stem), *(found.start() for found in re.finditer(_SUFFIX, stem))]
     if re.fullmatch(r"[A-Za-z_\- ]+", stem):
         yield (f"/{stem}", ""), ""  # the name is that of its folder
-    for start, end in itertools.product({0, first.end() if first else 0}, ends):
+    if found := re.fullmatch(r"\d+([_\-. ]+[A-Za-z_\-. ]+)(\d+)", stem):  # a word between two numbers
+        yield (f"*{found[1]}", ""), found[2]
+    prefixes = {0 if not stem.startswith("{split}") else len("{split}")}
+    prefixes |= {found.end() for regex in _PREFIXES if (found := re.match(regex, stem))}
+    for start, end in itertools.product(prefixes, ends):
         if start < end:
             suffix = stem[end:].replace(file.split, "{split}") if file.split else stem[end:]
             yield (stem[:start], suffix), stem[start:end]

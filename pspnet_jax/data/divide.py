@@ -11,6 +11,7 @@ from pspnet_jax.data import discover, folders
 
 FRACTION = 0.2  # of the pairs, or of parallel folders, for validation
 MOST = 0.9  # share of a list's lines that must name images
+GUESS_FOLDERS = "GUESS: every fifth folder for validation"
 GUESS = "GUESS: a fifth of the pairs, chosen by their names, for validation"
 
 
@@ -34,25 +35,37 @@ def divide(rule: discover.Rule, paths: Collection[str], lists: Mapping[str, str]
       paths: of images and possible labels.
       lists: {path: content} of text files.
     """
-    images, labels = (discover.match(pattern, paths, rule.splits) for pattern in (rule.images, rule.labels))
-    images = {key: path for key, path in images.items() if path not in {*labels.values()}}
+    labels = discover.match(rule.labels, paths, rule.splits)
+    pictures = [path for path in paths if not path.endswith(".json") and path not in {*labels.values()}]
+    images = discover.match(rule.images, pictures, rule.splits)
     paired = [path for key, path in images.items() if key in labels]
     division = Division(_with_extension(rule.images, paired), _with_extension(rule.labels, labels.values()))
     if splits := choose_splits(rule.splits):
-        return division._replace(train_split=splits[0], val_split=splits[1], reason="the names of folders")
+        named = "folders" if "{split}" in os.path.dirname(rule.images) else "files"
+        return division._replace(train_split=splits[0], val_split=splits[1], reason=f"the names of {named}")
+    names = {name: path for (_, name), path in images.items()}
+    found = find_lists(names, lists, {*names.values()} - {*paired}) if len(names) == len(images) else None
+    if len(rule.splits) > 1 and found and (parts := _in_common(rule.splits)):
+        return Division(division.images.replace("{split}", parts), division.labels.replace("{split}", parts), *found)
     if len(rule.splits) > 1:
         folders = sorted(rule.splits)
         held_out = folders[:: round(1 / FRACTION)]
         train = "+".join(folder for folder in folders if folder not in held_out)
-        reason = "GUESS: every fifth folder for validation"
-        return division._replace(train_split=train, val_split="+".join(held_out), reason=reason)
+        return division._replace(train_split=train, val_split="+".join(held_out), reason=GUESS_FOLDERS)
     (only,) = rule.splits
     division = division._replace(
         images=division.images.replace("{split}", only), labels=division.labels.replace("{split}", only)
     )
-    if found := find_lists({name: path for (_, name), path in images.items()}, lists):
+    if found:
         return Division(division.images, division.labels, *found)
     return division._replace(split_fraction=FRACTION, reason=GUESS)
+
+
+def only_folder(division: Division) -> Division:
+    """Returns the division of a single one of the folders that a division by folders uses."""
+    folder = division.train_split.split("+")[0]
+    images, labels = (pattern.replace("{split}", folder) for pattern in (division.images, division.labels))
+    return Division(images, labels, split_fraction=FRACTION, reason=f"{GUESS}; other folders have the same labels")
 
 
 def choose_splits(splits: Iterable[str]) -> tuple[str, str] | None:
@@ -67,35 +80,50 @@ def choose_splits(splits: Iterable[str]) -> tuple[str, str] | None:
     return (chosen[0], chosen[1]) if all(chosen) else None
 
 
-def find_lists(images: Mapping[str, str], lists: Mapping[str, str]) -> tuple[str, str, str, float, str] | None:
+def _in_common(folders: Collection[str]) -> str:
+    """Returns a pattern of folders, such as "a/*" for "a/b" and "a/c"; "" if some are deeper than others."""
+    parts = [folder.split("/") for folder in folders]
+    if len({*map(len, parts)}) > 1:
+        return ""
+    return "/".join(names[0] if len({*names}) == 1 else "*" for names in zip(*parts, strict=True))
+
+
+def find_lists(
+    images: Mapping[str, str], lists: Mapping[str, str], unlabeled: Collection[str] = ()
+) -> tuple[str, str, str, float, str] | None:
     """Returns the fields of `Division` from train_split on, by the lists that name most images; None if there are none.
 
     Args:
       images: {name: path}.
       lists: {path: content}.
+      unlabeled: paths of images without labels, which do not count.
     """
-    known = {form for item in images.items() for text in item for form in _forms(text)}
+    known = {form: path not in unlabeled for name, path in images.items() for text in (name, path) for form in _forms(text)}
     found: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    others = collections.Counter[str]()
     for path, text in lists.items():
         rows, columns = _rows(text)
-        listed = [row for row in rows if any(known & _forms(name) for name in (row.image, *row.image.split()[:1]))]
+        forms = [_forms(row.image) | _forms(*row.image.split()[:1]) for row in rows]
+        listed = [row for row, of_row in zip(rows, forms, strict=True) if any(known.get(form) for form in of_row)]
         folder, name = os.path.split(path)
-        if not listed or len(listed) < MOST * len(rows):
+        if not listed or sum(not known.keys().isdisjoint(of_row) for of_row in forms) < MOST * len(rows):
             continue
-        if "split" in columns:
-            found[path].update(row.split for row in listed)
-        elif split := discover.split_of(os.path.splitext(name)[0]):
-            found[os.path.join(folder, name.replace(split, "{split}", 1))][split] = len(listed)
-    for file, counts in sorted(found.items(), key=lambda item: (-item[1].total(), len(item[0]))):
+        split = discover.split_of(os.path.splitext(name)[0])
+        file = path if "split" in columns else os.path.join(folder, name.replace(split, "{split}", 1)) if split else ""
+        found[file].update(row.split if "split" in columns else split for row in listed)
+        others[file] += len(rows) - len(listed)
+    found.pop("", None)
+    for file, counts in sorted(found.items(), key=lambda item: (-item[1].total(), others[item[0]], len(item[0]))):
         if splits := choose_splits(counts):
             return *splits, file, 0.0, f"the lists {file}"
     return None
 
 
-def lists_pairs(text: str, paths: Collection[str]) -> bool:
+def lists_pairs(file: str, text: str, paths: Collection[str]) -> bool:
     """Returns whether every entry of a list is an image and its label, by their paths."""
     rows, _ = _rows(text)
-    return bool(rows) and all(side.removeprefix("./") in paths for row in rows for side in (row.image, row.label))
+    folder = folders.list_folder(file, rows[0].image, lambda path: path in paths) if rows else ""
+    return bool(rows) and all(folder + side.lstrip("./") in paths for row in rows for side in (row.image, row.label))
 
 
 def _rows(text: str) -> tuple[list[folders.Row], Collection[str]]:
@@ -104,7 +132,7 @@ def _rows(text: str) -> tuple[list[folders.Row], Collection[str]]:
     return [], ()
 
 
-def _forms(text: str) -> set[str]:
+def _forms(text: str = "") -> set[str]:
     """Returns the forms in which a list may give a path: with or without folders and extension."""
     bases = {text.removeprefix("./"), os.path.splitext(text.removeprefix("./"))[0]}
     return bases | {os.path.basename(base) for base in bases}

@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -18,7 +18,8 @@ from pspnet_jax.data import listing
 from pspnet_jax.data.names import check_partners
 from pspnet_jax.errors import MissingFileError, UserError
 
-LABELS = (".tif", ".tiff", ".gif", ".bmp", ".jpg", ".jpeg", ".npy", ".mat")  # extensions of labels, if there are no .png files
+# Extensions of labels, if there are no .png files.
+LABELS = (".tif", ".tiff", ".gif", ".bmp", ".ppm", ".pgm", ".jpg", ".jpeg", ".npy", ".mat")
 COLUMNS = {  # {column: its names in the header of a list}
     "image": "image img image_path image_file image_id image_name file_name filename file path name",
     "label": "label mask label_path mask_path label_file mask_file annotation target",
@@ -62,7 +63,8 @@ def find(dataset: ConfigDict, root: str, split: str, extensions: Sequence[str]) 
         return chosen
     if not listed:
         return found
-    paths = {name: image[len(root) + 1 :] for name, image, _ in found}
+    known = match(f"{root}/{dataset.images}", f"{root}/{dataset.labels}", split, extensions) if skip else found
+    paths = {name: image[len(root) + 1 :] for name, image, _ in known}
     names = _names([image for image, _ in listed], paths, file)
     return [files for files in found if files[0] in names]
 
@@ -176,10 +178,25 @@ def _listed(dataset: ConfigDict, root: str, file: str, split: str) -> list[tuple
         if missing and (missing < len(found) or column == "image"):
             raise UserError(f"{file}: {missing} of {len(found)} lines of split {split!r} have no {column}; complete them")
 
+    folder = list_folder(file[len(root) + 1 :], found[0].image, lambda path: tf.io.gfile.exists(f"{root}/{path}"))
+
     def below(path: str) -> str:
-        return path.removeprefix(f"{root}/").lstrip("./")
+        return path.removeprefix(f"{root}/") if path.startswith(f"{root}/") else folder + path.lstrip("./")
 
     return [(below(row.image), below(row.label)) for row in found]
+
+
+def list_folder(file: str, entry: str, exists: Callable[[str], bool]) -> str:
+    """Returns the folder that the paths in a list are relative to, "" or with a "/" at its end: the root or one above the list.
+
+    Args:
+      file: path of the list below the root.
+      entry: one of its paths.
+      exists: tells whether there is a file of a path below the root.
+    """
+    parts = file.split("/")[:-1]
+    folders = ["", *("/".join(parts[:end]) + "/" for end in range(1, len(parts) + 1))]
+    return next((folder for folder in folders if exists(folder + entry.lstrip("./"))), "")
 
 
 def _names(listed: Sequence[str], images: Mapping[str, str], file: str) -> set[str]:

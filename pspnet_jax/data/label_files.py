@@ -24,8 +24,11 @@ from pspnet_jax.datasets import IGNORE, WRONG
 from pspnet_jax.errors import UserError
 
 SMALL_GRAYS = {"L;2": 85, "L;4": 17}  # Pillow multiplies the values of these pixel formats
-# Bit depth and color type in the headers of PNGs that OpenCV decodes, in half of Pillow's time: 8-bit gray and RGB.
-FAST_PNG = {b"\x08\x00": cv2.IMREAD_GRAYSCALE, b"\x08\x02": cv2.IMREAD_COLOR_RGB}
+_DEEP_RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH
+# Bit depth and color type in the headers of PNGs that OpenCV decodes: 8-bit gray and RGB, in half of Pillow's time, and 16-bit
+# RGB and RGBA, of which Pillow drops bits.
+BY_OPENCV = {b"\x08\x00": cv2.IMREAD_GRAYSCALE, b"\x08\x02": cv2.IMREAD_COLOR_RGB}
+BY_OPENCV |= {b"\x10\x02": _DEEP_RGB, b"\x10\x06": _DEEP_RGB}
 MAX_LISTED = 8  # keys of a map in a message
 
 
@@ -153,8 +156,8 @@ def decode(file: str, contents: bytes, keep_indices: bool) -> np.ndarray:
 
 def normalize(label: np.ndarray) -> np.ndarray:
     """Returns whole numbers [H,W] or colors uint8[H,W,3] of an array that may have another type, alpha or an axis too many."""
-    if label.ndim == 3 and label.shape[2] in (3, 4) and label.dtype == np.uint8:
-        return np.ascontiguousarray(label[..., :3])
+    if label.ndim == 3 and label.shape[2] in (3, 4) and (label.dtype == np.uint8 or (label < 256).all()):
+        return np.ascontiguousarray(label[..., :3], np.uint8)
     if label.ndim == 3 and 1 in (label.shape[0], label.shape[2]):
         label = label[..., 0] if label.shape[2] == 1 else label[0]
     if label.ndim != 2 or label.dtype.kind not in "biuf":
@@ -168,12 +171,15 @@ def normalize(label: np.ndarray) -> np.ndarray:
 
 def decode_image(contents: bytes, keep_indices: bool) -> np.ndarray:
     """Returns the values [H,W] or colors uint8[H,W,3] of an image file; the indices of a palette, or its colors."""
-    if contents.startswith(b"\x89PNG") and (flag := FAST_PNG.get(contents[24:26])) is not None:
+    if contents.startswith(b"\x89PNG") and (flag := BY_OPENCV.get(contents[24:26])) is not None:
         label = cv2.imdecode(np.frombuffer(contents, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
         if label is None:
             raise ValueError(image_files.CUT_SHORT)
         return label
     with Image.open(io.BytesIO(contents)) as image:
+        varies = [low != high for low, high in image.getextrema()] if image.mode == "RGBA" else []  # type: ignore[misc]
+        if varies == [False, False, False, True]:
+            raise UserError("has one color, and its shape is in the transparency; save it without transparency")
         if image.mode in ("RGB", "RGBA", "CMYK", "YCbCr") or (image.mode == "P" and not keep_indices):
             return np.asarray(image.convert("RGB"))
         scale = SMALL_GRAYS.get(image_files.raw_mode(image), 1)

@@ -15,10 +15,15 @@ from pspnet_jax.data import label_files
 from pspnet_jax.errors import UserError
 from pspnet_jax.label_maps import Key
 
-SAMPLES = 300  # labels that are read, evenly spaced
+SAMPLES = 1000  # labels that are read, evenly spaced
 MANY = 64  # more values or colors in one file are not classes
+INDICES = 64  # if all other values are smaller, 255 is no class
+INSTANCES = 5  # objects in a file, from which on consecutive values may be their numbers
+FLAT = 16  # images with no more colors are masks
+LARGEST = 2**25  # bytes of a file whose colors are counted
+VOC_BORDER = (224, 224, 192)
 VOID = re.compile(r"void|un-?label+ed|ignored?|no.?data|background/void", re.IGNORECASE)  # names of no class
-LISTS = re.compile(r"class|label|categor|legend|colou?r|palette|names", re.IGNORECASE)  # names of texts that list classes
+LISTS = re.compile(r"(class|label|categor|legend|colou?r|palette|names|config|meta|info)[^/]*$", re.I)  # of classes
 GRAYS = 4  # values near black, and near white, in smoothed labels
 EDGES = 0.05  # share of pixels between black and white in binary labels that were smoothed or saved as JPEG
 
@@ -31,22 +36,44 @@ class Entry(NamedTuple):
     remark: str
 
 
+class Values(NamedTuple):
+    """What is in the labels of a sample.
+
+    Attributes:
+      shares: the share of the pixels of each value, (R, G, B) color or category, sorted.
+      read: number of labels that were read.
+      of: number of all labels.
+      damaged: why labels of the sample cannot be read.
+      numbered: whether the values of each file may be the numbers of its objects.
+    """
+
+    shares: Mapping[Any, float]
+    read: int
+    of: int
+    damaged: Sequence[str] = ()
+    numbered: bool = False
+
+
 def sample(items: Sequence, size: int = SAMPLES) -> list:
     """Returns at most `size` evenly spaced items."""
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, size).round().astype(int))] if items else []
 
 
-def count(pairs: Sequence[tuple[str, str]]) -> dict[Any, float]:
-    """Returns the share of the pixels of each value, (R, G, B) color or category in the labels of a sample.
+def count(pairs: Sequence[tuple[str, str]]) -> Values:
+    """Counts the values in the labels of a sample.
 
     Args:
       pairs: paths of images and labels.
 
     Raises:
-      UserError: a label cannot be read.
+      UserError: most labels cannot be read, have as many values as photos, or no polygons.
     """
     with ThreadPoolExecutor(4) as pool:
-        counts = list(pool.map(_count, sample(pairs)))
+        results = list(pool.map(_count, chosen := sample(pairs)))
+    counts = [found for found in results if not isinstance(found, str)]
+    damaged = [found for found in results if isinstance(found, str)]
+    if 2 * len(damaged) >= len(results):
+        raise UserError(damaged[0])
     colored = any(isinstance(key, tuple) for found in counts for key in found)
     total = collections.Counter[Any]()
     for found in counts:
@@ -54,20 +81,50 @@ def count(pairs: Sequence[tuple[str, str]]) -> dict[Any, float]:
     pixels = total.total()
     shares = {key: n / pixels for key, n in sorted(total.items())}
     if np.median([len(found) for found in counts]) > MANY and not is_smoothed(shares):
-        raise UserError(f"{pairs[0][1]}: has {len(counts[0])} values or colors, as a photo has")
-    return shares
+        raise UserError(f"{chosen[0][1]}: has {len(counts[0])} values or colors, as a photo has")
+    if [*shares] == [polygons.BACKGROUND]:
+        raise UserError(f"{chosen[0][1]}: has no polygons, only boxes or nothing; draw or convert them")
+    return Values(shares, len(counts), len(pairs), damaged, _are_numbers(counts))
 
 
-def _count(pair: tuple[str, str]) -> dict[Any, int]:
+def are_masks(images: Sequence[str]) -> bool:
+    """Returns whether all images of a sample have so few colors as only masks have."""
+    return all(
+        not image.lower().endswith((".jpg", ".jpeg"))
+        and epath.Path(image).stat().length < LARGEST
+        and isinstance(found := _count(("", image)), dict)
+        and len(found) <= FLAT
+        for image in sample(images, 3)
+    )
+
+
+def are_equal(one: str, other: str) -> bool:
+    """Returns whether two labels have the same pixels."""
+    first, second = (label_files.decode(file, epath.Path(file).read_bytes(), True) for file in (one, other))
+    return np.array_equal(first, second)
+
+
+def _are_numbers(counts: Sequence[Mapping[Any, int]]) -> bool:
+    """Returns whether the values of each label are 0 or 1 to n, without a gap, where n differs."""
+    if not all(isinstance(key, int) for found in counts for key in found):
+        return False
+    last = {max(found) for found in counts if max(found) - min(found) + 1 == len(found) and min(found) < 2}
+    return len(last) > 2 and max(last) >= INSTANCES and max(last) == max(map(max, counts))
+
+
+def _count(pair: tuple[str, str]) -> dict[Any, int] | str:
+    """Returns the number of pixels of each value, or why the label cannot be read."""
     image, label = pair
     try:
         if label.endswith(".json"):
             drawing = polygons.read(label, image)
-            names = list(dict.fromkeys([polygons.BACKGROUND, *(name for name, _ in drawing.shapes)]))
+            names = list(dict.fromkeys([polygons.BACKGROUND, *polygons.categories(label)]))
             return dict(zip(names, np.bincount(drawing.paint(names.index).ravel(), minlength=len(names)).tolist(), strict=True))
         pixels = label_files.decode(label, epath.Path(label).read_bytes(), True)
+    except UserError as error:
+        return f"{label}: {error}"
     except Exception as error:  # whatever a decoder raises
-        raise UserError(f"{label}: cannot be read as a label ({error})") from error
+        return f"{label}: cannot be read as a label ({error})"
     if colored := pixels.ndim == 3 and not (pixels == pixels[..., :1]).all():
         pixels = pixels.astype(np.int64) @ (1 << 16, 1 << 8, 1)
     values, counts = np.unique(pixels[..., 0] if pixels.ndim == 3 else pixels, return_counts=True)
@@ -83,13 +140,14 @@ def is_smoothed(shares: Mapping[Any, float]) -> bool:
     return min(map(len, ends)) >= GRAYS and sum(map(sum, ends)) > 1 - EDGES
 
 
-def entries(shares: Mapping[Any, float], texts: Mapping[str, str]) -> list[Entry]:
+def entries(values: Values, texts: Mapping[str, str]) -> list[Entry]:
     """Returns a label map that leaves no value out. Where a value may mean a class or nothing, it is a class, with a remark.
 
     Args:
-      shares: as `count` returns them.
-      texts: {path: content} of files that may name the classes.
+      values: as `count` returns them.
+      texts: {path: content} of files that may name the classes. Values that only they have are in the map, too.
     """
+    shares = values.shares
     if is_smoothed(shares):
         low = sum(share for key, share in shares.items() if key < 128)
         return [
@@ -97,17 +155,23 @@ def entries(shares: Mapping[Any, float], texts: Mapping[str, str]) -> list[Entry
             Entry(255, "class_255", f"{1 - low:.2%}, 128 to 255"),
         ]
     names, found, several = _names(list(shares), texts), [], len(shares) > 2
-    for key, share in shares.items():
+    high = [key for key in shares if isinstance(key, int) and key >= INDICES]
+    for key in sorted({*shares, *names}):
         default = "color_{}_{}_{}".format(*key) if isinstance(key, tuple) else key if isinstance(key, str) else f"class_{key}"
         name, remark = names.get(key, default), ""
-        ignored = several and (key == 255 or VOID.fullmatch(name) is not None)
+        is_void = (key == 255 and high == [255]) or (key == VOC_BORDER and key not in names) or VOID.fullmatch(name)
+        ignored = several and bool(is_void)
         if ignored:
-            remark = f"; GUESS: ignored, as 255 or such a name usually is; {name!r} instead of None makes it a class"
+            remark = f"; GUESS: ignored, as such a value or name usually is; {name!r} instead of None makes it a class"
         elif key in {0, (0, 0, 0), polygons.BACKGROUND} - names.keys() and several and 255 not in shares:
             remark = "; GUESS: a class; None instead of the name ignores it, if it means void or not labeled"
         elif key == 1 == next(iter(shares)):
             remark = "; 0 does not occur; if other files have it, add it, as None if it means void"
-        found.append(Entry(key, None if ignored else name, f"{share:.2%} of the pixels{remark}"))
+        share = f"{shares[key]:.2%} of the pixels" if key in shares else "listed, but not in the labels that were read"
+        found.append(Entry(key, None if ignored else name, share + remark))
+    if values.numbered and not names:
+        guess = "; GUESS: a class; if each file numbers its objects, as it seems, give all numbers the same name"
+        found = [entry._replace(remark=entry.remark + guess) if entry.key == 1 else entry for entry in found]
     if len(found) == 1:
         key = 1 if found[0].key != 1 else 2
         found.append(Entry(key, f"class_{key}", "does not occur: a network needs two classes"))

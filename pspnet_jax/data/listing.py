@@ -1,5 +1,6 @@
 """Lists the files of a dataset, in a local directory or a bucket, and reads its text files."""
 
+import contextlib
 import logging
 import os
 import re
@@ -65,6 +66,16 @@ def warn_of_others(directory: str, others: Sequence[str], why: str) -> None:
             f"{directory}: {len(others):,} files are ignored because they {why}: "
             f"{', '.join(others[:MAX_LISTED])}{', ...' if len(others) > MAX_LISTED else ''}"
         )
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Lists folders without a word about files that are not used."""
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = False
 
 
 def walk(directory: str, above: tuple[str, ...] = ()) -> Iterator[str]:

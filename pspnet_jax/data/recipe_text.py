@@ -2,12 +2,13 @@
 
 import collections
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from pspnet_jax import config as configs
 from pspnet_jax import image_files
 from pspnet_jax.data import discover, label_values
 from pspnet_jax.data.survey_folder import Folder, Found
@@ -54,14 +55,14 @@ def lines(folder: Folder, found: Found, name: str) -> list[Line]:
     headers = [_header(image) for image, _ in label_values.sample([*dict.fromkeys(found.pairs)])]
     sizes = sorted(header.size if header.orientation < 5 else header.size[::-1] for header in headers)
     steps = int(np.clip(EPOCHS * next(iter(found.counts.values())) / BATCH, *STEPS))
-    also = "; ".join(f"or {pattern!r}" for pattern in found.alternatives)
+    pixels = _pixel_lines(found, headers)
     return [
         ("name", name, "runs are saved in runs/<name>"),
         ("dataset.root", folder.root, ""),
-        ("dataset.images", found.dataset.images, _kinds(headers)),
-        ("dataset.labels", found.dataset.labels, f"GUESS: {also} are there too" if also else ""),
+        *_file_lines(found, headers),
         *_split_lines(found),
-        *_pixel_lines(found, headers),
+        *_skip_lines(found, headers, dict(line[:2] for line in pixels)),
+        *pixels,
         ("model.depth", 18, "50 takes about four times as long, and is better"),
         ("model.stem", "conv7", "torchvision's; with config.init_from = 'hf://timm/resnet18.tv_in1k', less data is needed"),
         ("batch_size", BATCH, "over all devices"),
@@ -78,7 +79,7 @@ def lines(folder: Folder, found: Found, name: str) -> list[Line]:
 def render(folder: Folder, found: Found, fields: Sequence[Line], entries: Sequence[label_values.Entry], file: str) -> str:
     """Returns the text of a recipe, which will be in `file`."""
     label_map = "str(LABELS)"
-    if label_values.is_smoothed(found.shares):
+    if label_values.is_smoothed(found.values.shares):
         label_map = "str({value: LABELS[0 if value < 128 else 255] for value in range(256)})  # the grays between are edges"
     return TEMPLATE.format(
         root=_one_line(folder.root),
@@ -112,12 +113,36 @@ def _kinds(headers: Sequence[image_files.Header]) -> str:
     return "; ".join(f"{number} {kind}" for kind, number in kinds.most_common())
 
 
+def _file_lines(found: Found, headers: Sequence[image_files.Header]) -> list[Line]:
+    """Returns the lines about the files of images and labels."""
+    values = found.values
+    with epath.Path(found.pairs[0][0]).open("rb") as file:
+        frames = image_files.count_frames(file)
+    stack = f"; GUESS: only the first of {frames} images in {found.pairs[0][0]} is used" if frames > 1 else ""
+    remarks = [_kinds(headers) + stack, f"{values.read:,} of {values.of:,} labels were read" if values.read < values.of else ""]
+    also = (f"GUESS: {', '.join(map(repr, others[:5]))} would fit, too" if others else "" for others in found.alternatives)
+    remarks = ["; ".join(filter(None, both)) for both in zip(remarks, also, strict=True)]
+    if found.dataset.images == configs.base_config().dataset.images:  # a list names the files
+        return [("dataset.split_file", found.dataset.split_file, "; ".join(filter(None, remarks)))]
+    return [("dataset.images", found.dataset.images, remarks[0]), ("dataset.labels", found.dataset.labels, remarks[1])]
+
+
+def _skip_lines(found: Found, headers: Sequence[image_files.Header], fields: Mapping[str, Any]) -> list[Line]:
+    """Returns a line that leaves out files that cannot be used; none if there are none."""
+    expected = image_files.PixelFormat(fields.get("model.channels", 3), fields.get("dataset.image_dtype", "uint8"))
+    misfits = sum(expected.problem(header.stored) is not None for header in headers)
+    reasons = [f"{len(found.alone):,} file(s) without a partner, such as {found.alone[0]}"] if found.alone else []
+    reasons += [f"{misfits:,} image(s) that are not {expected.dtype} of {expected.channels} channels"] if misfits else []
+    reasons += [f"{len(found.values.damaged):,} label(s): {found.values.damaged[0]}"] if found.values.damaged else []
+    return [("dataset.on_error", "skip", f"GUESS: leaves out {'; '.join(reasons)}")] if reasons else []
+
+
 def _split_lines(found: Found) -> list[Line]:
     dataset, pairs = found.dataset, [f"{number:,} pair{'s' * (number > 1)}" for number in found.counts.values()]
     held_out = pairs[1] if len(pairs) > 1 else "GUESS: the training images again, as nothing is left for validation; label more"
     if discover.use_of(found.val_split) == "test":
         held_out += "; GUESS: those for the test, as none are for validation"
-    lines = [
+    return [
         ("dataset.train_split", dataset.train_split, f"{pairs[0]}; {found.reason}"),
         ("eval.split", found.val_split, held_out),
         *(
@@ -126,10 +151,6 @@ def _split_lines(found: Found) -> list[Line]:
             if dataset[field]
         ),
     ]
-    if found.unlabeled:
-        remark = f"GUESS: leaves out {len(found.unlabeled):,} images without label, such as {found.unlabeled[0]}"
-        lines.append(("dataset.on_error", "skip", remark))
-    return lines
 
 
 def _pixel_lines(found: Found, headers: Sequence[image_files.Header]) -> list[Line]:
@@ -141,9 +162,8 @@ def _pixel_lines(found: Found, headers: Sequence[image_files.Header]) -> list[Li
     if (channels, dtype) == (3, "uint8"):
         return []
     expected = image_files.PixelFormat(channels, dtype)
-    images = [
-        image_files.read(image, expected).reshape(-1, channels) for image, _ in label_values.sample(found.pairs, MEASURED)
-    ]
+    fitting = [pair for pair in label_values.sample(found.pairs, MEASURED) if not expected.problem(_header(pair[0]).stored)]
+    images = [image_files.read(image, expected).reshape(-1, channels) for image, _ in fitting]
     pixels = np.concatenate([image[:: 1 + len(image) // 2**16] for image in images]).astype(np.float64)
     mean, std = (tuple(round(float(x), 3) for x in values) for values in (pixels.mean(0), np.maximum(pixels.std(0), 1e-3)))
     return [

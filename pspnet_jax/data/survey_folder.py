@@ -4,20 +4,20 @@ import collections
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from pspnet_jax import config as configs
 from pspnet_jax import image_files, polygons
-from pspnet_jax.data import discover, divide, folders, label_values, layouts, listing
+from pspnet_jax.data import discover, divide, folders, foreign, label_values, layouts, listing
 from pspnet_jax.errors import UserError
 
-TEXTS = (".txt", ".csv", ".lst")
+TEXTS = (".txt", ".csv", ".lst")  # and JSON files whose names say that they list classes
 LONGEST = 2**24  # bytes of a list
 FEW = 10  # more JSON files in a folder are those of single images
-TRIED = 8  # rules whose labels are read
+TRIED = 12  # rules whose labels are read
 SEEDS = 20  # of dataset.split_seed
 
 
@@ -37,6 +37,13 @@ class Folder(NamedTuple):
     kinds: collections.Counter[str]
 
 
+class Alternatives(NamedTuple):
+    """Patterns of other images and of other labels."""
+
+    images: Sequence[str] = ()
+    labels: Sequence[str] = ()
+
+
 class Found(NamedTuple):
     """A way to read a folder as a data set.
 
@@ -46,9 +53,9 @@ class Found(NamedTuple):
       reason: how the splits were found.
       counts: {split: number of pairs} of the two splits.
       pairs: the files of all their images and labels.
-      unlabeled: images of these splits without labels.
-      alternatives: other patterns that fit, each of labels or images.
-      shares: share of the pixels of each label value, see `label_values.count`.
+      alone: images and labels of these splits without a partner.
+      alternatives: other patterns that fit, of images with the same labels and of labels of the same images.
+      values: what is in the labels.
     """
 
     dataset: ConfigDict
@@ -56,9 +63,9 @@ class Found(NamedTuple):
     reason: str
     counts: Mapping[str, int]
     pairs: Sequence[tuple[str, str]]
-    unlabeled: Sequence[str]
-    alternatives: Sequence[str]
-    shares: Mapping[Any, float]
+    alone: Sequence[str]
+    alternatives: Alternatives
+    values: label_values.Values
 
 
 def list_folder(root: str) -> Folder:
@@ -71,7 +78,9 @@ def list_folder(root: str) -> Folder:
         kinds[suffix] += 1
         if suffix in {*image_files.SUFFIXES, *folders.LABELS, ".json"}:
             paths.append(path)
-        elif suffix in TEXTS and epath.Path(file).stat().length < LONGEST:
+            if suffix != ".json":
+                continue
+        if (suffix in TEXTS or label_values.LISTS.search(path)) and epath.Path(file).stat().length < LONGEST:
             texts[path] = epath.Path(file).read_bytes().decode(errors="replace")
     return Folder(root, sorted(paths), texts, kinds)
 
@@ -83,19 +92,22 @@ def find(folder: Folder) -> Found:
       UserError: there is none; says what was looked for, and what the folder holds.
     """
     reasons = []
-    for division, alternatives in _candidates(folder):
-        try:
-            return _open(folder, division, alternatives)
-        except UserError as error:
-            reasons.append(str(error))
+    with listing.without_warnings():  # of candidates; those of the best one come when it is opened as a data set
+        for division, alternatives in _candidates(folder):
+            try:
+                return _open(folder, division, alternatives)
+            except UserError as error:
+                reasons.append(str(error))
+    advice = foreign.advice(folder.root, folder.paths, folder.texts, [*folder.kinds])
     held = ", ".join(f"{number:,} {kind or 'without extension'}" for kind, number in folder.kinds.most_common(8)) or "no files"
     reasons += [
         f"{one} and {other} differ in the zeros before a number: rename one side" for one, other in _padded(folder.paths)
     ]
+    reasons = [advice] if advice else reasons[:1]
     raise UserError(
         f"{folder.root}: no pairs of images and labels found; looked for equal names in two folders (images/a.jpg and "
         "masks/a.png), for prefixes and suffixes (a_mask.png), for lists of images and labels, and for COCO and labelme files; "
-        "it holds " + held + "".join(f"; {reason}" for reason in reasons[:1])
+        "it holds " + "; ".join((held, *reasons))
     )
 
 
@@ -109,25 +121,38 @@ def _padded(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield other[1], path
 
 
-def _candidates(folder: Folder) -> Iterator[tuple[divide.Division, list[str]]]:
-    """Yields ways to read the folder, best first, each with the patterns of the others for the same images or labels."""
+def _candidates(folder: Folder) -> Iterator[tuple[divide.Division, Alternatives]]:
+    """Yields ways to read the folder, best first."""
     known = set(folder.paths)
-    lists = {path: text for path, text in folder.texts.items() if divide.lists_pairs(text, known)}
+    lists = {path: text for path, text in folder.texts.items() if divide.lists_pairs(path, text, known)}
     if found := divide.find_lists({path: path for path in known}, lists):
-        unused = configs.base_config().dataset
-        yield divide.Division(unused.images, unused.labels, *found[:-1], f"{found[-1]}, which name images and labels"), []
-    yield from ((division, []) for division in _coco(folder))
+        unused, reason = configs.base_config().dataset, f"{found[-1]}, which name images and labels"
+        yield divide.Division(unused.images, unused.labels, *found[:-1], reason), Alternatives()
+    yield from ((division, Alternatives()) for division in _coco(folder))
     kept: list[tuple[discover.Rule, set[str]]] = []
     for rule in discover.rules(folder.paths):
         variant = any(set(rule.example) <= files and rule.example != other.example[::-1] for other, files in kept)
         if not variant and len(kept) < TRIED:
             matched = (discover.match(pattern, folder.paths, rule.splits) for pattern in (rule.images, rule.labels))
             kept.append((rule, {path for side in matched for path in side.values()}))
-    divided = [(rule, files, divide.divide(rule, folder.paths, folder.texts)) for rule, files in kept]
-    for _, files, division in sorted(divided, key=lambda d: -d[0].rank * (2 if d[2].split_file else 1)):
-        sides = [pair for other, _ in kept for pair in zip(other.example, (other.images, other.labels), strict=True)]
-        partners = {file for other, _ in kept if files & {*other.example} for file in other.example} - files
-        yield division, list({file: pattern for file, pattern in reversed(sides) if file in partners}.values())[::-1]
+    divided = [(rule, divide.divide(rule, folder.paths, folder.texts)) for rule, _ in kept]
+    for rule, division in sorted(divided, key=lambda d: -d[0].rank * (2 if d[1].split_file else 1)):
+        alternatives = _alternatives(rule, division, divided)
+        yield division, alternatives
+        if division.reason == divide.GUESS_FOLDERS:  # unless the folders are copies of each other
+            yield divide.only_folder(division), alternatives
+
+
+def _alternatives(
+    rule: discover.Rule, division: divide.Division, divided: Sequence[tuple[discover.Rule, divide.Division]]
+) -> Alternatives:
+    """Returns the other patterns for the labels of a rule's images, and for the images of its labels, most likely first."""
+    sides: dict[str, int] = {division.images: -1, division.labels: -1}
+    for other, one in sorted(divided, key=lambda d: -d[0].rank):
+        for side, pattern in enumerate((one.images, one.labels)):
+            if other.example[1 - side] == rule.example[1 - side]:
+                sides.setdefault(pattern, side)
+    return Alternatives(*([pattern for pattern, of in sides.items() if of == side] for side in (0, 1)))
 
 
 def _coco(folder: Folder) -> Iterator[divide.Division]:
@@ -156,11 +181,11 @@ def _coco(folder: Folder) -> Iterator[divide.Division]:
             yield divide.Division(images_of, labels_of, split_fraction=divide.FRACTION, reason=divide.GUESS)
 
 
-def _open(folder: Folder, division: divide.Division, alternatives: Sequence[str]) -> Found:
+def _open(folder: Folder, division: divide.Division, alternatives: Alternatives) -> Found:
     """Lists the two splits of a candidate and reads a sample of its labels.
 
     Raises:
-      UserError: it has no pairs, or its labels are none.
+      UserError: it has no pairs, its images or labels are none, or both splits have the same labels.
     """
     dataset = configs.base_config().dataset
     dataset.update({"root": folder.root} | {field: value for field, value in division._asdict().items() if field in dataset})
@@ -173,9 +198,23 @@ def _open(folder: Folder, division: divide.Division, alternatives: Sequence[str]
     if not all(pairs.values()):
         raise UserError(f"no pairs in split {next(split for split in pairs if not pairs[split])!r}")
     files = [(pair.image, pair.label) for found in pairs.values() for pair in found]
-    unlabeled = [pair.image for found in listed.values() for pair in found if pair.image in known and pair.label not in known]
+    others = sorted(path for path in known - {file for pair in files for file in pair} if not path.endswith(".json"))
+    if label_values.are_masks([image for image, _ in files]) and not label_values.are_masks(others):
+        raise UserError(f"{files[0][0]}: has only a few colors, as masks have, unlike {others[0]}; so it is no image")
+    if division.reason == divide.GUESS_FOLDERS and (copied := _copied(*pairs.values())):
+        raise UserError("{} and {}: are the same label".format(*copied))
+    alone = [file for found in listed.values() for pair in found for file in (pair.image, pair.label) if file in known]
+    alone = [file for file in alone if file not in {file for pair in files for file in pair}]
     counts = {split: len(found) for split, found in pairs.items()}
-    return Found(dataset, [*listed][-1], division.reason, counts, files, unlabeled, alternatives, label_values.count(files))
+    return Found(dataset, [*listed][-1], division.reason, counts, files, alone, alternatives, label_values.count(files))
+
+
+def _copied(train: Sequence[layouts.Pair], held_out: Sequence[layouts.Pair]) -> tuple[str, str] | None:
+    """Returns two equal labels, one in each split, if all those of a sample have an equal one of the same name."""
+    names = [{pair.name.removeprefix(pair.name.split("/")[0]): pair.label for pair in split} for split in (train, held_out)]
+    both = [(names[0][name], names[1][name]) for name in sorted(names[0].keys() & names[1].keys())]
+    sample = label_values.sample(both, 3)
+    return sample[0] if sample and all(label_values.are_equal(*files) for files in sample) else None
 
 
 def _by_fraction(dataset: ConfigDict, known: set[str]) -> dict[str, list[layouts.Pair]]:
@@ -186,5 +225,5 @@ def _by_fraction(dataset: ConfigDict, known: set[str]) -> dict[str, list[layouts
     sizes = {seed: sum(folders.position(seed, name) < fraction for name in whole) for seed in range(SEEDS)}
     wanted = max(1, round(fraction * len(whole))) if len(whole) > 1 else 0
     dataset.split_seed = min(sizes, key=lambda seed: abs(sizes[seed] - wanted))
-    held_out = {pair for pair in found if folders.position(dataset.split_seed, pair.name) < fraction}
-    return {"train": [pair for pair in found if pair not in held_out]} | ({"val": [*held_out]} if wanted else {})
+    held_out = [pair for pair in found if folders.position(dataset.split_seed, pair.name) < fraction]
+    return {"train": [pair for pair in found if pair not in {*held_out}]} | ({"val": held_out} if wanted else {})

@@ -59,10 +59,24 @@ def test_splits_in_folders(images, labels, splits):
         ("photo/{name}.jpg", "v1.2/{name}.png"),
         ("imagesTr/{name}_0000.png", "labelsTr/{name}.png"),
         ("pictures/{name}.png", "object_color/images/{name}.png"),
+        ("images/img_{name}.png", "masks/gt_mask_{name}.png"),
+        ("cam/*_camera_front_{name}.png", "label/*_label_front_{name}.png"),
     ],
 )
 def test_without_splits_a_fraction_is_held_out(images, labels):
-    assert found(files(images, labels, splits=[""])) == ((images, labels, "train", "val"), divide.FRACTION)
+    names = [f"{i:03}" for i in range(12)] if "*" in images or "_mask_" in labels else ("a_1", "b_2", "c_3")
+    paths = [path.replace("*", f"2018{i % 12}") for i, path in enumerate(files(images, labels, splits=[""], names=names))]
+    assert found(paths) == ((images, labels, "train", "val"), divide.FRACTION)
+
+
+def test_splits_in_names():
+    paths = files("{split}_{name}.bmp", "{split}_{name}_anno.bmp", splits=("train", "test"), names="123")
+    assert found(paths) == (("{split}{name}.bmp", "{split}{name}_anno.bmp", "train", "test"), 0.0)
+
+
+def test_a_running_number_is_no_affix():
+    paths = [f"masks/{i}_mask_00{i}.png" for i in range(8)]
+    assert not [rule for rule in discover.rules(paths) if rule.rank > 0]
 
 
 def test_labels_of_several_kinds_are_ranked_by_their_words():
@@ -132,7 +146,7 @@ def test_texts_that_list_other_files_are_no_lists():
     assert divide.find_lists(images, {"train.txt": "IMG 7\nIMG 8", "val.txt": "IMG 9"}) is None
     unbalanced = 'image,remark\nIMG 0.jpg,"' + 200_000 * "x"
     assert divide.find_lists(images, {"train.csv": unbalanced}) is None
-    assert not divide.lists_pairs(unbalanced, {*images.values()})
+    assert not divide.lists_pairs("train.csv", unbalanced, {*images.values()})
 
 
 @pytest.mark.parametrize("header", ["image,label,split", "split;file_name", "Subset\tIMG\tmask_path"])

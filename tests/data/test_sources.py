@@ -129,7 +129,7 @@ def _set_label(path, *values):
         (IMAGE, lambda p: p.write_bytes(b""), r"images/train/001.png: cannot be read"),
         (IMAGE, _truncate, r"images/train/001.png: cannot be read because it is damaged or cut short"),
         (IMAGE, _jpeg_cut_short, r"images/train/001.jpg: cannot be read because it is damaged or cut short"),
-        (IMAGE, lambda p: _as(p, "GIF"), r"images/train/001.png: is a GIF file despite its name"),
+        (IMAGE, lambda p: _as(p, "BMP"), r"images/train/001.png: is a BMP file despite its name"),
         (IMAGE, lambda p: _as(p, "JPEG", "CMYK"), r"images/train/001.png: is a CMYK image"),
         (LABEL, _truncate, r"labels/train/001.png: cannot be read because it is damaged or cut short"),
         (LABEL, lambda p: _as(p, "JPEG", "L"), r"labels/train/001.png: is a JPEG file despite its name"),
