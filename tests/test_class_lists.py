@@ -41,10 +41,33 @@ COLORED = (("sky", "traffic light"), {0: (1, 2, 3), 1: (250, 170, 30)})
         ("lane 1\nlane 2", (("lane 1", "lane 2"), {})),
         ("'a: b'\n\"road 2\" 1 2 3\n'sky 1'", (("a: b", "road 2", "sky 1"), {1: (1, 2, 3)})),
         ("door, double door\nwall [inner]", (("door, double door", "wall [inner]"), {})),
+        ("# label:color_rgb:parts:actions\nsky:1,2,3::\ntraffic light:250,170,30::", COLORED),
     ],
 )
 def test_forms(text, expected):
     assert class_lists.parse(text, "classes.txt") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('["sky", "traffic light"]', TWO),
+        ('{"labels": {"traffic light": 1, "sky": 0}}', TWO),
+        ('{"1": "traffic light", "0": "sky"}', TWO),
+        ('{"sky": [1, 2, 3], "traffic light": [250, 170, 30]}', COLORED),
+        ('{"#010203": "sky", "#FAAA1E": "traffic light"}', COLORED),
+        (
+            '{"version": 1, "all": [{"title": "sky", "color": "#010203"}, {"title": "traffic light", "color": [250, 170, 30]}]}',
+            COLORED,
+        ),
+        ('[{"id": 1, "name": "traffic light"}, {"id": 0, "name": "sky"}]', TWO),
+    ],
+)
+def test_forms_of_json(text, expected):
+    assert class_lists.parse(text, "classes.json") == expected
+    for wrong, why in ((text[:-1], "is not JSON"), ('{"version": 3.5, "images": [1, 2]}', "line 1: lists no classes")):
+        with pytest.raises(UserError, match=f"classes.json.* {why}"):
+            class_lists.parse(wrong, "classes.json")
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,35 @@ def test_coco_and_files_that_do_not_agree(tmp_path):
             sources.open_source(recipe(**dataset.to_dict() | {"class_names": ("a", "b")}), "train")
 
 
+def test_coco_with_folders_in_the_names_of_files(tmp_path):
+    """Backslashes separate folders, too; the folders count only if they tell images apart."""
+    dataset = write_coco(tmp_path, images=[{"id": 5, "file_name": "elsewhere\\a.jpg", "width": 12, "height": 10}])
+    np.testing.assert_array_equal(sources.open_source(dataset, "train").read(0)[1], EXPECTED)
+    images = [{"id": 5 + i, "file_name": f"cam{i}/a.jpg", "width": 12, "height": 10} for i in range(2)]
+    dataset = write_coco(tmp_path, images=images)
+    (tmp_path / "train/a.jpg").unlink()
+    for camera in ("cam0", "cam1"):
+        fakes.write_image(tmp_path / "train" / camera / "a.jpg", np.zeros((10, 12, 3), np.uint8))
+    source = sources.open_source(dataset, "train")
+    assert source.names == ["cam0/a", "cam1/a"]
+    np.testing.assert_array_equal(source.read(0)[1], EXPECTED)
+    assert not source.read(1)[1].any()
+    dataset = write_coco(tmp_path / "same", images=[images[0], {**images[1], "file_name": "cam0/a.jpg"}])
+    with pytest.raises(UserError, match=r"two images have the file name cam0/a\.jpg"):
+        sources.open_source(dataset, "train")
+
+
+def test_a_circle_of_labelme(tmp_path):
+    """It is given by its center and a point on it."""
+    shape = {"label": "hole", "points": [[10, 8], [10, 13]], "shape_type": "circle"}
+    (tmp_path / "a.json").write_text(json.dumps({"shapes": [shape], "imageWidth": 20, "imageHeight": 20}))
+    painted = polygons.read(str(tmp_path / "a.json"), "").paint({"background": 0, "hole": 1}.__getitem__)
+    rows, columns = np.mgrid[:20, :20]
+    distances = np.hypot(rows - 8, columns - 10)
+    assert painted[distances < 4.5].all()
+    assert not painted[distances > 6].any()
+
+
 def test_labelme(tmp_path):
     """Shapes are painted in the order of the file, as labelme does."""
     corners = {"polygon": np.reshape(WALL, (4, 2)).tolist(), "rectangle": [[4, 2], [6, 4]]}

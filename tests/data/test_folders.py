@@ -82,6 +82,14 @@ def test_lists_of_images(tmp_path, text):
     assert found == {index: (f"im/{index}.jpg", f"gt/{index}.png") for index in "12"}
 
 
+def test_a_list_may_name_images_without_a_label_if_these_are_left_out(tmp_path):
+    write(tmp_path, "im/1.jpg", "im/2.jpg", "gt/1.png")
+    (tmp_path / "train.txt").write_text("1\n2\n")
+    fields = {"images": "im/{name}.*", "labels": "gt/{name}.*", "split_file": "{split}.txt"}
+    assert {*pairs(tmp_path, **fields)} == {"1", "2"}
+    assert {*pairs(tmp_path, on_error="skip", **fields)} == {"1"}
+
+
 @pytest.mark.parametrize(
     "text",
     [

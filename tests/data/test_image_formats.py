@@ -44,10 +44,12 @@ def test_a_folder_of_many_formats_is_read_as_by_prediction(tmp_path, caplog):
     for ending in endings:
         fakes.write_image(root / f"images/train/{ending}.{ending}", image, **({"lossless": True} if ending == "webp" else {}))
         fakes.write_image(root / f"labels/train/{ending}.png", label)
+    fakes.write_image(root / "images/train/gif as jpg.jpg", image, format="GIF")
+    fakes.write_image(root / "labels/train/gif as jpg.png", label)
     (root / "images/train/notes.txt").write_text("where the pictures are from")
     source = pipeline.open_training(config_of(root, 3, "uint8")).sources[0]
     assert f"{root}/images/train: 1 files are ignored" in caplog.text
-    assert source.names == sorted(["000", *endings])
+    assert source.names == sorted(["000", "gif as jpg", *endings])
     config = config_of(root, 3, "uint8")
     config.eval.split = "train"
     examples = list(pipeline.as_numpy(pipeline.eval_dataset(config, source=source)))
@@ -55,7 +57,7 @@ def test_a_folder_of_many_formats_is_read_as_by_prediction(tmp_path, caplog):
         expected = image_files.read(source.files(index)[0])
         np.testing.assert_array_equal(example["image"], expected, example["name"])
         np.testing.assert_array_equal(example["label"], label if index else fakes.pair("train", 0)[1])
-        if example["name"] not in ("gif", "jpg", "jp2"):
+        if example["name"] not in ("gif", "gif as jpg", "jpg", "jp2"):
             np.testing.assert_array_equal(expected, image)
 
 

@@ -1,5 +1,6 @@
 """Label maps, and labels in the formats people have."""
 
+import cv2
 import numpy as np
 import pytest
 import scipy.io
@@ -48,6 +49,8 @@ WAYS = {  # {case: (a label file, how it is written, label_map)}
     "colors of a palette": ("0.png", lambda p: palette().save(p), BY_COLOR),
     "GIF": ("0.gif", lambda p: palette().save(p), BY_COLOR),
     "16 bits": ("0.png", lambda p: Image.fromarray(values(0, 999, 65535, 7, np.uint16)).save(p), BY_VALUE_16),
+    "RGB of 16 bits": ("0.png", lambda p: cv2.imwrite(str(p), colored()[..., ::-1].astype(np.uint16)), BY_COLOR),
+    "PPM": ("0.ppm", lambda p: Image.fromarray(colored()).save(p), BY_COLOR),
     "16-bit TIFF": ("0.tiff", lambda p: Image.fromarray(values(0, 1, 2, 255, np.uint16)).save(p), ""),
     "0 as white": ("0.tif", lambda p: tifffile.imwrite(p, values(0, 100, 250, 7), photometric="miniswhite"), BY_VALUE),
     "npy": ("0.npy", lambda p: np.save(p, values(0, 10**6, 2, -1, np.int64)), "{0: 'a', 1000000: 'b', 2: 'c', -1: None}"),
