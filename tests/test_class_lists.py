@@ -57,7 +57,7 @@ def test_forms(text, expected):
         ('{"sky": [1, 2, 3], "traffic light": [250, 170, 30]}', COLORED),
         ('{"#010203": "sky", "#FAAA1E": "traffic light"}', COLORED),
         (
-            '{"version": 1, "all": [{"title": "sky", "color": "#010203"}, {"title": "traffic light", "color": [250, 170, 30]}]}',
+            '{"v": 1, "all": [{"title": "sky", "color": "#010203"}, {"title": "traffic light", "color": [250, 170, 30]}]}',
             COLORED,
         ),
         ('[{"id": 1, "name": "traffic light"}, {"id": 0, "name": "sky"}]', TWO),

@@ -70,19 +70,16 @@ class Found(NamedTuple):
 
 def list_folder(root: str) -> Folder:
     """Lists a folder and reads its texts."""
-    paths, texts, kinds = [], {}, collections.Counter[str]()
-    for file in listing.walk(root):
-        path, suffix = file[len(root) + 1 :], os.path.splitext(file)[1].lower()
-        if path.startswith("__MACOSX/"):
-            continue
-        kinds[suffix] += 1
-        if suffix in {*image_files.SUFFIXES, *folders.LABELS, ".json"}:
-            paths.append(path)
-            if suffix != ".json":
-                continue
-        if (suffix in TEXTS or label_values.LISTS.search(path)) and epath.Path(file).stat().length < LONGEST:
-            texts[path] = epath.Path(file).read_bytes().decode(errors="replace")
-    return Folder(root, sorted(paths), texts, kinds)
+    files = [(file[len(root) + 1 :], os.path.splitext(file)[1].lower()) for file in listing.walk(root)]
+    files = [(path, suffix) for path, suffix in files if not path.startswith("__MACOSX/")]
+    paths = sorted(path for path, suffix in files if suffix in {*image_files.SUFFIXES, *folders.LABELS, ".json"})
+    jsons = collections.Counter(os.path.dirname(path) for path, suffix in files if suffix == ".json")
+    texts = {}
+    for path, suffix in files:
+        is_list = suffix == ".json" and jsons[os.path.dirname(path)] <= FEW and label_values.LISTS.search(path)
+        if (suffix in TEXTS or is_list) and (file := epath.Path(root) / path).stat().length < LONGEST:
+            texts[path] = file.read_bytes().decode(errors="replace")
+    return Folder(root, paths, texts, collections.Counter(suffix for _, suffix in files))
 
 
 def find(folder: Folder) -> Found:
