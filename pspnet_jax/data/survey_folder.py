@@ -134,10 +134,7 @@ def _candidates(folder: Folder) -> Iterator[tuple[divide.Division, Alternatives]
             kept.append((rule, {path for side in matched for path in side.values()}))
     divided = [(rule, divide.divide(rule, folder.paths, folder.texts)) for rule, _ in kept]
     for rule, division in sorted(divided, key=lambda d: -d[0].rank * (2 if d[1].split_file else 1)):
-        alternatives = _alternatives(rule, division, divided)
-        yield division, alternatives
-        if division.reason == divide.GUESS_FOLDERS:  # unless the folders are copies of each other
-            yield divide.only_folder(division), alternatives
+        yield division, _alternatives(rule, division, divided)
 
 
 def _alternatives(
@@ -182,7 +179,7 @@ def _open(folder: Folder, division: divide.Division, alternatives: Alternatives)
     """Lists the two splits of a candidate and reads a sample of its labels.
 
     Raises:
-      UserError: it has no pairs, its images or labels are none, or both splits have the same labels.
+      UserError: it has no pairs, or its images or labels are none.
     """
     dataset = configs.base_config().dataset
     dataset.update({"root": folder.root} | {field: value for field, value in division._asdict().items() if field in dataset})
@@ -195,23 +192,27 @@ def _open(folder: Folder, division: divide.Division, alternatives: Alternatives)
     if not all(pairs.values()):
         raise UserError(f"no pairs in split {next(split for split in pairs if not pairs[split])!r}")
     files = [(pair.image, pair.label) for found in pairs.values() for pair in found]
-    others = sorted(path for path in known - {file for pair in files for file in pair} if not path.endswith(".json"))
-    if label_values.are_masks([image for image, _ in files]) and not label_values.are_masks(others):
-        raise UserError(f"{files[0][0]}: has only a few colors, as masks have, unlike {others[0]}; so it is no image")
-    if division.reason == divide.GUESS_FOLDERS and (copied := _copied(*pairs.values())):
-        raise UserError("{} and {}: are the same label".format(*copied))
-    alone = [file for found in listed.values() for pair in found for file in (pair.image, pair.label) if file in known]
-    alone = [file for file in alone if file not in {file for pair in files for file in pair}]
+    others = known - {file for pair in files for file in pair}
+    pictures = sorted(path for path in others if not path.endswith(".json"))
+    if label_values.are_masks([image for image, _ in files]) and not label_values.are_masks(pictures):
+        raise UserError(f"{files[0][0]}: has only a few colors, as masks have, unlike {pictures[0]}; so it is no image")
+    if division.reason == divide.GUESS_FOLDERS and _are_copies(pairs):
+        return _open(folder, divide.only_folder(division), alternatives)
+    alone = [file for found in listed.values() for pair in found for file in (pair.image, pair.label) if file in others]
     counts = {split: len(found) for split, found in pairs.items()}
     return Found(dataset, [*listed][-1], division.reason, counts, files, alone, alternatives, label_values.count(files))
 
 
-def _copied(train: Sequence[layouts.Pair], held_out: Sequence[layouts.Pair]) -> tuple[str, str] | None:
-    """Returns two equal labels, one in each split, if all those of a sample have an equal one of the same name."""
-    names = [{pair.name.removeprefix(pair.name.split("/")[0]): pair.label for pair in split} for split in (train, held_out)]
-    both = [(names[0][name], names[1][name]) for name in sorted(names[0].keys() & names[1].keys())]
-    sample = label_values.sample(both, 3)
-    return sample[0] if sample and all(label_values.are_equal(*files) for files in sample) else None
+def _are_copies(pairs: Mapping[str, Sequence[layouts.Pair]]) -> bool:
+    """Returns whether two splits of folders, such as {"a+b": ..., "c": ...}, have equal labels of the same names."""
+
+    def by_name(parts: str, found: Sequence[layouts.Pair]) -> dict[str, str]:
+        either = "|".join(map(re.escape, parts.split("+")))
+        return {re.sub(f"^({either})/", "", pair.name): pair.label for pair in found}
+
+    train, held_out = (by_name(*split) for split in pairs.items())
+    both = label_values.sample([(train[name], held_out[name]) for name in sorted(train.keys() & held_out.keys())], 3)
+    return bool(both) and all(label_values.are_equal(*files) for files in both)
 
 
 def _by_fraction(dataset: ConfigDict, known: set[str]) -> dict[str, list[layouts.Pair]]:
@@ -222,5 +223,7 @@ def _by_fraction(dataset: ConfigDict, known: set[str]) -> dict[str, list[layouts
     sizes = {seed: sum(folders.position(seed, name) < fraction for name in whole) for seed in range(SEEDS)}
     wanted = max(1, round(fraction * len(whole))) if len(whole) > 1 else 0
     dataset.split_seed = min(sizes, key=lambda seed: abs(sizes[seed] - wanted))
-    held_out = [pair for pair in found if folders.position(dataset.split_seed, pair.name) < fraction]
-    return {"train": [pair for pair in found if pair not in {*held_out}]} | ({"val": held_out} if wanted else {})
+    divided: dict[bool, list[layouts.Pair]] = {False: [], True: []}
+    for pair in found:
+        divided[folders.position(dataset.split_seed, pair.name) < fraction].append(pair)
+    return {"train": divided[False]} | ({"val": divided[True]} if wanted else {})
