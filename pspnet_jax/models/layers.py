@@ -265,7 +265,7 @@ class CoarseLogits(flax.struct.PyTreeNode):
 
         def of_rows(scores: jax.Array, rows: jax.Array, labels: jax.Array) -> jax.Array:
             n, height, width = labels.shape
-            size = math.ceil(height / math.ceil(labels.size * scores.shape[-1] / BLOCK))  # rows of a block
+            size = math.ceil(height / max(1, labels.size * scores.shape[-1] // BLOCK))  # rows of a block
             rows, labels = _pad_rows(rows, labels, -height % size)
             split = rows.reshape(-1, size, rows.shape[1]), jnp.moveaxis(labels.reshape(n, -1, size, width), 1, 0)
             values = jax.lax.map(lambda block: of_block(scores, *block), split)  # [blocks, N, R, ...]
@@ -279,7 +279,7 @@ class CoarseLogits(flax.struct.PyTreeNode):
         return of_rows(self.scores, rows, labels)[:, : self.height]
 
 
-BLOCK = 2**21  # upsampled scores at a time, on each device
+BLOCK = 2**21  # upsampled scores at a time, up to twice as many, on each device
 
 
 def _pad_rows(rows: jax.Array, labels: jax.Array, missing: int) -> tuple[jax.Array, jax.Array]:
