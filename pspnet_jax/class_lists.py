@@ -64,9 +64,10 @@ def read_rows(text: str, file: str) -> list[Row]:
     """Returns the lines of a list in their order."""
     if file.endswith(".json"):
         try:
-            return _find_rows(json.loads(text)) or _refuse(file, 1, "lists no classes")
+            content = json.loads(text)
         except ValueError as error:
             raise UserError(f"{file}: is not JSON ({error})") from error
+        return _find_rows(content) or _refuse(file, 1, "lists no classes")
     without_comments = [re.sub(r"^#.*|\s#(\s.*)?$", "", line.strip()) for line in text.removeprefix("\ufeff").splitlines()]
     lines = [(number, line.strip()) for number, line in enumerate(without_comments, 1) if line.strip()]
     cvat = [re.fullmatch(r"([^:]+):(\d+),(\d+),(\d+):[^:]*:[^:]*", line) for _, line in lines]
@@ -92,7 +93,7 @@ def _find_rows(content: Any) -> list[Row]:
             is_name, label = isinstance(value, str), key if key.isdecimal() else None
             items.append((value if is_name else key, label if is_name else value, key if is_name else value))
     rows = [
-        Row(1, name, int(label) if type(label) is int or label == str(label) else None, _json_color(color))
+        Row(1, name, int(label) if re.fullmatch(r"\d+", str(label)) else None, _json_color(color))
         for name, label, color in items
         if isinstance(name, str)
     ]
@@ -104,8 +105,8 @@ def _find_rows(content: Any) -> list[Row]:
 
 
 def _json_color(value: Any) -> Color | None:
-    if isinstance(value, str) and re.fullmatch("#[0-9a-fA-F]{6}", value):
-        return tuple(bytes.fromhex(value[1:]))  # type: ignore[return-value]
+    if isinstance(value, str):
+        return _from_hex(value)
     is_color = isinstance(value, list) and len(value) == 3 and all(type(v) is int and 0 <= v < 256 for v in value)
     return tuple(value) if is_color else None
 
@@ -185,11 +186,15 @@ def _row_by_header(header: list[str | None], number: int, fields: list[str], fil
 
 
 def _color(values: list[str], number: int, file: str) -> Color:
-    if len(values) == 1 and re.fullmatch(r"#[0-9a-fA-F]{6}", values[0]):
-        return tuple(bytes.fromhex(values[0][1:]))  # type: ignore[return-value]
+    if len(values) == 1 and (color := _from_hex(values[0])):
+        return color
     if len(values) != 3 or not all(value.isdecimal() and int(value) < 256 for value in values):
         _refuse(file, number, f"{', '.join(values)} after the name is not a color; expected R, G, B, each from 0 to 255")
     return int(values[0]), int(values[1]), int(values[2])
+
+
+def _from_hex(text: str) -> Color | None:
+    return tuple(bytes.fromhex(text[1:])) if re.fullmatch(r"#[0-9a-fA-F]{6}", text) else None  # type: ignore[return-value]
 
 
 def _sorted_by_label(rows: list[Row], file: str) -> list[Row]:

@@ -61,7 +61,8 @@ def describe(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     try:
         skip = config.dataset.on_error == "skip"
         source = sources.open_source(config.dataset, config.dataset.train_split, skip, config.model.channels)
-        labeled = [i for i in range(len(source)) if tuple(source.files(i)) in set(found.pairs)]
+        pairs = set(found.pairs)
+        labeled = [i for i in range(len(source)) if tuple(source.files(i)) in pairs]
         chosen = [(source.names[i], *source.read(i)) for i in label_values.sample(labeled, PANELS)]
     except UserError as error:
         raise UserError(f"{error}; {recipe} is written, but cannot train as the files are") from error

@@ -161,9 +161,10 @@ def _coco(content: dict[str, Any], file: str) -> _Coco:
         drawings[annotation["image_id"]].shapes.append((names[annotation["category_id"]], outlines))
     tails = {image["id"]: _tails(image["file_name"]) for image in content["images"]}
     used = collections.Counter(tail for of_image in tails.values() for tail in of_image)
-    if twice := next((of_image[0] for of_image in tails.values() if used[of_image[0]] > 1), None):
-        raise ValueError(f"two images have the file name {twice}")
-    found = _Coco((min((t for t in tails[number] if used[t] == 1), key=len), drawing) for number, drawing in drawings.items())
+    keys = {number: min((t for t in found if used[t] == 1), key=len, default=found[0]) for number, found in tails.items()}
+    found = _Coco((keys[number], drawing) for number, drawing in drawings.items())
+    if len(found) < len(drawings):
+        raise ValueError("two images have the same file name")
     found.categories = {number: names[number] for number in {annotation["category_id"] for annotation in annotations}}
     return found
 

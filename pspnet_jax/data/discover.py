@@ -32,8 +32,8 @@ _NEITHER = re.compile(
 )
 
 
+_PREFIXES = (r"[A-Za-z{}]+([_\-. ]+|(?=\d))", r"[A-Za-z{}][A-Za-z{}_\-. ]*(?=\d)")  # a word, or all words before a number
 # "_mask", the "L" of "01L", and "_0000", the first channel of an image for nnU-Net
-_PREFIXES = (r"[A-Za-z{}]+([_\-. ]+|(?=\d))", r"([A-Za-z{}]+[_\-. ]*)+(?=\d)")
 _SUFFIX = re.compile(r"[_\-. ]+(?=[^_\-. ]*[A-Za-z])|(?<=\d)(?=[A-Za-z]+$)|_(?=0000$)")
 
 

@@ -31,7 +31,7 @@ BY_KEYS: dict[frozenset[str], str] = {  # of the object in a JSON file, or of on
 BY_TEXT = {  # of the first line of a text
     r"\d+( [01]?\.\d+){6,}": f"YOLO's polygons: {TO_COCO}",
     r"(-?\d+[ \t]+){20,}-?\d+": "text files with a number for each pixel: save them as .npy, after numpy.loadtxt(FILE, int)",
-    r"(?i).*(encodedpixels|rle).*": "run-length encoded masks: decode them to label images",
+    r"(?i).*(encodedpixels|(?<![a-z])rle(?![a-z])).*": "run-length encoded masks: decode them to label images",
 }
 
 

@@ -74,8 +74,12 @@ def test_splits_in_names():
     assert found(paths) == (("{split}{name}.bmp", "{split}{name}_anno.bmp", "train", "test"), 0.0)
 
 
+def test_long_words_are_read_in_no_time():
+    assert found([f"{role}/{60 * letter}.png" for role in ("images", "masks") for letter in "abc"])[0][0] == "images/{name}.png"
+
+
 def test_a_running_number_is_no_affix():
-    paths = [f"masks/{i}_mask_00{i}.png" for i in range(8)]
+    paths = [f"masks/gt_mask_00{i}.png" for i in range(8)]
     assert not [rule for rule in discover.rules(paths) if rule.rank > 0]
 
 

@@ -165,6 +165,7 @@ def test_arrays_that_are_no_labels(tmp_path):
     for number, (array, sentence) in enumerate(
         [
             (np.full((40, 48), 0.5), "0.npy: has value 0.5; expected whole numbers"),
+            (np.zeros((40, 48, 3)), r"is float64\[40, 48, 3\]; expected"),
             (np.zeros((40, 48, 2), np.uint8), r"is uint8\[40, 48, 2\]; expected"),
             (np.array([{}]), "cannot be read because it is damaged .*allow_pickle=False"),
         ]
