@@ -10,7 +10,7 @@ import numpy as np
 import rich
 from etils import epath
 
-from pspnet_jax import datasets, files, runs
+from pspnet_jax import datasets, figures, files, runs
 from pspnet_jax.errors import UserError, grouped
 from pspnet_jax.infer import draw
 
@@ -54,7 +54,7 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         name = split if dataset is config.dataset else f"mixture{number}_{split}"
         if examples := survey.samples(found, PANELS):
             pictures[f"{name}_images.png"] = draw.contact_sheet(examples, info)
-            pictures[f"{name}_classes.png"] = draw.class_frequencies(found.pixels, info)
+            pictures[f"{name}_classes.png"] = figures.class_frequencies(found.pixels, info)
     if len(opened) == len(parts):
         overlap.warn_shared(opened[: len(training)], opened[-1] if len(parts) > len(training) else opened[0])
     for step in (lambda: _write_pictures(pictures, output, opened), lambda: palettes.require_agreement(palettes_found)):

@@ -1,4 +1,4 @@
-"""Plots of results: the confusion matrix, the learning curves of a run, and ablations. Only drawing them imports matplotlib."""
+"""Plots: the confusion matrix, learning curves, class frequencies and ablations. Only drawing them imports matplotlib."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pspnet_jax.datasets import DatasetInfo
 from pspnet_jax.losses import LOSSES
 
 MAX_CELLS_WITH_NUMBERS = 25  # classes
@@ -50,7 +51,8 @@ def learning_curves(lines: Sequence[Mapping[str, Any]], best_metric: str) -> Ima
     for axes, (title, of_panel) in zip(figure.subplots(len(chosen), sharex=True), chosen.items(), strict=True):
         for kind, name in of_panel:
             points = [(line["step"], line[name]) for line in lines if line["kind"] == kind and name in line]
-            axes.plot(*zip(*points, strict=True), marker="o" if kind == "eval" else "", label=f"{kind}: {name}")
+            label, marker = _without_formulas(f"{kind}: {name}"), "o" if kind == "eval" else ""
+            axes.plot(*zip(*points, strict=True), marker=marker, label=label)
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)
         if of_panel:
@@ -88,6 +90,28 @@ def ablation(tables: Mapping[str, Sequence[tuple[str, float | None, Sequence[flo
                 right.errorbar(means[y], y, xerr=np.std(scores, ddof=1), color="tab:blue", capsize=3)
         left.set_yticks(range(len(rows)), [_without_formulas(row[0]) for row in rows], fontsize=8)
         left.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top, also those without a score
+    return _picture(canvas)
+
+
+def class_frequencies(pixels: np.ndarray, info: DatasetInfo) -> Image.Image:
+    """Returns a bar chart of each class's share of the labeled pixels, on a logarithmic axis, most frequent first.
+
+    Args:
+      pixels: int[K], number of pixels of each class.
+      info: class names and colors.
+    """
+    order = np.argsort(-pixels, kind="stable")
+    shares = pixels[order] / max(1, pixels.sum())
+    figure, canvas = _canvas(8, 1 + 0.2 * len(order))
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    rank = np.arange(len(order))
+    axes.barh(rank, shares, color=[np.array(info.colors[k]) / 255 for k in order], edgecolor="black", linewidth=0.5)
+    names = [_without_formulas(f"{info.class_names[k]}  {share:.3%}") for k, share in zip(order, shares, strict=True)]
+    axes.set_yticks(rank, names, fontsize=8)
+    axes.set_ylim(len(order) - 0.4, -0.6)
+    axes.set_xscale("log")
+    axes.set_xlabel("share of the labeled pixels")
     return _picture(canvas)
 
 

@@ -5,6 +5,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from pspnet_jax import figures
+from pspnet_jax.datasets import DatasetInfo
 
 
 def test_a_confusion_matrix_is_shown_in_shares_of_its_rows(monkeypatch):
@@ -58,3 +59,12 @@ def test_learning_curves_have_losses_rate_and_metrics(monkeypatch):
 @pytest.mark.parametrize("lines", [[], [{"kind": "eval", "step": 1, "rmse": 2.0}]])
 def test_a_run_without_any_curve_has_empty_panels(lines):
     assert figures.learning_curves(lines, "mean_iou").size == (800, 900)
+
+
+def test_class_frequencies_are_bars_in_class_colors_with_the_most_frequent_on_top():
+    """A "$" begins no formula."""
+    info = DatasetInfo("street", ("$_^$", "car"), ((128, 64, 128), (0, 0, 142)))
+    picture = np.asarray(figures.class_frequencies(np.array([1, 3]), info))
+    road, car = (np.argwhere((picture == color).all(-1)) for color in info.colors)
+    assert car[:, 0].max() < road[:, 0].min()
+    assert np.ptp(car[:, 1]) > np.ptp(road[:, 1])

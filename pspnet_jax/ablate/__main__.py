@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import pathlib
 import re
 import shlex
 import signal
@@ -87,6 +88,7 @@ def _ablate(arguments: argparse.Namespace, overrides: Sequence[str]) -> dict[str
         commands = [shlex.join(["python", "-m", "pspnet_jax.main", *command]) for run in todo for command in run.missing()]
         _print("\n".join(commands))
         return {}
+    stem = output / "_".join(["ablation", *(pathlib.PurePath(name).stem for name in found)])
     settings = {"dataset": dataset, "seeds": arguments.seeds, "settings": " ".join(overrides) or "those of the recipes"}
 
     def write() -> str:
@@ -95,11 +97,11 @@ def _ablate(arguments: argparse.Namespace, overrides: Sequence[str]) -> dict[str
             report.summarize(name, table, {key[1:]: score for key, score in scores.items() if key[0] == name})
             for name, table in found.items()
         ]
-        return report.write(output, summaries, settings, len(arguments.seeds))
+        return report.write(stem, summaries, settings, arguments.seeds)
 
     failures = _train(todo, arguments.devices, output, write)
     _print(write())
-    logger.info(f"{output} has ablation.md, .json, .csv and .png, and the runs in runs/")
+    logger.info(f"{stem}.md, .json, .csv and .png are written; the runs are in {output / 'runs'}")
     return failures
 
 

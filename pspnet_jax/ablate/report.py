@@ -28,7 +28,7 @@ class Line:
       scores: by seed.
       mean, std: of the mIoU over the seeds; the sample's standard deviation, with n - 1.
       pixel_accuracy: mean over the seeds.
-      difference, p: of the mean mIoU to the reference's, and the p-value of Welch's t-test.
+      difference, p: of the mean mIoU to the reference's, and its p-value, see `compare`.
     """
 
     row: str
@@ -73,16 +73,21 @@ class Summary:
 def summarize(name: str, table: Table, scores: Mapping[tuple[str, int], Score]) -> Summary:
     """Returns the summary of a table, given the scores that there are, by (row, seed)."""
     by_row = {row: {seed: score for (of, seed), score in scores.items() if of == row} for row in table.rows}
-    ious = {row: [score.mean_iou for score in of_row.values()] for row, of_row in by_row.items()}
+    ious = {row: {seed: score.mean_iou for seed, score in of_row.items()} for row, of_row in by_row.items()}
+
+    def compared(row: str, other: str) -> tuple[float | None, float | None]:
+        same_networks = (table.rows[row].network or row) == (table.rows[other].network or other)
+        return compare(ious[row], ious[other], same_networks)
+
     lines = [
         Line(
             row,
             details.published,
             by_row[row],
-            mean(ious[row]),
-            float(np.std(ious[row], ddof=1)) if len(ious[row]) > 1 else None,
+            mean([*ious[row].values()]),
+            float(np.std([*ious[row].values()], ddof=1)) if len(ious[row]) > 1 else None,
             mean([score.pixel_accuracy for score in by_row[row].values()]),
-            *(compare(ious[row], ious[table.reference]) if row != table.reference else (None, None)),
+            *(compared(row, table.reference) if row != table.reference else (None, None)),
         )
         for row, details in table.rows.items()
     ]
@@ -90,7 +95,7 @@ def summarize(name: str, table: Table, scores: Mapping[tuple[str, int], Score]) 
     for better, worse in table.order:
         published = [table.rows[row].published for row in (better, worse)]
         gain = published[0][0] - published[1][0] if published[0] and published[1] else None
-        measured, p = compare(ious[better], ious[worse])
+        measured, p = compared(better, worse)
         comparisons.append(Comparison(better, worse, gain, measured, p, judge(measured, p)))
     return Summary(name, table.title, table.reference, lines, comparisons)
 
@@ -99,14 +104,25 @@ def mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def compare(values: Sequence[float], others: Sequence[float]) -> tuple[float | None, float | None]:
-    """Returns the difference of two means, and the two-sided p-value of Welch's t-test, which assumes no equal variances.
+def compare(
+    by_seed: Mapping[int, float], others_by_seed: Mapping[int, float], same_networks: bool
+) -> tuple[float | None, float | None]:
+    """Returns the difference of two means over seeds, and its two-sided p-value.
 
-    The p-value is None with fewer than two values on a side, or if the values of each side are all equal.
+    That is the p-value of Welch's t-test, which assumes no equal variances. Two evaluations of the same networks are compared
+    over the seeds that both have, and by the paired t-test. The p-value is None with fewer than two values on a side, or if the
+    values of each side (if paired, their differences) are all equal.
     """
+    if same_networks:
+        both = [seed for seed in by_seed if seed in others_by_seed]
+        by_seed, others_by_seed = ({seed: side[seed] for seed in both} for side in (by_seed, others_by_seed))
+    values, others = [*by_seed.values()], [*others_by_seed.values()]
     if not values or not others:
         return None, None
     difference = float(np.mean(values) - np.mean(others))
+    if same_networks:
+        changes = np.subtract(values, others)
+        return difference, float(scipy.stats.ttest_1samp(changes, 0).pvalue) if np.ptp(changes) > 0 else None
     if min(len(values), len(others)) < 2 or np.ptp(values) == np.ptp(others) == 0:
         return difference, None
     moments = [moment for side in (values, others) for moment in (np.mean(side), np.std(side, ddof=1), len(side))]
@@ -130,23 +146,23 @@ def smallest_significant(seeds: int) -> float:
     return float(scipy.stats.t.ppf(1 - LEVEL / 2, 2 * seeds - 2)) * math.sqrt(2 / seeds)
 
 
-def write(folder: epath.Path, summaries: Sequence[Summary], settings: Mapping[str, object], seeds: int) -> str:
-    """Writes ablation.json, .csv, .md and .png, each atomically, and returns the text of the .md file.
+def write(stem: epath.Path, summaries: Sequence[Summary], settings: Mapping[str, object], seeds: Sequence[int]) -> str:
+    """Writes files with the suffixes .json, .csv, .md and .png, each atomically, and returns the text of the .md file.
 
     Args:
-      folder: created if missing.
+      stem: their path without the suffix; its folder is created if missing.
       summaries: of the tables.
       settings: what the runs have in common, by name.
-      seeds: number of seeds.
+      seeds: of the runs.
     """
     text = markdown(summaries, settings, seeds)
     found = {"settings": dict(settings), "tables": [dataclasses.asdict(summary) for summary in summaries]}
     rows = {s.table: [(n.row, n.published and n.published[0], _ious(n)) for n in s.lines] for s in summaries}
-    with files.writing(folder, "the runs are kept; repeat the command with space for their table"):
+    with files.writing(stem.parent, "the runs are kept; repeat the command with space for their table"):
         for suffix, content in ((".json", json.dumps(found, indent=2) + "\n"), (".csv", _csv(summaries)), (".md", text)):
-            with files.atomic(folder / f"ablation{suffix}") as path:
+            with files.atomic(stem.parent / f"{stem.name}{suffix}") as path:
                 path.write_text(content)
-        with files.atomic(folder / "ablation.png") as path, path.open("wb") as file:
+        with files.atomic(stem.parent / f"{stem.name}.png") as path, path.open("wb") as file:
             figures.ablation(rows).save(file, "png")
     return text
 
@@ -167,32 +183,36 @@ def _csv(summaries: Sequence[Summary]) -> str:
     return text.getvalue()
 
 
-def markdown(summaries: Sequence[Summary], settings: Mapping[str, object], seeds: int) -> str:
+def markdown(summaries: Sequence[Summary], settings: Mapping[str, object], seeds: Sequence[int]) -> str:
     """Returns a table and a sentence for each comparison, for each summary."""
     power = "With one seed, no difference can be tested; use three or more."
-    if seeds > 1:
+    if len(seeds) > 1:
         power = (
-            f"With {seeds} seeds, two means differ significantly (p < {LEVEL}) only if they are about "
-            f"{smallest_significant(seeds):.1f} standard deviations of a run apart; smaller differences stay undecided. "
+            f"With {len(seeds)} seeds, two means differ significantly (p < {LEVEL}) only if they are about "
+            f"{smallest_significant(len(seeds)):.1f} standard deviations of a run apart; smaller differences stay undecided. "
+            "Two evaluations of the same networks are compared by a paired test. "
             "The p-values are not corrected for the number of comparisons."
         )
     sections = ["# Ablation", ", ".join(f"{name}: {value}" for name, value in settings.items()) + f". {power}"]
     for summary in summaries:
         reference = summary.reference
         head = ("row", "published: mIoU / pixel accuracy", "mIoU by seed", "mean", "std", "pixel accuracy")
-        table = [(*head, f"difference to {reference}", "p"), ("---",) * 8, *map(_cells, summary.lines)]
-        sections += [f"## {summary.table}", summary.title, "\n".join(f"| {' | '.join(cells)} |" for cells in table)]
+        cells = [_cells(line, seeds) for line in summary.lines]
+        table = [(*head, f"difference to {reference}", "p"), ("---",) * 8, *cells]
+        sections += [f"## {summary.table}", summary.title, "\n".join(f"| {' | '.join(row)} |" for row in table)]
+        if left := sum(seed not in line.scores for line in summary.lines for seed in seeds):
+            sections.append(f"{left} of {len(seeds) * len(summary.lines)} scores are missing (-).")
         if summary.comparisons:
             sections.append("\n".join(f"- {comparison}" for comparison in summary.comparisons))
     return "\n\n".join(sections) + "\n"
 
 
-def _cells(line: Line) -> tuple[str, ...]:
+def _cells(line: Line, seeds: Sequence[int]) -> tuple[str, ...]:
     def number(value: float | None, form: str = ".2f") -> str:
         return "-" if value is None else format(value, form)
 
     published = "{:.2f} / {:.2f}".format(*line.published) if line.published else "-"
-    ious = ", ".join(map(number, _ious(line))) or "-"
+    ious = ", ".join(number(line.scores[seed].mean_iou) if seed in line.scores else "-" for seed in seeds)
     return (
         *(line.row, published, ious, number(line.mean), number(line.std), number(line.pixel_accuracy)),
         *(number(line.difference, "+.2f"), number(line.p, ".2g")),

@@ -58,18 +58,25 @@ class Run:
         free = ("batch_size", "best_metric", *(("crop", "stride") if expected["inference"] == "whole" else ()))
         expected = {field: value for field, value in expected.items() if field not in free}
         expected = json.loads(json.dumps({"step": self.config.total_steps, **expected}))  # lists, not tuples
-        for report in _evaluations(self.workdir):
+        lines = list(jsonlines.read(self.workdir / "metrics.jsonl"))
+        data = {line.get("data") for line in lines if line.get("kind") == "eval"}  # on which the run was evaluated
+        for report in (*lines, *map(files.read_json, self.workdir.glob("evaluation/*.json"))):
+            if data and report.get("data") not in data:
+                continue  # --mode evaluate with other data
             if expected.items() <= {field: report.get(field) for field in expected}.items():
                 return Score(100 * report["mean_iou"], 100 * report["pixel_accuracy"])
         return None
 
     def missing(self) -> Iterator[list[str]]:
         """Yields the commands, options of `pspnet_jax.main`, that the scores still need; each once the one before is done."""
-        if self.score({}) is None:
-            yield [*self.options, f"--workdir={self.workdir}"]
-        for changes in self.evaluations:
-            if self.score(changes) is None:
-                yield ["--mode=evaluate", f"--workdir={self.workdir}", *map(_option, changes.items())]
+        workdir, trained = f"--workdir={self.workdir}", self.workdir / f"checkpoints/{self.config.total_steps}"
+        for changes in ({}, *self.evaluations):
+            if self.score(changes) is not None:
+                continue
+            if not changes and not trained.exists():
+                yield [*self.options, workdir]
+            else:
+                yield ["--mode=evaluate", workdir, *_for_evaluation(self.options), *map(_option, changes.items())]
 
 
 class Cell(NamedTuple):
@@ -84,10 +91,13 @@ def _option(change: tuple[str, Any]) -> str:
     return f"--config.{field}={','.join(map(str, value)) if isinstance(value, tuple | list) else value}"
 
 
-def _evaluations(workdir: epath.Path) -> Iterator[Mapping[str, Any]]:
-    """Yields the reports of a run: those made in training, and those of --mode evaluate."""
-    yield from jsonlines.read(workdir / "metrics.jsonl")
-    yield from map(files.read_json, workdir.glob("evaluation/*.json"))
+def _for_evaluation(options: Sequence[str]) -> Iterator[str]:
+    """Yields the options that an evaluation takes too, as the data may have moved since the training."""
+    taken = False
+    for option in options:  # the value may be an option of its own
+        taken = bool(re.match(r"--(no)?config\.(dataset|eval)\.", option)) if option.startswith("--") else taken
+        if taken:
+            yield option
 
 
 def plan(
@@ -228,4 +238,4 @@ def device_variables(device: str) -> dict[str, str]:
     if not device:
         return {}
     alone = {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1", "TPU_PROCESS_BOUNDS": "1,1,1"}
-    return {"CUDA_VISIBLE_DEVICES": device, "ROCR_VISIBLE_DEVICES": device, "TPU_VISIBLE_CHIPS": device, **alone}
+    return {"CUDA_VISIBLE_DEVICES": device, "TPU_VISIBLE_CHIPS": device, **alone}

@@ -76,7 +76,7 @@ def of_training(configs: Sequence[ConfigDict], workdir: epath.Path) -> Cooccurre
     known = known if known.get("version") == VERSION and known.get("classes") == classes else {}
     try:
         opened = _open(configs)
-        data = stamps.digest([(s.fingerprint, list(s.names), s.reading) for s in opened])
+        data = stamps.digest([(s.fingerprint, list(s.names), s.reading, _stats(s)) for s in opened])
         if known.get("data") == data:
             return _from_json(known)
         found = _count(opened)
@@ -100,8 +100,15 @@ def _open(configs: Sequence[ConfigDict]) -> list[Any]:
     for config in configs[:-1]:
         with contextlib.suppress(UserError):
             return _open([config])
+    if len(configs) > 1:
+        logger.warning(f"the run's training data cannot be read; classes are counted in {configs[-1].dataset.root} instead")
     parts = sources.training_parts(configs[-1].copy_and_resolve_references().dataset)
     return [sources.open_source(dataset, split, channels=configs[-1].model.channels) for dataset, split in parts]
+
+
+def _stats(source: Any) -> list[tuple[int, ...]]:
+    """Returns what changes with any of a source's files: an uncompressed label keeps its size when its classes change."""
+    return stamps.stats(sorted({file for index in range(len(source)) for file in source.files(index)}))
 
 
 def _from_json(document: dict[str, Any]) -> Cooccurrence:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,16 +73,18 @@ def describe(scored: Scored, training: Cooccurrence | None) -> dict[str, Any]:
 
 def compare(scored: Scored, other: Scored) -> dict[str, Any]:
     """Returns what another run's results on the same images add to the document: "against", but for its title and run."""
-    count = len(other.totals.rows)
-    runs = [(one.values(), bootstrap.samples(one.totals.per_image())) for one in (scored, other)]
+    counts = [one.totals.per_image() for one in (scored, other)]
+    runs = [(one.values(), bootstrap.samples(found)) for one, found in zip((scored, other), counts, strict=True)]
+    count, having = len(counts[0]), np.count_nonzero(np.add(*counts).any(1), axis=0)  # images; those in which a class occurs
 
     def compared(name: str, k: Any = ()) -> dict[str, Any]:
         (value, sampled), (others, sampled_others) = ((np.asarray(run[name])[k], drawn[name].T[k]) for run, drawn in runs)
-        return bootstrap.compare(value, others, sampled, sampled_others, count)
+        return bootstrap.compare(value, others, sampled, sampled_others, count if k == () else having[k])
 
     mine, others = scored.totals.rows, other.totals.rows
     differences = [_difference(row["mean_iou"], theirs["mean_iou"]) for row, theirs in zip(mine, others, strict=True)]
-    order = sorted((i for i in range(count) if differences[i]), key=lambda i: differences[i] or 0)
+    changed = {i: difference for i, difference in enumerate(differences) if difference}
+    order = sorted(changed, key=changed.__getitem__)
     return {
         "summary": {name: compared(name) for name in OF_ALL_CLASSES},
         "classes": [{name: compared(name, k) for name in OF_A_CLASS} for k in range(scored.totals.num_classes)],
@@ -90,8 +92,8 @@ def compare(scored: Scored, other: Scored) -> dict[str, Any]:
             {name: row[name] for name in ("mean_iou", "pixel_accuracy", "confidence")} | {"difference": difference}
             for row, difference in zip(others, differences, strict=True)
         ],
-        "better": [i for i in order[::-1] if (differences[i] or 0) > 0][:CHANGED],
-        "worse": [i for i in order if (differences[i] or 0) < 0][:CHANGED],
+        "better": [i for i in order[::-1] if changed[i] > 0][:CHANGED],
+        "worse": [i for i in order if changed[i] < 0][:CHANGED],
     }
 
 
@@ -112,13 +114,8 @@ def _mismatched(totals: Totals, training: Cooccurrence) -> list[dict[str, Any]]:
             "expected": float(training.expected[pair]),
             "score": float(training.scores[pair]),
         }
-        found += [_without_void(region, "truth") | evidence for region in groups[pair]]
+        found += [region | evidence for region in groups[pair]]
     return found[:REGIONS]
-
-
-def _without_void(region: Mapping[str, Any], field: str) -> dict[str, Any]:
-    """Returns a region in which a class of 255, where all pixels are void, is None."""
-    return {**region, field: None if region[field] == 255 else region[field]}
 
 
 def _confusions(totals: Totals) -> list[dict[str, Any]]:
@@ -143,16 +140,15 @@ def _confusion_pairs(totals: Totals) -> list[dict[str, Any]]:
 def _largest(totals: Totals, lost: np.ndarray, both_ways: bool = False) -> list[tuple[tuple[int, int], int, list[int]]]:
     """Returns the largest elements of a matrix of lost pixels: their indices, values, and the images that lose most."""
     images, cells, counts = totals.sparse_matrices()
-    order = np.argsort(-counts, kind="stable")
-    images, cells, counts = images[order], cells[order], counts[order]
     found = []
     for cell in np.argsort(-lost, axis=None, kind="stable")[:PAIRS]:
         row, column = divmod(int(cell), len(lost))
         if not lost[row, column]:
             break
         same = (cells == cell) | (both_ways & (cells == column * len(lost) + row))
-        losing = list(dict.fromkeys(images[same].tolist()))[:IMAGES]
-        found.append(((row, column), int(lost[row, column]), losing))
+        of_images = np.bincount(images[same], counts[same])
+        losing = np.argsort(-of_images, kind="stable")[: min(IMAGES, np.count_nonzero(of_images))]
+        found.append(((row, column), int(lost[row, column]), losing.tolist()))
     return found
 
 
@@ -164,7 +160,7 @@ def _inconspicuous(totals: Totals) -> dict[str, Any]:
         "thicknesses": list(THICKNESSES),
         "by_size": _by_range(totals.by_size, SIZES),
         "by_thickness": _by_range(totals.by_thickness, THICKNESSES),
-        "missed": [_without_void(region, "predicted") for rank in missed for region in rank if region],
+        "missed": [region for rank in missed for region in rank if region],
     }
 
 

@@ -202,6 +202,7 @@ def _describe_run(run: Run, scored: Scored) -> dict[str, Any]:
         "device": report.device,
         "created": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}",
         "images_per_second": report.images_per_second,
+        **{name: report.to_json()[name] for name in ("classes_in_mean_iou", "classes_in_mean_accuracy")},
     }
     return {"title": run.title, "run": origin, "protocol": {**report.protocol, "text": describe_protocol(report.protocol)}}
 

@@ -7,7 +7,10 @@ from typing import Any
 
 
 def write(document: Mapping[str, Any], folder: pathlib.Path) -> None:
-    """Writes the tables of a document; classes and images are given by name, intervals in columns NAME_low and NAME_high."""
+    """Writes the tables of a document; classes and images are given by name, intervals in columns NAME_low and NAME_high.
+
+    A table without rows is left out.
+    """
     names = [entry["name"] for entry in document["dataset"]["classes"]]
     images = [{name: entry[name] for name in entry if not isinstance(entry[name], list | dict)} for entry in document["images"]]
     files = [entry["name"] for entry in images]
@@ -31,7 +34,8 @@ def write(document: Mapping[str, Any], folder: pathlib.Path) -> None:
         tables["against_images"] = _rows("name", files, against["images"])
     folder.mkdir()
     for name, rows in tables.items():
-        _write(folder / f"{name}.csv", rows)
+        if rows:
+            _write(folder / f"{name}.csv", rows)
 
 
 def _boundary(boundary: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ class Source:
       totals: the number of pixels of each class, if known.
       image_sizes: size in bytes of each image file, which is the first of `files`; None without image files.
       palette: the colors of the label values if labels have palettes, see `palettes.Palettes.seen`.
-      fingerprint: digest of the names and sizes of the files; "" without files.
+      fingerprint: digest of the names and sizes of the files, or the name of a TFDS dataset; "" for scenes.
       reading: whatever else decides what is read from the files, such as a label map.
     """
 

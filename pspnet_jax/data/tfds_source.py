@@ -32,6 +32,7 @@ class Tfds(Source):
         wholes = [numbered(part.splitname, builder.info.splits[part.splitname].num_examples) for part in parts]
         self.names = [name for part, whole in zip(parts, wholes, strict=True) for name in whole[part.from_ : part.to]]
         self.num_classes = num_classes
+        self.fingerprint = f"{builder.info.full_name}/{split}, {len(self.names)} examples"
         self._files = (f"{builder.data_path}/dataset_info.json",)  # written again whenever the records are
 
         def parse(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -1,4 +1,4 @@
-"""Pictures of labels: palette images, overlays, side-by-side comparisons, contact sheets and class frequencies."""
+"""Pictures of labels: palette images, overlays, side-by-side comparisons and contact sheets."""
 
 import contextlib
 import math
@@ -77,31 +77,6 @@ def contact_sheet(examples: Sequence[Mapping[str, Any]], info: DatasetInfo, colu
         panels.append((example["name"], panel.resize(size, Image.Resampling.LANCZOS)))
     values = np.unique(np.concatenate([np.unique(example["label"]) for example in examples]))
     return _sheet(panels, THUMBNAIL, columns, values, info)
-
-
-def class_frequencies(pixels: np.ndarray, info: DatasetInfo) -> Image.Image:
-    """Returns a bar chart of each class's share of the labeled pixels, on a logarithmic axis, most frequent first.
-
-    Args:
-      pixels: int[K], number of pixels of each class.
-      info: class names and colors.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not needed for predictions
-    from matplotlib.figure import Figure
-
-    order = np.argsort(-pixels, kind="stable")
-    shares = pixels[order] / max(1, pixels.sum())
-    figure = Figure(figsize=(8, 1 + 0.2 * len(order)), layout="constrained")
-    axes = figure.add_subplot()
-    rank = np.arange(len(order))
-    axes.barh(rank, shares, color=[np.array(info.colors[k]) / 255 for k in order], edgecolor="black", linewidth=0.5)
-    axes.set_yticks(rank, [f"{info.class_names[k]}  {share:.3%}" for k, share in zip(order, shares, strict=True)], fontsize=8)
-    axes.set_ylim(len(order) - 0.4, -0.6)
-    axes.set_xscale("log")
-    axes.set_xlabel("share of the labeled pixels")
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def save(picture: Image.Image, path: epath.PathLike, kind: str = "PNG", **options: Any) -> None:

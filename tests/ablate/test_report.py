@@ -21,11 +21,15 @@ IOUS = {"plain": (1.0, 2.0, 3.0), "good": (3.0, 4.0, 5.0), "bad": (-5.0, -4.0, -
 SCORES = {(row, seed): Score(iou, 10 * iou) for row, ious in IOUS.items() for seed, iou in enumerate(ious)}
 
 
+def by_seed(*values):
+    return dict(enumerate(values))
+
+
 def test_welch_with_equal_variances():
     """t = 2 / sqrt(1/3 + 1/3) with 4 degrees of freedom, whose distribution has a closed form."""
     t = math.sqrt(6)
     below = 0.5 + 3 / 8 * t / math.sqrt(1 + t**2 / 4) * (1 - t**2 / (1 + t**2 / 4) / 12)
-    difference, p = report.compare([3, 4, 5], [1, 2, 3])
+    difference, p = report.compare(by_seed(3, 4, 5), by_seed(1, 2, 3), False)
     assert difference == 2
     assert p == pytest.approx(2 * (1 - below))
     assert p == pytest.approx(0.0705, abs=1e-4)
@@ -34,13 +38,24 @@ def test_welch_with_equal_variances():
 def test_welch_where_one_side_has_no_variance():
     """Variances 4 and 0: t = 7 / sqrt(4/3) with 2 degrees of freedom, where p = 1 - t / sqrt(2 + t^2)."""
     t = 7 / math.sqrt(4 / 3)
-    difference, p = report.compare([9, 9, 9], [0, 2, 4])
+    difference, p = report.compare(by_seed(9, 9, 9), by_seed(0, 2, 4), False)
     assert (difference, p) == (7, pytest.approx(1 - t / math.sqrt(2 + t**2)))
 
 
 @pytest.mark.parametrize(("values", "others"), [([1], [2, 3]), ([1, 1], [2, 2])])
 def test_a_difference_without_any_standard_deviation_has_no_p_value(values, others):
-    assert report.compare(values, others)[1] is None
+    assert report.compare(by_seed(*values), by_seed(*others), False)[1] is None
+
+
+def test_two_evaluations_of_the_same_networks_are_compared_seed_by_seed():
+    """The differences 1, 1.1 and 1.2 have t = 1.1 / (0.1 / sqrt(3)) with 2 degrees of freedom; seed 3 has no partner."""
+    t = 11 * math.sqrt(3)
+    difference, p = report.compare(by_seed(41, 46.1, 51.2), by_seed(40, 45, 50, 99), True)
+    assert (difference, p) == (pytest.approx(1.1), pytest.approx(1 - t / math.sqrt(2 + t**2)))
+    assert report.compare(by_seed(1), by_seed(2), True) == (-1, None)
+    table = Table(rows={"one": Row({}), "many": Row({"eval.scales": (0.5, 1.0)}, network="one")}, reference="one")
+    scores = {("many", 0): Score(41, 80), ("many", 1): Score(46.1, 80), ("one", 0): Score(40, 80), ("one", 1): Score(45, 80)}
+    assert report.summarize("mine", table, scores).lines[1].p == pytest.approx(0.0303, abs=1e-4)
 
 
 def test_the_smallest_significant_difference():
@@ -82,22 +97,23 @@ def test_sentences():
 
 def test_the_files(tmp_path):
     summaries = [report.summarize("mine", TABLE, SCORES)]
-    text = report.write(epath.Path(tmp_path), summaries, {"dataset": "scenes"}, 3)
-    assert {path.name for path in tmp_path.iterdir()} == {f"ablation.{suffix}" for suffix in ("json", "csv", "md", "png")}
-    assert (tmp_path / "ablation.md").read_text() == text
+    text = report.write(epath.Path(tmp_path) / "ablation_v1.0", summaries, {"dataset": "scenes"}, [0, 1, 2])
+    assert {path.name for path in tmp_path.iterdir()} == {f"ablation_v1.0.{suffix}" for suffix in ("json", "csv", "md", "png")}
+    assert (tmp_path / "ablation_v1.0.md").read_text() == text
     assert "| good | 41.50 / 81.00 | 3.00, 4.00, 5.00 | 4.00 | 1.00 | 40.00 | +2.00 | 0.07 |" in text
-    assert "| missing | - | - | - | - | - | - | - |" in text
+    assert "| missing | - | -, -, - | - | - | - | - | - |" in text
+    assert "3 of 12 scores are missing (-)." in text
     assert "only if they are about 2.3 standard deviations of a run apart" in text
-    lines = (tmp_path / "ablation.csv").read_text().splitlines()
+    lines = (tmp_path / "ablation_v1.0.csv").read_text().splitlines()
     assert (len(lines), lines[0], lines[4]) == (10, "table,row,seed,mean_iou,pixel_accuracy", "mine,good,0,3.0,30.0")
-    [table] = json.loads((tmp_path / "ablation.json").read_text())["tables"]
+    [table] = json.loads((tmp_path / "ablation_v1.0.json").read_text())["tables"]
     assert table["lines"][1]["scores"]["2"] == [5.0, 50.0]
     assert table["comparisons"][0]["verdict"] == "undecided"
 
 
 def test_one_seed_says_that_it_shows_nothing():
     summary = report.summarize("mine", TABLE, {key: score for key, score in SCORES.items() if key[1] == 0})
-    text = report.markdown([summary], {}, 1)
+    text = report.markdown([summary], {}, [0])
     assert "With one seed, no difference can be tested" in text
     assert "good is better than plain: undecided (measured +2.00 points; published +1.50)" in text
 

@@ -50,7 +50,7 @@ with (workdir.parents[1] / "calls.txt").open("a") as calls:
 scales = [*map(float, options.get("config.eval.scales", "1.0").split(","))]
 iou = 0.5 + 0.1 * ("bins-1" in workdir.name) + 0.01 * len(scales) + 0.002 * int(workdir.name[-1])
 report = dict(split="validation", inference="whole", protocol="semseg", base_size=0, short_size=0, scales=scales, flip=True)
-report |= dict(kind="eval", step=160, mean_iou=iou, pixel_accuracy=0.9)
+report |= dict(kind="eval", data="x", step=160, mean_iou=iou, pixel_accuracy=0.9)
 if (workdir.parents[1] / "break").exists() and "bins-1" in workdir.name:
     print("error: the disk is full", file=sys.stderr)
     sys.exit(1)
@@ -113,7 +113,7 @@ def test_a_failing_row_does_not_stop_the_others(table, tmp_path, capsys):
     log = tmp_path / "out/logs/scenes_bins-1_seed0.txt"
     assert f"scenes_bins-1_seed0: the disk is full (exit status 1; see {log})" in output.err
     assert "| none | 37.00 / 78.00 | 51.00, 51.20 | 51.10 |" in output.out
-    assert "| one | 40.00 / 79.00 | - |" in output.out
+    assert "| one | 40.00 / 79.00 | -, - |" in output.out
     assert "one is better than none: not measured" in output.out
     (tmp_path / "out/break").unlink()
     calls(tmp_path)
@@ -227,6 +227,27 @@ def test_an_evaluation_by_hand_with_other_settings_is_not_a_score(table, tmp_pat
     assert calls(tmp_path) == ["scenes_bins-1_seed0 evaluate None"]
 
 
+def test_an_evaluation_by_hand_with_other_data_is_not_a_score(table, tmp_path):
+    assert main(table) == 0
+    calls(tmp_path)
+    path = tmp_path / "out/runs/scenes_bins-1_seed0/evaluation/a.json"
+    path.write_text(path.read_text().replace('"data": "x"', '"data": "y"'))
+    assert main(table) == 0
+    assert calls(tmp_path) == ["scenes_bins-1_seed0 evaluate None"]
+
+
+def test_a_finished_run_whose_score_is_lost_is_evaluated_where_the_data_is_now(table, tmp_path, capsys):
+    workdir = tmp_path / "out/runs/scenes_bins-none_seed0"
+    (workdir / "checkpoints/160").mkdir(parents=True)
+    assert main([*table, "--list", "--config.dataset.root", "/new", "--config.eval.batch_size=1", "--config.batch_size=8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    options = "--config.dataset.root /new --config.eval.batch_size=1"
+    assert lines[0] == f"python -m pspnet_jax.main --mode=evaluate --workdir={workdir} {options}"
+    assert main(table) == 0
+    assert calls(tmp_path)[0] == "scenes_bins-none_seed0 evaluate None"
+    assert "| none | 37.00 / 78.00 | 51.00, 51.20 |" in capsys.readouterr().out
+
+
 def test_a_process_that_starts_while_the_others_are_told_to_end_ends_too():
     processes = runs.Processes()
     processes.terminate()
@@ -269,7 +290,7 @@ def test_a_tiny_table_from_training_to_its_report(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(runs, "_call", lambda options, *_: "" if pspnet_jax.main.main(options) == 0 else "failed")
     assert main([f"{tmp_path}/mine.py", f"--output={tmp_path}/out", "--seeds", "0", "1", *SMALL]) == 0
-    [table] = json.loads((tmp_path / "out/ablation.json").read_text())["tables"]
+    [table] = json.loads((tmp_path / "out/ablation_mine.json").read_text())["tables"]
     for line, change in zip(table["lines"], ("_learning_rate-0.001", ""), strict=True):
         for seed in ("0", "1"):
             lines = (tmp_path / f"out/runs/own{change}_seed{seed}/metrics.jsonl").read_text().splitlines()

@@ -95,7 +95,7 @@ def _scores(matrix: np.ndarray, names: list[str], colors: np.ndarray, images: in
         "schema": 1,
         "title": "with <pyramid> & co",
         "run": {"workdir": "/runs/a b", "step": 160, "version": "0.2.0", "device": "CPU", "created": "2026-11-29T20:50:00Z"}
-        | {"images_per_second": 3.1},
+        | {"images_per_second": 3.1, "classes_in_mean_iou": len(names) - 1, "classes_in_mean_accuracy": len(names) - 1},
         "mismatched_reason": None,
         "protocol": {"text": "whole images, own size, scales 1.0, flip on, protocol semseg"},
         "dataset": {"name": "streets", "split": "val", "images": images, "training_images": 367}
@@ -166,7 +166,7 @@ def _against(document: dict[str, Any]) -> dict[str, Any]:
     ]
     return {
         "title": "without",
-        "run": document["run"],
+        "run": document["run"] | {"classes_in_mean_iou": len(document["classes"])},
         "protocol": document["protocol"],
         "summary": {name: change(0, 0.6) for name in METRICS},
         "classes": [{"iou": change(index, one["iou"]["value"])} for index, one in enumerate(document["classes"])],

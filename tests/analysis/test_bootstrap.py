@@ -67,7 +67,19 @@ def test_paired_runs_are_compared_on_the_same_samples():
     assert found["p"] == 2 / 1001
 
 
-def test_equal_runs_and_single_images_are_not_significant():
+def test_equal_runs_and_few_images_are_not_significant():
     sampled = np.full(1000, 0.5)
     assert bootstrap.compare(0.5, 0.5, sampled, sampled, 9)["p"] == 1
-    assert bootstrap.compare(0.5, 0.4, sampled, sampled - 0.1, 1)["p"] is None
+    assert bootstrap.compare(0.5, 0.4, sampled, sampled - 0.1, 5)["p"] is None
+    assert bootstrap.compare(0.5, 0.4, sampled, sampled - 0.1, 6)["p"] == 2 / 1001
+
+
+def test_a_mean_lies_in_its_interval_though_samples_lack_rare_classes():
+    """Class 0 is in all of 20 images, with an IoU near 0.9; each of 20 others in one image, with an IoU of 1/20."""
+    matrices = np.zeros((20, 21, 21), int)
+    matrices[:, 0, 0] = 200
+    matrices[range(20), range(1, 21), range(1, 21)] = 1
+    matrices[range(20), range(1, 21), 0] = 19
+    counts = counts_of(matrices)
+    found = bootstrap.figure(float(bootstrap.scores(counts.sum(0))["mean_iou"]), bootstrap.samples(counts)["mean_iou"])
+    assert found["low"] <= found["value"] <= found["high"]

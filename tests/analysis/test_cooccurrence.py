@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
 from pspnet_jax.analysis import cooccurrence
 from pspnet_jax.config import base_config
@@ -39,11 +40,17 @@ def test_classes_that_occur_together_and_touch(config, tmp_path):
 
 
 def test_counts_are_kept_until_the_data_changes_and_when_it_is_gone(config, tmp_path, monkeypatch):
+    label = tmp_path / "data/labels/train/0.png"
+    Image.fromarray(np.asarray(Image.open(label))).save(label, compress_level=0)
+    size = label.stat().st_size
     first, count = cooccurrence.of_training([config], epath.Path(tmp_path)), cooccurrence._count
     monkeypatch.setattr(cooccurrence, "_count", lambda opened: pytest.fail("counted again"))
     again = cooccurrence.of_training([config], epath.Path(tmp_path))
     np.testing.assert_array_equal(again.touching, first.touching)
     monkeypatch.setattr(cooccurrence, "_count", count)
+    Image.fromarray(np.full((8, 8), 1, np.uint8)).save(label, compress_level=0)
+    assert label.stat().st_size == size
+    assert cooccurrence.of_training([config], epath.Path(tmp_path)).present.tolist() == [1, 3, 0, 1]
     for kind in ("images", "labels"):
         (tmp_path / f"data/{kind}/train/2.png").unlink()
     assert cooccurrence.of_training([config], epath.Path(tmp_path)).images == 2

@@ -142,6 +142,18 @@ def test_a_class_that_does_not_occur_has_no_figures(found):
     assert found["classes"][SIGN]["images"] == 1
 
 
+def test_images_of_a_pair_are_ranked_by_what_they_lose_in_both_directions():
+    """Image 0 loses 60 pixels in each direction, image 1 70 in one and 1 in the other."""
+    totals = Totals(2, 2)
+    for index, (first, second) in enumerate([(60, 60), (70, 1)]):
+        truth, prediction = np.zeros((2, 20, 20), np.uint8)
+        truth[10:] = prediction[10:] = 1
+        prediction.ravel()[:first], prediction.ravel()[-second:] = 1, 0
+        totals.add(index, analyze(str(index), truth, prediction, np.ones(truth.shape, np.float32), 2, None))
+    assert document._confusion_pairs(totals)[0]["images"] == [0, 1]
+    assert document._confusions(totals)[0] == {"truth": 0, "predicted": 1, "pixels": 130, "share": 130 / 400, "images": [1, 0]}
+
+
 def test_two_runs_side_by_side():
     mine, other = scored(5), scored(9)
     against = document.compare(mine, other)
@@ -181,3 +193,4 @@ def test_tables_name_classes_and_images(found, tmp_path):
     assert float(rows("classes")[0]["iou_low"]) <= float(rows("classes")[0]["iou"])
     assert [row["name"] for row in rows("images")] == ["a", "b"]
     assert rows("boundary")[0]["iou/never"] == ""
+    assert not (tmp_path / "tables/training.csv").exists()  # it would have no rows

@@ -126,13 +126,17 @@ def test_texts_have_the_contrast_of_wcag_aa():
                 assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)
 
 
+def test_the_number_of_classes_in_a_mean_is_stated_where_some_are_missing(document, tmp_path):
+    folder, content = document
+    text = " ".join(written(folder, content).text)
+    assert "Mean IoU is over the 4 of 5 classes that occur in the truth or a prediction, mean accuracy over the 4" in text
+    assert "Mean IoU is over 4 classes in with <pyramid> & co and over 5 in without: a class that" in text
+
+
 def test_a_report_of_nothing_still_has_a_page(tmp_path):
     """One image, two classes, nothing labeled, no curves, no training data."""
     content = documents.write(tmp_path, 1, ["a", "b"])
-    nothing, undefined = (
-        {"value": None, "low": None, "high": None},
-        {"mean_iou": None, "pixel_accuracy": None, "confidence": None},
-    )
+    nothing, undefined = {"value": None, "low": None, "high": None}, {"mean_iou": None, "pixel_accuracy": None}
     content["summary"] = dict.fromkeys(content["summary"], nothing)
     for one in content["classes"]:
         one |= {"training_images": None} | dict.fromkeys(("iou", "precision", "recall", "f1"), nothing)
@@ -140,9 +144,8 @@ def test_a_report_of_nothing_still_has_a_page(tmp_path):
     content |= {"confusions": [], "confusion_pairs": [], "mismatched_reason": "the training data is gone"}
     content["inconspicuous"] |= {"by_size": [], "by_thickness": [], "missed": []}
     content["boundary"] |= {name: [None] * 6 for name in ("mean_iou", "pixel_accuracy", "interior_mean_iou")}
-    content["calibration"] = {"bins": [], "expected_calibration_error": None}
+    content["calibration"] = {"bins": [], "expected_calibration_error": 0.0}
     content["images"][0] |= undefined | {"labeled": 0, "truth": [], "predicted": [0], "errors": [], "smallest": None}
-    content["images"][0]["name"] = "\udcff.png"  # the byte FF in a file name
     found = written(tmp_path, content)
     assert "The training data is gone." in found.text
     assert not any("None" in text or "nan" in text.lower().split() for text in found.text)

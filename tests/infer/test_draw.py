@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from pspnet_jax.datasets import DatasetInfo
-from pspnet_jax.infer.draw import class_frequencies, colorize, contact_sheet, overlay, palette_image, side_by_side, to_rgb
+from pspnet_jax.infer.draw import colorize, contact_sheet, overlay, palette_image, side_by_side, to_rgb
 
 INFO = DatasetInfo("two", ("road", "car"), ((10, 20, 30), (200, 100, 50)))
 LABEL = np.array([[0, 1], [255, 0]], np.uint8)
@@ -56,13 +56,6 @@ def test_a_contact_sheet_has_each_image_under_its_name_and_a_legend_of_the_prese
     legend = picture[18 + 400 + 18 + 200 :].reshape(-1, 3)
     assert (legend == INFO.colors[0]).all(-1).any()
     assert not (legend == INFO.colors[1]).all(-1).any()
-
-
-def test_class_frequencies_are_bars_in_class_colors_with_the_most_frequent_on_top():
-    picture = np.asarray(class_frequencies(np.array([1, 3]), INFO))
-    road, car = (np.argwhere((picture == color).all(-1)) for color in INFO.colors)
-    assert car[:, 0].max() < road[:, 0].min()
-    assert np.ptp(car[:, 1]) > np.ptp(road[:, 1])
 
 
 def test_pictures_show_three_channels_scaled_to_8_bits():

@@ -102,7 +102,7 @@ def confusion_matrix(names: Sequence[str], matrix: Sequence[Sequence[int]]) -> g
 
 def recalls(bins: Sequence[Mapping[str, Any]], title: str) -> go.Figure:
     """Recall of pixels and share of components found, of all classes, for each range of sizes."""
-    shown = [one for one in bins if one["class"] is None and one["components"]]
+    shown = [one for one in bins if one["class"] is None]
     labels = [filters.sizes(one) for one in shown]
     number = [f"{one['components']:,} components" for one in shown]
     bars = [

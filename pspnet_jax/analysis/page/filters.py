@@ -43,8 +43,7 @@ def levels(one: Mapping[str, Any]) -> str:
 
 def least_certain(images: Sequence[Mapping[str, Any]], number: int) -> list[int]:
     """Returns the indices of the images with the lowest confidence, the lowest first."""
-    known = [index for index, image in enumerate(images) if image["confidence"] is not None]
-    return heapq.nsmallest(number, known, key=lambda index: images[index]["confidence"])
+    return heapq.nsmallest(number, range(len(images)), key=lambda index: images[index]["confidence"])
 
 
 def by_class(bins: Iterable[Mapping[str, Any]]) -> list[tuple[int, dict[int, Mapping[str, Any]]]]:
