@@ -33,7 +33,7 @@ done
 [ ${#words[@]} -ge 1 ] || misuse "the job's arguments are missing"
 # After the first process has ended, the others have two minutes, so that all can save; then they are ended too.
 # From SLURM 22.05 on, srun does not take over the number of CPUs from sbatch.
-command=(srun "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --wait=120 python -m pspnet_jax.main "${words[@]}")
+command=(srun "--cpus-per-task=${SLURM_CPUS_PER_TASK:-8}" --kill-on-bad-exit=0 --wait=120 python -m pspnet_jax.main "${words[@]}")
 if $dry_run; then
   printf '%q ' "${command[@]}"
   echo

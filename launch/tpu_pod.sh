@@ -115,12 +115,13 @@ wait_until_ready() {
 
 pack() {
   $dry_run || mkdir -p "$memory"
-  COPYFILE_DISABLE=1 run tar -czf "$memory/code.tar.gz" -C "$root" --exclude=__pycache__ \
+  COPYFILE_DISABLE=1 run tar -czf "$memory/new_code.tar.gz" -C "$root" --exclude=__pycache__ \
     README.md LICENSE pyproject.toml requirements.txt configs launch pspnet_jax
 }
 
+# Installs an archive of the code on all workers.
 install() {
-  run gcloud compute tpus tpu-vm scp "$memory/code.tar.gz" "$name:pspnet_jax.tar.gz" --zone="$zone" --worker=all --quiet &&
+  run gcloud compute tpus tpu-vm scp "$memory/$1" "$name:pspnet_jax.tar.gz" --zone="$zone" --worker=all --quiet &&
     on_workers all "mkdir -p pspnet_jax && tar -xzf pspnet_jax.tar.gz -C pspnet_jax --strip-components=1 launch/tpu_worker.sh &&\
  bash pspnet_jax/tpu_worker.sh setup"
 }
@@ -139,6 +140,19 @@ require_shared_workdir() {
   done
   [[ $workdir == gs://* || $workdir == /* ]] ||
     misuse "start needs --workdir gs://BUCKET/DIR (or a directory that all workers have mounted): their own disks go with them"
+}
+
+# Only the recipes in configs/ are installed on the workers.
+require_installed_recipe() {
+  local argument previous='' recipe
+  for argument; do
+    recipe=
+    [[ $argument != --config=* ]] || recipe=${argument#*=}
+    [ "$previous" != --config ] || recipe=$argument
+    previous=$argument
+    [[ $recipe != *.py* || $recipe =~ ^(\./)?configs/ ]] ||
+      misuse "--config $recipe: only the recipes in configs/ are installed on the workers; move it there, and set them up again"
+  done
 }
 
 # Prints running, finished, failed (status 1 on all workers), or what became of the job on the workers.
@@ -164,7 +178,7 @@ recreate() {
 
 install_and_start() {
   recall start
-  install && start "${words[@]}"
+  install code.tar.gz && start "${words[@]}"
 }
 
 resume() {
@@ -233,10 +247,12 @@ case $action in
   setup)
     wait_until_ready
     pack
-    install || fail "the installation failed on at least one worker; run setup again"
+    install new_code.tar.gz || fail "the installation failed on at least one worker; run setup again"
+    run mv "$memory/new_code.tar.gz" "$memory/code.tar.gz" # which resume installs
     ;;
   start)
     require_shared_workdir "$@"
+    require_installed_recipe "$@"
     start "$@" || fail "the job did not start on all workers; set them up, or stop the job that runs there"
     remember start "$@"
     ;;

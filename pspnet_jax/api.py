@@ -39,9 +39,9 @@ def load(
       UserError: it is damaged, its network is unknown, or a setting is wrong.
     """
     programs.skip_tpu_compiler()
-    if not os.fspath(path) or (devices is not None and not devices):
+    if not os.fspath(path) or (devices is not None and not (isinstance(devices, Sequence) and devices)):
         raise UserError(
-            f"load({os.fspath(path)!r}, devices={devices}): expected a path or a name, and at least one device or None"
+            f"load({os.fspath(path)!r}, devices={devices}): expected a path or a name, and a list of devices or None"
         )
     change = functools.partial(_set, settings)
     place = files.user_path(weights.fetch(path if weights.is_name(path) else files.user_path(path)))

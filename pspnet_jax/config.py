@@ -178,7 +178,11 @@ def load_recipe(path: str) -> ConfigDict:
         if not (saved := files.absolute(path)).exists():
             raise MissingFileError(f"--config {saved}: no such file")
         return read(saved)
-    name, _, argument = path.partition(":")
+    of_file = re.fullmatch(r"(.+\.py)(?::(.*))?", path)  # a file's path may contain colons
+    if of_file and pathlib.Path(of_file[1]).expanduser().is_file():
+        name, argument = of_file[1], of_file[2]
+    else:
+        name, _, argument = path.partition(":")
     file = find_recipe(name)
     try:
         get_config = runpy.run_path(str(file)).get("get_config")

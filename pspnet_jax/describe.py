@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 
 import rich
-from etils import epath
 from rich.markup import escape
 from rich.table import Table
 
@@ -32,7 +31,7 @@ def describe(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     if arguments.config or overrides:
         raise UserError("--mode check takes a folder (--input) or a recipe (--config, with its fields), not both")
-    root = epath.Path(arguments.input)
+    root = files.user_path(arguments.input)
     if root.is_file():
         raise UserError(f"--input {root}: is a file; --mode check takes a folder of images and labels, so unpack an archive")
     if not root.is_dir():

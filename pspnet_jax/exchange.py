@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import jax
 import rich
-from etils import epath
 
 from pspnet_jax import config as configs
 from pspnet_jax import datasets, files, models, optimizers, parallel, runs, scoring, weights
@@ -30,6 +29,7 @@ def import_weights(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
         )
     recipe = configs.load_recipe(arguments.config) if arguments.config else None
     workdir = arguments.workdir
+    checkpoint.require_no_run(workdir)
     config, variables = runs.read_weights(arguments.input, lambda config: configs.override(config, overrides), recipe)
     state = new_state(config, optimizers.build(config.optimizer, config.total_steps), variables)
     checkpoint.create_run(workdir, config, jax.device_put(state, parallel.replicated(parallel.make_mesh())))
@@ -46,7 +46,7 @@ def verify(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     source = weights.inspect(arguments.input)
     network, config = published.find(source), configs.base_config()
     weights.configure(config, source)
-    config.name, config.dataset.name = f"verify_{epath.Path(arguments.input).stem}", network.dataset
+    config.name, config.dataset.name = f"verify_{weights.stem(arguments.input)}", network.dataset
     info = datasets.table(network.dataset)
     config.dataset.class_names, config.dataset.colors = info.class_names, info.colors
     config = runs.override_data(config, overrides)

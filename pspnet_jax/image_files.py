@@ -199,7 +199,8 @@ def pixels(image: Image.Image, name: object, expected: PixelFormat = RGB8) -> np
     for remark in filter(None, (_frames_remark(image), _alpha_remark(image) if expected.channels == 3 else "")):
         _warn_once(remark, name)
     mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[expected.channels] if expected.dtype == "uint8" else image.mode
-    return turn(expected.fit(np.asarray(image.convert(mode))), orientation(image))  # Pillow has turned a TIFF while loading it
+    stored = np.asarray(image.convert(mode)).astype(expected.dtype, copy=False)  # 16 bits may be big-endian
+    return turn(expected.fit(stored), orientation(image))  # Pillow has turned a TIFF while loading it
 
 
 def _frames_remark(image: Image.Image) -> str:

@@ -243,15 +243,22 @@ def preflight(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     topologies, config = chips.parse(arguments.topology), runs.from_recipe(arguments, overrides)
     if config.loss.class_weighting:  # the compiled programs depend only on whether there are weights
         config.loss.class_weights = (1.0,) * len(config.dataset.class_names)
-    rows = list(preflights.preflight(config, topologies, arguments.images_per_chip or 0))
+    output, rows = arguments.output or runs.workdir_of(arguments, config.name) / "preflight", []
+    for row in preflights.preflight(config, topologies, arguments.images_per_chip or 0):
+        rows.append(row)
+        _write_preflight(rows, config.name, output)  # a later topology may not fit
     rich.print(preflight_report.table(rows))
-    output = arguments.output or runs.workdir_of(arguments, config.name) / "preflight"
+    logger.info(f"written to {output}/preflight.json and preflight.png")
+
+
+def _write_preflight(rows: Sequence[Any], name: str, output: epath.Path) -> None:
+    from pspnet_jax.deploy import preflight_report
+
     with files.writing(output, "the results are missing"):
         with files.atomic(output / "preflight.json") as path:
             path.write_text(json.dumps([row.to_json() for row in rows], indent=1) + "\n")
         with files.atomic(output / "preflight.png") as path, path.open("wb") as file:
-            preflight_report.plot(rows, config.name).savefig(file, dpi=100)
-    logger.info(f"written to {output}/preflight.json and preflight.png")
+            preflight_report.plot(rows, name).savefig(file, dpi=100)
 
 
 JOBS = {

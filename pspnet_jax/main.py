@@ -52,7 +52,7 @@ def _size(given: str) -> tuple[int, int]:
     if given == "any":
         return 0, 0
     height, _, width = given.partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise argparse.ArgumentTypeError(f"{given!r}: expected HEIGHTxWIDTH in pixels, such as 473x473, or any")
     return int(height), int(width)
 

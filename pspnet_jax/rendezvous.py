@@ -145,7 +145,7 @@ def _missing(members: Mapping[int, dict[str, Any]], place: Place) -> str:
 def _join(place: Place, mine: dict[str, Any], timeout: float) -> dict[str, Any]:
     """Reaches the first process, waits for its answer, and returns it."""
     host, port = _host_and_port(place.coordinator)
-    deadline = time.monotonic() + timeout
+    deadline, reason = time.monotonic() + timeout, "there was no time to try"
     while (remaining := deadline - time.monotonic()) > 0:
         try:
             with socket.create_connection((host, port), timeout=min(PATIENCE, remaining)) as connection:

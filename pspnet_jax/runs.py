@@ -205,7 +205,7 @@ def read_weights(path: epath.PathLike, change: Change, recipe: ConfigDict | None
     """
     config, source = recipe.copy_and_resolve_references() if recipe else configs.base_config(), weights.inspect(path)
     weights.configure(config, source)
-    config.name = epath.Path(path).stem
+    config.name = weights.stem(path)
     if recipe:  # it overrides what the file says about its dataset
         config.name, config.dataset, config.eval = recipe.name, recipe.dataset, recipe.eval
     config = change(config)

@@ -91,6 +91,14 @@ def test_a_recipe_that_cannot_be_run_is_refused(tmp_path):
         configs.load_recipe(str(FOLDER / "camvid.py:101"))
 
 
+def test_a_file_whose_path_has_colons(tmp_path):
+    path = tmp_path / "a:b" / "mine.py"
+    path.parent.mkdir()
+    path.write_text((FOLDER / "ade20k.py").read_text())
+    assert configs.load_recipe(str(path)).model.depth == 50
+    assert configs.load_recipe(f"{path}:101").model.depth == 101
+
+
 @pytest.mark.parametrize(
     ("body", "problem"),
     [

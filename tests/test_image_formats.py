@@ -162,3 +162,12 @@ def test_other_pixels_are_refused(tmp_path, expected, contents, sentence):
         image_files.read(tmp_path / "a.img", PixelFormat(*expected))
     assert str(error.value).startswith(f"{tmp_path}/a.img: cannot be read as an image ({sentence}")
     assert "\n" not in str(error.value)
+
+
+def test_a_big_endian_image_in_memory_is_read_as_its_file(tmp_path):
+    image = array(1, "uint16")
+    (tmp_path / "a.tif").write_bytes(with_tifffile(image, byteorder=">"))
+    with Image.open(tmp_path / "a.tif") as opened:
+        found = image_files.pixels(opened, "a.tif", PixelFormat(1, "uint16"))
+    assert found.dtype == np.uint16
+    np.testing.assert_array_equal(found, image)

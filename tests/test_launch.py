@@ -169,7 +169,7 @@ def create_and_start(fakes, job):
     launch("tpu_pod.sh", "setup", *POD)
     launch("tpu_pod.sh", "start", *POD, *JOB)
     wait_for(lambda: len(list(fakes.glob("workers/*/arguments"))) == 2)
-    return calls(fakes)
+    return [call.replace("new_code.tar.gz", "code.tar.gz") for call in calls(fakes)]  # as `resume` installs it
 
 
 @pytest.mark.slow
@@ -188,7 +188,10 @@ def test_the_same_command_runs_on_all_workers_and_its_status_is_kept(fakes):
 def test_a_job_on_workers_is_not_disturbed_and_stops_by_sigterm(fakes):
     create_and_start(fakes, FOREVER)
     assert "a job is running; stop it first" in launch("tpu_pod.sh", "start", *POD, *JOB, status=1)
+    [code] = fakes.glob("**/us-west4-a/pspnet/code.tar.gz")
+    before = code.stat().st_mtime_ns
     assert "a job is running; stop it first" in launch("tpu_pod.sh", "setup", *POD, status=1)
+    assert code.stat().st_mtime_ns == before  # `resume` installs the code of the job
     launch("tpu_pod.sh", "stop", *POD)
     assert [(worker / "pspnet_jax/status").read_text() for worker in fakes.glob("workers/*")] == ["143\n"] * 2
     launch("tpu_pod.sh", "setup", *POD)
@@ -259,6 +262,8 @@ def test_resume_prints_its_commands(fakes):
         (["start", *POD], "start needs the job's arguments"),
         (["start", *POD, "--config", "configs/ade20k.py"], "start needs --workdir gs://BUCKET/DIR"),
         (["start", *POD, "--config", "configs/ade20k.py", "--workdir", "runs/a"], "start needs --workdir gs://BUCKET/DIR"),
+        (["start", *POD, "--config=my.py:3", "--workdir=gs://b/a"], "--config my.py:3: only the recipes in configs/ are"),
+        (["start", *POD, "--config", "/a/my.py", "--workdir=gs://b/a"], "--config /a/my.py: only the recipes in configs/ are"),
     ],
 )
 def test_mistakes_give_one_sentence_and_the_usage(fakes, arguments, message):
@@ -336,7 +341,7 @@ def test_the_first_process_of_a_container_passes_signals_on(received):
 def test_slurm_job_is_queued_again_when_its_state_is_saved(fakes, status, requeued):
     (fakes / "status").write_text(str(status))
     submitted = subprocess.run(["sbatch", LAUNCH / "slurm.sh", *JOB])
-    command = f"srun --cpus-per-task=1 --kill-on-bad-exit=0 --wait=120 python -m pspnet_jax.main {' '.join(JOB)}"
+    command = f"srun --cpus-per-task=8 --kill-on-bad-exit=0 --wait=120 python -m pspnet_jax.main {' '.join(JOB)}"
     assert submitted.returncode == status
     assert calls(fakes) == [command, *(["scontrol requeue 7"] if requeued else [])]
 
@@ -345,7 +350,7 @@ def test_slurm_dry_run_and_mistakes(fakes):
     srun, requeue = launch("slurm.sh", *JOB, "--dry-run").splitlines()
     assert shlex.split(srun) == [
         "srun",
-        "--cpus-per-task=1",
+        "--cpus-per-task=8",
         "--kill-on-bad-exit=0",
         "--wait=120",
         "python",

@@ -143,9 +143,12 @@ def test_xpk_command(options, hardware):
         (["run", "image", "--tpu", "v5e:3x3", "--", "a"], "argument --tpu: v5e:3x3: 9 chips are not a slice"),
         (["run", "image", "--gpu", "nvidia-l4", "--", "a"], "argument --gpu: nvidia-l4: expected TYPE:COUNT"),
         (["Run", "image", "--tpu", "v5e:4x4", "--", "a"], "NAME is Run: expected at most 28 lowercase letters"),
-        (["run", "image", "--tpu", "v5e:4x4", "--nodes", "2", "--", "a"], "--nodes is for GPUs"),
-        (["run", "image", "--gpu", "nvidia-l4:1", "--slices", "2", "--", "a"], "--slices is for TPUs"),
-        (["run", "image", "--tpu", "v5e:4x4", "--spot", "--xpk", "mine", "--", "a"], "--xpk: the cluster decides"),
+        (["run", "image", "--tpu", "v5e:4x4", "--nodes", "2", "--", *JOB], "--nodes is for GPUs"),
+        (["run", "image", "--gpu", "nvidia-l4:1", "--slices", "2", "--", *JOB], "--slices is for TPUs"),
+        (["run", "image", "--tpu", "v5e:4x4", "--spot", "--xpk", "mine", "--", *JOB], "--xpk: the cluster decides"),
+        (["run", "image", "--tpu", "v5e:4x4", "--restarts", "-3", "--", *JOB], "argument --restarts: -3: expected a number"),
+        (["run", "image", "--tpu", "v5e:2x2", "--", "--config", "a"], "the arguments need --workdir gs://BUCKET/DIR"),
+        (["run", "image", "--tpu", "v5e:2x2", "--", "--workdir=runs/a"], "the arguments need --workdir gs://BUCKET/DIR"),
     ],
 )
 def test_mistakes_give_one_sentence_and_the_usage(arguments, message):

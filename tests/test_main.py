@@ -313,6 +313,14 @@ def test_another_network_in_the_same_workdir_is_refused(run, capsys):
         (["--config=configs/camvid.py", "--config.name=a\nb"], "expected the name of a folder in runs/: one line"),
         (["--config=configs/camvid.py", "--config.dataset.root=s3://a/b"], "s3://a/b: cannot be read or written here"),
         (["--mode=evaluate", "--workdir=s3://a/b"], "s3://a/b: cannot be read or written here"),
+        (["--mode=evaluate", "--workdir=/"], "/: is not a run with checkpoints; train there first"),
+        (
+            ["--mode=export", "--workdir=/nowhere", "--format=torch", "--output=x.pth"],
+            "/nowhere: is not a run with checkpoints",
+        ),
+        (["--mode=check", "--input=hf://a/b"], "hf://a/b: cannot be read or written here"),
+        (["--mode=check", "--input=https://a/b"], "https://a/b: cannot be read or written here"),
+        (["--mode=export", "--size=0x0"], "'0x0': expected HEIGHTxWIDTH in pixels, such as 473x473, or any"),
         (["--config=~/no/config.json"], f"--config {Path.home()}/no/config.json: no such file"),
     ],
 )

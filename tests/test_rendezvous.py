@@ -76,6 +76,11 @@ def test_a_missing_first_process_is_named(port):
     assert message.startswith(expected)
 
 
+def test_without_any_time_a_process_does_not_come(port):
+    (message,) = meet_all(port, (2, 1, {}), timeout=0)
+    assert "could not reach the first process" in message
+
+
 def test_a_process_that_differs_is_named_with_both_values(port):
     about = {"--mode": "train", "jax": "0.10.2"}
     messages = meet_all(port, (3, 0, about), (3, 1, about), (3, 2, about | {"jax": "0.12.0"}), delays=(0, 0, 0.2))

@@ -44,7 +44,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--slices", type=positive, default=1, help="number of TPU slices (default: 1)")
     parser.add_argument("--nodes", type=positive, default=1, help="number of GPU nodes (default: 1)")
     parser.add_argument("--spot", action="store_true", help="run on spot nodes")
-    parser.add_argument("--restarts", type=int, default=10, help="after failures (default: 10); preemptions do not count")
+    parser.add_argument("--restarts", type=natural, default=10, help="after failures (default: 10); preemptions do not count")
     parser.add_argument("--service_account", metavar="NAME", help="an existing one, such as one that may use your bucket")
     parser.add_argument("--xpk", metavar="CLUSTER", help="print the command for this cluster of xpk instead")
     parser.description = "Prints the manifest of a training job on GKE; see the top of this file for examples."
@@ -54,6 +54,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("after --, the arguments of python -m pspnet_jax.main are missing")
     if not re.fullmatch("[a-z]([-a-z0-9]{0,26}[a-z0-9])?", options.name):
         parser.error(f"NAME is {options.name}: expected at most 28 lowercase letters, digits and hyphens")
+    if not re.search(r"(^| )--workdir[ =]gs://", " ".join(options.arguments)):
+        parser.error("the arguments need --workdir gs://BUCKET/DIR: what a container writes on its own disk goes with it")
     if options.slices > 1 and not options.tpu:
         parser.error("--slices is for TPUs; the number of GPU nodes is --nodes")
     if options.nodes > 1 and not options.gpu:
@@ -61,6 +63,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if options.xpk and (options.spot or options.service_account):
         parser.error("--xpk: the cluster decides on --spot and --service_account (see xpk cluster create --help)")
     return options
+
+
+def natural(given: str) -> int:
+    if not given.isdecimal():
+        raise argparse.ArgumentTypeError(f"{given}: expected a number from 0 on")
+    return int(given)
 
 
 def positive(given: str) -> int:

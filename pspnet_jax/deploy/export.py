@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 from pspnet_jax import datasets, files, models
 from pspnet_jax.errors import UserError
 
-OUTPUTS = ("labels", "probabilities")
 ANY_SIZE = (0, 0)
 SMALLEST = 33  # pixels per side of an image, as in `validation`
 PLATFORMS = ("cpu", "cuda", "tpu")  # for which StableHLO is lowered

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,6 +142,11 @@ def example(segmenter: Callable[[], Segmenter], image: epath.Path | None, workdi
     return Image.open(io.BytesIO(drawn[0].read_bytes())) if drawn else None
 
 
+def _folder_name(root: str, config: ConfigDict) -> str:
+    """Returns the name of the run for the folder that it was trained on, and that of the folder for another one."""
+    return config.name if root in ("", config.dataset.root) else os.path.basename(root.rstrip("/"))
+
+
 def read_scores(workdir: epath.Path, step: int, config: ConfigDict, trained: Mapping[str, Any] | None) -> list[Score]:
     """Returns the scores of a run's checkpoint: those of --mode evaluate, otherwise that of its training.
 
@@ -159,7 +165,7 @@ def read_scores(workdir: epath.Path, step: int, config: ConfigDict, trained: Map
     known = datasets.tables()
     return [
         Score(
-            r["dataset"] if r["dataset"] in known else r.get("tfds_name") or config.name,
+            r["dataset"] if r["dataset"] in known else r.get("tfds_name") or _folder_name(r.get("root", ""), config),
             r["split"],
             report.describe_protocol(r),
             {key: r[key] for key in METRICS},

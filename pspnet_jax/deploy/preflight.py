@@ -113,13 +113,11 @@ def preflight(config: ConfigDict, topologies: Sequence[tuple[str, str]], images_
       UserError: the batch cannot be divided among the chips; or the recipe does not fit, with what would make it fit.
     """
     of_generation: dict[str, tuple[int, Program, int]] = {}
-    for generation, topology in topologies:
-        name, chip = f"{generation}:{topology}", chips.CHIPS[generation]
-        logger.info(f"compiling for {name}, {chips.chips(topology)} chips")
-        devices = chips.devices(generation, topology)
-        mesh = _mesh(config, name, devices)
-        groups = mesh.shape["data"]
-        sized = _with_batch(config, images_per_chip * groups or config.batch_size, groups, name)
+    configs_by_name = {f"{g}:{t}": _sized(config, images_per_chip, f"{g}:{t}", chips.chips(t)) for g, t in topologies}
+    for (generation, topology), (name, sized) in zip(topologies, configs_by_name.items(), strict=True):
+        chip, devices = chips.CHIPS[generation], chips.devices(generation, topology)
+        logger.info(f"compiling for {name}, {len(devices)} chips")
+        mesh = parallel.make_mesh(devices, config.parallel.spatial)
         try:
             train = compile_train(sized, mesh, chip)
         except DoesNotFitError as error:
@@ -134,10 +132,12 @@ def preflight(config: ConfigDict, topologies: Sequence[tuple[str, str]], images_
         yield Row(name, chip.cloud_name(topology), mesh.size, chip.hbm, sized.batch_size, train, evaluate, windows, largest)
 
 
-def _mesh(config: ConfigDict, name: str, devices: Sequence[jax.Device]) -> Mesh:
-    if len(devices) % (spatial := config.parallel.spatial):
-        raise UserError(f"{name}: parallel.spatial={spatial}: expected a divisor of the number of chips, {len(devices)}")
-    return parallel.make_mesh(devices, spatial)
+def _sized(config: ConfigDict, images_per_chip: int, name: str, count: int) -> ConfigDict:
+    """Returns the config with the batch size for a number of chips."""
+    if count % (spatial := config.parallel.spatial):
+        raise UserError(f"{name}: parallel.spatial={spatial}: expected a divisor of the number of chips, {count}")
+    groups = count // spatial
+    return _with_batch(config, images_per_chip * groups or config.batch_size, groups, name)
 
 
 def _with_batch(config: ConfigDict, batch_size: int, groups: int, name: str) -> ConfigDict:

@@ -71,8 +71,8 @@ class Checkpoints:
     def __init__(self, workdir: epath.PathLike, *, read_only: bool = False):
         self._directory = files.absolute(workdir) / "checkpoints"
         if read_only and not files.is_there(self._directory):
-            run = self._directory.parents[2]
-            hint = f"use {run}, which contains it" if self._directory.parents[1].name == "checkpoints" else "train there first"
+            inside = self._directory.parents[1].name == "checkpoints"  # of a run
+            hint = f"use {self._directory.parents[2]}, which contains it" if inside else "train there first"
             raise MissingFileError(
                 f"{workdir}: is not a run with checkpoints; {hint}, copy the run with its checkpoints/ directory, or choose "
                 "another directory"
@@ -331,6 +331,13 @@ def load(workdir: epath.PathLike, which: str | int, mesh: Mesh) -> tuple[ConfigD
     return config, step, variables
 
 
+def require_no_run(workdir: epath.PathLike) -> None:
+    """Raises UserError if the directory already holds a run."""
+    workdir = files.absolute(workdir)
+    if (workdir / "config.json").exists() or exists(workdir):
+        raise UserError(f"{workdir}: already holds a run; choose another --workdir, or delete it")
+
+
 def create_run(workdir: epath.PathLike, config: ConfigDict, state: TrainState) -> None:
     """Creates a run with the given state as checkpoint 0, for evaluation, prediction, export or further training.
 
@@ -339,8 +346,7 @@ def create_run(workdir: epath.PathLike, config: ConfigDict, state: TrainState) -
     """
     workdir = files.absolute(workdir)
     with locked(workdir):
-        if (workdir / "config.json").exists() or exists(workdir):
-            raise UserError(f"{workdir}: already holds a run; choose another --workdir, or delete it")
+        require_no_run(workdir)
         with contextlib.closing(Checkpoints(workdir)) as checkpoints:
             checkpoints.save(0, state, config)
         with files.writing(workdir, "free some space"), files.atomic(workdir / "config.json") as path:

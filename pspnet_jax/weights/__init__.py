@@ -11,7 +11,7 @@ In place of a file, a name can be given, such as hf://timm/resnet50.tv_in1k (see
 
 from pspnet_jax.weights.container import split_entry
 from pspnet_jax.weights.own import is_folder
-from pspnet_jax.weights.remote import fetch, is_name
+from pspnet_jax.weights.remote import fetch, is_name, stem
 from pspnet_jax.weights.settings import assumptions, check_normalize, configure, flags
 from pspnet_jax.weights.source import Source, inspect
 from pspnet_jax.weights.transfer import FORMATS, adapt_channels, check_output, load, save
@@ -32,4 +32,5 @@ __all__ = [
     "load",
     "save",
     "split_entry",
+    "stem",
 ]

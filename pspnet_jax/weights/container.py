@@ -93,7 +93,8 @@ def _directory_advice(path: epath.Path) -> str:
 def _detect_reader(path: epath.Path) -> Reader:
     with path.open("rb") as file:
         head = file.read(512)
-        file.seek(max(file.seek(0, os.SEEK_END) - len(TABLE_END), 0))
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - len(TABLE_END), 0))
         end = file.read()
     if not head.strip(b"\0"):
         raise UserError(f"{path}: {'has only zeros' if head else 'is empty'}: {AGAIN}")
@@ -102,6 +103,8 @@ def _detect_reader(path: epath.Path) -> Reader:
     if shard := SHARD.fullmatch(path.name):
         index = f"{shard[1]}{shard[3]}.index.json"
         raise UserError(f"{path}: is one of {int(shard[2])} shards; give their index instead: {path.with_name(index)}")
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:  # first: its length may look like other formats
+        return _read_safetensors
     for magic, advice in UNSUPPORTED:
         if head.lstrip().startswith(magic):
             raise UserError(f"{path}: is {advice}")
@@ -117,8 +120,8 @@ def _detect_reader(path: epath.Path) -> Reader:
     ):
         if recognized:
             return functools.partial(_read_arrays, read_arrays)
-    if head[8:9] == b"{":
-        return lambda path, entry: Content(pytorch.read_safetensors(path), own.read_config(path))
+    if head[8:9] == b"{":  # damaged
+        return _read_safetensors
     if head[:1] == b"\x80":
         return pytorch.read_torch
     raise UserError(f"{path}: is not a supported weights file: expected {EXPECTED}")
@@ -126,6 +129,10 @@ def _detect_reader(path: epath.Path) -> Reader:
 
 def _read_arrays(read_arrays: Callable[[epath.Path], pytorch.Arrays], path: epath.Path, entry: str) -> Content:
     return Content(read_arrays(path))
+
+
+def _read_safetensors(path: epath.Path, entry: str) -> Content:
+    return Content(pytorch.read_safetensors(path), own.read_config(path))
 
 
 def _detect_zip_reader(path: epath.Path) -> Reader:

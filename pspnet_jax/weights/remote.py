@@ -38,6 +38,11 @@ def is_name(path: epath.PathLike) -> bool:
     return os.fspath(path).startswith(("hf://", "https://", "http://"))
 
 
+def stem(path: epath.PathLike) -> str:
+    """Returns the last part of a path or name without its suffix, checksum and :ENTRY, as the name of a run."""
+    return pathlib.PurePosixPath(os.fspath(path).partition("#sha256=")[0]).stem
+
+
 def fetch(name: epath.PathLike) -> str:
     """Returns the local path of a weights file, after downloading it to a cache if it is not there.
 

@@ -1,5 +1,6 @@
 """Folders for the hub: what they state comes from the run, and they are read back as the same network."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -126,6 +127,17 @@ def test_scores_of_other_steps_and_networks_are_not_stated(run, tmp_path):
     workdir = epath.Path(run[0])
     assert len(hub.read_scores(workdir, 0, config, None)) == 1
     assert hub.read_scores(workdir, 1, config, None) == hub.read_scores(workdir, 0, other, None) == []
+
+
+def test_a_score_on_another_folder_has_its_name(run, tmp_path):
+    config, _, _ = checkpoint.load(run[0], "latest", parallel.make_mesh())
+    workdir = shutil.copytree(run[0], tmp_path / "run")
+    (file,) = workdir.glob("evaluation/*.json")
+    found = json.loads(file.read_text()) | {"dataset": "folder", "tfds_name": ""}
+    for root in (config.dataset.root, "/data/other city/"):
+        (workdir / f"evaluation/{len(root)}.json").write_text(json.dumps(found | {"root": root}))
+    file.unlink()
+    assert {score.dataset for score in hub.read_scores(epath.Path(workdir), 0, config, None)} == {config.name, "other city"}
 
 
 def test_the_score_of_training_is_stated_if_there_is_no_other(tmp_path):
@@ -257,6 +269,10 @@ def test_the_folder_is_read_back_from_the_hub(folder, run, tmp_path):
             "preprocessor_config.json",
         }
         assert main(["--mode=import", "--input=hf://me/streets", f"--workdir={tmp_path}/imported"]) == 0
+        served.files["/net.safetensors"] = content = (folder / "model.safetensors").read_bytes()
+        url = f"{served.url}/net.safetensors#sha256={hashlib.sha256(content).hexdigest()}"
+        assert main(["--mode=import", f"--input={url}", f"--workdir={tmp_path}/by_address"]) == 0
+    assert json.loads((tmp_path / "by_address/config.json").read_text())["name"] == "net"
     _, _, variables = checkpoint.load(run[0], "latest", parallel.make_mesh())
     config, _, imported = checkpoint.load(tmp_path / "imported", "latest", parallel.make_mesh())
     assert segmenter.classes == config.dataset.class_names == NAMES

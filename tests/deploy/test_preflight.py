@@ -80,7 +80,8 @@ def test_images_per_chip_set_the_batch_of_each_pod(compiler):
 
 def test_a_batch_that_cannot_be_divided_is_refused(compiler):
     with pytest.raises(UserError, match=r"^v5e:2x4: batch_size=4: expected a multiple of 8, .*--config.batch_size=8"):
-        list(preflight.preflight(config_of(4), [("v5e", "2x4")]))
+        list(preflight.preflight(config_of(4), [("v5e", "2x2"), ("v5e", "2x4")]))
+    assert not compiler  # before the first topology is compiled
 
 
 def test_a_recipe_that_does_not_fit_is_refused_with_what_would(compiler):

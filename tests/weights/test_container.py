@@ -39,6 +39,20 @@ def refusal(path: Path | str) -> str:
     return message
 
 
+@pytest.mark.parametrize("length", [0x3C20, 0x4B50, 0x1F8B8 * 8])  # " <", "PK", and one whose bytes mean nothing
+def test_a_safetensors_file_is_recognized_whatever_the_length_of_its_header(length, tmp_path):
+    path = tmp_path / "net.safetensors"
+    pytorch.write_safetensors(path, ARRAYS, {"filler": ""})
+    header = length_of_header(path)
+    pytorch.write_safetensors(path, ARRAYS, {"filler": "x" * (length - header)})
+    assert length_of_header(path) == length
+    assert is_plain(container.read(path))
+
+
+def length_of_header(path: Path) -> int:
+    return int.from_bytes(path.read_bytes()[:8], "little")
+
+
 @pytest.mark.parametrize("entry", [*pytorch.ENTRIES, ""])
 def test_weights_are_found_in_every_entry(entry, tmp_path):
     torch.save({entry: tensors(), "epoch": 3, "args": {"lr": 0.1}} if entry else tensors(), tmp_path / "net.ckpt")
