@@ -270,7 +270,7 @@ def test_the_folder_is_read_back_from_the_hub(folder, run, tmp_path):
         }
         assert main(["--mode=import", "--input=hf://me/streets", f"--workdir={tmp_path}/imported"]) == 0
         served.files["/net.safetensors"] = content = (folder / "model.safetensors").read_bytes()
-        url = f"{served.url}/net.safetensors#sha256={hashlib.sha256(content).hexdigest()}"
+        url = f"{served.url}/files/net.safetensors#sha256={hashlib.sha256(content).hexdigest()}"
         assert main(["--mode=import", f"--input={url}", f"--workdir={tmp_path}/by_address"]) == 0
     assert json.loads((tmp_path / "by_address/config.json").read_text())["name"] == "net"
     _, _, variables = checkpoint.load(run[0], "latest", parallel.make_mesh())
