@@ -20,7 +20,7 @@ def get_config(depth: str = "50") -> ConfigDict:
     config.dataset.name = "coco_stuff"
     config.batch_size = 16
     config.total_steps = 80_000
-    config.optimizer.update(head_multiplier=1.0, weight_decay=5e-4, decay_norm=True)
+    config.optimizer.update(end_rate=1e-4, head_multiplier=1.0, weight_decay=5e-4, decay_norm=True)
     config.augment.update(rotate_probability=0.0, blur_probability=0.0)
     config.augment.update(brightness=32.0, contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=18)
     config.augment.scale = (0.53, 2.13)  # 0.5 to 2 times the short side 512; most images have 480

@@ -19,7 +19,7 @@ def get_config(depth: str = "101") -> ConfigDict:
     config.dataset.name = "pascal_context"
     config.batch_size = 16
     config.total_steps = 40_000
-    config.optimizer.update(learning_rate=0.004, head_multiplier=1.0, decay_norm=True)
+    config.optimizer.update(learning_rate=0.004, end_rate=1e-4, head_multiplier=1.0, decay_norm=True)
     config.augment.update(rotate_probability=0.0, blur_probability=0.0)
     config.augment.update(brightness=32.0, contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=18)
     config.augment.scale = (0.52, 2.08)  # 0.5 to 2 times the long side 520; most images have 500

@@ -122,6 +122,7 @@ def base_config() -> ConfigDict:
     optimizer.name = "sgd"  # sgd, adamw or lars
     optimizer.learning_rate = 0.01  # initial rate, which decays as (1 - step / total_steps)^power
     optimizer.power = 0.9  # exponent of the poly schedule
+    optimizer.end_rate = 0.0  # learning rate with which it ends; mmsegmentation's is 1e-4
     optimizer.warmup_steps = 0  # the rate is multiplied by min(1, (step + 1) / warmup_steps)
     optimizer.head_multiplier = 10.0  # learning rate of pyramid and heads relative to the backbone's
     optimizer.layer_decay = 1.0  # factor of the rate from each stage to the one below, for fine-tuning: with 0.8, layer4 learns

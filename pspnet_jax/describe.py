@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import logging
+import os
 import re
 from collections.abc import Sequence
 
@@ -21,13 +22,20 @@ PANELS = 12  # images in the picture
 ROWS = 20  # classes in the table
 
 
+def _hides_a_module(name: str) -> bool:
+    """Returns whether `python -m` would import a NAME.py in the current directory instead of a module of this name."""
+    found = importlib.util.find_spec(name)
+    own = os.path.join(os.getcwd(), f"{name}.py")  # the recipe of an earlier check
+    return found is not None and found.origin not in (None, own)
+
+
 def describe(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Says what a folder holds, and writes a recipe and a picture of its labels.
 
     Raises:
       UserError: there is no such folder, it has no pairs, or a file of the recipe's name exists.
     """
-    from pspnet_jax.data import label_values, recipe_text, sources, survey_folder
+    from pspnet_jax.data import label_values, recipe_text, sources, survey, survey_folder
 
     if arguments.config or overrides:
         raise UserError("--mode check takes a folder (--input) or a recipe (--config, with its fields), not both")
@@ -37,10 +45,11 @@ def describe(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if not root.is_dir():
         raise MissingFileError(f"--input {root}: no such directory; --mode check takes a folder of images and labels")
     name = re.sub(r"\W+", "_", root.name).strip("_") or "folder"
-    free = importlib.util.find_spec(name) is None  # `python -m` would import a random.py in the current directory as random
-    recipe = arguments.output or files.absolute(f"{name}.py" if free else f"{name}_recipe.py")
+    recipe = arguments.output or files.absolute(f"{name}_recipe.py" if _hides_a_module(name) else f"{name}.py")
     folder = survey_folder.list_folder(str(root))
     found = survey_folder.find(folder)
+    if os.fspath(recipe.parent) in {os.path.dirname(file) for pair in found.pairs for file in pair}:
+        raise UserError(f"{recipe.parent}: holds the images or labels; choose --output DIR/{name}.py, with another directory")
     fields, entries = recipe_text.lines(folder, found, name), label_values.entries(found.values, folder.texts)
     text = recipe_text.render(folder, found, fields, entries, str(recipe))
     if recipe.suffix != ".py" or (recipe.exists() and recipe.read_text() != text):
@@ -62,10 +71,9 @@ def describe(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         source = sources.open_source(config.dataset, config.dataset.train_split, skip, config.model.channels)
         pairs = set(found.pairs)
         labeled = [i for i in range(len(source)) if tuple(source.files(i)) in pairs]
-        chosen = [(source.names[i], *source.read(i)) for i in label_values.sample(labeled, PANELS)]
+        examples = survey.pictured(source, label_values.sample(labeled, PANELS))
     except UserError as error:
         raise UserError(f"{error}; {recipe} is written, but cannot train as the files are") from error
-    examples = [{"name": example, "image": image, "label": label} for example, image, label in chosen]
     picture = recipe.with_suffix(".png")
     draw.save_replacing_own(draw.contact_sheet(examples, datasets.describe(config.dataset)), picture)
     logger.info(f"{picture} shows the labels over the images")

@@ -96,11 +96,16 @@ def decode(contents: bytes, name: object, expected: PixelFormat = RGB8) -> np.nd
             raise ValueError(CUT_SHORT)
         with Image.open(io.BytesIO(contents)) as opened:
             return pixels(opened, name, expected)
-    if image.dtype == np.float32 and not np.isfinite(image).all():
-        raise UserError("has pixels that are not finite (NaN); replace them, for example with 0")
+    require_finite(image)
     if expected.channels == 3 and header.stored.channels == 4:
         _warn_once(FOURTH_CHANNEL, name)
     return turn(expected.fit(image), header.orientation)
+
+
+def require_finite(image: np.ndarray) -> None:
+    """Raises UserError if a pixel is NaN or infinite."""
+    if image.dtype == np.float32 and not np.isfinite(image).all():
+        raise UserError("has pixels that are not finite (NaN); replace them, for example with 0")
 
 
 def read_header(file: IO[bytes]) -> Header:
@@ -123,7 +128,7 @@ def count_frames(file: IO[bytes]) -> int:
     try:
         with Image.open(file) as image:
             return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    except UnidentifiedImageError:  # a TIFF of more than 8 bits
+    except (UnidentifiedImageError, Image.DecompressionBombError):  # a TIFF of more than 8 bits, or of many pixels
         return 1
 
 

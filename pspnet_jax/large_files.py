@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from PIL import ExifTags
 
-from pspnet_jax import files
+from pspnet_jax import files, image_files
 from pspnet_jax.datasets import Color
 from pspnet_jax.errors import UserError
 from pspnet_jax.image_files import PixelFormat
@@ -54,7 +54,12 @@ def open_image(path: epath.PathLike, expected: PixelFormat) -> "LargeTiff":
     Raises:
       UserError: see `LargeTiff`; or the file has another format.
     """
-    image = LargeTiff(path, expected.fit, (expected.channels,), expected.dtype)
+
+    def convert(stored: np.ndarray) -> np.ndarray:
+        image_files.require_finite(stored)
+        return expected.fit(stored)
+
+    image = LargeTiff(path, convert, (expected.channels,), expected.dtype)
     if problem := image.problem("PALETTE", "MINISWHITE") or expected.problem(image.stored):
         raise UserError(f"{path}: {problem}")
     return image

@@ -75,6 +75,8 @@ def problems(loss: ConfigDict) -> list[str]:
     if unknown := [kind for kind in loss.terms.split("+") if kind not in LOSSES]:
         choices = f"one of {', '.join(LOSSES)}, or several in the form 'cross_entropy+dice'"
         found.append(f"loss.terms={loss.terms!r}: {unknown[0]!r} is unknown; expected {choices}")
+    elif len(set(kinds := loss.terms.split("+"))) < len(kinds):
+        found.append(f"loss.terms={loss.terms!r}: expected each term once")
     if min(loss.class_weights, default=1) < 0 or max(loss.class_weights, default=1) == 0:
         found.append(f"loss.class_weights={loss.class_weights}: expected weights of 0 or more, not all 0")
     return found

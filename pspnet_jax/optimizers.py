@@ -4,6 +4,7 @@ The settings follow Zhao et al. 2017, section 5.1. Values that differ between pa
 pairs over paths such as "backbone/stem_conv1/bn/scale". The first pattern that matches the whole path decides.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -46,11 +47,17 @@ def build(optimizer: ConfigDict, total_steps: int) -> Optimizer:
 
 
 def learning_rate(optimizer: ConfigDict, total_steps: int) -> optax.Schedule:
-    """The backbone's learning rate at step s >= 0: base * (1 - s / total_steps)^power * min(1, (s + 1) / warmup_steps)."""
-    poly = optax.polynomial_schedule(optimizer.learning_rate, 0.0, optimizer.power, total_steps)
+    """The backbone's learning rate at step s >= 0: (end + (base - end) (1 - s / total_steps)^power) min(1, (s + 1) / warmup).
+
+    base, end and warmup are `learning_rate`, `end_rate` and `warmup_steps`.
+    """
+    poly = optax.polynomial_schedule(optimizer.learning_rate, optimizer.end_rate, optimizer.power, total_steps)
     if not optimizer.warmup_steps:
         return poly
     return lambda step: poly(step) * jnp.minimum(1.0, (step + 1) / optimizer.warmup_steps)
+
+
+TRUSTED: Rules = ((r".*(bias|bn/scale)", 0.0), (".*", 1.0))  # 1 for the parameters to which LARS applies
 
 
 def rate_rules(optimizer: ConfigDict) -> Rules:
@@ -95,11 +102,8 @@ def scale_by_rules(rules: Rules) -> optax.GradientTransformation:
 
 def add_decay(optimizer: ConfigDict) -> optax.GradientTransformation:
     """Adds weight_decay * parameter to the updates of the parameters whose decay rule is not 0."""
-    return optax.add_decayed_weights(optimizer.weight_decay, _decay_mask(optimizer))
-
-
-def _decay_mask(optimizer: ConfigDict) -> Callable[[optax.Params], Any]:
-    return lambda params: jax.tree.map(bool, by_path(decay_rules(optimizer), params))
+    mask = functools.partial(by_path, decay_rules(optimizer))
+    return optax.add_decayed_weights(optimizer.weight_decay, lambda params: jax.tree.map(bool, mask(params)))
 
 
 def _sgd(optimizer: ConfigDict, schedule: optax.Schedule) -> list[optax.GradientTransformation]:
@@ -123,10 +127,14 @@ def _adamw(optimizer: ConfigDict, schedule: optax.Schedule) -> list[optax.Gradie
 
 
 def _lars(optimizer: ConfigDict, schedule: optax.Schedule) -> list[optax.GradientTransformation]:
-    """Layer-wise learning rates for large batches (You et al. 2017), except for parameters without decay."""
+    """Layer-wise learning rates for large batches (You et al. 2017); biases and BatchNorm's scales are updated as by SGD.
+
+    The trust ratio of a bias that starts at 0 would be 1, a thousand times that of kernels.
+    """
+    trust_ratio = optax.scale_by_trust_ratio(trust_coefficient=optimizer.trust_coefficient)
     return [
         add_decay(optimizer),
-        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=optimizer.trust_coefficient), _decay_mask(optimizer)),
+        optax.masked(trust_ratio, lambda params: jax.tree.map(bool, by_path(TRUSTED, params))),
         scale_by_rules(rate_rules(optimizer)),
         optax.scale_by_learning_rate(schedule),
         optax.trace(optimizer.momentum),

@@ -155,6 +155,9 @@ def _coco(content: dict[str, Any], file: str) -> _Coco:
         logger.warning(f"{file}: {bare} annotations of {len(annotations) + bare} are left out because they have no polygon")
     names = {category["id"]: category["name"] for category in content["categories"]}
     drawings = {image["id"]: Drawing((image["width"], image["height"]), []) for image in content["images"]}
+    if of_others := [annotation for annotation in annotations if annotation["image_id"] not in drawings]:
+        logger.warning(f"{file}: {len(of_others)} annotations are left out because their images are not listed")
+        annotations = [annotation for annotation in annotations if annotation["image_id"] in drawings]
     for annotation in sorted(annotations, key=lambda annotation: -(annotation.get("area") or 0)):
         parts = annotation["segmentation"]
         outlines = parts if isinstance(parts, dict) else [np.asarray(part, np.float32).reshape(-1, 2) for part in parts]

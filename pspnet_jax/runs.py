@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from pspnet_jax import config as configs
-from pspnet_jax import datasets, files, losses, models, parallel, report, validation, weights
+from pspnet_jax import datasets, files, label_maps, losses, models, parallel, report, validation, weights
 from pspnet_jax.errors import MissingFileError, UserError
 from pspnet_jax.train import checkpoint, resume
 from pspnet_jax.train.step import Variables
@@ -32,7 +32,7 @@ def from_recipe(arguments: argparse.Namespace, overrides: Sequence[str], num_dev
 
 
 def prepare(config: ConfigDict, num_devices: int = 0) -> ConfigDict:
-    """Validates a config, makes its paths absolute and fills in its classes, in place, and returns it.
+    """Validates a config, makes its paths absolute, and fills in its label map and classes, in place, and returns it.
 
     Args:
       config: of a recipe.
@@ -42,6 +42,8 @@ def prepare(config: ConfigDict, num_devices: int = 0) -> ConfigDict:
     for warning in validation.unused_fields(config):
         logger.warning(warning)
     dataset = _absolute(config).dataset
+    if dataset.label_map.strip() and not dataset.label_map.lstrip().startswith("{"):
+        dataset.label_map = str(label_maps.read(dataset))  # the CSV may move, and a mixture has other roots
     info = datasets.describe(dataset)
     dataset.class_names, dataset.colors = info.class_names, info.colors
     report.require_metric(config.eval.best_metric, info.class_names)

@@ -143,7 +143,7 @@ def _choice_problems(config: ConfigDict) -> list[str]:
 _POSITIVE = """batch_size total_steps parallel.spatial every.log every.save loss.ohem_min_kept
     optimizer.learning_rate optimizer.accumulate optimizer.trust_coefficient"""
 _NOT_NEGATIVE = """patience every.eval eval.batch_size eval.base_size eval.short_size augment.rotate_degrees loss.focal_gamma
-    loss.auxiliary_weight optimizer.power optimizer.weight_decay optimizer.clip_norm optimizer.warmup_steps
+    loss.auxiliary_weight optimizer.power optimizer.end_rate optimizer.weight_decay optimizer.clip_norm optimizer.warmup_steps
     optimizer.head_multiplier augment.brightness augment.hue"""
 _PROBABILITIES = "augment.rotate_probability augment.blur_probability augment.flip_probability dataset.balance"
 _SHARES = "optimizer.momentum optimizer.beta2 optimizer.ema_decay loss.label_smoothing dataset.split_fraction"
@@ -171,8 +171,6 @@ def _range_problems(config: ConfigDict) -> list[str]:
         if field != "seed" and not all(abs(number) < 2**31 for number in numbers):  # False for inf and nan too
             problems.append(f"{field}={value}: expected finite numbers below {2**31}")
     problems += losses.problems(config.loss)
-    if config.loss.class_weights and not any(config.loss.class_weights):
-        problems.append(f"loss.class_weights={config.loss.class_weights}: expected at least one above 0")
     low, high = config.augment.scale
     if not 1 / 16 <= low <= high <= 16:
         problems.append(

@@ -4,11 +4,13 @@ import re
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from pspnet_jax import config as configs
-from pspnet_jax import main
+from pspnet_jax import datasets, large_files, main
 from pspnet_jax.data import label_values, sources
+from pspnet_jax.errors import UserError
 
 HALF = np.repeat([[0], [1]], 8, axis=0).repeat(16, axis=1).astype(np.uint8)  # the upper half 0, the lower half 1
 
@@ -237,3 +239,145 @@ def test_a_recipe_that_cannot_train_is_an_error(tmp_path, capsys):
     write_pairs(tmp_path / "data", label=HALF[::2, ::2])
     assert check(tmp_path / "data", tmp_path / "made.py") == 1
     assert re.search(r"is 8x8, but its image .*made.py is written, but cannot train as the files are", capsys.readouterr().err)
+
+
+def paletted(label, colors):
+    """Returns an image with a palette, in which value i has color i."""
+    image = Image.fromarray(label).convert("P")
+    image.putdata(label.ravel().tolist())
+    image.putpalette([channel for color in colors for channel in color])
+    return image
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif"])
+def test_palettes_that_differ_between_files_count_by_color(tmp_path, suffix):
+    """Labels are black above and white below, and value 0 is black in some files and white in others, as Pillow saves GIFs."""
+    for i in range(6):
+        write(tmp_path / f"data/images/{i}.jpg", photo(i))
+        (tmp_path / "data/masks").mkdir(exist_ok=True)
+        colors = [(0, 0, 0), (255, 255, 255)][:: 1 if i % 2 else -1]
+        paletted(HALF if i % 2 else 1 - HALF, colors).save(tmp_path / f"data/masks/{i}.{suffix}")
+    assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    config, labels = labels_by(tmp_path / "made.py")
+    assert datasets.describe(config.dataset).class_names == ("color_0_0_0", "color_255_255_255")
+    assert len(labels) == 6
+    assert all((label == HALF).all() for label in labels)
+
+
+def test_a_label_map_of_values_does_not_hide_palettes_that_differ(tmp_path):
+    for i in range(4):
+        write(tmp_path / f"images/train/{i}.png", photo(i))
+        (tmp_path / "labels/train").mkdir(parents=True, exist_ok=True)
+        colors = [(9, 0, 0), (0, 9, 0)][:: 1 if i % 2 else -1]
+        paletted(HALF, colors).save(tmp_path / f"labels/train/{i}.png")
+    config = configs.base_config()
+    config.dataset.update(root=str(tmp_path), label_map="{0: 'a', 1: 'b'}", class_names=("a", "b"))
+    with pytest.raises(UserError, match="the same value means different classes"):
+        sources.open_source(config.dataset, "train")
+
+
+def test_cameras_whose_masks_are_mostly_empty_are_no_copies(tmp_path, capsys):
+    for camera in "abcdef":
+        for i in range(10):
+            write(tmp_path / f"data/cam_{camera}/images/00{i}.png", photo(i + 10 * ord(camera)))
+            label = HALF if (i + ord(camera)) % 5 == 0 else 0 * HALF
+            write(tmp_path / f"data/cam_{camera}/masks/00{i}.png", label)
+    assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    config, labels = labels_by(tmp_path / "made.py")
+    assert len(labels) == 60
+    assert "{split}" in config.dataset.images
+
+
+def test_a_list_saved_by_excel_and_one_with_paths_of_windows(tmp_path):
+    write_pairs(tmp_path / "data", "masks/{}.png", "pics/{}.png")
+    rows = [f"pics\\{i}.png,masks\\{i}.png,{'val' if i > 3 else 'train'}" for i in range(6)]
+    (tmp_path / "data/splits.csv").write_text("\n".join(["\ufeffimage,label,split", *rows]), encoding="utf-8")
+    assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    config, labels = labels_by(tmp_path / "made.py")
+    assert config.dataset.split_file == "splits.csv"
+    assert len(labels) == 6
+    assert "'train'  # 4 pairs" in (tmp_path / "made.py").read_text()
+
+
+@pytest.mark.parametrize("header", ["image_path,mask_path,image_id,split", "image_path,mask_path,label,split"])
+def test_a_list_with_other_columns_than_files(tmp_path, header):
+    write_pairs(tmp_path / "data", "segs/{}.png", "pics/{}.png")
+    rows = [f"pics/{i}.png,segs/{i}.png,benign,{'val' if i > 3 else 'train'}" for i in range(6)]
+    (tmp_path / "data/meta.csv").write_text("\n".join([header, *rows]))
+    assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    assert configs.load_recipe(str(tmp_path / "made.py")).dataset.split_file == "meta.csv"
+
+
+def test_two_bands_of_a_tiff_are_kept(tmp_path):
+    write_pairs(tmp_path / "data", images="images/{}.tif")
+    for i in range(6):
+        tifffile.imwrite(tmp_path / f"data/images/{i}.tif", photo(i)[..., :2].astype(np.uint16) * 9, planarconfig="contig")
+    assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    config = configs.load_recipe(str(tmp_path / "made.py"))
+    assert (config.model.channels, config.dataset.image_dtype, len(config.normalize.mean)) == (2, "uint16", 2)
+    assert "GUESS: all bands; with 3, the second is ignored" in (tmp_path / "made.py").read_text()
+
+
+def test_very_large_tiffs(tmp_path, monkeypatch):
+    """Scaled down: Pillow refuses images of so many pixels."""
+    for i in range(3):
+        for kind, pixels in (("images", photo(i)), ("masks", HALF)):
+            (tmp_path / f"data/{kind}").mkdir(parents=True, exist_ok=True)
+            tifffile.imwrite(tmp_path / f"data/{kind}/{i}.tif", pixels.repeat(8, 0).repeat(8, 1), tile=(64, 64))
+    monkeypatch.setattr(large_files, "WHOLE", 2000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    config, labels = labels_by(tmp_path / "made.py")
+    assert config.dataset.label_map == "{0: 'class_0', 1: 'class_1'}"
+    assert labels[0].shape == (128, 128)
+
+
+def test_a_damaged_image_and_a_broken_link_do_not_stop_the_check(tmp_path):
+    write_pairs(tmp_path / "data", count=20)
+    (tmp_path / "data/images/2.png").write_bytes(b"")
+    (tmp_path / "data/masks/3.png").write_bytes(b"?")
+    (tmp_path / "data/notes.txt").symlink_to(tmp_path / "nowhere")
+    for _ in range(2):  # the second recipe is the same
+        assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    text = (tmp_path / "made.py").read_text()
+    assert f"1 image(s): {tmp_path}/data/images/2.png: cannot be read as an image (" in text
+    assert f"1 label(s): {tmp_path}/data/masks/3.png: cannot be read as a label (" in text
+    assert len(labels_by(tmp_path / "made.py")[1]) == 18
+
+
+def test_the_name_of_the_recipe_depends_only_on_the_folder(tmp_path, monkeypatch):
+    for name in ("mine", "random"):
+        write_pairs(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert main.main(["--mode=check", "--input=mine"]) == main.main(["--mode=check", "--input=random"]) == 0
+    assert {path.name for path in tmp_path.glob("*.py")} == {"mine.py", "random_recipe.py"}
+
+
+def test_nothing_is_written_among_the_images(tmp_path, monkeypatch, capsys):
+    write_pairs(tmp_path / "flat", "{}_mask.png", "{}.png")
+    monkeypatch.chdir(tmp_path / "flat")
+    before = sorted(tmp_path.rglob("*"))
+    assert main.main(["--mode=check", "--input=."]) == 1
+    assert "holds the images or labels; choose --output DIR/flat.py" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_why_some_files_have_no_partner_is_said(tmp_path):
+    for i in range(1, 13):
+        write(tmp_path / f"zeros/images/{i}.png", photo(i))
+        write(tmp_path / f"zeros/masks/{i:02d}.png", HALF)
+        write(tmp_path / f"formats/images/{i}.jpg", photo(i))
+        write(tmp_path / f"formats/masks/{i}.{'png' if i < 4 else 'tif'}", HALF)
+    for name, hint in (("zeros", "differ in the zeros before a number"), ("formats", "labels of other formats are not used")):
+        assert check(tmp_path / name, tmp_path / f"{name}.py") == 0
+        assert hint in (tmp_path / f"{name}.py").read_text()
+
+
+def test_values_that_are_no_classes_are_ignored():
+    for odd in (-1, 65535, 255):
+        found = label_values.entries(label_values.Values({0: 0.5, 1: 0.4, odd: 0.1}, 1, 1), {})
+        assert {entry.key: entry.name for entry in found} == {0: "class_0", 1: "class_1", odd: None}
+    names = {"classes.txt": "unlabeled\nroad\n"}
+    found = label_values.entries(label_values.Values({0: 0.5, 1: 0.4, 255: 0.1}, 1, 1), names)
+    assert [entry.name for entry in found] == ["unlabeled", "road", None]  # two classes are left

@@ -8,6 +8,7 @@ import tifffile
 
 from pspnet_jax import large_files
 from pspnet_jax.errors import UserError
+from pspnet_jax.image_files import PixelFormat
 from pspnet_jax.large_files import LargeTiff, write_labels
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (300, 217, 3), dtype=np.uint8)
@@ -67,6 +68,16 @@ def test_what_cannot_be_read_by_windows(tmp_path, monkeypatch):
     tifffile.imwrite(tmp_path / "b.tif", PIXELS, photometric="rgb", tile=(64, 64), extratags=[(274, 3, 1, 6, True)])
     with pytest.raises(UserError, match=r"b.tif: is not upright; turn it"):
         LargeTiff(tmp_path / "b.tif", unchanged)
+
+
+def test_pixels_that_are_not_finite_are_refused_where_they_are_read(tmp_path):
+    pixels = np.zeros((128, 128), np.float32)
+    pixels[100, 100] = np.nan
+    tifffile.imwrite(tmp_path / "a.tif", pixels, tile=(64, 64))
+    image = large_files.open_image(tmp_path / "a.tif", PixelFormat(1, "float32"))
+    assert not image[:64, :64].any()
+    with pytest.raises(UserError, match=r"a.tif: has pixels that are not finite"):
+        image[64:, 64:]
 
 
 def test_large_files_are_tiffs_with_more_pixels(tmp_path):

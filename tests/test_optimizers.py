@@ -45,10 +45,13 @@ def test_first_ten_rates_worked_out_by_hand(recipe):
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_first_ten_rates_of_each_recipe_computed_with_forty_digits(recipe):
     config, rates = first_rates(recipe)
-    base, total, power = (Decimal(str(x)) for x in (config.optimizer.learning_rate, config.total_steps, config.optimizer.power))
+    optimizer, total = config.optimizer, Decimal(config.total_steps)
+    base, end, power = (Decimal(str(x)) for x in (optimizer.learning_rate, optimizer.end_rate, optimizer.power))
     warmup = Decimal(config.optimizer.warmup_steps or 1)
     with localcontext(prec=40):
-        expected = [float(base * (1 - step / total) ** power * min(1, (step + 1) / warmup)) for step in range(10)]
+        expected = [
+            float((end + (base - end) * (1 - step / total) ** power) * min(1, (step + 1) / warmup)) for step in range(10)
+        ]
     np.testing.assert_allclose(rates, expected, rtol=2e-7)
 
 
@@ -60,6 +63,9 @@ def test_poly_ends_at_zero_and_is_multiplied_by_the_warm_up():
     expected = [0.0025, 0.0045, 0.006, 0.007, 0.006, 0.005]
     np.testing.assert_allclose([rate(step) for step in range(6)], expected, rtol=1e-6)
     assert rate(10) == 0
+    config.update(end_rate=0.002, warmup_steps=0)
+    rate = optimizers.learning_rate(config, 10)
+    np.testing.assert_allclose([rate(step) for step in (0, 5, 10)], [0.01, 0.006, 0.002], rtol=1e-6)
 
 
 PARAMS = {
@@ -196,7 +202,10 @@ def test_adamw_by_hand():
 
 
 def test_lars_by_hand():
-    """An update is rate * trust * |p| / |g + decay p| * (g + decay p), or rate * g for BatchNorm's parameters."""
+    """An update is rate * trust * |p| / |g + decay p| * (g + decay p); that of a bias rate * (g + decay p), also if p is 0.
+
+    BatchNorm's parameters have no decay.
+    """
     config = tiny_config().optimizer
     config.update(name="lars", learning_rate=0.01, weight_decay=0.5, clip_norm=0.0, warmup_steps=0, head_multiplier=10.0)
     gradient = np.array([0.2, -3.0])
@@ -207,6 +216,11 @@ def test_lars_by_hand():
     direction = gradient + 0.5 * kernel
     expected = -0.1 * 0.001 * np.linalg.norm(kernel) / np.linalg.norm(direction) * direction
     np.testing.assert_allclose(updates["classifier/kernel"], expected, rtol=1e-5)
+    bias = np.array(PARAMS["classifier"]["bias"])
+    np.testing.assert_allclose(updates["classifier/bias"], -0.1 * (gradient + 0.5 * bias), rtol=1e-5)
+    transformation, zeros = optimizers.build(config, total_steps=1000).transformation, {"mine": {"bias": jnp.zeros(2)}}
+    found, _ = transformation.update({"mine": {"bias": jnp.asarray(gradient)}}, transformation.init(zeros), zeros)
+    np.testing.assert_allclose(found["mine"]["bias"], -0.1 * gradient, rtol=1e-5)
     twice = updates_of(config, gradients, steps=2)
     ratio = twice["classifier/kernel"] / expected  # momentum 0.9 after the rate, which falls by 0.9/1000 a step
     np.testing.assert_allclose(ratio, 1 + 0.9, rtol=2e-3)

@@ -62,6 +62,14 @@ def test_boxes_without_polygons_are_left_out_with_a_warning(tmp_path, caplog, se
     assert caplog.text.count("coco.json: 1 annotations of 2 are left out because they have no polygon") == 1
 
 
+def test_annotations_of_images_that_are_not_listed_are_left_out_with_a_warning(tmp_path, caplog):
+    write_coco(tmp_path)
+    content = json.loads((tmp_path / "train/_annotations.coco.json").read_text())
+    dataset = write_coco(tmp_path, annotations=[*content["annotations"], content["annotations"][0] | {"image_id": 77}])
+    np.testing.assert_array_equal(sources.open_source(dataset, "train").read(0)[1], EXPECTED)
+    assert caplog.text.count("1 annotations are left out because their images are not listed") == 1
+
+
 @pytest.mark.parametrize("text", [False, True])
 def test_a_run_length_encoded_mask(tmp_path, text):
     """Columns 4 to 6, rows 2 to 4: 42 pixels before, then runs of 3 and gaps of 7. "gP" codes 6 + 32, see COCO's maskApi.c."""

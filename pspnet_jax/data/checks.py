@@ -77,7 +77,7 @@ def check_pair(
             size, tag = _check_image(io.BytesIO(contents) if read_pixels else file, image_file, contents, pixel_format)
     upright = size[::-1] if tag >= 5 else size
     with _opened(label_file, image_file) as file:
-        label_contents = file.read() if read_pixels and not label_file.endswith(".json") and not large_label else b""
+        label_contents = file.read() if read_pixels and not label_file.lower().endswith(".json") and not large_label else b""
         if contents and contents == label_contents:
             raise UserError("is a copy of its image; replace it with the label")
         check = _check_mat if label_file.endswith(".mat") else _check_label
@@ -247,8 +247,8 @@ def _check_label(file: BinaryIO, contents: bytes) -> tuple[tuple[int, ...], Labe
             raise ValueError(image_files.CUT_SHORT)
         is_plain = label.mode == "P" or image_files.raw_mode(label) == "L"
         values = label if is_plain else Image.fromarray(decode_label(contents))
-        histogram, colors = values.histogram(), values.getpalette() or []
-        palette = {v: tuple(colors[3 * v : 3 * v + 3]) for v in range(len(colors) // 3) if histogram[v]}
+        histogram = values.histogram()
+        palette = label_files.palette(values, np.flatnonzero(histogram).tolist())
         return label.size, (histogram, palette, _outlines(np.asarray(values), histogram[0]))
 
 
@@ -273,6 +273,7 @@ def _check_mapped(
     reader: LabelReader, label_file: str, image_file: str, file: BinaryIO, contents: bytes
 ) -> tuple[tuple[int, ...], LabelStatistics | None]:
     """Returns the same as `_check_label` for a label whose classes the reader finds; pixels are counted by class."""
+    palette: dict[int, tuple[int, ...]] = {}
     if not label_file.lower().endswith((".npy", ".mat", ".json")):
         with Image.open(file) as label:
             if (tag := image_files.orientation(label)) != 1:
@@ -281,12 +282,14 @@ def _check_mapped(
                 return label.size, None
             if label.format == "PNG" and not image_files.is_whole_png(contents):
                 raise ValueError(image_files.CUT_SHORT)
-    elif not contents and not label_file.endswith(".json"):
+            if label.mode == "P" and reader.keep_indices:
+                palette = label_files.palette(label, np.flatnonzero(label.histogram()).tolist())
+    elif not contents and not label_file.lower().endswith(".json"):
         contents = file.read()
     classes = reader.read(label_file, image_file, contents)
     if (wrong := classes == datasets.WRONG).any():
         raise WrongValues(reader.problem(label_file, contents, wrong))
-    return classes.shape[::-1], (np.bincount(classes.ravel(), minlength=256).tolist(), {}, None)
+    return classes.shape[::-1], (np.bincount(classes.ravel(), minlength=256).tolist(), palette, None)
 
 
 def _turned(tag: int) -> str:

@@ -134,7 +134,8 @@ def _rows(text: str) -> tuple[list[folders.Row], Collection[str]]:
 
 def _forms(text: str = "") -> set[str]:
     """Returns the forms in which a list may give a path: with or without folders and extension."""
-    bases = {text.removeprefix("./"), os.path.splitext(text.removeprefix("./"))[0]}
+    text = text.removeprefix("./")
+    bases = {text, os.path.splitext(text)[0]}
     return bases | {os.path.basename(base) for base in bases}
 
 

@@ -52,7 +52,7 @@ def find(dataset: ConfigDict, root: str, split: str, extensions: Sequence[str]) 
             "dataset.split_file, or dataset.split_fraction for the splits train and val"
         )
     skip = dataset.on_error == "skip"
-    found = match(f"{root}/{dataset.images}", f"{root}/{dataset.labels}", split, extensions, skip)
+    found = match(root, dataset.images, dataset.labels, split, extensions, skip)
     if by_fraction:
         chosen = [f for f in found if (position(dataset.split_seed, f[0]) < dataset.split_fraction) == (split == "val")]
         if not chosen:
@@ -63,7 +63,7 @@ def find(dataset: ConfigDict, root: str, split: str, extensions: Sequence[str]) 
         return chosen
     if not listed:
         return found
-    known = match(f"{root}/{dataset.images}", f"{root}/{dataset.labels}", split, extensions) if skip else found
+    known = match(root, dataset.images, dataset.labels, split, extensions) if skip else found
     paths = {name: image[len(root) + 1 :] for name, image, _ in known}
     names = _names([image for image, _ in listed], paths, file)
     return [files for files in found if files[0] in names]
@@ -74,26 +74,27 @@ def position(seed: int, name: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) / 2**64
 
 
-def match(images: str, labels: str, split: str, extensions: Sequence[str], skip: bool = False) -> list[Files]:
+def match(root: str, images: str, labels: str, split: str, extensions: Sequence[str], skip: bool = False) -> list[Files]:
     """Returns the files that match two patterns, sorted by name, and warns about images that match neither.
 
     The label is "" if the labels' directory does not exist. If one file of a pair is missing, its path is a guess.
 
     Args:
-      images, labels: full paths with {name} and possibly {split}; "*" stands for any part of a file's or directory's name.
+      root: directory of the patterns.
+      images, labels: paths with {name} and possibly {split}; "*" stands for any part of a file's or directory's name.
       split: replaces {split}.
       extensions: of images.
       skip: whether to leave out files without a partner, with a warning.
     """
-    directory, found, others = _side(images, split, (extensions,))
-    kinds = ((".json",),) if labels.endswith(".json") else ((".png",), LABELS)
-    label_directory, _ = _compile(labels, split)
+    directory, found, others = _side(root, images, split, (extensions,))
+    kinds = ((".json",),) if labels.lower().endswith(".json") else ((".png",), LABELS)
+    label_directory, _ = _compile(root, labels, split)
     if polygons.is_coco(labels):
-        label_files, more = polygons.listed(labels.replace("{split}", split), found), list[str]()
+        label_files, more = polygons.listed(f"{root}/{labels.replace('{split}', split)}", found), list[str]()
     elif not tf.io.gfile.isdir(label_directory):
         return [(name, found[name], "") for name in sorted(found)]
     else:
-        label_directory, label_files, more = _side(labels, split, kinds)
+        label_directory, label_files, more = _side(root, labels, split, kinds)
         found, label_files = _more_specific(found, label_files), _more_specific(label_files, found)
         check_partners(found, label_files, label_directory)
     used = {*found.values(), *label_files.values()}
@@ -107,15 +108,19 @@ def match(images: str, labels: str, split: str, extensions: Sequence[str], skip:
     partners = [(found | label_files)[name] for name in sorted(alone)]
     listing.warn_of_others(directory, partners, "have no label, or no image, and dataset.on_error is 'skip'")
     image, label = (re.sub(r"\*$", kind, p.replace("{split}", split)) for p, kind in ((images, "jpg"), (labels, "png")))
+
+    def guess(pattern: str, name: str) -> str:
+        return f"{root}/{pattern.replace('{name}', name)}"
+
     return [
-        (name, found.get(name, image.replace("{name}", name)), label_files.get(name, label.replace("{name}", name)))
+        (name, found.get(name, guess(image, name)), label_files.get(name, guess(label, name)))
         for name in sorted((found.keys() | label_files.keys()) - alone)
     ]
 
 
-def _side(pattern: str, split: str, kinds: Sequence[Sequence[str]]) -> tuple[str, dict[str, str], list[str]]:
+def _side(root: str, pattern: str, split: str, kinds: Sequence[Sequence[str]]) -> tuple[str, dict[str, str], list[str]]:
     """Returns a pattern's directory, {name: path} of the files with the first kinds of extension found, and other images."""
-    directory, expression = _compile(pattern, split)
+    directory, expression = _compile(root, pattern, split)
     for extensions in kinds:
         found, others = listing.find(directory, extensions, expression)
         if found:
@@ -131,13 +136,13 @@ def _more_specific(files: Mapping[str, str], others: Mapping[str, str]) -> dict[
     return {name: path for name, path in files.items() if len(name) <= len(other_names.get(path, name))}
 
 
-def _compile(pattern: str, split: str) -> tuple[str, re.Pattern[str]]:
+def _compile(root: str, pattern: str, split: str) -> tuple[str, re.Pattern[str]]:
     """Returns the directory before the first part of a pattern that varies, and the rest as a regular expression."""
     parts = pattern.replace("{split}", split).split("/")
     fixed = list(itertools.takewhile(lambda part: "{name}" not in part and "*" not in part, parts))
     rest = re.escape(unicodedata.normalize("NFC", "/".join(parts[len(fixed) :])))
     rest = re.sub(r"\\\.\\\*$", r"\\.[^./]+", rest).replace(r"\*", "[^/]*").replace(r"\{name\}", "(?P<name>.+)")
-    return "/".join(fixed), re.compile(rest, re.IGNORECASE)
+    return "/".join([root, *fixed]), re.compile(rest, re.IGNORECASE)
 
 
 class Row(NamedTuple):
@@ -157,11 +162,22 @@ def parse_list(lines: Sequence[str]) -> tuple[list[Row], Collection[str]]:
     separator = next((s for s in ",;\t" if lines and s in lines[0]), ",")
     header = [_COLUMN.get(field.strip().strip('"').lower(), "") for field in lines[0].split(separator)] if lines else []
     if "image" in header:
-        table = csv.reader(lines[1:], delimiter=separator)
-        rows = [dict(zip(header, map(str.strip, fields), strict=False)) for fields in table]
-        return [Row(*(row.get(column, "") for column in Row._fields)) for row in rows], header
+        table = [list(map(str.strip, fields)) for fields in csv.reader(lines[1:], delimiter=separator)]
+        columns = {role: _column_of(role, header, table) for role in {*header} - {""}}
+        rows = [{role: fields[k] for role, k in columns.items() if k < len(fields)} for fields in table]
+        return [_row(*(row.get(column, "") for column in Row._fields)) for row in rows], header
     pairs = [re.fullmatch(r"\s*(\S.*?\.\w{2,5})[\s,;]+(\S.*\.\w{2,5})\s*", line) for line in lines]
-    return [Row(*pair.groups()) if pair else Row(line.strip()) for pair, line in zip(pairs, lines, strict=True)], ("image",)
+    return [_row(*pair.groups()) if pair else _row(line.strip()) for pair, line in zip(pairs, lines, strict=True)], ("image",)
+
+
+def _row(image: str, label: str = "", split: str = "") -> Row:
+    return Row(image.replace("\\", "/"), label.replace("\\", "/"), split)  # paths may be those of Windows
+
+
+def _column_of(role: str, header: Sequence[str], table: Sequence[Sequence[str]]) -> int:
+    """Returns the first of a role's columns that has the names of files in its first row; of all, if none has."""
+    columns = [k for k, other in enumerate(header) if other == role]
+    return next((k for k in columns if table and k < len(table[0]) and re.search(r"\.\w+$", table[0][k])), columns[0])
 
 
 def _listed(dataset: ConfigDict, root: str, file: str, split: str) -> list[tuple[str, str]]:

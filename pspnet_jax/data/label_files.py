@@ -11,7 +11,7 @@ The value v and the color (v, v, v) are the same. If a map has colors, the color
 
 import functools
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import cv2
 import numpy as np
@@ -74,7 +74,7 @@ class LabelReader:
           Exception: whatever a decoder raises for a damaged file.
         """
         label_file, image_file = (path.decode() if isinstance(path, bytes) else path for path in (label_file, image_file))
-        if label_file.endswith(".json"):
+        if label_file.lower().endswith(".json"):
             return polygons.read(label_file, image_file).paint(self._class_of_category)
         return self.to_classes(decode(label_file, contents, self.keep_indices))
 
@@ -188,6 +188,12 @@ def decode_image(contents: bytes, keep_indices: bool) -> np.ndarray:
         if white_is_0 and image.mode in ("1", "L"):
             stored = ~stored  # Pillow returns the complement of the stored values
         return stored if scale == 1 else stored // np.uint8(scale)
+
+
+def palette(image: Image.Image, values: Iterable[int]) -> dict[int, tuple[int, ...]]:
+    """Returns the colors of some values of an image with a palette; {} without one."""
+    colors = image.getpalette() or [] if image.mode == "P" else []
+    return {value: tuple(colors[3 * value : 3 * value + 3]) for value in values if 3 * value < len(colors)}
 
 
 def _array_of_mat(contents: bytes) -> np.ndarray:

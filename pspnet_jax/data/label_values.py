@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,9 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
+from PIL import Image, UnidentifiedImageError
 
-from pspnet_jax import class_lists, polygons
+from pspnet_jax import class_lists, image_files, large_files, polygons
 from pspnet_jax.data import label_files
+from pspnet_jax.data.palettes import Palettes
 from pspnet_jax.errors import UserError
 from pspnet_jax.label_maps import Key
 
@@ -20,6 +23,7 @@ MANY = 64  # more values or colors in one file are not classes
 INDICES = 64  # if all other values are smaller, 255 is no class
 INSTANCES = 5  # objects in a file, from which on consecutive values may be their numbers
 FLAT = 16  # images with no more colors are masks
+TELLING = 3  # equal labels of more than one value, by which folders are copies
 LARGEST = 2**25  # bytes of a file whose colors are counted
 VOC_BORDER = (224, 224, 192)
 VOID = re.compile(r"void|un-?label+ed|ignored?|no.?data|background/void", re.IGNORECASE)  # names of no class
@@ -70,11 +74,13 @@ def count(pairs: Sequence[tuple[str, str]]) -> Values:
     """
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(_count, chosen := sample(pairs)))
+        if by_color := _palettes_differ(chosen, results):
+            results = list(pool.map(functools.partial(_count, keep_indices=False), chosen))
     counts = [found for found in results if not isinstance(found, str)]
     damaged = [found for found in results if isinstance(found, str)]
     if 2 * len(damaged) >= len(results):
         raise UserError(damaged[0])
-    colored = any(isinstance(key, tuple) for found in counts for key in found)
+    colored = by_color or any(isinstance(key, tuple) for found in counts for key in found)
     total = collections.Counter[Any]()
     for found in counts:
         total.update({(key, key, key) if colored and isinstance(key, int) else key: n for key, n in found.items()})
@@ -98,10 +104,17 @@ def are_masks(images: Sequence[str]) -> bool:
     )
 
 
-def are_equal(one: str, other: str) -> bool:
-    """Returns whether two labels have the same pixels."""
-    first, second = (label_files.decode(file, epath.Path(file).read_bytes(), True) for file in (one, other))
-    return np.array_equal(first, second)
+def are_copies(pairs: Sequence[tuple[str, str]]) -> bool:
+    """Returns whether both labels of each pair have the same pixels, and some of them more than one value or color."""
+    varied = 0
+    for files in pairs:
+        one, other = (label_files.decode(file, epath.Path(file).read_bytes(), True) for file in files)
+        if not np.array_equal(one, other):
+            return False
+        varied += bool((one != one[:1, :1]).any())
+        if varied == TELLING:
+            break
+    return varied > 0
 
 
 def _are_numbers(counts: Sequence[Mapping[Any, int]]) -> bool:
@@ -112,24 +125,41 @@ def _are_numbers(counts: Sequence[Mapping[Any, int]]) -> bool:
     return len(last) > 2 and max(last) >= INSTANCES and max(last) == max(map(max, counts))
 
 
-def _count(pair: tuple[str, str]) -> dict[Any, int] | str:
+def _palettes_differ(pairs: Sequence[tuple[str, str]], counts: Sequence[Mapping[Any, int] | str]) -> bool:
+    """Returns whether the same value stands for different classes, by the colors of the palettes in the labels."""
+    palettes = Palettes()
+    for (_, label), found in zip(pairs, counts, strict=True):
+        if not (isinstance(found, str) or label.lower().endswith((".json", ".npy", ".mat")) or large_files.is_large(label)):
+            with epath.Path(label).open("rb") as file, contextlib.suppress(UnidentifiedImageError), Image.open(file) as image:
+                palettes.add(label, np.zeros(256), label_files.palette(image, [key for key in found if isinstance(key, int)]))
+    return bool(palettes.contradiction)
+
+
+def _count(pair: tuple[str, str], keep_indices: bool = True) -> dict[Any, int] | str:
     """Returns the number of pixels of each value, or why the label cannot be read."""
     image, label = pair
     try:
-        if label.endswith(".json"):
+        if label.lower().endswith(".json"):
             drawing = polygons.read(label, image)
             names = list(dict.fromkeys([polygons.BACKGROUND, *polygons.categories(label)]))
             return dict(zip(names, np.bincount(drawing.paint(names.index).ravel(), minlength=len(names)).tolist(), strict=True))
-        pixels = label_files.decode(label, epath.Path(label).read_bytes(), True)
+        if large_files.is_large(label):
+            large = large_files.LargeTiff(label, lambda stored: stored[..., :1] if stored.shape[2] < 3 else stored)
+            return dict(sum((_values(label_files.normalize(strip)) for strip in large.strips()), collections.Counter()))
+        return dict(_values(label_files.decode(label, epath.Path(label).read_bytes(), keep_indices)))
     except UserError as error:
         return f"{label}: {error}"
     except Exception as error:  # whatever a decoder raises
-        return f"{label}: cannot be read as a label ({error})"
+        return f"{label}: cannot be read as a label ({image_files.reason(error)})"
+
+
+def _values(pixels: np.ndarray) -> collections.Counter[Any]:
+    """Returns the number of pixels of each value, or of each (R, G, B) color if any is not gray."""
     if colored := pixels.ndim == 3 and not (pixels == pixels[..., :1]).all():
         pixels = pixels.astype(np.int64) @ (1 << 16, 1 << 8, 1)
     values, counts = np.unique(pixels[..., 0] if pixels.ndim == 3 else pixels, return_counts=True)
     keys = [(value >> 16, value >> 8 & 255, value & 255) if colored else value for value in values.tolist()]
-    return dict(zip(keys, counts.tolist(), strict=True))
+    return collections.Counter(dict(zip(keys, counts.tolist(), strict=True)))
 
 
 def is_smoothed(shares: Mapping[Any, float]) -> bool:
@@ -155,11 +185,13 @@ def entries(values: Values, texts: Mapping[str, str]) -> list[Entry]:
             Entry(255, "class_255", f"{1 - low:.2%}, 128 to 255"),
         ]
     names, found, several = _names(list(shares), texts), [], len(shares) > 2
-    high = [key for key in shares if isinstance(key, int) and key >= INDICES]
+    named = [key for key in {*shares, *names} - {255} if not VOID.fullmatch(names.get(key, ""))]
+    odd = [key for key in shares if isinstance(key, int) and not 0 <= key < INDICES]
     for key in sorted({*shares, *names}):
         default = "color_{}_{}_{}".format(*key) if isinstance(key, tuple) else key if isinstance(key, str) else f"class_{key}"
         name, remark = names.get(key, default), ""
-        is_void = (key == 255 and high == [255]) or (key == VOC_BORDER and key not in names) or VOID.fullmatch(name)
+        is_void = (odd == [key] and (key in (255, 65535) or key < 0)) or (key == VOC_BORDER and key not in names)
+        is_void = is_void or (len(named) > 1 and VOID.fullmatch(name))  # one class alone cannot be trained
         ignored = several and bool(is_void)
         if ignored:
             remark = f"; GUESS: ignored, as such a value or name usually is; {name!r} instead of None makes it a class"

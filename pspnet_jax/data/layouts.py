@@ -96,12 +96,12 @@ def _folder(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
 def _ade20k(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
     """images/SPLIT/NAME.jpg with annotations/SPLIT/NAME.png."""
     root = _first_with("images", root, f"{root}/ADEChallengeData2016")
-    return _raw_pairs(f"{root}/images/{split}", f"{root}/annotations/{split}")
+    return _raw_pairs(root, f"images/{split}", f"annotations/{split}")
 
 
 def _coco_stuff(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
     """images/SPLIT/NAME.jpg with annotations/SPLIT/NAME.png; mmsegmentation writes NAME_labelTrainIds.png next to these."""
-    pairs = _raw_pairs(f"{root}/images/{split}", f"{root}/annotations/{split}")
+    pairs = _raw_pairs(root, f"images/{split}", f"annotations/{split}")
     return [pair for pair in pairs if not pair.name.endswith("_labelTrainIds")]
 
 
@@ -110,18 +110,20 @@ def _loveda(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
     return [
         pair._replace(name=f"{area}/{pair.name}")
         for area in ("Rural", "Urban")
-        for pair in _raw_pairs(f"{root}/{split}/{area}/images_png", f"{root}/{split}/{area}/masks_png")
+        for pair in _raw_pairs(root, f"{split}/{area}/images_png", f"{split}/{area}/masks_png")
     ]
 
 
 def _potsdam(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
     """img_dir/SPLIT/NAME.png with ann_dir/SPLIT/NAME.png."""
-    return _raw_pairs(f"{root}/img_dir/{split}", f"{root}/ann_dir/{split}")
+    return _raw_pairs(root, f"img_dir/{split}", f"ann_dir/{split}")
 
 
-def _raw_pairs(images: str, labels: str) -> list[Pair]:
-    """Pairs the files of the same name in two directories; labels have raw values."""
-    return [Pair(*found, raw=True) for found in folders.match(f"{images}/{{name}}.*", f"{labels}/{{name}}.png", "", IMAGES)]
+def _raw_pairs(root: str, images: str, labels: str) -> list[Pair]:
+    """Pairs the files of the same name in two directories below root; labels have raw values."""
+    return [
+        Pair(*found, raw=True) for found in folders.match(root, f"{images}/{{name}}.*", f"{labels}/{{name}}.png", "", IMAGES)
+    ]
 
 
 def _voc2012(root: str, split: str, dataset: ConfigDict) -> list[Pair]:

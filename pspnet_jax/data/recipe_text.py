@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from pspnet_jax import config as configs
-from pspnet_jax import image_files
+from pspnet_jax import image_files, large_files
 from pspnet_jax.data import discover, label_values
 from pspnet_jax.data.survey_folder import Folder, Found
 from pspnet_jax.errors import UserError
@@ -18,6 +18,7 @@ Line = tuple[str, Any, str]  # a field of the config, its value, and a comment
 MEASURED = 20  # images whose pixels are read
 BATCH, EPOCHS, STEPS = 8, 50, (200, 20_000)
 CROPS = 49, 321  # smallest and largest side of a crop
+PART = 4096  # height and width of what is measured of a large TIFF
 LARGE = 1024  # long side in pixels beyond which photos are reduced
 MAPS = (".tif", ".tiff", ".jp2")  # formats of images that are not photos, so that small objects are not reduced
 TEMPLATE = '''"""Written by --mode check --input {root}
@@ -52,7 +53,10 @@ def lines(folder: Folder, found: Found, name: str) -> list[Line]:
       found: how it is read.
       name: for config.name.
     """
-    headers = [_header(image) for image, _ in label_values.sample([*dict.fromkeys(found.pairs)])]
+    read = [_header(image) for image, _ in label_values.sample([*dict.fromkeys(found.pairs)])]
+    headers, damaged = [one for one in read if not isinstance(one, str)], [one for one in read if isinstance(one, str)]
+    if not headers:
+        raise UserError(damaged[0])
     sizes = sorted(header.size if header.orientation < 5 else header.size[::-1] for header in headers)
     steps = int(np.clip(EPOCHS * next(iter(found.counts.values())) / BATCH, *STEPS))
     pixels = _pixel_lines(found, headers)
@@ -61,7 +65,7 @@ def lines(folder: Folder, found: Found, name: str) -> list[Line]:
         ("dataset.root", folder.root, ""),
         *_file_lines(found, headers),
         *_split_lines(found),
-        *_skip_lines(found, headers, dict(line[:2] for line in pixels)),
+        *_skip_lines(found, headers, damaged, dict(line[:2] for line in pixels)),
         *pixels,
         ("model.depth", 18, "50 takes about four times as long, and is better"),
         ("model.stem", "conv7", "torchvision's; with config.init_from = 'hf://timm/resnet18.tv_in1k', less data is needed"),
@@ -97,12 +101,16 @@ def _one_line(text: str) -> str:
     return " ".join(text.split()).replace("\\", "/").replace('"', "'")
 
 
-def _header(file: str) -> image_files.Header:
+def _header(file: str) -> image_files.Header | str:
+    """Returns the header of an image, or why it cannot be read."""
     try:
+        if large_files.is_large(file):
+            large = large_files.LargeTiff(file, lambda stored: stored)
+            return image_files.Header("TIFF", (large.shape[0], large.shape[1]), 1, large.stored)
         with epath.Path(file).open("rb") as opened:
             return image_files.read_header(opened)
     except Exception as error:  # whatever a decoder raises
-        raise UserError(f"{file}: cannot be read as an image ({image_files.reason(error)})") from error
+        return f"{file}: cannot be read as an image ({image_files.reason(error)})"
 
 
 def _kinds(headers: Sequence[image_files.Header]) -> str:
@@ -116,8 +124,7 @@ def _kinds(headers: Sequence[image_files.Header]) -> str:
 def _file_lines(found: Found, headers: Sequence[image_files.Header]) -> list[Line]:
     """Returns the lines about the files of images and labels."""
     values = found.values
-    with epath.Path(found.pairs[0][0]).open("rb") as file:
-        frames = image_files.count_frames(file)
+    frames = 1 if isinstance(_header(found.pairs[0][0]), str) else _count_frames(found.pairs[0][0])
     stack = f"; GUESS: only the first of {frames} images in {found.pairs[0][0]} is used" if frames > 1 else ""
     remarks = [_kinds(headers) + stack, f"{values.read:,} of {values.of:,} labels were read" if values.read < values.of else ""]
     also = (f"GUESS: {', '.join(map(repr, others[:5]))} would fit, too" if others else "" for others in found.alternatives)
@@ -127,13 +134,22 @@ def _file_lines(found: Found, headers: Sequence[image_files.Header]) -> list[Lin
     return [("dataset.images", found.dataset.images, remarks[0]), ("dataset.labels", found.dataset.labels, remarks[1])]
 
 
-def _skip_lines(found: Found, headers: Sequence[image_files.Header], fields: Mapping[str, Any]) -> list[Line]:
+def _count_frames(image: str) -> int:
+    with epath.Path(image).open("rb") as file:
+        return image_files.count_frames(file)
+
+
+def _skip_lines(
+    found: Found, headers: Sequence[image_files.Header], damaged: Sequence[str], fields: Mapping[str, Any]
+) -> list[Line]:
     """Returns a line that leaves out files that cannot be used; none if there are none."""
     expected = image_files.PixelFormat(fields.get("model.channels", 3), fields.get("dataset.image_dtype", "uint8"))
     misfits = sum(expected.problem(header.stored) is not None for header in headers)
-    reasons = [f"{len(found.alone):,} file(s) without a partner, such as {found.alone[0]}"] if found.alone else []
+    alone = "; ".join([f"{len(found.alone):,} file(s) without a partner, such as {next(iter(found.alone), '')}", *found.hints])
+    reasons = [alone] if found.alone else []
     reasons += [f"{misfits:,} image(s) that are not {expected.dtype} of {expected.channels} channels"] if misfits else []
-    reasons += [f"{len(found.values.damaged):,} label(s): {found.values.damaged[0]}"] if found.values.damaged else []
+    for kind, files in (("image(s)", damaged), ("label(s)", found.values.damaged)):
+        reasons += [f"{len(files):,} {kind}: {files[0]}"] if files else []
     return [("dataset.on_error", "skip", f"GUESS: leaves out {'; '.join(reasons)}")] if reasons else []
 
 
@@ -156,14 +172,16 @@ def _split_lines(found: Found) -> list[Line]:
 def _pixel_lines(found: Found, headers: Sequence[image_files.Header]) -> list[Line]:
     """Returns the lines about channels and their values, none for 8-bit RGB or gray."""
     channels, dtype = collections.Counter(header.stored for header in headers).most_common(1)[0][0]
-    alpha = channels == 4 and headers[0].kind != "TIFF"
-    remark = "GUESS: all bands; with 3, the fourth is ignored" if channels == 4 else ""
-    channels = 3 if channels < 4 or alpha else channels
+    bands = {2: "with 3, the second is ignored", 4: "with 3, the fourth is ignored"}.get(channels, "")
+    remark = f"GUESS: all bands; {bands}" if bands else ""
+    is_tiff = headers[0].kind == "TIFF"  # others have gray or color, possibly with transparency
+    channels = channels if channels > 4 or (bands and is_tiff) else 3
     if (channels, dtype) == (3, "uint8"):
         return []
     expected = image_files.PixelFormat(channels, dtype)
-    fitting = [pair for pair in label_values.sample(found.pairs, MEASURED) if not expected.problem(_header(pair[0]).stored)]
-    images = [image_files.read(image, expected).reshape(-1, channels) for image, _ in fitting]
+    sampled = [(image, _header(image)) for image, _ in label_values.sample(found.pairs, MEASURED)]
+    fitting = [image for image, header in sampled if not isinstance(header, str) and not expected.problem(header.stored)]
+    images = [_pixels(image, expected).reshape(-1, channels) for image in fitting]
     pixels = np.concatenate([image[:: 1 + len(image) // 2**16] for image in images]).astype(np.float64)
     mean, std = (tuple(round(float(x), 3) for x in values) for values in (pixels.mean(0), np.maximum(pixels.std(0), 1e-3)))
     return [
@@ -172,6 +190,13 @@ def _pixel_lines(found: Found, headers: Sequence[image_files.Header]) -> list[Li
         ("normalize.mean", mean, f"of {len(images)} images"),
         ("normalize.std", std, ""),
     ]
+
+
+def _pixels(file: str, expected: image_files.PixelFormat) -> np.ndarray:
+    """Returns an image, or the upper left part of a large TIFF."""
+    if large_files.is_large(file):
+        return large_files.open_image(file, expected)[:PART, :PART]
+    return image_files.read(file, expected)
 
 
 def _size_lines(found: Found, sizes: Sequence[tuple[int, int]]) -> list[Line]:

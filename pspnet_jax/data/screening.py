@@ -128,7 +128,8 @@ def screen(
     if len({found.fingerprint for found in all_findings.values()}) > 1:
         _require_same_sizes([file for index in used for file in (pairs[index].image, pairs[index].label)], split)
     orientations = [mine.orientations.get(str(index), 1) for index in used]
-    palette: ValueColors = {int(value): (tuple(color), file) for value, (color, file) in first.seen.items()}
+    seen = {} if dataset.label_map else first.seen  # with a map, the colors of stored values, which are no classes
+    palette: ValueColors = {int(value): (tuple(color), file) for value, (color, file) in seen.items()}
     return Screened([pairs[i] for i in used], [sizes[i] for i in used], orientations, totals, palette, first.fingerprint)
 
 

@@ -146,7 +146,7 @@ class Files(Source):
     def _label(self, index: tf.Tensor) -> tf.Tensor:
         if self._reader:
             files = self._labels[index], self._images[index]
-            json = tf.strings.regex_full_match(files[0], r".*\.json")
+            json = tf.strings.regex_full_match(files[0], r"(?i).*\.json")
             contents = tf.cond(json, lambda: b"", lambda: tf.io.read_file(files[0]))
             return tf.numpy_function(self._reader.read, [*files, contents], tf.uint8, stateful=False)
         contents = tf.io.read_file(self._labels[index])

@@ -89,6 +89,8 @@ def survey(dataset: ConfigDict, split: str, num_classes: int, channels: int = 3,
     Raises:
       UserError: the split cannot be opened.
     """
+    dataset = dataset.copy_and_resolve_references()
+    dataset.on_error = "stop"
     source, names = open_source(dataset, split, False, channels), datasets.describe(dataset).class_names
     palettes, turned, outlines = Palettes(datasets.file_colors(dataset), num_classes), [], set[bool | None]()
 
@@ -127,7 +129,8 @@ def survey(dataset: ConfigDict, split: str, num_classes: int, channels: int = 3,
     problems += [problem for problem in (palettes.contradiction, shift, totals.problem(names, train)) if problem]
     screening.warn(totals, names, turned, palettes.remarks)
     counts = total[:num_classes], int(total[255]), present[:num_classes]
-    return Survey(split, source, usable, sizes, *counts, palettes.seen, problems, moments)
+    seen = {} if dataset.label_map else palettes.seen  # as in `screening`
+    return Survey(split, source, usable, sizes, *counts, seen, problems, moments)
 
 
 def _moments(image: np.ndarray) -> np.ndarray:
@@ -137,10 +140,13 @@ def _moments(image: np.ndarray) -> np.ndarray:
 
 
 def samples(found: Survey, count: int) -> list[dict[str, Any]]:
-    """Returns up to `count` usable examples, evenly spaced over the split: image [H,W,C], label uint8[H,W] and name."""
-    source = found.source
+    """Returns up to `count` usable examples as `pictured` does, evenly spaced over the split."""
     chosen = np.unique(np.linspace(0, len(found.usable) - 1, count).round().astype(int)) if found.usable else ()
-    indices = [found.usable[i] for i in chosen]
+    return pictured(found.source, [found.usable[i] for i in chosen])
+
+
+def pictured(source: Source, indices: Sequence[int]) -> list[dict[str, Any]]:
+    """Returns examples for a picture, reduced if they are large: image [H,W,C], label uint8[H,W] and name."""
     return [dict(zip(("image", "label"), map(_reduced, source.read(i)), strict=True), name=source.names[i]) for i in indices]
 
 

@@ -1,6 +1,8 @@
 """What an unknown folder of images and labels holds: the first half of --mode check --input."""
 
 import collections
+import contextlib
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,6 +56,7 @@ class Found(NamedTuple):
       counts: {split: number of pairs} of the two splits.
       pairs: the files of all their images and labels.
       alone: images and labels of these splits without a partner.
+      hints: what may be the reason.
       alternatives: other patterns that fit, of images with the same labels and of labels of the same images.
       values: what is in the labels.
     """
@@ -64,6 +67,7 @@ class Found(NamedTuple):
     counts: Mapping[str, int]
     pairs: Sequence[tuple[str, str]]
     alone: Sequence[str]
+    hints: Sequence[str]
     alternatives: Alternatives
     values: label_values.Values
 
@@ -77,8 +81,9 @@ def list_folder(root: str) -> Folder:
     texts = {}
     for path, suffix in files:
         is_list = suffix == ".json" and jsons[os.path.dirname(path)] <= FEW and label_values.LISTS.search(path)
-        if (suffix in TEXTS or is_list) and (file := epath.Path(root) / path).stat().length < LONGEST:
-            texts[path] = file.read_bytes().decode(errors="replace")
+        with contextlib.suppress(OSError):  # a broken link, or no permission
+            if (suffix in TEXTS or is_list) and (file := epath.Path(root) / path).stat().length < LONGEST:
+                texts[path] = file.read_bytes().decode("utf-8-sig", errors="replace")
     return Folder(root, paths, texts, collections.Counter(suffix for _, suffix in files))
 
 
@@ -97,9 +102,7 @@ def find(folder: Folder) -> Found:
                 reasons.append(str(error))
     advice = foreign.advice(folder.root, folder.paths, folder.texts, [*folder.kinds])
     held = ", ".join(f"{number:,} {kind or 'without extension'}" for kind, number in folder.kinds.most_common(8)) or "no files"
-    reasons += [
-        f"{one} and {other} differ in the zeros before a number: rename one side" for one, other in _padded(folder.paths)
-    ]
+    reasons += map(_padded_hint, _padded(folder.paths))
     reasons = [advice] if advice else reasons[:1]
     raise UserError(
         f"{folder.root}: no pairs of images and labels found; looked for equal names in two folders (images/a.jpg and "
@@ -116,6 +119,10 @@ def _padded(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
         other = first.setdefault(re.sub(r"(?<!\d)0+(?=\d)", "", stem), (stem, path))
         if other[0] != stem:
             yield other[1], path
+
+
+def _padded_hint(pair: tuple[str, str]) -> str:
+    return "{} and {} differ in the zeros before a number: rename one side".format(*pair)
 
 
 def _candidates(folder: Folder) -> Iterator[tuple[divide.Division, Alternatives]]:
@@ -135,6 +142,9 @@ def _candidates(folder: Folder) -> Iterator[tuple[divide.Division, Alternatives]
     divided = [(rule, divide.divide(rule, folder.paths, folder.texts)) for rule, _ in kept]
     for rule, division in sorted(divided, key=lambda d: -d[0].rank * (2 if d[1].split_file else 1)):
         yield division, _alternatives(rule, division, divided)
+    for rule, division in divided:
+        if division.split_file:  # its list may be of another kind
+            yield divide.divide(rule, folder.paths, {}), Alternatives()
 
 
 def _alternatives(
@@ -199,8 +209,12 @@ def _open(folder: Folder, division: divide.Division, alternatives: Alternatives)
     if division.reason == divide.GUESS_FOLDERS and _are_copies(pairs):
         return _open(folder, divide.only_folder(division), alternatives)
     alone = [file for found in listed.values() for pair in found for file in (pair.image, pair.label) if file in others]
+    hints = [_padded_hint(pair) for pair in itertools.islice(_padded(alone), 1)]
+    directories = {os.path.dirname(label) for _, label in files}
+    if other := [path for path in pictures if os.path.dirname(path) in directories - {os.path.dirname(files[0][0])}]:
+        hints.append(f"labels of other formats are not used, such as {other[0]}: convert them")
     counts = {split: len(found) for split, found in pairs.items()}
-    return Found(dataset, [*listed][-1], division.reason, counts, files, alone, alternatives, label_values.count(files))
+    return Found(dataset, [*listed][-1], division.reason, counts, files, alone, hints, alternatives, label_values.count(files))
 
 
 def _are_copies(pairs: Mapping[str, Sequence[layouts.Pair]]) -> bool:
@@ -211,8 +225,8 @@ def _are_copies(pairs: Mapping[str, Sequence[layouts.Pair]]) -> bool:
         return {re.sub(f"^({either})/", "", pair.name): pair.label for pair in found}
 
     train, held_out = (by_name(*split) for split in pairs.items())
-    both = label_values.sample([(train[name], held_out[name]) for name in sorted(train.keys() & held_out.keys())], 3)
-    return bool(both) and all(label_values.are_equal(*files) for files in both)
+    both = [(train[name], held_out[name]) for name in sorted(train.keys() & held_out.keys())]
+    return label_values.are_copies(label_values.sample(both))
 
 
 def _by_fraction(dataset: ConfigDict, known: set[str]) -> dict[str, list[layouts.Pair]]:

@@ -261,7 +261,7 @@ class Run:
         if math.isnan(found[best_metric]):
             logger.warning(
                 f"eval.best_metric={best_metric!r} has no value at step {step}, because its denominator is 0 (is the class in "
-                "the validation labels?): this checkpoint cannot become the best, nor end patience"
+                "the validation labels?): this checkpoint cannot become the best, and counts as no improvement for patience"
             )
         # Logged before the score is saved: a run that is killed in between repeats the evaluation when it is resumed.
         self.log.log_evaluation(step, metrics, pictures)

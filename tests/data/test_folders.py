@@ -41,6 +41,12 @@ def test_labels_that_are_no_pngs_are_used_where_there_are_no_pngs(tmp_path):
     assert pairs(tmp_path)["a"][1] == "labels/train/a.png"
 
 
+def test_the_root_is_no_pattern(tmp_path):
+    for name in ("star*dir", "a{name}b"):
+        write(tmp_path, f"{name}/images/train/a.png", f"{name}/labels/train/a.png")
+        assert pairs(tmp_path / name) == {"a": ("images/train/a.png", "labels/train/a.png")}
+
+
 @pytest.mark.parametrize(("image", "label"), [("{name}", "{name}_mask"), ("{name}_sat", "{name}"), ("{name}_i", "{name}_l")])
 def test_images_and_labels_side_by_side(tmp_path, image, label):
     files = {n: (f"x/{image.format(name=n)}.png", f"x/{label.format(name=n)}.png") for n in ("1", "2")}

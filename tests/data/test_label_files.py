@@ -7,7 +7,8 @@ import scipy.io
 import tifffile
 from PIL import Image
 
-from pspnet_jax import datasets
+from pspnet_jax import datasets, runs
+from pspnet_jax.config import base_config
 from pspnet_jax.data import sources, survey
 from pspnet_jax.errors import UserError
 from tests import fakes
@@ -112,6 +113,15 @@ def test_a_csv_of_colors(tmp_path, text, names):
     np.testing.assert_array_equal(source.read(0)[1], CLASSES if len(names) == 3 else np.where(CLASSES == 255, 3, CLASSES))
     info = datasets.describe(recipe(root=str(tmp_path), label_map="class_dict.csv"))
     assert (info.class_names, info.colors[2]) == (names, (7, 8, 9))
+
+
+def test_a_run_saves_what_its_csv_says(tmp_path):
+    """All parts of a mixture have this map, also if another CSV of the same name is in their directories."""
+    config = base_config()
+    (tmp_path / "map.csv").write_text("index,name,ignored\n0,a,0\n1,b,0\n255,void,1\n")
+    config.dataset.update(name="folder", root=str(tmp_path), label_map="map.csv")
+    assert runs.prepare(config).dataset.label_map == "{0: 'a', 1: 'b', 255: None}"
+    assert config.dataset.class_names == ("a", "b")
 
 
 def test_an_unknown_value_or_color_is_named_once_for_all_files(tmp_path):
