@@ -20,16 +20,18 @@ def get_config() -> ConfigDict:
     config.model.depth = 18
     config.model.stem = "deep32"
     config.batch_size = 8
-    config.total_steps = 1100  # 24 epochs of 367 images
+    config.total_steps = 800  # 17 epochs of 367 images
+    # Roots of median-frequency weights, with more for pole, sign and pedestrian
+    config.loss.class_weights = (0.6, 0.6, 4.0, 0.5, 1.0, 0.7, 4.0, 1.4, 1.0, 4.0, 3.0)
     config.optimizer.learning_rate = 0.05
     config.optimizer.head_multiplier = 1.0  # nothing is pretrained, so all layers learn at the same rate
-    config.augment.scale = (0.4, 1.0)  # relative to the original 480x360 pixels
+    config.augment.scale = (0.5, 1.0)  # relative to the original 480x360 pixels
     config.augment.rotate_probability = 0.0
     config.augment.blur_probability = 0.0
     config.augment.crop = (181, 241)  # height, width
     config.eval.inference = "whole"
     config.eval.base_size = 361  # about 0.75 of the original 480
     config.every.log = 20
-    config.every.eval = 275
-    config.every.save = 275
+    config.every.eval = 400
+    config.every.save = 400
     return config
