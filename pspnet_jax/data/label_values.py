@@ -82,8 +82,8 @@ def count(pairs: Sequence[tuple[str, str]]) -> Values:
         raise UserError(damaged[0])
     colored = by_color or any(isinstance(key, tuple) for found in counts for key in found)
     total = collections.Counter[Any]()
-    for found in counts:
-        total.update({(key, key, key) if colored and isinstance(key, int) else key: n for key, n in found.items()})
+    for key, number in (item for found in counts for item in found.items()):
+        total[(key, key, key) if colored and isinstance(key, int) else key] += number
     pixels = total.total()
     shares = {key: n / pixels for key, n in sorted(total.items())}
     if np.median([len(found) for found in counts]) > MANY and not is_smoothed(shares):
