@@ -140,7 +140,8 @@ def evaluator(
         if reports is not None:
             reports.append(report)
         matrix = functools.partial(figures.confusion_matrix, report.matrix, info.class_names)
-        return report.to_json() | {"data": source.fingerprint}, {**pictures, "confusion_matrix": matrix}
+        named = {name.replace("/", "_"): picture for name, picture in pictures.items()}  # as files of one directory
+        return report.to_json() | {"data": source.fingerprint}, {**named, "confusion_matrix": matrix}
 
     return evaluate
 
@@ -199,8 +200,9 @@ def predict(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 def _predict_video(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Writes OUTPUT/overlay/NAME.mp4, and in it how it was made."""
     source, target = arguments.input, arguments.output / "overlay" / f"{video.name_of(arguments.input)}.mp4"
+    shown = video.shown(source)  # cameras have passwords
     if arguments.format or arguments.maps or jax.process_count() > 1:
-        raise UserError(f"--input {source}: is a video, which is predicted without --format and --maps, in a single process")
+        raise UserError(f"--input {shown}: is a video, which is predicted without --format and --maps, in a single process")
     if arguments.output.suffix == ".mp4":
         raise UserError(
             f"--output {arguments.output}: is a directory, in which overlay/{target.name} is written; leave out .mp4"
@@ -208,7 +210,7 @@ def _predict_video(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
     video.check_output(source, target)
     config, step, variables, workdir, _ = runs.restore(arguments, overrides)
     network = scoring.segmenter(config, variables)
-    origin = {"input": str(source), "checkpoint": str(workdir), "step": step, **network.predictor.description}
+    origin = {"input": shown, "checkpoint": str(workdir), "step": step, **network.predictor.description}
     if files.is_there(target):
         found = _origin_of(target)
         if arguments.skip_existing and found == origin:
@@ -217,7 +219,7 @@ def _predict_video(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
             raise UserError(
                 f"{target}: was made from another video or with other settings; delete it, or choose another --output"
             )
-    logger.info(f"predicting {source} with step {step} of {workdir} on {network.predictor.device}")
+    logger.info(f"predicting {shown} with step {step} of {workdir} on {network.predictor.device}")
     began = time.perf_counter()
     frames = video.write_overlay(network, source, target, comment=json.dumps(origin))
     logger.info(f"{frames} frames written to {target}, {frames / (time.perf_counter() - began):.3g} frames/s")

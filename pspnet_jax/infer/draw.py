@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -47,7 +48,7 @@ def colorize(label: np.ndarray, colors: Sequence[Color]) -> np.ndarray:
 def overlay(image: np.ndarray, label: np.ndarray, colors: Sequence[Color], alpha: float = 0.5) -> np.ndarray:
     """Returns (1 - alpha) * image + alpha * class colors, uint8[H, W, 3]; pixels labeled 255 show the image alone."""
     image = to_rgb(image)
-    mixed = np.rint((1 - alpha) * image + alpha * colorize(label, colors)).astype(np.uint8)
+    mixed = cv2.addWeighted(image, 1 - alpha, colorize(label, colors), alpha, 0)  # rounded, without arrays of floats
     return np.where((label == IGNORE)[..., None], image, mixed)
 
 

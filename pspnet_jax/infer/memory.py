@@ -12,7 +12,7 @@ import psutil
 from ml_collections import ConfigDict
 
 from pspnet_jax.errors import UserError
-from pspnet_jax.infer.plan import ceil_div, power_of_two
+from pspnet_jax.infer.plan import bucket, canvas_size, ceil_div, power_of_two
 from pspnet_jax.infer.protocols import Protocol
 
 # Of a device's memory, windows in the network may take half, and scores of images a quarter. The rest is for the weights (in
@@ -98,8 +98,10 @@ def _areas(height: int, width: int, protocol: Protocol) -> tuple[int, int, int]:
         crop = scaled if settings.inference == "whole" else settings.crop
         window = [protocol.window(side, size)[0] for side, size in zip(crop, scaled, strict=True)]
         windows.append(math.prod(window))
-        canvases.append(math.prod(map(max, window, scaled)))
-    return max(windows), max(canvases), min(sum(canvases), height * width + max(canvases))
+        canvases.append(tuple(map(max, window, scaled)))
+    arrays = [math.prod(canvas_size(*canvas)) for canvas in canvases]
+    scores = min(sum(arrays), math.prod(bucket(height, width)) + max(arrays))
+    return max(windows), max(map(math.prod, canvases)), scores
 
 
 @contextlib.contextmanager

@@ -152,7 +152,7 @@ def window_starts(size: int, window: int, stride: int = 0) -> list[int]:
 
 def _canvas(views: Sequence[View], rows: Sequence[int], shape: tuple[int, int, int], protocol: Protocol) -> Canvas:
     axes = list(zip(*views, strict=True))  # all rows, all columns
-    largest = _round_up(*(max(axis.canvas for axis in of_images) for of_images in axes))
+    largest = canvas_size(*(max(axis.canvas for axis in of_images) for of_images in axes))
     size = tuple(map(max, largest, *(frame_size(view.window, protocol) for view in views)))
     to_rows, to_columns = (
         _stack([canvas_to_image(axis, protocol) for axis in of_images], rows, size)
@@ -248,10 +248,10 @@ def _batch(by_device: list[list[Window]], n: int, size: tuple[int, int], frame: 
 
 def frame_size(window: tuple[int, int], protocol: Protocol) -> tuple[int, int]:
     """Returns the size of a window's frame: the window's size, which is rounded up in whole-image inference."""
-    return _round_up(*window) if protocol.settings.inference == "whole" else window
+    return canvas_size(*window) if protocol.settings.inference == "whole" else window
 
 
-def _round_up(height: int, width: int) -> tuple[int, int]:
+def canvas_size(height: int, width: int) -> tuple[int, int]:
     """Rounds a canvas's size up to a bucket plus 1, because Caffe's scaled sizes are round numbers plus 1."""
     height, width = bucket(max(1, height - 1), max(1, width - 1))
     return height + 1, width + 1
@@ -260,15 +260,19 @@ def _round_up(height: int, width: int) -> tuple[int, int]:
 def bucket(height: int, width: int) -> tuple[int, int]:
     """Rounds a size up, so that many sizes share few compiled shapes.
 
-    The long side is rounded up to one of four lengths per power of two. Each side is then rounded up to 1/2, 3/4 or all of
-    that length, and to a multiple of STRIP.
+    The long side is rounded up to one of four lengths per power of two. Each side is then rounded up to all, 3/4, 1/2, 1/4,
+    1/8 and so on of that length, and to a multiple of STRIP.
     """
     longer = max(height, width)
     step = max(STRIP, power_of_two(longer) // 8)
     long = ceil_div(longer, step) * step
-    quarters = (max(2, ceil_div(4 * side, long)) for side in (height, width))
-    height, width = (ceil_div(part * long, 4 * STRIP) * STRIP for part in quarters)
-    return height, width
+
+    def share(side: int) -> int:
+        if long < 2 * side:
+            return ceil_div((3 if 4 * side <= 3 * long else 4) * long, 4 * STRIP) * STRIP
+        return ceil_div(long, power_of_two(long // side + 1) // 2 * STRIP) * STRIP
+
+    return share(height), share(width)
 
 
 def power_of_two(at_least: int) -> int:

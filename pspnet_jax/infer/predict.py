@@ -35,7 +35,10 @@ logger = logging.getLogger(__name__)
 ORIGIN = ".origin.json"  # file in the output that records how its results were made
 MAPS = {"confidence": "png", "probabilities": "npy"}  # maps that can be written: their folders and suffixes
 SIGNATURE = "pspnet_jax"  # PNG text key of a result's signature
-SINGLE_FILE_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)  # any other error would occur for the next image, too
+# Errors that would occur for the next image, too: no space, no permission, or a disk that fails or is gone.
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENODEV, errno.ESTALE)
+MAX_JPEG = 65500  # pixels of a side
+FAILED = "failed.txt"  # file in the output that lists the images that could not be predicted
 
 
 def predict(
@@ -106,7 +109,13 @@ def predict(
     rate = done / (time.perf_counter() - began)
     logger.info(f"{kept}, {existing} from earlier runs; {rate:.3g} images/s on {segmenter.predictor.device}, including I/O")
     if failed:
-        raise UserError("\n".join((*grouped(listed), f"{len(failed)} of {len(images)} images could not be predicted")))
+        if listed:
+            with files.writing(output, f"{FAILED} is missing"), files.atomic(output / FAILED) as path:
+                path.write_text("".join(f"{line}\n" for line in listed))
+        summary = f"{len(failed)} of {len(images)} images could not be predicted, see {output / FAILED}"
+        raise UserError("\n".join((*grouped(listed), summary)))
+    if jax.process_index() == 0:
+        (output / FAILED).unlink(missing_ok=True)
 
 
 def _predict_share(
@@ -199,10 +208,10 @@ class _FileIO:
         try:
             write()
         except (UserError, OSError) as error:
-            if isinstance(error, UserError) or error.errno in SINGLE_FILE_ERRORS:
-                self.fail(f"{name}: {error}")
-            else:
+            if isinstance(error, OSError) and error.errno in OF_THE_DISK:
                 self.stopped_by = str(error)
+            else:
+                self.fail(f"{name}: {error}")
         else:
             self.done += 1
             self._advance(1)
@@ -268,15 +277,22 @@ def _write(results: Sequence[epath.Path], result: Result, server: submission.Sub
     if server:
         return save(server.encode(label), results[0], pnginfo=signed)
     index, color, mixed, *maps = results
-    for path in maps:
+    if maps:
+        _write_maps(maps, result.probabilities())  # another pass through the network
+    result.save(color)
+    overlay = result.overlay()
+    overlay.thumbnail((MAX_JPEG, MAX_JPEG))
+    save(overlay, mixed, "JPEG", quality=95, subsampling=0)  # crisp edges
+    save(Image.fromarray(label), index, pnginfo=signed)  # written last: if it exists, so do the others
+
+
+def _write_maps(paths: Sequence[epath.Path], probabilities: np.ndarray) -> None:
+    for path in paths:
         with files.atomic(path) as temporary, temporary.open("wb") as file:
             if path.suffix == ".npy":
-                np.save(file, result.probabilities().astype(np.float16))
+                np.save(file, probabilities.astype(np.float16))
             else:
-                Image.fromarray(np.rint(result.confidence.highest * 65535).astype(np.uint16)).save(file, "PNG")
-    result.save(color)
-    save(result.overlay(), mixed, "JPEG", quality=95, subsampling=0)  # crisp edges
-    save(Image.fromarray(label), index, pnginfo=signed)  # written last: if it exists, so do the others
+                Image.fromarray(np.rint(probabilities.max(-1) * 65535).astype(np.uint16)).save(file, "PNG")
 
 
 def _refuse_overwriting(

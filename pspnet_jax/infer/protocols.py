@@ -66,7 +66,8 @@ class Semseg(Protocol):
         return height, width
 
     def scale(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
-        return cv2.resize(image.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+        scaled = cv2.resize(image.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+        return scaled.reshape(height, width, -1)  # OpenCV drops the axis of a single channel
 
     def window(self, crop: int, scaled: int) -> tuple[int, int]:
         return crop, max(0, crop - scaled) // 2
@@ -135,7 +136,7 @@ class MMSeg(Protocol):
         return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
     def scale(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
-        return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR).reshape(height, width, -1)
 
     def window(self, crop: int, scaled: int) -> tuple[int, int]:
         return min(crop, scaled), 0

@@ -43,6 +43,7 @@ SUFFIXES = (
 )
 LIVE = re.compile(r"(rtsp|rtsps|rtmp|rtmps|srt|udp|rtp|tcp|https?)://|/dev/video\d")  # URLs, and cameras on Linux
 KEPT_AUDIO = ("aac", "ac3", "alac", "eac3", "flac", "mp3", "opus")  # that an .mp4 can hold; other codecs are converted to AAC
+RATE = 25  # frames per second, if a video does not say it
 SILENCE = 10.0  # seconds without data after which a stream counts as ended
 BT601, LIMITED = 6, 1  # FFmpeg's numbers of the color space and range to which RGB is converted here
 QUALITY = {"crf": "18", "preset": "fast"}  # of x264: the loss is hardly visible
@@ -58,6 +59,11 @@ def is_live(source: epath.PathLike) -> bool:
     return bool(LIVE.match(os.fspath(source)))
 
 
+def shown(source: epath.PathLike) -> str:
+    """Returns a name for messages and files: without the user and password of a URL."""
+    return re.sub(r"(?<=://)[^/?#]*@", "", os.fspath(source)) if is_live(source) else os.fspath(source)
+
+
 def name_of(source: epath.PathLike) -> str:
     """Returns the name of a result: of a file or a camera, its own; of a URL, its last part or its host."""
     if not is_live(source):
@@ -66,7 +72,7 @@ def name_of(source: epath.PathLike) -> str:
         url = urllib.parse.urlsplit(os.fspath(source))
         return pathlib.PurePosixPath(url.path).stem or url.hostname or "stream"
     except ValueError as error:
-        raise UserError(f"{source}: is not a valid URL ({error})") from error
+        raise UserError(f"{shown(source)}: is not a valid URL ({error})") from error
 
 
 def frames(source: epath.PathLike) -> Iterator[np.ndarray]:
@@ -76,8 +82,8 @@ def frames(source: epath.PathLike) -> Iterator[np.ndarray]:
       UserError: PyAV is not installed, or the video cannot be read.
     """
     with _opened(source) as (container, stream):
-        for packet in _packets(container, [stream], os.fspath(source)):
-            for frame in _decoded(packet):
+        for packet in _packets(container, [stream], shown(source)):
+            for frame in _decoded(packet, shown(source)):
                 yield _pixels(frame)
 
 
@@ -104,7 +110,7 @@ def write_overlay(
     """
     target = check_output(source, output)
     with _opened(source) as (container, stream), files.writing(target, "the video is missing"), files.atomic(target) as path:
-        return _Writer(segmenter, container, stream, os.fspath(source), alpha).write(pathlib.Path(path), comment)
+        return _Writer(segmenter, container, stream, shown(source), alpha).write(pathlib.Path(path), comment)
 
 
 def check_output(source: epath.PathLike, output: epath.PathLike) -> epath.Path:
@@ -127,6 +133,26 @@ def comment_of(path: epath.PathLike) -> str:
         return container.metadata.get("comment", "")
 
 
+class _Clock:
+    """Times since the start of a video. They go on where those of a stream are missing or, as of a camera, start again."""
+
+    def __init__(self, start: fractions.Fraction, time_base: fractions.Fraction, step: float):
+        """Takes the start and the stream's unit of time in seconds, and the usual distance of two times in this unit."""
+        self._shift, self._second, self._step = -round(start / time_base), round(1 / time_base), max(1, round(step))
+        self._last = -self._step
+
+    def __call__(self, time: int | None) -> int:
+        """Returns the next time in the stream's unit, given what the stream says."""
+        if time is None:
+            now = self._last + self._step
+        else:
+            if time + self._shift < self._last - self._second:  # less is the order in which some files store frames
+                self._shift = self._last + self._step - time
+            now = time + self._shift
+        self._last = max(self._last, now)
+        return now
+
+
 class _Writer:
     """Copies a video with the overlay of its frames."""
 
@@ -134,12 +160,18 @@ class _Writer:
         import av
 
         self._segmenter, self._alpha, self._name = segmenter, alpha, name
-        self._container, self._stream, self._audio = container, stream, next(iter(container.streams.audio), None)
-        self._start = fractions.Fraction(container.start_time or 0, av.time_base)  # in seconds; cameras count from their start
+        self._container, self._stream = container, stream
+        self._audio: Any = next(iter(container.streams.audio), None)
+        if self._audio and not self._audio.codec_context:
+            logger.warning(f"{name}: its sound cannot be decoded, and is left out")
+            self._audio = None
+        start = fractions.Fraction(container.start_time or 0, av.time_base)  # in seconds; cameras count from their start
+        self._time = _Clock(start, stream.time_base, 1 / ((stream.average_rate or RATE) * stream.time_base))
+        self._audio_time: Any = self._audio and _Clock(start, self._audio.time_base, 1)
         self._out_video: Any = None  # added at the first frame, whose size they have to know, as is the sound
         self._out_audio: Any = None
         self._early: list[Any] = []  # sound that is read before the first frame
-        self._times = collections.deque[int | None]()  # of frames that are being segmented
+        self._times = collections.deque[int]()  # of frames that are being segmented
         self._last, self._last_audio, self._interrupted = -1, -math.inf, False
 
     def write(self, path: pathlib.Path, comment: str) -> int:
@@ -181,24 +213,20 @@ class _Writer:
         for packet in _packets(self._container, [s for s in (self._stream, self._audio) if s], self._name):
             if packet.stream is self._audio:
                 self._write_audio(packet)
-            for frame in _decoded(packet) if packet.stream is self._stream else ():
+            for frame in _decoded(packet, self._name) if packet.stream is self._stream else ():
                 pixels = _pixels(frame)
                 if not self._out_video:
                     self._add_streams(pixels.shape, turned=round(frame.rotation / 90) % 2 == 1)
-                self._times.append(self._from_start(frame.pts, self._stream))
+                self._times.append(self._time(frame.pts))
                 yield pixels
             if self._interrupted:
                 return logger.info(f"{self._name}: stopped by Ctrl-C")
-
-    def _from_start(self, time: int | None, stream: Any) -> int | None:
-        """Returns a time in units of a stream as a time since the start of the video."""
-        return None if time is None else time - round(self._start / stream.time_base)
 
     def _add_streams(self, shape: tuple[int, ...], turned: bool) -> None:
         import av
 
         height, width, _ = shape
-        self._out_video = video = self._output.add_stream("libx264", rate=self._stream.average_rate or 25, options=QUALITY)
+        self._out_video = video = self._output.add_stream("libx264", rate=self._stream.average_rate or RATE, options=QUALITY)
         video.width, video.height = width + width % 2, height + height % 2  # both are even in the usual pixel format
         video.pix_fmt, context = "yuv420p", video.codec_context
         context.time_base, context.colorspace, context.color_range = self._stream.time_base, BT601, LIMITED
@@ -209,7 +237,8 @@ class _Writer:
             if self._copies_audio:
                 self._out_audio = self._output.add_stream_from_template(self._audio)
             else:
-                self._out_audio = self._output.add_stream("aac", rate=self._audio.codec_context.sample_rate)
+                own, rates = self._audio.codec_context.sample_rate, av.Codec("aac", "w").audio_rates or [44_100]
+                self._out_audio = self._output.add_stream("aac", rate=min(rates, key=lambda rate: abs(rate - own)))
                 self._resampler = av.AudioResampler("fltp", self._audio.codec_context.layout, self._out_audio.rate)
         while self._early:
             self._write_audio(self._early.pop(0))
@@ -218,14 +247,13 @@ class _Writer:
         if not self._out_video:
             self._early.append(packet)
         elif self._copies_audio:
-            if packet.dts is not None and packet.dts > self._last_audio:  # the last one only says that there are no more
-                self._last_audio = packet.dts
-                packet.pts, packet.dts = (self._from_start(time, self._audio) for time in (packet.pts, packet.dts))
-                packet.stream = self._out_audio
+            if packet.dts is not None and (time := self._audio_time(packet.dts)) > self._last_audio:  # the last one is empty
+                self._last_audio, later = time, (packet.pts or packet.dts) - packet.dts
+                packet.pts, packet.dts, packet.stream = time + later, time, self._out_audio
                 self._output.mux(packet)
         else:
-            for frame in _decoded(packet):
-                frame.pts = self._from_start(frame.pts, frame)
+            for frame in _decoded(packet, self._name):
+                frame.pts, frame.time_base = self._audio_time(frame.pts), self._audio.time_base
                 for resampled in self._resampler.resample(frame):
                     self._output.mux(self._out_audio.encode(resampled))
 
@@ -235,9 +263,8 @@ class _Writer:
         video, (height, width, _) = self._out_video, pixels.shape
         padded = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         frame, time = av.VideoFrame.from_ndarray(padded, format="rgb24"), self._times.popleft()
-        if time is not None:  # some streams have no times; times that go back are those of a camera that was started again
-            self._last = frame.pts = max(time, self._last + 1)
-            frame.time_base = self._stream.time_base
+        self._last = frame.pts = max(time, self._last + 1)
+        frame.time_base = self._stream.time_base
         self._output.mux(video.encode(frame))
 
 
@@ -268,13 +295,13 @@ def _opened(source: epath.PathLike) -> Iterator[tuple[Any, Any]]:
         import av
     except ImportError as error:
         raise UserError(f'{source}: reading videos needs PyAV: pip install "pspnet_jax[video]"') from error
-    name = os.fspath(source)
-    name = name if is_live(name) else os.fspath(files.user_path(name))
-    if files.is_remote(name) and not is_live(name):
+    path = os.fspath(source) if is_live(source) else os.fspath(files.user_path(source))
+    name = shown(path)
+    if files.is_remote(path) and not is_live(path):
         raise UserError(f"{name}: videos in buckets cannot be read; copy it to a local disk")
     try:
-        timeout = (SILENCE, SILENCE) if is_live(name) else None  # without one, Ctrl-C cannot end the wait for a silent stream
-        container = av.open(name, format="v4l2" if name.startswith("/dev/") else None, timeout=timeout)
+        timeout = (SILENCE, SILENCE) if is_live(path) else None  # without one, Ctrl-C cannot end the wait for a silent stream
+        container = av.open(path, format="v4l2" if path.startswith("/dev/") else None, timeout=timeout)
     except (OSError, av.FFmpegError) as error:
         raise UserError(f"{name}: cannot be read as a video ({_reason(error)})") from error
     with container:
@@ -285,14 +312,20 @@ def _opened(source: epath.PathLike) -> Iterator[tuple[Any, Any]]:
         yield container, stream
 
 
-def _decoded(packet: Any) -> Iterator[Any]:
-    """Yields the frames of a packet; a damaged one has none, as in video players."""
+def _decoded(packet: Any, name: str) -> Iterator[Any]:
+    """Yields the frames of a packet; a damaged one has none, as in video players.
+
+    Raises:
+      UserError: there is no decoder for them.
+    """
     import av
 
     try:
         yield from packet.decode()
     except av.InvalidDataError:
         logger.warning("a damaged part of the video is skipped")
+    except av.FFmpegError as error:
+        raise UserError(f"{name}: cannot be decoded ({_reason(error)})") from error
 
 
 def _pixels(frame: Any) -> np.ndarray:

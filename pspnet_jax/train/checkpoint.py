@@ -71,8 +71,8 @@ class Checkpoints:
     def __init__(self, workdir: epath.PathLike, *, read_only: bool = False):
         self._directory = files.absolute(workdir) / "checkpoints"
         if read_only and not files.is_there(self._directory):
-            inside = self._directory.parents[1].name == "checkpoints"  # of a run
-            hint = f"use {self._directory.parents[2]}, which contains it" if inside else "train there first"
+            parent = self._directory.parent.parent  # its own, of a root directory
+            hint = f"use {parent.parent}, which contains it" if parent.name == "checkpoints" else "train there first"
             raise MissingFileError(
                 f"{workdir}: is not a run with checkpoints; {hint}, copy the run with its checkpoints/ directory, or choose "
                 "another directory"
@@ -266,6 +266,7 @@ class Checkpoints:
                     aside.rmtree()
                 self.path(step).rename(aside)
         self._manager.reload()
+        self.scores.remove(step)
         return aside
 
     def close(self) -> None:

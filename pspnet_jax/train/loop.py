@@ -233,7 +233,8 @@ class Run:
 
     def exit_if_requested(self, step: int) -> None:
         if self.stop.requested(self.checkpoints, step):
-            logger.warning(f"stopped by {self.stop.name}; step {step} is saved; run the same command to resume")
+            saved = f"step {step} is saved" if step in self.checkpoints.steps else "nothing is saved yet"
+            logger.warning(f"stopped by {self.stop.name}; {saved}; run the same command to resume")
             raise SystemExit(128 + self.stop.number)
 
     def score(self, step: int, state: TrainState) -> None:
@@ -261,7 +262,7 @@ class Run:
         if math.isnan(found[best_metric]):
             logger.warning(
                 f"eval.best_metric={best_metric!r} has no value at step {step}, because its denominator is 0 (is the class in "
-                "the validation labels?): this checkpoint cannot become the best, and counts as no improvement for patience"
+                "the validation labels?): this checkpoint cannot become the best"
             )
         # Logged before the score is saved: a run that is killed in between repeats the evaluation when it is resumed.
         self.log.log_evaluation(step, metrics, pictures)

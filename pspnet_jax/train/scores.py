@@ -53,6 +53,10 @@ class Scores:
             with files.atomic(checkpoint / "score.json") as path:
                 path.write_text(json.dumps(self._of_step[step]))
 
+    def remove(self, step: int) -> None:
+        """Forgets the score of a checkpoint that is not there any more."""
+        self._of_step.pop(step, None)
+
     def best(self, steps: Collection[int]) -> int | None:
         """Returns the one of `steps` with the largest score, of equal ones the first; None if none has a score.
 

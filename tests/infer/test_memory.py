@@ -20,10 +20,10 @@ def protocol(**fields):
 
 
 def test_the_estimate_by_hand():
-    """An image of 100x80 at scale 2: a canvas of 200x160 and 3 windows of 50x40 in float32, with 4 classes."""
+    """An image of 100x80 at scale 2: a canvas of 200x160, whose scores take 225x193, and 3 windows of 50x40, with 4 classes."""
     host, device = memory.estimate(100, 80, protocol(scales=(2.0,)), 4, devices=1)
     assert host == 4 * 3 * (200 * 160 + 3 * 50 * 40)
-    assert device == 4 * (2 * 3 * 50 * 40 * (3 + 4) + 4 * 200 * 160)
+    assert device == 4 * (2 * 3 * 50 * 40 * (3 + 4) + 4 * 225 * 193)
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_without_a_known_limit_the_default_is_four_windows_on_all_cpus_or_on_eac
 
 
 def test_room_for_images_by_hand(monkeypatch):
-    """Scores of 100x80 pixels and of the canvas of 200x160, with 4 classes: 500 KiB or 640,000 bytes per image."""
-    one = 4 * 4 * min(200 * 160, 100 * 80 + 200 * 160)
+    """Scores of the canvas of 200x160, which take 225x193, with 4 classes: 695 kB per image."""
+    one = 4 * 4 * 225 * 193
     for images, expected in ((0.5, 1), (3.99, 2), (4, 4)):
         monkeypatch.setattr(memory, "_device_limit", lambda device, images=images: 4 * images * one)
         assert memory.room_for_images(100, 80, protocol(scales=(2.0,)), 4, jax.devices()[:1]) == expected

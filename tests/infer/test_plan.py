@@ -143,16 +143,17 @@ def test_a_dataset_of_many_sizes_has_few_compiled_shapes():
 
 
 def test_buckets_bound_sizes_closely():
-    """The long side grows by up to 31 pixels or a quarter; the other, by a quarter of it plus 31, or to half of it plus 31."""
+    """The long side grows by up to 31 pixels or a quarter; the other by a quarter of it, or to its double, plus 31."""
     assert bucket(1500, 2000) == (1536, 2048)
     assert bucket(1024, 2048) == (1024, 2048)
     assert bucket(181, 241) == (192, 256)
-    assert bucket(100, 10) == (128, 64)
+    assert bucket(100, 10) == (128, 32)
+    assert bucket(200, 20000) == (320, 20480)
     for height, width in itertools.product(range(1, 1100, 37), repeat=2):
         found = bucket(height, width)
         long = max(found)
         assert all(n % 32 == 0 for n in found)
         assert max(height, width) <= long <= max(max(height, width) * 1.25, max(height, width) + 31)
         assert all(
-            side <= n <= max(side + long / 4 + 31, long / 2 + 31) for side, n in zip((height, width), found, strict=True)
+            side <= n <= max(side + long / 4 + 31, 2 * side + 31) for side, n in zip((height, width), found, strict=True)
         )

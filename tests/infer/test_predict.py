@@ -14,6 +14,7 @@ from PIL import Image
 from pspnet_jax import files, image_files, lock
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer import memory
+from pspnet_jax.infer import predict as prediction
 from pspnet_jax.infer.draw import colorize, overlay
 from pspnet_jax.infer.inputs import find_images
 from pspnet_jax.infer.predict import AHEAD, predict
@@ -116,10 +117,37 @@ def test_bad_images_do_not_affect_the_others(tmp_path):
     with pytest.raises(UserError) as caught:
         run(tmp_path, batch_size=16)
     *lines, last = str(caught.value).splitlines()
-    assert last == "3 of 6 images could not be predicted"
+    assert last == f"3 of 6 images could not be predicted, see {tmp_path}/out/failed.txt"
+    assert (tmp_path / "out/failed.txt").read_text().splitlines() == lines
     for line, name in zip(lines, ("a", "c", "link"), strict=True):
         assert line.startswith(f"{tmp_path}/in/{name}.png: cannot be read as an image")
     assert [name for name in results(tmp_path / "out") if name.startswith("index")] == [f"index/{x}.png" for x in "bdz"]
+    for name in ("a.png", "c.png", "link.png"):
+        (tmp_path / "in" / name).unlink()
+    run(tmp_path, skip_existing=True)
+    assert not (tmp_path / "out/failed.txt").exists()
+
+
+def test_an_image_wider_than_a_jpeg_may_be_has_a_reduced_overlay(tmp_path):
+    write(tmp_path / "in", wide=(40, 66_000))
+    run(tmp_path)
+    assert read(tmp_path / "out/index/wide.png")[1].shape == (40, 66_000)
+    assert read(tmp_path / "out/overlay/wide.jpg")[1].shape[1] == 65_500
+
+
+def test_a_result_that_cannot_be_encoded_does_not_stop_the_others(tmp_path, monkeypatch):
+    write(tmp_path / "in", a=(20, 30), b=(20, 30))
+    save = prediction.save
+
+    def failing(picture, path, *args, **options):
+        if path.name == "a.jpg":
+            raise OSError("broken data stream when writing image file")
+        save(picture, path, *args, **options)
+
+    monkeypatch.setattr(prediction, "save", failing)
+    with pytest.raises(UserError, match=r"a: broken data stream .*\n1 of 2 images could not be predicted"):
+        run(tmp_path)
+    assert (tmp_path / "out/index/b.png").exists()
 
 
 def test_an_image_too_large_for_the_machine_is_skipped(tmp_path, monkeypatch):
@@ -128,7 +156,7 @@ def test_an_image_too_large_for_the_machine_is_skipped(tmp_path, monkeypatch):
     message = r"b\.png: an image of 300x400 needs at least 0\.0 GiB of memory .* lower one of eval\.batch_size=2"
     with pytest.raises(UserError, match=message):
         run(tmp_path)
-    assert len(results(tmp_path / "out")) == 3
+    assert len(results(tmp_path / "out")) == 3 + 1  # and failed.txt
 
 
 def test_running_out_of_memory_fails_only_that_image(tmp_path, monkeypatch):
@@ -145,14 +173,14 @@ def test_running_out_of_memory_fails_only_that_image(tmp_path, monkeypatch):
         UserError, match=r"b: memory ran out with 1 image\(s\) of 90x100 .*RESOURCE_EXHAUSTED.*eval\.crop=\(33, 33\)"
     ):
         run(tmp_path)
-    assert len(results(tmp_path / "out")) == 3
+    assert len(results(tmp_path / "out")) == 3 + 1  # and failed.txt
 
 
 def test_scores_that_are_not_finite_write_no_prediction(tmp_path):
     write(tmp_path / "in", a=(20, 30))
     with pytest.raises(UserError, match=r"a: the network's scores are not finite"):
         predict(Segmenter(predictor(), STRONGEST * np.nan, INFO), find_images(tmp_path / "in"), tmp_path / "out")
-    assert results(tmp_path / "out") == []
+    assert results(tmp_path / "out") == ["failed.txt"]
 
 
 def test_skip_existing_predicts_only_images_that_lack_a_result(tmp_path, monkeypatch, caplog):

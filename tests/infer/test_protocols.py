@@ -119,6 +119,16 @@ def test_images_are_scaled_as_opencv_does(size):
     np.testing.assert_allclose(floating, reference.interpolate(image.astype(float), new_height, new_width), atol=1e-3)
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+def test_images_of_other_numbers_of_channels_are_scaled_channel_by_channel(protocol, channels):
+    image = np.random.default_rng(0).integers(0, 256, (9, 14, channels), dtype=np.uint8)
+    scaled = make(protocol).scale(image, 12, 20)
+    for channel in range(channels):
+        three = make(protocol).scale(image[..., [channel] * 3], 12, 20)
+        np.testing.assert_allclose(scaled[..., channel], three[..., 0], atol=1e-3)  # sums in another order
+
+
 def test_images_are_scaled_as_imresize_does():
     """Values are rounded after each axis, starting with the axis that shrinks most.
 

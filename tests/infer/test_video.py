@@ -23,21 +23,21 @@ RATE = 44100
 AUDIO = {"aac": "fltp", "pcm_s16le": "s16"}
 
 
-def write(path, size=(48, 64), audio="", codec="mpeg4", format="yuv420p"):
+def write(path, size=(48, 64), audio="", codec="mpeg4", format="yuv420p", rate=RATE):
     """Writes a video of one color per frame, which gets brighter, with a tone as long as the video."""
     with av.open(str(path), "w") as container:
         pictures = container.add_stream(codec, rate=10)
         pictures.height, pictures.width, pictures.pix_fmt = *size, format
-        sound = container.add_stream(audio, rate=RATE) if audio else None
+        sound = container.add_stream(audio, rate=rate) if audio else None
         for time in TIMES:
             frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 40 + 10 * time, np.uint8), format="rgb24")
             frame.pts, frame.time_base = time, fractions.Fraction(1, 10)
             container.mux(pictures.encode(frame))
         if sound:
-            wave = np.sin(2 * math.pi * 440 * np.arange(RATE * 16 // 10) / RATE)[None]
+            wave = np.sin(2 * math.pi * 440 * np.arange(rate * 16 // 10) / rate)[None]
             scaled = wave.astype(np.float32) if AUDIO[audio] == "fltp" else (wave * 20000).astype(np.int16)
             frame = av.AudioFrame.from_ndarray(scaled, format=AUDIO[audio], layout="mono")
-            frame.sample_rate, frame.pts, frame.time_base = RATE, 0, fractions.Fraction(1, RATE)
+            frame.sample_rate, frame.pts, frame.time_base = rate, 0, fractions.Fraction(1, rate)
             container.mux(sound.encode(frame))
             container.mux(sound.encode())
         container.mux(pictures.encode())
@@ -125,7 +125,7 @@ def test_a_video_is_segmented_like_its_frames(tmp_path, monkeypatch):
     assert all(np.array_equal(a.labels, b) for a, b in zip(network(video.frames(tmp_path / "clip.mp4")), alone, strict=True))
     pixels, written = video._pixels, []
     monkeypatch.setattr(video, "_pixels", lambda frame: read.append(0) or pixels(frame))
-    monkeypatch.setattr(video, "_decoded", lambda packet: [f for f in packet.decode() for _ in range(20)])  # 200 frames
+    monkeypatch.setattr(video, "_decoded", lambda packet, name: [f for f in packet.decode() for _ in range(20)])  # 200 frames
     write_frame = video._Writer._write_frame
     ahead = []
 
@@ -198,27 +198,49 @@ def test_where_a_video_breaks_off(live, tmp_path, monkeypatch):
             next(packets)
 
 
-def test_times_begin_at_zero_and_never_go_back(tmp_path, monkeypatch):
+def test_times_begin_at_zero_and_go_on_where_they_start_again(tmp_path):
     """Those of a camera count from the start of its machine, and begin anew when it is started again."""
     with av.open(str(tmp_path / "clip.ts"), "w", format="mpegts") as container:
         pictures = container.add_stream("mpeg2video", rate=10)
         pictures.height, pictures.width, pictures.pix_fmt = 48, 64, "yuv420p"
-        for time in range(10):
+        for time in range(20):
             frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 100, np.uint8), format="rgb24")
             frame.pts, frame.time_base = 36_000 + time, fractions.Fraction(1, 10)
             container.mux(pictures.encode(frame))
         container.mux(pictures.encode())
-    assert video.write_overlay(Fake(), tmp_path / "clip.ts", tmp_path / "out.mp4") == 10
-    assert decoded(tmp_path / "out.mp4")[0] == pytest.approx([time / 10 for time in range(10)], abs=0.001)
+    assert video.write_overlay(Fake(), tmp_path / "clip.ts", tmp_path / "out.mp4") == 20
+    assert decoded(tmp_path / "out.mp4")[0] == pytest.approx([time / 10 for time in range(20)], abs=0.001)
     header = (tmp_path / "out.mp4").read_bytes()
     header = header[header.index(b"mvhd") :]  # version and flags, two dates, the time scale and the duration
     scale, duration = (int.from_bytes(header[start : start + 4], "big") for start in (16, 20))
-    assert duration / scale == pytest.approx(1, abs=0.2)
-    from_start = video._Writer._from_start
-    monkeypatch.setattr(video._Writer, "_from_start", lambda self, time, stream: from_start(self, time, stream) % 30_000)
-    assert video.write_overlay(Fake(), tmp_path / "clip.ts", tmp_path / "out.mp4") == 10
-    times = decoded(tmp_path / "out.mp4")[0]
-    assert times == sorted(set(times))
+    assert duration / scale == pytest.approx(2, abs=0.2)
+    (tmp_path / "twice.ts").write_bytes(2 * (tmp_path / "clip.ts").read_bytes())
+    assert video.write_overlay(Fake(), tmp_path / "twice.ts", tmp_path / "out.mp4") == 40
+    assert decoded(tmp_path / "out.mp4")[0] == pytest.approx([time / 10 for time in range(40)], abs=0.001)
+
+
+def test_frames_without_times_follow_at_the_usual_rate(tmp_path):
+    with av.open(str(tmp_path / "clip.ts"), "w", format="h264") as container:
+        pictures = container.add_stream("libx264", rate=25, options={"bf": "0"})
+        pictures.height, pictures.width, pictures.pix_fmt = 48, 64, "yuv420p"
+        for _ in range(8):
+            container.mux(pictures.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 100, np.uint8), format="rgb24")))
+        container.mux(pictures.encode())
+    assert video.write_overlay(Fake(), tmp_path / "clip.ts", tmp_path / "out.mp4") == 8
+    assert decoded(tmp_path / "out.mp4")[0] == pytest.approx([time / 25 for time in range(8)], abs=0.001)
+
+
+def test_sound_of_an_unusual_rate_is_converted_to_the_nearest(tmp_path):
+    video.write_overlay(Fake(), write(tmp_path / "clip.avi", audio="pcm_s16le", rate=11_024), tmp_path / "out.mp4")
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        frames = list(container.decode(audio=0))
+    assert frames[0].sample_rate == 11_025
+    assert sum(frame.samples for frame in frames) / 11_025 == pytest.approx(1.6, abs=0.2)
+
+
+def test_passwords_are_not_shown():
+    assert video.shown("rtsp://me:secret@camera:554/live?a=b@c") == "rtsp://camera:554/live?a=b@c"
+    assert video.shown("a@b/clip.mp4") == "a@b/clip.mp4"
 
 
 def test_colors_and_shape_of_pixels_are_tagged(tmp_path):

@@ -158,6 +158,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_previous_one_used(tmp_
     assert warning.endswith(f"moved to {tmp_path}/set_aside/3; using checkpoint 2")
     assert (tmp_path / "set_aside" / "3").is_dir()
     assert checkpoints.steps == [2]
+    assert checkpoints.scores.of(3) is None  # nor does it count for patience
     checkpoints.save(3, small_state(3), tiny_config())  # training reaches this step again
     checkpoints.close()
     assert_equal(Checkpoints(tmp_path).restore_newest(target()), small_state(3))
