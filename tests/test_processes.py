@@ -142,8 +142,8 @@ def test_two_processes_predict_the_files_of_one(trained):
     assert [len(lines) for lines in sentences] == [2, 1]
     assert "002.png: cannot be read as an image" in sentences[0][0]
     assert (sentences[0][1], sentences[1][0]) == (
-        "1 of 5 images could not be predicted",
-        "error: 1 of 5 images could not be predicted",
+        f"1 of 5 images could not be predicted, see {directory}/together/failed.txt",
+        f"error: 1 of 5 images could not be predicted, see {directory}/together/failed.txt",
     )
     assert "4 of 5 images have their results in" in done[0].stdout
     with only(1):
