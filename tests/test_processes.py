@@ -149,7 +149,7 @@ def test_two_processes_predict_the_files_of_one(trained):
     with only(1):
         assert main([*command, f"--output={directory / 'alone'}"]) == 1
     together, alone = (files_below(directory / name) for name in ("together", "alone"))
-    assert len(alone) == 1 + 3 * 4
+    assert len(alone) == 2 + 3 * 4  # with .origin.json and failed.txt
     assert together == alone
 
 
