@@ -4,7 +4,6 @@ The settings follow Zhao et al. 2017, section 5.1. Values that differ between pa
 pairs over paths such as "backbone/stem_conv1/bn/scale". The first pattern that matches the whole path decides.
 """
 
-import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -102,8 +101,12 @@ def scale_by_rules(rules: Rules) -> optax.GradientTransformation:
 
 def add_decay(optimizer: ConfigDict) -> optax.GradientTransformation:
     """Adds weight_decay * parameter to the updates of the parameters whose decay rule is not 0."""
-    mask = functools.partial(by_path, decay_rules(optimizer))
-    return optax.add_decayed_weights(optimizer.weight_decay, lambda params: jax.tree.map(bool, mask(params)))
+    return optax.add_decayed_weights(optimizer.weight_decay, _mask(decay_rules(optimizer)))
+
+
+def _mask(rules: Rules) -> Callable[[optax.Params], Any]:
+    """Returns a function that tells for which parameters the value of the rules is not 0."""
+    return lambda params: jax.tree.map(bool, by_path(rules, params))
 
 
 def _sgd(optimizer: ConfigDict, schedule: optax.Schedule) -> list[optax.GradientTransformation]:
@@ -134,7 +137,7 @@ def _lars(optimizer: ConfigDict, schedule: optax.Schedule) -> list[optax.Gradien
     trust_ratio = optax.scale_by_trust_ratio(trust_coefficient=optimizer.trust_coefficient)
     return [
         add_decay(optimizer),
-        optax.masked(trust_ratio, lambda params: jax.tree.map(bool, by_path(TRUSTED, params))),
+        optax.masked(trust_ratio, _mask(TRUSTED)),
         scale_by_rules(rate_rules(optimizer)),
         optax.scale_by_learning_rate(schedule),
         optax.trace(optimizer.momentum),

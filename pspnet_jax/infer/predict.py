@@ -304,6 +304,8 @@ def _refuse_overwriting(
     """Refuses to overwrite an input image, results of another input, or files that no prediction wrote."""
     inputs, before = {os.path.realpath(path) for path in images.values()}, _read_origin(output)
     foreign = output.is_dir() and (before is None or before.get("input") != origin.get("input"))
+    if before is None and (output / FAILED).exists():
+        raise UserError(f"{output / FAILED}: was not written by a prediction, and would be replaced; choose another --output")
     for path in itertools.chain.from_iterable(results.values()):
         if os.path.realpath(path) in inputs or (foreign and path.is_file()):
             raise UserError(f"{path}: already exists and was not predicted from this input; choose another --output")

@@ -218,20 +218,13 @@ def test_tables_with_different_base_recipes_share_no_runs(table, tmp_path, capsy
     assert "would share the runs scenes_bins-none, but differ (batch_size: 8 -> 16): their base" in capsys.readouterr().err
 
 
-def test_an_evaluation_by_hand_with_other_settings_is_not_a_score(table, tmp_path):
+@pytest.mark.parametrize(("before", "after"), [('"short_size": 0', '"short_size": 64'), ('"data": "x"', '"data": "y"')])
+def test_an_evaluation_by_hand_with_other_settings_or_data_is_not_a_score(table, tmp_path, before, after):
     assert main(table) == 0
     calls(tmp_path)
     path = tmp_path / "out/runs/scenes_bins-1_seed0/evaluation/a.json"
-    path.write_text(path.read_text().replace('"short_size": 0', '"short_size": 64'))
-    assert main(table) == 0
-    assert calls(tmp_path) == ["scenes_bins-1_seed0 evaluate None"]
-
-
-def test_an_evaluation_by_hand_with_other_data_is_not_a_score(table, tmp_path):
-    assert main(table) == 0
-    calls(tmp_path)
-    path = tmp_path / "out/runs/scenes_bins-1_seed0/evaluation/a.json"
-    path.write_text(path.read_text().replace('"data": "x"', '"data": "y"'))
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after))
     assert main(table) == 0
     assert calls(tmp_path) == ["scenes_bins-1_seed0 evaluate None"]
 

@@ -244,6 +244,16 @@ def test_results_of_other_images_are_not_overwritten(tmp_path):
     assert (tmp_path / "out" / "index" / "a.png").read_bytes() == before
 
 
+def test_a_users_file_of_the_name_of_ours_is_kept(tmp_path):
+    write(tmp_path / "in", a=(20, 30))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/failed.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"failed\.txt: was not written by a prediction"):
+        run(tmp_path)
+    assert results(tmp_path / "out") == ["failed.txt"]
+    assert (tmp_path / "out/failed.txt").read_text() == "mine"
+
+
 def test_two_predictions_cannot_write_to_one_folder(tmp_path):
     write(tmp_path / "in", a=(20, 30))
     with lock.locked(tmp_path / "out"), pytest.raises(UserError, match="another process writes to"):
