@@ -110,7 +110,7 @@ def _acquire(path: str) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             locked_here = _try_flock(descriptor)
-            owner = _read_owner(descriptor)
+            owner = _read_owner(descriptor, path)
             elsewhere = owner and (locked_here is None or owner["host"] != socket.gethostname())
             if locked_here is False or (elsewhere and _is_alive(path, owner)):
                 raise UserError(_in_use(path, owner))
@@ -138,13 +138,22 @@ def _try_flock(descriptor: int) -> bool | None:
     return True
 
 
-def _read_owner(descriptor: int) -> dict[str, object]:
-    """Returns the owner's host, process id and start time; empty if the file is new or damaged."""
-    try:
-        owner = json.loads(os.pread(descriptor, 10_000, 0))
-        return {name: owner[name] for name in ("host", "pid", "since")}
-    except (ValueError, KeyError, TypeError):
+def _read_owner(descriptor: int, path: str) -> dict[str, object]:
+    """Returns the owner's host, process id and start time; empty if the file is new or lost its content.
+
+    Raises:
+      UserError: the file is something else, which a lock would overwrite.
+    """
+    content = os.pread(descriptor, 10_000, 0)
+    if not content.strip(b"\0"):  # zeros: after a power failure
         return {}
+    try:
+        owner = json.loads(content)
+        return {name: owner[name] for name in ("host", "pid", "since")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: is not a lock file of this program, which needs the name; rename it, delete it or choose another place"
+        ) from error
 
 
 def _is_alive(path: str, owner: dict[str, object]) -> bool:

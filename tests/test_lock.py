@@ -106,9 +106,18 @@ def test_the_owner_keeps_updating_the_lock(run, monkeypatch):
         assert os.stat(run / "lock").st_mtime > 1000
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\x00", b'{"host": 3}'])
-def test_a_damaged_lock_without_an_owner_is_taken_over(run, content):
+@pytest.mark.parametrize("content", [b"", b"\0\0\0"])
+def test_a_lock_that_lost_its_content_is_taken_over(run, content):
     run.mkdir()
     (run / "lock").write_bytes(content)
     with lock.locked(run):
         assert json.loads((run / "lock").read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\x00", b'{"host": 3}', b"three doors of the lock\n"])
+def test_a_file_of_the_user_that_is_called_lock_is_kept(run, content):
+    run.mkdir()
+    (run / "lock").write_bytes(content)
+    with pytest.raises(UserError, match="lock: is not a lock file of this program"), lock.locked(run):
+        pass
+    assert (run / "lock").read_bytes() == content
