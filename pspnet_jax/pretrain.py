@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,10 @@ from pspnet_jax.errors import UserError
 from pspnet_jax.losses import Batch, Loss, Term
 
 logger = logging.getLogger("pspnet_jax")
+USED = re.compile(  # fields of the config
+    r"(model|normalize|optimizer|every|parallel)\.|augment\.(crop|flip_probability|scale)|loss\.label_smoothing"
+    r"|dataset\.(name|root|tfds_name|train_split)|eval\.(best_metric|crop|split)|\w+$"
+)
 
 
 def pretrain(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -31,6 +36,9 @@ def pretrain(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         if not arguments.config:
             raise UserError("--config is missing; name a recipe, such as --config configs/imagenet.py")
         config = configs.override(configs.load_recipe(arguments.config), overrides)
+        default = dict(configs.leaves(configs.base_config()))
+        if unused := [field for field, value in configs.leaves(config) if value != default[field] and not USED.match(field)]:
+            raise UserError(f"{unused[0]}: --mode pretrain does not use it; leave it out")
         if config.parallel.spatial != 1:
             raise UserError(f"parallel.spatial={config.parallel.spatial}: --mode pretrain needs 1")
         without_pyramid = config.copy_and_resolve_references()

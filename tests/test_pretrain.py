@@ -231,6 +231,8 @@ def test_recipes_that_are_refused(imagenet, tmp_path, capsys, monkeypatch):
     root = f"--config.dataset.root={imagenet}"
     assert "has no split 'test'; expected one of train, validation" in error(capsys, *command, root, "--config.eval.split=test")
     assert "needs a TFDS dataset of classified images: imagenet2012" in error(capsys, *command, "--config.dataset.tfds_name=")
+    for field, value in (("loss.terms", "focal"), ("augment.hue", "18"), ("dataset.balance", "0.5"), ("eval.flip", "false")):
+        assert f"{field}: --mode pretrain does not use it; leave it out" in error(capsys, *command, f"--config.{field}={value}")
     assert "parallel.spatial=2: --mode pretrain needs 1" in error(capsys, *command, root, "--config.parallel.spatial=2")
     assert "multiple of" in error(capsys, *command, root, "--config.optimizer.accumulate=3")
     assert not (tmp_path / "run").exists()
