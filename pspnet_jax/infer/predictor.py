@@ -207,7 +207,7 @@ class Predictor:
         known = {size for size in sizes if all(size)}  # (0, 0) means unknown
         windows = {window for size in known for window in count_windows(self.views(*size))}
         if known:
-            logger.info(f"the network is compiled for {len(windows)} window sizes, from {len(known)} image sizes")
+            logger.info(f"the network is compiled for {len(windows)} window size(s), from {len(known)} image size(s)")
 
     @property
     def _devices(self) -> list[jax.Device]:

@@ -349,7 +349,7 @@ def test_whole_image_inference_orders_images_by_size_and_logs_the_number_of_size
     monkeypatch.setattr(Predictor, "labels", listed)
     run(tmp_path, inference="whole", batch_size=4)
     assert order == [[(20, 30)] * 3, [(30, 20)] * 2]
-    assert "the network is compiled for 2 window sizes, from 2 image sizes" in caplog.messages
+    assert "the network is compiled for 2 window size(s), from 2 image size(s)" in caplog.messages
     assert len(results(tmp_path / "out")) == 15
 
 
