@@ -74,7 +74,8 @@ def base_config() -> ConfigDict:
     dataset.train_split = "train"  # join several with +: "train+train_extra"
     dataset.image_dtype = "uint8"  # of the pixels in image files: uint8, uint16 or float32
     dataset.images = "images/{split}/{name}.*"  # folder: pattern of the images' paths below root; {name} is what an image and
-    # its label share (a folder such as a/b too), {split} is optional, and * is any other part of a name
+    # its label share (a folder such as a/b too), {split} is optional, and * is any other part of a name;
+    # {name}_road{tail}: the name has a word inside, um_road_1 in labels and um_1 in images
     dataset.labels = "labels/{split}/{name}.*"  # folder: of the labels; {name}.json: labelme's; a .json without {name}: COCO's
     dataset.split_file = ""  # folder: list of a split's images, or of images and labels: "lists/{split}.txt", or a CSV with a
     # header, such as image,label,split

@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from pspnet_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # about files that tifffile reads
 Size = tuple[int, int]  # height, width
 SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp")
 DTYPES = ("uint8", "uint16", "float32")  # of pixels, see config.dataset.image_dtype

@@ -110,10 +110,11 @@ def _tuple_problems(config: ConfigDict) -> list[str]:
             f"is one of {', '.join(map(repr, CHOICES['dataset.name']))}, and the weight is above 0 and below 1000"
         )
     images, labels = config.dataset.images, config.dataset.labels
-    if images.count("{name}") != 1 or (labels.count("{name}") != 1 and not is_coco(labels)):
+    names = [(images.count(part), labels.count(part)) for part in ("{name}", "{tail}")]
+    if names[0] != (1, not is_coco(labels)) or max(names[1]) > 1:
         problems.append(
-            f"dataset.images={images!r}, dataset.labels={labels!r}: expected paths below root with one {{name}} each; only a "
-            "COCO file, which ends in .json, has none"
+            f"dataset.images={images!r}, dataset.labels={labels!r}: expected paths below root with one {{name}} each, and at "
+            "most one {tail}; only a COCO file, which ends in .json, has no {name}"
         )
     per_channel = {"normalize.mean": (float, config.model.channels), "normalize.std": (float, config.model.channels)}
     for field, (kind, count) in (TUPLES | per_channel).items():

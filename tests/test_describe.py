@@ -225,14 +225,48 @@ def test_other_files_beside_the_images_do_not_matter(tmp_path):
         ("via.json", '{"0.jpg123": {"filename": "0.jpg", "regions": []}}', "VIA's polygons: in VIA, export them as COCO"),
         ("labels/0.json", '{"imgHeight": 16, "objects": []}', "Cityscapes' polygons: write label images"),
         ("labels.zip", "", "archives: unpack them"),
+        ("labels.npz", "", "NumPy archives: save each of their arrays as .npy"),
+        ("0.geojson", "{}", "a vector map: burn it into label images"),
     ],
 )
 def test_other_forms_are_recognized_with_an_advice(tmp_path, capsys, name, content, advice):
     write(tmp_path / "data/images/0.jpg", photo(0))
     (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
     (tmp_path / "data" / name).write_text(content)
+    (tmp_path / "data/left_over.tgz").touch()
     assert check(tmp_path / "data", tmp_path / "made.py") == 1
     assert f"it seems to have {advice}" in capsys.readouterr().err
+
+
+def test_bands_in_separate_files_are_recognized(tmp_path, capsys):
+    for scene in ("aaaa", "bbbb"):
+        for band in ("B02", "B03", "B8A"):
+            write(tmp_path / f"data/features/{scene}/{band}.tif", photo(0)[..., 0])
+        write(tmp_path / f"data/labels/{scene}.tif", HALF)
+    assert check(tmp_path / "data", tmp_path / "made.py") == 1
+    assert "it seems to have the bands of each image in separate files: stack them into one TIFF" in capsys.readouterr().err
+
+
+def test_images_of_more_bands_than_pillow_reads_are_checked_without_a_word_of_pillow(tmp_path, capsys):
+    for i in range(6):
+        (tmp_path / "data/images").mkdir(parents=True, exist_ok=True)
+        bands = np.random.default_rng(i).integers(0, 256, (16, 16, 11), np.uint8)
+        tifffile.imwrite(tmp_path / f"data/images/{i}.tif", bands, photometric="minisblack", planarconfig="contig")
+        write(tmp_path / f"data/labels/{i}.tif", HALF)
+    assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    config, labels = labels_by(tmp_path / "made.py")
+    assert (config.model.channels, len(labels)) == (11, 6)
+    assert "amples per pixel" not in "".join(capsys.readouterr())
+
+
+def test_empty_arrays_are_no_labels(tmp_path, capsys):
+    """As in the bounding boxes of an image without objects."""
+    for i in range(6):
+        write(tmp_path / f"data/images/{i}.png", photo(i))
+        (tmp_path / "data/labels").mkdir(exist_ok=True)
+        np.save(tmp_path / f"data/labels/{i}.npy", np.zeros((0, 5)))
+    assert check(tmp_path / "data", tmp_path / "made.py") == 1
+    assert ".npy: has no pixels" in capsys.readouterr().err
 
 
 def test_a_recipe_that_cannot_train_is_an_error(tmp_path, capsys):

@@ -9,8 +9,10 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
+
+from pspnet_jax.data import listing
 
 CLOSE = 100  # more folders that differ in the same place are not compared with each other
 COMMON = 0.1  # share of a folder's files that an affix has
@@ -32,7 +34,7 @@ _NEITHER = re.compile(
 )
 
 
-_PREFIXES = (r"[A-Za-z{}]+([_\-. ]+|(?=\d))", r"[A-Za-z{}][A-Za-z{}_\-. ]*(?=\d)")  # a word, or all words before a number
+_PREFIXES = (r"[A-Za-z{}]+([_\-. ]+|(?=[\d(]))", r"[A-Za-z{}][A-Za-z{}_\-. ]*(?=[\d(])")  # a word, or all before a number
 # "_mask", the "L" of "01L", and "_0000", the first channel of an image for nnU-Net
 _SUFFIX = re.compile(r"[_\-. ]+(?=[^_\-. ]*[A-Za-z])|(?<=\d)(?=[A-Za-z]+$)|_(?=0000$)")
 
@@ -85,9 +87,8 @@ def match(pattern: str, paths: Iterable[str], splits: Iterable[str]) -> dict[tup
     """Returns {(split, name): path} of the paths that have a pattern, in which {split} stands for one of `splits`."""
     either = "|".join(map(re.escape, sorted(splits, key=len, reverse=True)))
     regex = re.escape(pattern).replace(r"\{split\}", f"(?P<split>{either})", 1).replace(r"\{split\}", "(?P=split)")
-    regex = re.sub(r"\\\.\\\*$", r"\\.[^./]+", regex).replace(r"\*", "[^/]*").replace(r"\{name\}", "(?P<name>.+)")
-    matches = [(re.fullmatch(regex, path), path) for path in paths]
-    return {(found.groupdict().get("split", ""), found["name"]): path for found, path in matches if found}
+    matches = [(re.fullmatch(listing.with_names(regex), path), path) for path in paths]
+    return {(found.groupdict().get("split", ""), listing.name_of(found)): path for found, path in matches if found}
 
 
 def split_of(path: str) -> str:
@@ -115,10 +116,12 @@ def _file(path: str, find_split: bool) -> File:
 
 def _rules(files: Sequence[File], parallel: bool) -> Iterator[Rule]:
     """Yields all rules; with `parallel`, those that differ only in the folders above images/ and labels/ also as one."""
-    folders = collections.defaultdict(list)
+    folders, names = collections.defaultdict(list), collections.defaultdict(set)
     for file in files:
         folders[file.folder].append(file)
-    indices = {folder: _index(members) for folder, members in folders.items()}
+        for affixes, name in _cuts(file):
+            names[affixes].add(name)
+    indices = {folder: _index(members, names) for folder, members in folders.items()}
     found: dict = collections.defaultdict(lambda: collections.defaultdict(list))
     for one, other, above, x, y, below in _neighbors(sorted(folders)):
         tail = below[: max((i for i, part in enumerate(below, 1) if "{split}" in part), default=0)]
@@ -149,13 +152,18 @@ def _neighbors(folders: Sequence[tuple[str, ...]]) -> Iterator[tuple]:
                 yield one, other, above, x, y, below
 
 
-def _index(files: Sequence[File]) -> dict[str, list[tuple[tuple[str, str], File]]]:
-    """Returns {name: its affixes and files} for every common prefix and suffix that may not belong to the name."""
+def _index(files: Sequence[File], names: Mapping[tuple[str, str], Collection[str]]) -> dict[str, list[tuple[tuple, File]]]:
+    """Returns {name: its affixes and files} for every common prefix and suffix that may not belong to the name.
+
+    Args:
+      files: those of a folder.
+      names: all names that have a prefix and suffix, in any folder.
+    """
     cuts = [(file, cut) for file in files for cut in _cuts(file)]
     common = collections.Counter(affixes for _, (affixes, _) in cuts)
     index = collections.defaultdict(list)
     for file, (affixes, name) in cuts:
-        is_number = common[affixes] == 1 and len(files) > 2 and re.search(r"\d", "".join(affixes))
+        is_number = len(names[affixes]) == 1 and len(files) > 2 and re.search(r"\d", "".join(affixes))
         if common[affixes] >= COMMON * len(files) and not is_number:
             index[name].append((affixes, file))
     return index
@@ -167,8 +175,8 @@ def _cuts(file: File) -> Iterator[tuple[tuple[str, str], str]]:
     ends = [len(stem), *(found.start() for found in re.finditer(_SUFFIX, stem))]
     if re.fullmatch(r"[A-Za-z_\- ]+", stem):
         yield (f"/{stem}", ""), ""  # the name is that of its folder
-    if found := re.fullmatch(r"\d+([_\-. ]+[A-Za-z_\-. ]+)(\d+)", stem):  # a word between two numbers
-        yield (f"*{found[1]}", ""), found[2]
+    for word in re.finditer(r"[_\-. ]+[A-Za-z]+(?=[_\-. ])", stem):  # inside the name
+        yield (f"~{word[0]}", ""), stem[: word.start()] + stem[word.end() :]
     prefixes = {0 if not stem.startswith("{split}") else len("{split}")}
     prefixes |= {found.end() for regex in _PREFIXES if (found := re.match(regex, stem))}
     for start, end in itertools.product(prefixes, ends):
@@ -203,27 +211,30 @@ def _both_ways(above: tuple, key: tuple, parts: list) -> Iterator[Rule]:
         return  # the folder is no name
     sides = []
     for role, (prefix, suffix, extension) in ((x, a), (y, b)):
-        name = f"{{name}}{prefix}{extension}" if prefix.startswith("/") else f"{prefix}{{name}}{suffix}{extension}"
-        sides.append(("/".join((*above, *role, *tail, *rest, name)), f"{'/'.join(role)}/{prefix}{suffix}"))
+        name = {"/": f"{{name}}{prefix}", "~": f"{{name}}{prefix[1:]}{{tail}}"}.get(prefix[:1], f"{prefix}{{name}}{suffix}")
+        sides.append(("/".join((*above, *role, *tail, *rest, name + extension)), f"{'/'.join(role)}/{prefix}{suffix}"))
     for order in (1, -1):
         (images, image_role), (labels, label_role) = sides[::order]
+        if _strength(image_role) > 2 and not _IMAGES.search(image_role.lower()):
+            continue  # these are labels, too
         example = min(pair[1:][::order] for pair in pairs)
         score = _score(image_role, label_role, example)
         rank = score * (len(pairs) * (1.5 if len(splits) > 1 else 1)) ** (0.1 if score > 0 else -0.1)
         yield Rule(images, labels, splits, len(pairs), example, rank)
 
 
+def _strength(role: str) -> int:
+    """Returns how much a role tells that its files are labels."""
+    return max((points for words, points in _LABELS if re.search(words, role.lower())), default=0)
+
+
 def _score(image: str, label: str, example: tuple[str, str]) -> float:
     """Returns how well the folders and affixes of images and labels, and an example of each, fit; 0 or less: rather not."""
     image, label = image.lower(), label.lower()
-
-    def strength(text: str) -> int:
-        return max((points for words, points in _LABELS if re.search(words, text)), default=0)
-
     kinds = [os.path.splitext(path)[1].lower() for path in example]
     if kinds[0] == ".json":
         return 0
-    score = 0.5 + strength(label) - strength(image) + 0.1 * (len(label) > len(image))
+    score = 0.5 + _strength(label) - _strength(image) + 0.1 * (len(label) > len(image))
     score += 2 * bool(_IMAGES.search(image)) - 2 * bool(_IMAGES.search(label))
     score -= 2 * bool(_NEITHER.search(image)) + 2 * bool(_NEITHER.search(label))
     return score + (kinds[0] in (".jpg", ".jpeg", ".jp2") and kinds[0] != kinds[1])

@@ -81,7 +81,8 @@ def match(root: str, images: str, labels: str, split: str, extensions: Sequence[
 
     Args:
       root: directory of the patterns.
-      images, labels: paths with {name} and possibly {split}; "*" stands for any part of a file's or directory's name.
+      images, labels: paths with {name} and possibly {split}; "*" stands for any part of a file's or directory's name, {tail}
+        for the rest of the name after a word that does not belong to it, see `listing.name_of`.
       split: replaces {split}.
       extensions: of images.
       skip: whether to leave out files without a partner, with a warning.
@@ -110,7 +111,7 @@ def match(root: str, images: str, labels: str, split: str, extensions: Sequence[
     image, label = (re.sub(r"\*$", kind, p.replace("{split}", split)) for p, kind in ((images, "jpg"), (labels, "png")))
 
     def guess(pattern: str, name: str) -> str:
-        return f"{root}/{pattern.replace('{name}', name)}"
+        return f"{root}/{pattern.replace('{name}', name).replace('{tail}', '*')}"
 
     return [
         (name, found.get(name, guess(image, name)), label_files.get(name, guess(label, name)))
@@ -141,8 +142,7 @@ def _compile(root: str, pattern: str, split: str) -> tuple[str, re.Pattern[str]]
     parts = pattern.replace("{split}", split).split("/")
     fixed = list(itertools.takewhile(lambda part: "{name}" not in part and "*" not in part, parts))
     rest = re.escape(unicodedata.normalize("NFC", "/".join(parts[len(fixed) :])))
-    rest = re.sub(r"\\\.\\\*$", r"\\.[^./]+", rest).replace(r"\*", "[^/]*").replace(r"\{name\}", "(?P<name>.+)")
-    return "/".join([root, *fixed]), re.compile(rest, re.IGNORECASE)
+    return "/".join([root, *fixed]), re.compile(listing.with_names(rest), re.IGNORECASE)
 
 
 class Row(NamedTuple):

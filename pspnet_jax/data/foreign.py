@@ -1,5 +1,6 @@
 """Forms of labels that are not read: how a folder shows that it has them, and what their owner can do."""
 
+import collections
 import json
 import os
 import re
@@ -9,18 +10,22 @@ from typing import Any
 from etils import epath
 
 TO_COCO = "export or convert them to COCO's JSON, or to label images"
+BANDS = re.compile(r"(?<![a-z])B(0?[1-9]|1[0-2]|8A)(?![a-z0-9])", re.IGNORECASE)  # in names of files
 BY_EXTENSION = {
     ".nii": "NIfTI volumes: save their slices as .npy, TIFF or PNG, those of images and of labels in two folders",
-    ".gz": "compressed files: unpack them; save the slices of volumes (.nii) as .npy, TIFF or PNG",
     ".dcm": "DICOM files: save them as .npy, TIFF or PNG",
     ".shp": "a vector map: burn it into label images, for example with rasterio.features.rasterize",
     ".geojson": "a vector map: burn it into label images, for example with rasterio.features.rasterize",
+    ".npz": "NumPy archives: save each of their arrays as .npy",
     ".xml": f"XML annotations: {TO_COCO}",
     ".svg": f"SVG drawings: {TO_COCO}",
+    ".parquet": "Parquet tables: save the images and labels in them as files",
+}
+ARCHIVES = {  # which may be left over, so that they tell least
+    ".gz": "compressed files: unpack them; save the slices of volumes (.nii) as .npy, TIFF or PNG",
     ".zip": "archives: unpack them",
     ".tar": "archives: unpack them",
     ".tgz": "archives: unpack them",
-    ".parquet": "Parquet tables: save the images and labels in them as files",
 }
 BY_KEYS: dict[frozenset[str], str] = {  # of the object in a JSON file, or of one in it
     frozenset({"regions", "filename"}): "VIA's polygons: in VIA, export them as COCO",
@@ -47,13 +52,17 @@ def advice(root: str, paths: Sequence[str], texts: Mapping[str, str], extensions
     folders = [os.path.dirname(path) for path in paths]
     several = any(re.search(r"/masks?$", folder) and folders.count(folder) > 1 for folder in {*folders})
     found = ["several masks of one image: paint them into one label"] if several else []
-    found += [BY_EXTENSION[kind] for kind in extensions if kind in BY_EXTENSION]
+    banded = collections.Counter(os.path.dirname(path) for path in paths if BANDS.search(os.path.basename(path)))
+    if banded and max(banded.values()) > 2:
+        found.append("the bands of each image in separate files: stack them into one TIFF, for example with rasterio")
+    found += [hint for kind, hint in BY_EXTENSION.items() if kind in extensions]
     for path in [path for path in paths if path.endswith(".json")][:3]:
         keys = _keys(f"{root}/{path}")
         found += [hint for needed, hint in BY_KEYS.items() if any(needed <= of_object for of_object in keys)]
     for text in list(texts.values())[:20]:
         first = text.strip().partition("\n")[0].strip()
         found += [hint for pattern, hint in BY_TEXT.items() if re.fullmatch(pattern, first)]
+    found += [hint for kind, hint in ARCHIVES.items() if kind in extensions]
     return f"it seems to have {found[0]}" if found else ""
 
 

@@ -156,6 +156,8 @@ def decode(file: str, contents: bytes, keep_indices: bool) -> np.ndarray:
 
 def normalize(label: np.ndarray) -> np.ndarray:
     """Returns whole numbers [H,W] or colors uint8[H,W,3] of an array that may have another type, alpha or an axis too many."""
+    if not label.size:
+        raise UserError("has no pixels")
     if label.ndim == 3 and label.shape[2] in (3, 4) and label.dtype in (np.uint8, np.uint16) and label.max(initial=0) < 256:
         return np.ascontiguousarray(label[..., :3], np.uint8)
     if label.ndim == 3 and 1 in (label.shape[0], label.shape[2]):

@@ -28,13 +28,24 @@ def read_lines(file: str) -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
+def with_names(pattern: str) -> str:
+    """Returns a regular expression of a pattern's paths, whose {name}, {tail} and * `re.escape` has escaped."""
+    pattern = re.sub(r"\\\.\\\*$", r"\\.[^./]+", pattern).replace(r"\*", "[^/]*")
+    return pattern.replace(r"\{name\}", "(?P<name>.+)").replace(r"\{tail\}", "(?P<tail>.*)")
+
+
+def name_of(found: re.Match[str]) -> str:
+    """Returns the name of a file that `with_names` has matched, which a word may divide: um_road_1 has the name um_1."""
+    return found["name"] + found.groupdict().get("tail", "")
+
+
 def find(directory: str, extensions: Sequence[str], pattern: re.Pattern[str] = ANY_NAME) -> tuple[dict[str, str], list[str]]:
     """Lists the files below a directory whose paths in it match a pattern.
 
     Args:
       directory: local or in a bucket.
       extensions: in lower case; their case in the files does not matter.
-      pattern: its group "name" is the name of the file.
+      pattern: see `with_names`.
 
     Returns:
       {name: full path} of the files, and the full paths of the images that do not match or have other extensions.
@@ -54,7 +65,7 @@ def find(directory: str, extensions: Sequence[str], pattern: re.Pattern[str] = A
         if extension not in extensions or not matched:
             others.append(path)
             continue
-        if (other := found.setdefault(matched["name"], path)) != path:
+        if (other := found.setdefault(name_of(matched), path)) != path:
             raise UserError(f"{path} and {other}: two files of the same name, so their label is ambiguous; remove one")
     return found, others
 

@@ -60,13 +60,42 @@ def test_splits_in_folders(images, labels, splits):
         ("imagesTr/{name}_0000.png", "labelsTr/{name}.png"),
         ("pictures/{name}.png", "object_color/images/{name}.png"),
         ("images/img_{name}.png", "masks/gt_mask_{name}.png"),
-        ("cam/*_camera_front_{name}.png", "label/*_label_front_{name}.png"),
     ],
 )
 def test_without_splits_a_fraction_is_held_out(images, labels):
-    names = [f"{i:03}" for i in range(12)] if "*" in images or "_mask_" in labels else ("a_1", "b_2", "c_3")
-    paths = [path.replace("*", f"2018{i % 12}") for i, path in enumerate(files(images, labels, splits=[""], names=names))]
-    assert found(paths) == ((images, labels, "train", "val"), divide.FRACTION)
+    names = [f"{i:03}" for i in range(12)] if "_mask_" in labels else ("a_1", "b_2", "c_3")
+    assert found(files(images, labels, splits=[""], names=names)) == ((images, labels, "train", "val"), divide.FRACTION)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "patterns"),
+    [
+        ("sar/{}__{}_0.png", "zones/{}_zones__{}_0.png", ("sar/{name}.png", "zones/{name}_zones{tail}.png")),  # CaFFe
+        ("image/{2}_{1}.png", "gt/{2}_road_{1}.png", ("image/{name}.png", "gt/{name}_road{tail}.png")),  # KITTI
+        (
+            "cam/{}_camera_x_{}.png",
+            "gt/{}_label_x_{}.png",
+            ("cam/{name}_camera{tail}.png", "gt/{name}_label{tail}.png"),
+        ),  # A2D2
+    ],
+)
+def test_a_word_inside_the_name(images, labels, patterns):
+    paths = [path.format(f"{2018 + i}_ab", 5 * i, ("um", "umm", "uu")[i % 3]) for path in (images, labels) for i in range(6)]
+    assert found(paths) == ((*patterns, "train", "val"), divide.FRACTION)
+    assert discover.match(patterns[0], paths, ()).keys() == discover.match(patterns[1], paths, ()).keys()
+
+
+def test_labels_are_no_images():
+    paths = [
+        f"{season}/a{i}/a{i}_{kind}.tif" for season in ("fall", "snow") for i in range(4) for kind in ("10m_RGB", "labels")
+    ]
+    assert found(paths)[0][:2] == ("{name}_10m_RGB.tif", "{name}_labels.tif")
+    assert not discover.rules([f"{role}/{i}.tif" for role in ("labels", "masks") for i in range(4)])
+
+
+def test_numbers_in_parentheses():
+    paths = [f"{path}({i}).tif" for path in ("input/img", "labels/target") for i in range(1, 5)]
+    assert found(paths)[0][:2] == ("input/img{name}.tif", "labels/target{name}.tif")
 
 
 def test_splits_in_names():

@@ -34,6 +34,12 @@ def test_patterns(tmp_path, caplog):
     assert found == {"1": ("city/a/im_1.png", "truth/a/1_ids.tif")}
 
 
+def test_a_word_inside_the_name(tmp_path):
+    write(tmp_path, "image/um_1.png", "image/uu_1.png", "gt/um_road_1.png", "gt/uu_road_1.png", "gt/um_lane_1.png")
+    found = pairs(tmp_path, "train", images="image/{name}.*", labels="gt/{name}_road{tail}.png", split_fraction=1e-9)
+    assert found == {f"{kind}_1": (f"image/{kind}_1.png", f"gt/{kind}_road_1.png") for kind in ("um", "uu")}
+
+
 def test_labels_that_are_no_pngs_are_used_where_there_are_no_pngs(tmp_path):
     write(tmp_path, "images/train/a.png", "labels/train/a.npy")
     assert pairs(tmp_path)["a"][1] == "labels/train/a.npy"
