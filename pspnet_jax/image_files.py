@@ -5,11 +5,12 @@ Pillow reads files with 8 bits per channel. tifffile reads other TIFFs, and Open
 drops bits.
 """
 
+import contextlib
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -178,7 +179,20 @@ def _decode_tiff(contents: bytes, header: Header, name: object) -> np.ndarray:
             image = _decode_with_opencv(contents)  # in a third of the time, and without the optional package imagecodecs
             if image.shape == page.shape and image.dtype == page.dtype:
                 return image
-        return np.moveaxis(page.asarray(), 0, -1) if page.axes == "SYX" else page.asarray()
+        with needing_codecs(page.compression):
+            return np.moveaxis(page.asarray(), 0, -1) if page.axes == "SYX" else page.asarray()
+
+
+@contextlib.contextmanager
+def needing_codecs(compression: Any) -> Iterator[None]:
+    """Raises a UserError, instead of one of tifffile's, where a TIFF's compression needs the optional package imagecodecs."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        if isinstance(error, ImportError) or "imagecodecs" in str(error):
+            kind = getattr(compression, "name", compression)
+            raise UserError(f'is compressed by {kind}, which needs one more package: pip install "pspnet_jax[tiff]"') from error
+        raise
 
 
 def _decode_with_opencv(contents: bytes) -> np.ndarray:

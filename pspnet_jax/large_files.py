@@ -99,7 +99,7 @@ class LargeTiff:
         with self._path.open("rb") as file, tifffile.TiffFile(file) as tiff:
             page = tiff.pages.first
             self._decode: Callable[..., Any] = page.decode
-            self._tables = page.jpegtables
+            self._compression, self._tables = page.compression, page.jpegtables
             self._offsets, self._counts = page.dataoffsets, page.databytecounts
             tags = [tag for tag in page.tags if tag.code in GEOREFERENCE]
             self.georeference: list[Tag] = [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in tags]
@@ -128,7 +128,9 @@ class LargeTiff:
           UserError: the file cannot be read, is damaged, or its pixels cannot be converted.
         """
         try:
-            return self._convert(self._read(window))
+            with image_files.needing_codecs(self._compression):
+                stored = self._read(window)
+            return self._convert(stored)
         except UserError as error:
             raise type(error)(f"{self._path}: {error}") from error
         except Exception as error:  # whatever a decoder raises

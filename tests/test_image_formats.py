@@ -9,7 +9,7 @@ import tifffile
 from PIL import Image
 from tifffile import _imagecodecs
 
-from pspnet_jax import image_files
+from pspnet_jax import image_files, large_files
 from pspnet_jax.errors import UserError
 from pspnet_jax.image_files import PixelFormat
 
@@ -123,8 +123,20 @@ def test_an_orientation_tag_turns_images_of_every_type(monkeypatch):
     hide_imagecodecs(monkeypatch)
     file = io.BytesIO()
     Image.fromarray(array(1, "uint16")[..., 0]).save(file, "TIFF", compression="tiff_lzw", tiffinfo={274: 3})
-    with pytest.raises(ValueError, match="requires the 'imagecodecs' package"):
+    with pytest.raises(UserError, match="is compressed by LZW, which needs one more package: pip install"):
         image_files.decode(file.getvalue(), "a.tif", PixelFormat(1, "uint16"))
+
+
+def test_a_compression_that_needs_another_package_is_named(tmp_path, monkeypatch):
+    bands = with_tifffile(np.repeat(array(1, "uint16"), 5, 2), compression="zstd")
+    (tmp_path / "a.tif").write_bytes(bands)
+    hide_imagecodecs(monkeypatch)
+    sentence = r'is compressed by ZSTD, which needs one more package: pip install "pspnet_jax\[tiff\]"'
+    with pytest.raises(UserError, match=sentence):
+        image_files.decode(bands, "a.tif", PixelFormat(5, "uint16"))
+    large = large_files.LargeTiff(tmp_path / "a.tif", lambda stored: stored, (5,), "uint16")
+    with pytest.raises(UserError, match=rf"a.tif: {sentence}"):
+        large[:4, :4]
 
 
 REFUSED = [  # expected format, contents, sentence
