@@ -79,6 +79,16 @@ def test_an_invalid_value_is_refused_with_the_allowed_ones(field, value, allowed
     assert "\n" not in problem
 
 
+@pytest.mark.parametrize(
+    "fields", [{"labels": "labels/{name}_{tail}_{tail}.png"}, {"images": "{split}.png"}, {"labels": "0.png"}]
+)
+def test_patterns_without_a_name_or_with_two_tails_are_refused(fields):
+    with pytest.raises(ValueError, match=r"with one \{name\} each, and at most one \{tail\}; only a COCO file"):
+        validation.validate(changed({f"dataset.{side}": pattern for side, pattern in fields.items()}))
+    validation.validate(changed({"dataset.labels": "labels/{name}_road{tail}.png"}))
+    validation.validate(changed({"dataset.labels": "labels/{split}.json"}))
+
+
 @pytest.mark.parametrize("name", ["", "../elsewhere", ".hidden"])
 def test_a_name_has_to_be_a_folder_name(name):
     with pytest.raises(ValueError, match="expected the name of a folder in runs/"):
