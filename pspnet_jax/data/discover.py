@@ -75,7 +75,11 @@ def rules(paths: Collection[str]) -> list[Rule]:
     Args:
       paths: of images and possible labels, relative to the folder.
     """
-    found = [*_rules([_file(path, True) for path in paths], False), *_rules([_file(path, False) for path in paths], True)]
+    above = os.path.commonpath([os.path.dirname(path) for path in paths] or [""])
+    found = [
+        *_rules([_file(path, len(above.split("/")) if above else 0) for path in paths], False),
+        *_rules([_file(path) for path in paths], True),
+    ]
     found = [rule for rule in found if rule.rank > 0] or found
     best: dict[tuple[str, str], Rule] = {}
     for rule in sorted(found, key=lambda r: (-r.rank, any("/" in s for s in r.splits), len(r.images + r.labels), r)):
@@ -104,12 +108,14 @@ def use_of(split: str) -> str:
     return uses.get(split_of(split).lower()[:2], "")
 
 
-def _file(path: str, find_split: bool) -> File:
+def _file(path: str, common: int | None = None) -> File:
+    """Returns a file of a path; its split is looked for below the folders that all files have in common, if these are given."""
     *folder, name = path.split("/")
-    split = split_of("/".join(folder)) if find_split else ""
-    folder = [re.sub(_SPLIT, lambda found: "{split}" if found[0] == split else found[0], part) for part in folder]
+    split = "" if common is None else split_of("/".join(folder[common:]))
+    below = [re.sub(_SPLIT, lambda found: "{split}" if found[0] == split else found[0], part) for part in folder[common:]]
+    folder = [*folder[:common], *below] if split else folder
     stem, extension = os.path.splitext(name)
-    if find_split and not split and (first := _SPLIT.match(stem)):  # train_1.png
+    if common is not None and not split and (first := _SPLIT.match(stem)):  # train_1.png
         split, stem = first[0], "{split}" + stem[first.end() :]
     return File(tuple(folder), split, stem, extension, path)
 

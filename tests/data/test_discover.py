@@ -93,6 +93,11 @@ def test_labels_are_no_images():
     assert not discover.rules([f"{role}/{i}.tif" for role in ("labels", "masks") for i in range(4)])
 
 
+def test_a_folder_above_all_others_names_no_split():
+    paths = files("test/data/images_{split}/{name}.png", "test/data/annotations_{split}/{name}.png")
+    assert found(paths)[0] == ("test/data/images_{split}/{name}.png", "test/data/annotations_{split}/{name}.png", *TRAIN_VAL)
+
+
 def test_numbers_in_parentheses():
     paths = [f"{path}({i}).tif" for path in ("input/img", "labels/target") for i in range(1, 5)]
     assert found(paths)[0][:2] == ("input/img{name}.tif", "labels/target{name}.tif")
