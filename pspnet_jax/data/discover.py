@@ -76,10 +76,8 @@ def rules(paths: Collection[str]) -> list[Rule]:
       paths: of images and possible labels, relative to the folder.
     """
     above = os.path.commonpath([os.path.dirname(path) for path in paths] or [""])
-    found = [
-        *_rules([_file(path, len(above.split("/")) if above else 0) for path in paths], False),
-        *_rules([_file(path) for path in paths], True),
-    ]
+    common = len(above.split("/")) if above else 0
+    found = [*_rules([_file(path, common) for path in paths], False), *_rules([_file(path) for path in paths], True)]
     found = [rule for rule in found if rule.rank > 0] or found
     best: dict[tuple[str, str], Rule] = {}
     for rule in sorted(found, key=lambda r: (-r.rank, any("/" in s for s in r.splits), len(r.images + r.labels), r)):
@@ -124,8 +122,8 @@ def _rules(files: Sequence[File], parallel: bool) -> Iterator[Rule]:
     """Yields all rules; with `parallel`, those that differ only in the folders above images/ and labels/ also as one."""
     folders, names = collections.defaultdict(list), collections.defaultdict(set)
     for file in files:
-        folders[file.folder].append(file)
-        for affixes, name in _cuts(file):
+        folders[file.folder].append((file, cuts := list(_cuts(file))))
+        for affixes, name in cuts:
             names[affixes].add(name)
     indices = {folder: _index(members, names) for folder, members in folders.items()}
     found: dict = collections.defaultdict(lambda: collections.defaultdict(list))
@@ -158,20 +156,20 @@ def _neighbors(folders: Sequence[tuple[str, ...]]) -> Iterator[tuple]:
                 yield one, other, above, x, y, below
 
 
-def _index(files: Sequence[File], names: Mapping[tuple[str, str], Collection[str]]) -> dict[str, list[tuple[tuple, File]]]:
+def _index(files: Sequence[tuple[File, list]], names: Mapping[tuple, Collection[str]]) -> dict[str, list[tuple[tuple, File]]]:
     """Returns {name: its affixes and files} for every common prefix and suffix that may not belong to the name.
 
     Args:
-      files: those of a folder.
+      files: those of a folder, each with its `_cuts`.
       names: all names that have a prefix and suffix, in any folder.
     """
-    cuts = [(file, cut) for file in files for cut in _cuts(file)]
-    common = collections.Counter(affixes for _, (affixes, _) in cuts)
+    common = collections.Counter(affixes for _, cuts in files for affixes, _ in cuts)
     index = collections.defaultdict(list)
-    for file, (affixes, name) in cuts:
-        is_number = len(names[affixes]) == 1 and len(files) > 2 and re.search(r"\d", "".join(affixes))
-        if common[affixes] >= COMMON * len(files) and not is_number:
-            index[name].append((affixes, file))
+    for file, cuts in files:
+        for affixes, name in cuts:
+            is_number = len(names[affixes]) == 1 and len(files) > 2 and re.search(r"\d", "".join(affixes))
+            if common[affixes] >= COMMON * len(files) and not is_number:
+                index[name].append((affixes, file))
     return index
 
 

@@ -53,7 +53,7 @@ def advice(root: str, paths: Sequence[str], texts: Mapping[str, str], extensions
     several = any(re.search(r"/masks?$", folder) and folders.count(folder) > 1 for folder in {*folders})
     found = ["several masks of one image: paint them into one label"] if several else []
     banded = collections.Counter(os.path.dirname(path) for path in paths if BANDS.search(os.path.basename(path)))
-    if banded and max(banded.values()) > 2:
+    if max(banded.values(), default=0) > 2:
         found.append("the bands of each image in separate files: stack them into one TIFF, for example with rasterio")
     found += [hint for kind, hint in BY_EXTENSION.items() if kind in extensions]
     for path in [path for path in paths if path.endswith(".json")][:3]:
