@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 Function = Callable[[jax.Array, jax.Array], jax.Array]
-WINOGRAD = 2**27  # pixels per image x input x output channels from which `winograd` is used, see benchmarks/model.md
+Tiles = list[list[jax.Array]]  # 4 x 4 arrays, one value of each tile
+WINOGRAD = 2**27  # pixels per image x input x output channels from which `winograd` is used, except for 64 x 64 channels
 CHANNELS = 128  # input channels whose tiles `winograd` holds at a time
 
 
@@ -50,7 +51,7 @@ def winograd(x: jax.Array, kernel: jax.Array, dilation: int = 1) -> jax.Array:
 
     def add(grids: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
         x_part, kernel_part = _part(x, kernel, i)
-        return grids + _by_tiles(split(x_part), kernel_part, 1, 2), None
+        return grids + _join_both(_multiply(split(x_part), kernel_part, 1, 2), 1, 2), None
 
     grids, _ = jax.lax.scan(add, jnp.zeros(jax.eval_shape(split, y).shape), _parts(x))
     return jax.linear_transpose(split, y)(grids)[0]
@@ -61,15 +62,25 @@ def _forward(x: jax.Array, kernel: jax.Array, dilation: int) -> tuple[jax.Array,
 
 
 def _backward(dilation: int, inputs: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Transforms x again, along the axes in the other order: XLA would merge computations that are the same, and keep tiles."""
-    x, kernel = inputs
-    grids = _grids(gradient, dilation)
+    """Returns the gradients of x and of the kernel, part by part.
 
-    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return _by_tiles(_grids(x, dilation), kernel.swapaxes(0, 1), 2, 1)
+    x is transformed again, along the axes in the other order: XLA would merge computations that are the same, and keep tiles.
+    """
 
-    of_x, of_kernel = jax.lax.map(lambda i: jax.vjp(convolve, *_part(x, kernel, i))[1](grids), _parts(x))
-    return jnp.moveaxis(of_x, 0, 3).reshape(x.shape), jnp.moveaxis(of_kernel, 0, 2).reshape(kernel.shape)
+    def multiply(x: jax.Array, kernel: jax.Array) -> Tiles:
+        return _multiply(_grids(x, dilation), kernel.swapaxes(0, 1), 2, 1)
+
+    products = jax.eval_shape(multiply, *_part(*inputs, 0))
+    of_products = jax.linear_transpose(functools.partial(_join_both, first=2, second=1), products)(_grids(gradient, dilation))
+
+    def replace(values: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        gradients = jax.vjp(multiply, *_part(*inputs, i))[1](*of_products)
+        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * gradients[0].shape[3])
+        return (update(values[0], gradients[0], axis=3), update(values[1], gradients[1], axis=2)), None
+
+    # Any values will do, but XLA would create zeros for all convolutions at once, before there are gradients.
+    initial = jnp.full_like(inputs[0], gradient[0, 0, 0, 0]), jnp.full_like(inputs[1], gradient[0, 0, 0, 0])
+    return jax.lax.scan(replace, initial, _parts(inputs[0]))[0]
 
 
 winograd.defvjp(_forward, _backward)
@@ -80,7 +91,7 @@ def _parts(x: jax.Array) -> jax.Array:
     return jnp.arange(x.shape[3] // CHANNELS if x.shape[3] % CHANNELS == 0 else 1)
 
 
-def _part(x: jax.Array, kernel: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _part(x: jax.Array, kernel: jax.Array, i: jax.Array | int) -> tuple[jax.Array, jax.Array]:
     """Returns part i of the input channels: [N, H, W, C], [3, 3, C, O] -> [N, H, W, C / P], [3, 3, C / P, O]."""
     size = x.shape[3] // len(_parts(x))
     slice_channels = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * size, slice_size=size)
@@ -100,13 +111,12 @@ def _grids(x: jax.Array, dilation: int) -> jax.Array:
     return x.reshape(d * d * n, rows, columns, channels)
 
 
-def _by_tiles(x: jax.Array, kernel: jax.Array, first: int, second: int) -> jax.Array:
-    """Transforms along axis `first` of x and the first one of the kernel, then along `second` and the second one."""
+def _multiply(x: jax.Array, kernel: jax.Array, first: int, second: int) -> Tiles:
+    """Transforms x along its axes `first` and `second`, the kernel along its first and second one, and multiplies the tiles."""
     x, kernel = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), kernel.astype(jnp.float32)
     kernels = [_split_kernel(row) for row in _split_kernel(kernel)]
     tiles = [_split(part, second) for part in _split(x, first)]
-    products = [[matmul(tiles[a][b], kernels[a][b]) for b in range(4)] for a in range(4)]
-    return _join([_join(row, second) for row in products], first)
+    return [[matmul(tiles[a][b], kernels[a][b]) for b in range(4)] for a in range(4)]
 
 
 def _split_kernel(kernel: jax.Array) -> list[jax.Array]:
@@ -120,6 +130,11 @@ def _split(x: jax.Array, axis: int) -> list[jax.Array]:
     pairs = x.shape[axis] // 2 - 1
     a, b, c, d = (jax.lax.slice_in_dim(x, i, i + 2 * pairs - 1, 2, axis) for i in range(4))
     return [a - c, b + c, c - b, b - d]
+
+
+def _join_both(products: Tiles, first: int, second: int) -> jax.Array:
+    """Transforms 4x4 products back to 2x2 pixels."""
+    return _join([_join(row, second) for row in products], first)
 
 
 def _join(products: list[jax.Array], axis: int) -> jax.Array:

@@ -82,7 +82,8 @@ def convolve(
         return jax.lax.platform_dependent(x, kernel[0, 0], cpu=cpu.matmul, default=jnp.matmul)
     dilation = (options.get("rhs_dilation") or (1,))[0]
     keeps_size = tuple(strides) == (1, 1) and padding in ("SAME", [(dilation, dilation)] * 2)
-    is_large = math.prod((*x.shape[1:3], *kernel.shape[2:])) >= cpu.WINOGRAD
+    channels = math.prod(kernel.shape[2:])
+    is_large = channels > 64 * 64 and channels * math.prod(x.shape[1:3]) >= cpu.WINOGRAD
     if kernel.shape[:2] == (3, 3) and is_large and keeps_size:
         winograd: cpu.Function = functools.partial(cpu.winograd, dilation=dilation)
         if x.dtype == jnp.bfloat16 and jax.__version_info__ >= (0, 11):  # inference uses oneDNN, see `programs.options`
@@ -212,11 +213,18 @@ def apply_separable(x: jax.Array, rows: Matrix, columns: Matrix) -> jax.Array:
     if is_plain():
         x = jnp.einsum("yh,nhwc->nywc", rows, x.astype(jnp.float32), precision=exact)
         return jnp.einsum("xw,nywc->nyxc", columns, x, precision=exact)
+    n, height, channels = *x.shape[:2], x.shape[3]
+
     # As batches of matrix products, neither they nor their gradients need transposed copies of x on CPUs.
-    (n, height, width, channels), multiply = x.shape, functools.partial(jnp.matmul, precision=exact)
-    x = multiply(jnp.broadcast_to(rows, (n, *rows.shape)), x.astype(jnp.float32).reshape(n, height, -1))
-    x = x.reshape(n, rows.shape[0], width, channels)
-    return multiply(jnp.broadcast_to(columns, (n, rows.shape[0], *columns.shape)), x)
+    def along_rows(x: jax.Array) -> jax.Array:
+        product = jnp.matmul(jnp.broadcast_to(rows, (n, *rows.shape)), x.reshape(n, height, -1), precision=exact)
+        return product.reshape(n, rows.shape[0], -1, channels)
+
+    def along_columns(x: jax.Array) -> jax.Array:
+        return jnp.matmul(jnp.broadcast_to(columns, (*x.shape[:2], *columns.shape)), x, precision=exact)
+
+    x = x.astype(jnp.float32)  # the columns while there are fewer rows: CPUs copy their matrix for each row
+    return along_rows(along_columns(x)) if rows.shape[0] > height else along_columns(along_rows(x))
 
 
 def resize(x: jax.Array, height: int, width: int, align_corners: bool) -> jax.Array:
