@@ -73,8 +73,8 @@ def _write_statistics(moments: np.ndarray, path: epath.Path) -> None:
     count, total, squares = moments
     found = {"mean": total / count, "std": np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0))}
     values = {name: [float(f"{value:.6g}") for value in channels] for name, channels in found.items()}
-    with files.writing(path.parent, "the statistics are missing"), files.atomic(path) as temporary:
-        temporary.write_text(json.dumps({"pixels": int(count[0]), **values}) + "\n")
+    with files.writing(path.parent, "the statistics are missing"):
+        files.write_atomic(path, json.dumps({"pixels": int(count[0]), **values}) + "\n")
     lines = "\n".join(f"config.normalize.{name} = {tuple(channels)}" for name, channels in values.items())
     logger.info(f"written to {path}; for the recipe:\n{lines}")
 

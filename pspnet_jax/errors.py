@@ -2,6 +2,7 @@
 
 import collections
 import errno
+import re
 import sys
 from collections.abc import Callable, Iterable
 
@@ -83,5 +84,7 @@ def grouped(sentences: Iterable[str]) -> list[str]:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an exception's message, of at most 300 characters, or its type if it has no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """Returns the first line of an exception's message, or its type; without tensorstore's details and a long line's middle."""
+    text = re.split(r"\n| \[(?:tensorstore_spec|source locations|os_error_code)", str(error).strip())[0]
+    line = text or type(error).__name__
+    return line if len(line) <= 300 else f"{line[:150]} ... {line[-150:]}"

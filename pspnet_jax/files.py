@@ -54,7 +54,7 @@ def user_path(path: epath.PathLike) -> epath.Path:
       UserError: the bucket cannot be read, or orbax's client for it is not installed.
     """
     found = absolute(path)
-    if not os.fspath(found).startswith("gs://"):
+    if not is_remote(found):
         return found
     bucket = "/".join(os.fspath(found).split("/")[:3])
     try:
@@ -113,6 +113,12 @@ def atomic(path: epath.PathLike) -> Iterator[epath.Path]:
     finally:
         with contextlib.suppress(OSError):  # the original exception matters more
             temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: epath.PathLike, content: str | bytes) -> None:
+    """Writes a file, see `atomic`."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(content) if isinstance(content, bytes) else temporary.write_text(content)
 
 
 def require_new_folder(path: epath.PathLike, replaces: str = "") -> None:

@@ -81,7 +81,7 @@ def train_run(config: ConfigDict, workdir: epath.Path, traced: tuple[int, int] |
         tracking.require(config.track)
         if config.init_from:
             runs.check_init_from(config, workdir)
-        elif not checkpoint.exists(workdir):
+        elif not checkpoint.saved_steps(workdir):
             runs.warn_of_random_weights(config)
     parallel.require_same(runs.comparable(config))
     validation_source = sources.open_source(config.dataset, config.eval.split, channels=config.model.channels)
@@ -257,8 +257,7 @@ def _write_preflight(rows: Sequence[Any], name: str, output: epath.Path) -> None
     from pspnet_jax.deploy import preflight_report
 
     with files.writing(output, "the results are missing"):
-        with files.atomic(output / "preflight.json") as path:
-            path.write_text(json.dumps([row.to_json() for row in rows], indent=1) + "\n")
+        files.write_atomic(output / "preflight.json", json.dumps([row.to_json() for row in rows], indent=1) + "\n")
         with files.atomic(output / "preflight.png") as path, path.open("wb") as file:
             preflight_report.plot(rows, name).savefig(file, dpi=100)
 

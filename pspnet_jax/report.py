@@ -111,10 +111,9 @@ class Report:
         """
 
         def word(name: str, value: Any) -> str:
-            value = (
-                value if isinstance(value, str) else name + "-".join(map(str, value if isinstance(value, list) else [value]))
-            )
-            return re.sub(r"[^\w.]+", "-", value).strip("-")
+            values = value if isinstance(value, list) else [value]
+            text = value if isinstance(value, str) else name + "-".join(map(str, values))
+            return re.sub(r"[^\w.]+", "-", text).strip("-")
 
         decisive = {"dataset": self.info.name, "split": "", **origin, **self.protocol, "classes": self.info.class_names}
         decisive |= {"images": self.images, "pixels": [int(pixels) for pixels in self.pixels]}  # labels may have changed
@@ -124,10 +123,8 @@ class Report:
         shortened = words.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
         path = epath.Path(folder) / f"{shortened}_{digest}.json"
         try:
-            with files.atomic(path) as temporary:
-                temporary.write_text(json.dumps({**self.to_json(), **origin}, indent=2) + "\n")
-            with files.atomic(path.with_name(f"{path.stem}_confusion.csv")) as temporary:
-                temporary.write_text(self.matrix_csv())
+            files.write_atomic(path, json.dumps({**self.to_json(), **origin}, indent=2) + "\n")
+            files.write_atomic(path.with_name(f"{path.stem}_confusion.csv"), self.matrix_csv())
         except OSError as error:
             raise UserError(
                 f"{path}: the report cannot be written ({error}); the score itself is complete and shown above"

@@ -86,7 +86,7 @@ def check_init_from(config: ConfigDict, workdir: epath.Path) -> None:
     """Makes config.init_from absolute, and checks that it exists, or downloads it, unless the run already has a checkpoint."""
     if not weights.is_name(config.init_from):
         config.init_from = str(files.user_path(config.init_from))
-    if checkpoint.exists(workdir):
+    if checkpoint.saved_steps(workdir):
         return
     path, _ = weights.split_entry(epath.Path(weights.fetch(config.init_from)))
     if not files.is_there(path):
@@ -177,7 +177,7 @@ def restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> Restored
 def restore_run(workdir: epath.Path, which: str, change: Change) -> Restored:
     """Loads a checkpoint of a run: "latest", "best" or a step number."""
     with parallel.fail_together("listing the checkpoints"):
-        steps = sorted(int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit())
+        steps = checkpoint.saved_steps(workdir)
     parallel.require_same({"checkpoints in the workdir": steps})
     saved, step, variables = checkpoint.load(workdir, which, parallel.make_mesh())
     with parallel.fail_together("checking the config"):

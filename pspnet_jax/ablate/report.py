@@ -160,8 +160,7 @@ def write(stem: epath.Path, summaries: Sequence[Summary], settings: Mapping[str,
     rows = {s.table: [(n.row, n.published and n.published[0], _ious(n)) for n in s.lines] for s in summaries}
     with files.writing(stem.parent, "the runs are kept; repeat the command with space for their table"):
         for suffix, content in ((".json", json.dumps(found, indent=2) + "\n"), (".csv", _csv(summaries)), (".md", text)):
-            with files.atomic(stem.parent / f"{stem.name}{suffix}") as path:
-                path.write_text(content)
+            files.write_atomic(stem.parent / f"{stem.name}{suffix}", content)
         with files.atomic(stem.parent / f"{stem.name}.png") as path, path.open("wb") as file:
             figures.ablation(rows).save(file, "png")
     return text

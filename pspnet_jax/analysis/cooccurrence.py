@@ -88,8 +88,8 @@ def of_training(configs: Sequence[ConfigDict], workdir: epath.Path) -> Cooccurre
     document = {"version": VERSION, "classes": classes, "data": data, "images": found.images}
     document |= {"together": found.together.tolist(), "touching": found.touching.tolist()}
     try:
-        with files.writing(workdir / FILE, "the next report counts again"), files.atomic(workdir / FILE) as path:
-            path.write_text(json.dumps(document) + "\n")
+        with files.writing(workdir / FILE, "the next report counts again"):
+            files.write_atomic(workdir / FILE, json.dumps(document) + "\n")
     except UserError as error:
         logger.warning(str(error))
     return found

@@ -169,8 +169,8 @@ class Checkpoints:
             yield
         except Exception:
             try:
-                complete = sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
-            except Exception:  # no checkpoint yet, or storage is unavailable
+                complete = saved_steps(self._directory.parent)
+            except Exception:  # storage is unavailable
                 complete = []
             newest = f"the newest complete checkpoint is step {complete[-1]}" if complete else "there is no complete checkpoint"
             advice = f"{newest}; free some space or fix the cause, then run the same command to resume"
@@ -290,9 +290,9 @@ class _Best:
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
-def exists(workdir: epath.Path) -> bool:
-    """Returns whether the directory has a complete checkpoint."""
-    return any(path.name.isdigit() for path in workdir.glob("checkpoints/*"))
+def saved_steps(workdir: epath.Path) -> list[int]:
+    """Returns the steps of the complete checkpoints, in increasing order."""
+    return sorted(int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit())
 
 
 def load(workdir: epath.PathLike, which: str | int, mesh: Mesh) -> tuple[ConfigDict, int, Variables]:
@@ -316,7 +316,7 @@ def load(workdir: epath.PathLike, which: str | int, mesh: Mesh) -> tuple[ConfigD
             directory, lambda: ["config", layout.evaluated_item(directory)], read_all
         )
     if verdict is not Verdict.GOOD or read is None:
-        if str(which) != str(step) and not files.is_there(directory) and exists(files.absolute(workdir)):
+        if str(which) != str(step) and not files.is_there(directory) and saved_steps(files.absolute(workdir)):
             return load(workdir, which, mesh)  # a run in progress has replaced it with a newer checkpoint
         raise UserError(
             f"checkpoint {step} in {workdir} {problem}; to evaluate, predict or export, choose another with --checkpoint; "
@@ -335,7 +335,7 @@ def load(workdir: epath.PathLike, which: str | int, mesh: Mesh) -> tuple[ConfigD
 def require_no_run(workdir: epath.PathLike) -> None:
     """Raises UserError if the directory already holds a run."""
     workdir = files.absolute(workdir)
-    if (workdir / "config.json").exists() or exists(workdir):
+    if (workdir / "config.json").exists() or saved_steps(workdir):
         raise UserError(f"{workdir}: already holds a run; choose another --workdir, or delete it")
 
 
@@ -350,5 +350,5 @@ def create_run(workdir: epath.PathLike, config: ConfigDict, state: TrainState) -
         require_no_run(workdir)
         with contextlib.closing(Checkpoints(workdir)) as checkpoints:
             checkpoints.save(0, state, config)
-        with files.writing(workdir, "free some space"), files.atomic(workdir / "config.json") as path:
-            path.write_text(configs.to_json(config))
+        with files.writing(workdir, "free some space"):
+            files.write_atomic(workdir / "config.json", configs.to_json(config))

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from pspnet_jax import files, parallel
-from pspnet_jax.errors import UserError
+from pspnet_jax.errors import UserError, first_line
 from pspnet_jax.train import manifest
 from pspnet_jax.train.manifest import DamagedError, Manifest, listed
 
@@ -67,12 +67,6 @@ def classify(error: Exception) -> Verdict:
     return Verdict.DAMAGED
 
 
-def reason(error: Exception) -> str:
-    """Returns the first line of an exception's message, without tensorstore's details and without the middle of a long line."""
-    line = re.split(r"\n| \[(?:tensorstore_spec|source locations|os_error_code)", str(error))[0] or type(error).__name__
-    return line if len(line) <= 300 else f"{line[:150]} ... {line[-150:]}"
-
-
 Items = Callable[[], Sequence[str]]
 
 
@@ -118,7 +112,7 @@ def _read_once(directory: epath.Path, items: Items, read: Callable[[], T]) -> tu
         raise  # not caused by the files
     except Exception as error:  # orbax raises many types for damaged files
         verdict = classify(error)
-        return verdict, f"{DESCRIPTIONS[verdict]} ({reason(error)})", None
+        return verdict, f"{DESCRIPTIONS[verdict]} ({first_line(error)})", None
     if found := describe_non_finite(result):
         return Verdict.NOT_FINITE, f"{DESCRIPTIONS[Verdict.NOT_FINITE]} ({found})", result
     return Verdict.GOOD, "", result

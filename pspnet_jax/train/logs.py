@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from pspnet_jax import figures, files
+from pspnet_jax.errors import first_line
 from pspnet_jax.train import jsonlines, tracking
-from pspnet_jax.train.integrity import reason
 from pspnet_jax.train.step import Metrics
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class TrainingLog:
                 with files.atomic(self._pictures / f"{name}.png") as path, path.open("wb") as file:
                     Image.fromarray(pixels).save(file, "PNG")
             except Exception as error:  # such as a name that is too long, a full disk, or an array of the wrong shape
-                logger.warning("the picture %r cannot be written (%s); training goes on", name[:100], reason(error))
+                logger.warning("the picture %r cannot be written (%s); training goes on", name[:100], first_line(error))
             else:
                 self._to_writers(lambda writer: writer.write_images(step, {name: pixels[None]}))  # noqa: B023 -- called at once
 
@@ -141,7 +141,7 @@ class TrainingLog:
             with files.atomic(self._workdir / "curves.png") as path, path.open("wb") as file:
                 picture.save(file, "PNG")
         except Exception as error:  # such as a full disk, or no matplotlib
-            logger.warning("the learning curves cannot be drawn (%s); training goes on", reason(error))
+            logger.warning("the learning curves cannot be drawn (%s); training goes on", first_line(error))
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if not self._active:
@@ -161,7 +161,7 @@ class TrainingLog:
         try:
             yield
         except Exception as error:
-            logger.warning("%s cannot be written (%s); training goes on without them", name, reason(error))
+            logger.warning("%s cannot be written (%s); training goes on without them", name, first_line(error))
             self._writers.pop(name, None)
 
     def flush(self) -> None:

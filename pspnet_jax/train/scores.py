@@ -10,7 +10,7 @@ import jax
 from etils import epath
 
 from pspnet_jax import files
-from pspnet_jax.train.integrity import reason
+from pspnet_jax.errors import first_line
 
 logger = logging.getLogger(__name__)
 SCORE = "score"  # the metric in score.json that selects the best checkpoint; version 0.1 had only "mean_iou"
@@ -50,8 +50,7 @@ class Scores:
         self.unreadable.discard(step)
         checkpoint = self._directory / str(step)
         if jax.process_index() == 0 and checkpoint.exists():
-            with files.atomic(checkpoint / "score.json") as path:
-                path.write_text(json.dumps(self._of_step[step]))
+            files.write_atomic(checkpoint / "score.json", json.dumps(self._of_step[step]))
 
     def remove(self, step: int) -> None:
         """Forgets the score of a checkpoint that is not there any more."""
@@ -86,6 +85,6 @@ class Scores:
             self.unreadable.add(step)
             logger.warning(
                 "the score of checkpoint %s cannot be read (%s); it cannot be selected as the best, but it is kept",
-                *(step, reason(error)),
+                *(step, first_line(error)),
             )
             return None

@@ -85,6 +85,5 @@ def begin(workdir: epath.Path, config: ConfigDict, resumed: bool) -> Wandb | MLf
     path = workdir / "tracker.json"
     run_id = files.read_json(path).get(config.track) if resumed else None
     tracker = TRACKERS[config.track](workdir, config.name, dict(configs.leaves(config)), run_id)
-    with files.atomic(path) as temporary:
-        temporary.write_text(json.dumps({config.track: tracker.id}) + "\n")
+    files.write_atomic(path, json.dumps({config.track: tracker.id}) + "\n")
     return tracker
