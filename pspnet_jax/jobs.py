@@ -66,10 +66,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 def train_run(config: ConfigDict, workdir: epath.Path, traced: tuple[int, int] | None = None) -> list[Report]:
     """Trains a config that `runs.prepare` has prepared, or resumes its run, and returns the reports of its evaluations.
 
-    Args:
-      config: fields of its dataset and loss are filled in.
-      workdir: directory of the run.
-      traced: first step to trace with JAX's profiler, and the number of steps.
+    Fields of its dataset and loss are filled in. `traced` is the first step to trace with JAX's profiler, and their number.
     """
     from pspnet_jax.data import overlap, palettes, pipeline, sources  # imports TensorFlow, as does clu.metric_writers after it
     from pspnet_jax.train import loop, profile

@@ -21,15 +21,10 @@ Rules = Sequence[tuple[str, float]]
 
 
 class Optimizer(NamedTuple):
-    """An optimizer for `fit`.
+    """An optimizer for `fit`."""
 
-    Attributes:
-      transformation: turns gradients into updates.
-      schedules: functions of the step, whose values are logged under these names.
-    """
-
-    transformation: optax.GradientTransformation
-    schedules: Mapping[str, optax.Schedule]
+    transformation: optax.GradientTransformation  # turns gradients into updates
+    schedules: Mapping[str, optax.Schedule]  # functions of the step, whose values are logged under these names
 
 
 def build(optimizer: ConfigDict, total_steps: int) -> Optimizer:

@@ -73,10 +73,10 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Returns plain values; undefined fractions of a class are None."""
         metrics = self.metrics
-        columns = {name: map(_or_none, getattr(metrics, name)) for name in OF_A_CLASS}
+        columns = {name: map(or_none, getattr(metrics, name)) for name in OF_A_CLASS}
         rows = zip(self.info.class_names, *columns.values(), self.pixels.tolist(), strict=True)
         return {
-            **{name: _or_none(getattr(metrics, name)) for name in OF_ALL_CLASSES},
+            **{name: or_none(getattr(metrics, name)) for name in OF_ALL_CLASSES},
             "classes_in_mean_iou": _present(metrics.iou),
             "classes_in_mean_accuracy": _present(metrics.accuracy),
             "dataset": self.info.name,
@@ -178,5 +178,6 @@ def _percent(fraction: float) -> str:
     return "-" if math.isnan(fraction) else f"{fraction:.2%}"
 
 
-def _or_none(fraction: float) -> float | None:
+def or_none(fraction: float) -> float | None:
+    """Returns a fraction, or None if it is NaN, which JSON does not have."""
     return None if math.isnan(fraction) else float(fraction)

@@ -32,12 +32,7 @@ def from_recipe(arguments: argparse.Namespace, overrides: Sequence[str], num_dev
 
 
 def prepare(config: ConfigDict, num_devices: int = 0) -> ConfigDict:
-    """Validates a config, makes its paths absolute, and fills in its label map and classes, in place, and returns it.
-
-    Args:
-      config: of a recipe.
-      num_devices: see `validation.validate`.
-    """
+    """Validates a recipe's config, makes its paths absolute, and fills in its label map and classes, in place; returns it."""
     validation.validate(config, num_devices)
     for warning in validation.unused_fields(config):
         logger.warning(warning)
@@ -141,21 +136,13 @@ def class_weights(config: ConfigDict, training: Sequence[Any]) -> tuple[float, .
 
 
 class Restored(NamedTuple):
-    """A checkpoint and the config to use it with.
+    """A checkpoint and the config to use it with."""
 
-    Attributes:
-      config: the saved config with the overrides of the command line.
-      step: training step of the checkpoint.
-      variables: the network's variables, replicated on all devices.
-      workdir: directory of the run.
-      saved: the config of the training run, without overrides.
-    """
-
-    config: ConfigDict
-    step: int
-    variables: Variables
-    workdir: epath.Path
-    saved: ConfigDict
+    config: ConfigDict  # the saved config with the overrides of the command line
+    step: int  # training step of the checkpoint
+    variables: Variables  # of the network, replicated on all devices
+    workdir: epath.Path  # directory of the run
+    saved: ConfigDict  # the config of the training run, without overrides
 
 
 def restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> Restored:

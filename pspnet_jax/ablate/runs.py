@@ -38,19 +38,12 @@ class Score(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A training run, and evaluations of its network with other settings than the run's own.
+    """A training run, and evaluations of its network with other settings than the run's own."""
 
-    Attributes:
-      options: of the command line of `pspnet_jax.main`, without the workdir.
-      config: what they amount to.
-      workdir: directory of the run.
-      evaluations: fields of config.eval that each evaluation changes.
-    """
-
-    options: tuple[str, ...]
-    config: ConfigDict
-    workdir: epath.Path
-    evaluations: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)
+    options: tuple[str, ...]  # of the command line of `pspnet_jax.main`, without the workdir
+    config: ConfigDict  # what they amount to
+    workdir: epath.Path  # directory of the run
+    evaluations: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)  # fields of config.eval that each changes
 
     def score(self, changes: Mapping[str, Any]) -> Score | None:
         """Returns the score after the last step, evaluated with changed fields of config.eval, or None if it is not there."""

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from pspnet_jax.metrics import ratio
+
 SAMPLES, LEVEL, SEED = 1000, 0.95, 0
 LEAST = 6  # images that a test needs: even if all of 5 agree on a sign, that has a probability of 2 / 2^5 > 0.05
 BLOCK = 100  # samples at a time
@@ -24,13 +26,13 @@ def scores(counts: np.ndarray, missing: Scores | None = None) -> Scores:
     """
     correct, truth, predicted = np.moveaxis(counts, -2, 0)
     wholes = {"iou": truth + predicted - correct, "precision": predicted, "recall": truth, "f1": (truth + predicted) / 2}
-    of_classes = {name: _ratio(correct, whole) for name, whole in wholes.items()}
+    of_classes = {name: ratio(correct, whole) for name, whole in wholes.items()}
     means = {
         f"mean_{name}": _mean(values if missing is None else np.where(np.isnan(values), missing[name], values))
         for name, values in of_classes.items()
     }
     means["mean_accuracy"] = means.pop("mean_recall")
-    return {**of_classes, **means, "pixel_accuracy": _ratio(correct.sum(-1), truth.sum(-1))}
+    return {**of_classes, **means, "pixel_accuracy": ratio(correct.sum(-1), truth.sum(-1))}
 
 
 def samples(counts: np.ndarray) -> Scores:
@@ -76,10 +78,6 @@ def compare(value: float, other: float, sampled: np.ndarray, sampled_other: np.n
     return {"other": figure(other, sampled_other), "difference": figure(value - other, differences), "p": p}
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
-
-
 def _mean(values: np.ndarray) -> np.ndarray:
     present = ~np.isnan(values)
-    return _ratio(np.where(present, values, 0).sum(-1), present.sum(-1))
+    return ratio(np.where(present, values, 0).sum(-1), present.sum(-1, dtype=np.float64))
