@@ -30,8 +30,7 @@ def find_place(
 
     What is not given is taken from the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and
     what they do not set, from the cluster: a TPU pod or several slices, SLURM, Open MPI, or an indexed Kubernetes job (JobSet).
-
-    The timeout, in seconds, is that for the first TPU host to have a name.
+    It waits up to `timeout` seconds until the first TPU host has a name.
 
     Raises:
       UserError: a value is missing or wrong, or the cluster does not reveal it.

@@ -325,11 +325,7 @@ def from_dict(saved: Mapping[str, Any]) -> ConfigDict:
 
 
 def read(path: epath.Path) -> ConfigDict:
-    """Reads a run's config.json.
-
-    Raises:
-      UserError: the file is missing or damaged.
-    """
+    """Reads a run's config.json; raises UserError if it is missing or damaged."""
     try:
         return from_dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:

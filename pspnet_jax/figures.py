@@ -94,12 +94,7 @@ def ablation(tables: Mapping[str, Sequence[tuple[str, float | None, Sequence[flo
 
 
 def class_frequencies(pixels: np.ndarray, info: DatasetInfo) -> Image.Image:
-    """Returns a bar chart of each class's share of the labeled pixels, on a logarithmic axis, most frequent first.
-
-    Args:
-      pixels: int[K], number of pixels of each class.
-      info: class names and colors.
-    """
+    """Returns a bar chart of each class's share of the labeled pixels int[K], on a logarithmic axis, most frequent first."""
     order = np.argsort(-pixels, kind="stable")
     shares = pixels[order] / max(1, pixels.sum())
     figure, canvas = _canvas(8, 1 + 0.2 * len(order))

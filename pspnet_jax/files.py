@@ -79,11 +79,7 @@ def user_cache() -> pathlib.Path:
 
 
 def is_there(path: epath.PathLike) -> bool:
-    """Returns whether the path exists. Unlike `exists`, it does not return False when storage is unavailable.
-
-    Raises:
-      OSError: storage is unavailable.
-    """
+    """Returns whether the path exists. Unlike `exists`, it raises OSError if storage is unavailable."""
     if is_remote(path):
         return epath.Path(path).exists()
     try:
@@ -122,11 +118,7 @@ def write_atomic(path: epath.PathLike, content: str | bytes) -> None:
 
 
 def require_new_folder(path: epath.PathLike, replaces: str = "") -> None:
-    """Checks that `new_folder` can create a folder.
-
-    Raises:
-      UserError: `path` exists (and is not to be replaced) or is in a bucket.
-    """
+    """Raises UserError if `new_folder` cannot create `path`: it exists and is not to be replaced, or is in a bucket."""
     if is_remote(path):
         raise UserError(f"{os.fspath(path)}: directories are only written locally; copy it to the bucket afterwards")
     if is_there(path) and not (replaces and is_there(epath.Path(path) / replaces)):
@@ -137,9 +129,7 @@ def require_new_folder(path: epath.PathLike, replaces: str = "") -> None:
 def new_folder(path: epath.PathLike, replaces: str = "") -> Iterator[pathlib.Path]:
     """Yields a temporary directory beside `path`, and renames it to `path` if the block succeeds.
 
-    Args:
-      path: of the directory.
-      replaces: name of a file; an existing directory that contains it is replaced.
+    An existing directory is replaced if it contains the file `replaces`.
 
     Raises:
       UserError: `path` exists (and is not to be replaced), is in a bucket or cannot be written.

@@ -65,13 +65,10 @@ def locked(directory: epath.Path) -> Iterator[None]:
 
 
 def _require_shared(directory: epath.Path) -> None:
-    """Checks that all processes of this job see the same directory.
+    """Raises UserError unless all processes of this job see the same directory.
 
     Each host could have a directory of this name, with the same files or none. So the first process writes a file with a random
     name, which the others have to find.
-
-    Raises:
-      UserError: a process does not find it.
     """
     if jax.process_count() == 1:
         return

@@ -69,11 +69,7 @@ def decay_rules(optimizer: ConfigDict) -> Rules:
 
 
 def by_path(rules: Rules, params: Any) -> Any:
-    """Returns a tree like `params` with the value that the rules give each parameter.
-
-    Raises:
-      UserError: a parameter matches no rule.
-    """
+    """Returns a tree like `params` with the value that the rules give each parameter; raises UserError if they give none."""
 
     def value(path: tuple[Any, ...], _: Any) -> float:
         name = "/".join(path)

@@ -95,16 +95,11 @@ class Report:
         return text.getvalue()
 
     def save(self, folder: epath.PathLike, origin: Mapping[str, Any]) -> epath.Path:
-        """Writes `to_json` and the origin to a file, and returns its path.
-
-        The confusion matrix is written beside it, to a file whose name ends in _confusion.csv.
+        """Writes `to_json` and the origin to a file in the folder, which is created if missing, and returns its path.
 
         The name is like "voc2012_val_step30000_base_size512_crop473-473_flipTrue_windows_semseg_scales1.0_..._DIGEST.json",
-        shortened if necessary. The digest covers everything on which the score depends.
-
-        Args:
-          folder: created if missing.
-          origin: what was scored, as plain values: step, checkpoint, root and so on.
+        shortened if necessary. The digest covers everything on which the score depends. The confusion matrix is written beside
+        it, to a file whose name ends in _confusion.csv. The origin is what was scored, as plain values, such as the step.
 
         Raises:
           UserError: the file cannot be written.
@@ -160,11 +155,7 @@ def _windows(protocol: Mapping[str, Any]) -> str:
 
 
 def require_metric(name: str, class_names: Sequence[str]) -> None:
-    """Checks that a report has the metric, such as "mean_iou" or "iou/road".
-
-    Raises:
-      UserError: it has not; lists the metrics and classes.
-    """
+    """Raises UserError, which lists the metrics and classes, unless a report has the metric, such as "iou/road"."""
     figure, _, of_class = name.partition("/")
     if name not in OF_ALL_CLASSES and not (figure in OF_A_CLASS and of_class in class_names):
         raise UserError(

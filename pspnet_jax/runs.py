@@ -182,15 +182,10 @@ def restore_run(workdir: epath.Path, which: str, change: Change) -> Restored:
 
 
 def read_weights(path: epath.PathLike, change: Change, recipe: ConfigDict | None = None) -> tuple[ConfigDict, Variables]:
-    """Reads a third-party weights file, and logs what is assumed about it.
+    """Returns the config of a third-party network, changed, and its variables; logs what is assumed about it.
 
-    Args:
-      path: a file or a name, see `weights.inspect`.
-      change: applied to the config.
-      recipe: its classes, data and evaluation settings replace those that follow from the file.
-
-    Returns:
-      The config of the file's network, and its variables.
+    The path is a file or a name, see `weights.inspect`. The classes, data and evaluation settings of the recipe replace those
+    that follow from the file.
     """
     config, source = recipe.copy_and_resolve_references() if recipe else configs.base_config(), weights.inspect(path)
     weights.configure(config, source)

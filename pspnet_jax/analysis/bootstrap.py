@@ -36,14 +36,11 @@ def scores(counts: np.ndarray, missing: Scores | None = None) -> Scores:
 
 
 def samples(counts: np.ndarray) -> Scores:
-    """Returns the scores of `SAMPLES` samples of images, along a leading axis.
+    """Returns the scores of `SAMPLES` samples of images along a leading axis, given float64[N, 3, K], see `Totals.per_image`.
 
     The samples depend only on the number of images, so that two runs are compared on the same samples. All means are over the
     same classes: one that a sample lacks counts with its score on all images. Left out, rare classes, which mostly have low
     scores, would raise the means of the samples that lack them.
-
-    Args:
-      counts: float64[N, 3, K], see `Totals.per_image`.
     """
     flat, whole = counts.reshape(len(counts), -1), scores(counts.sum(0))
     found = [scores((drawn @ flat).reshape(-1, *counts.shape[1:]), whole) for drawn in _draws(len(counts))]

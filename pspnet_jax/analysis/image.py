@@ -44,8 +44,7 @@ def analyze(
 
     Args:
       name: of the image.
-      truth: uint8[H, W] with values 0 to K-1 and 255.
-      prediction: uint8[H, W] with values 0 to K-1.
+      truth, prediction: uint8[H, W] with values 0 to K-1 and, in the truth, 255.
       confidence: f32[H, W], the probability of the predicted class.
       num_classes: K.
       scores: float64[K, K], see `cooccurrence.Cooccurrence.scores`; without them, no region is mismatched.

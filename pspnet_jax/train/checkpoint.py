@@ -61,12 +61,7 @@ def _barrier(*, key: str, timeout_ms: int) -> None:
 
 
 class Checkpoints:
-    """The checkpoints under WORKDIR/checkpoints.
-
-    Attributes:
-      steps: the saved steps, in increasing order, including one that is still being written.
-      scores: those of the checkpoints, see `Scores`.
-    """
+    """The checkpoints under WORKDIR/checkpoints, and their `scores`."""
 
     def __init__(self, workdir: epath.PathLike, *, read_only: bool = False):
         self._directory = files.absolute(workdir) / "checkpoints"
@@ -103,6 +98,7 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
+        """The saved steps, in increasing order, including one that is still being written."""
         return sorted(self._manager.all_steps())
 
     def path(self, step: int) -> epath.Path:
@@ -178,12 +174,7 @@ class Checkpoints:
                 raise
 
     def add_score(self, step: int, metrics: Mapping[str, float], settings: Mapping[str, Any]) -> None:
-        """Writes the score of a checkpoint, after waiting until the checkpoint is written.
-
-        Args:
-          step: step of the checkpoint.
-          metrics, settings: see `Scores.add`.
-        """
+        """Writes the score of a checkpoint, see `Scores.add`, after waiting until the checkpoint is written."""
         with parallel.fail_together("writing the score"), self._writing():
             self._manager.wait_until_finished()
             self.scores.add(step, metrics, settings)
@@ -193,9 +184,7 @@ class Checkpoints:
         return self.scores.best(self.steps)
 
     def read_config(self) -> tuple[ConfigDict, str] | None:
-        """Returns the config and data fingerprint of the newest checkpoint whose config can be read, or None.
-
-        The fingerprint is "" if it is unknown.
+        """Returns the config and data fingerprint ("" if unknown) of the newest checkpoint whose config can be read, or None.
 
         Raises:
           UserError: storage is unavailable.
@@ -225,12 +214,9 @@ class Checkpoints:
         return step
 
     def restore_newest(self, target: TrainState) -> TrainState | None:
-        """Reads the newest usable checkpoint. Newer ones that are damaged or not finite are logged and moved to set_aside/.
+        """Returns the newest usable state, the same in all processes, or None if there are no checkpoints.
 
-        All processes of the job make the same choice.
-
-        Returns:
-          The state, or None if there are no checkpoints.
+        Newer ones that are damaged or not finite are logged and moved to set_aside/.
 
         Raises:
           UserError: no checkpoint is usable, one belongs to another network, or storage is unavailable.
@@ -270,11 +256,7 @@ class Checkpoints:
         return aside
 
     def close(self) -> None:
-        """Waits until everything is written.
-
-        Raises:
-          UserError: the last checkpoint could not be written.
-        """
+        """Waits until everything is written; raises UserError if the last checkpoint could not be."""
         with self._writing():
             self._manager.close()
 
@@ -296,10 +278,7 @@ def saved_steps(workdir: epath.Path) -> list[int]:
 
 
 def load(workdir: epath.PathLike, which: str | int, mesh: Mesh) -> tuple[ConfigDict, int, Variables]:
-    """Reads the checkpoint `which` ("latest", "best" or a step) of a run for evaluation.
-
-    Returns:
-      Its config, step and variables.
+    """Returns the config, step and variables of a run's checkpoint `which` ("latest", "best" or a step), for evaluation.
 
     Raises:
       MissingFileError: there is no such run or checkpoint.

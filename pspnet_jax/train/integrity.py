@@ -48,23 +48,19 @@ class OtherNetworkError(Exception):
     """The saved arrays do not match those of the network."""
 
 
-# Status codes at the start of tensorstore and gRPC errors that mean a file has the wrong content.
+# Exceptions, and status codes at the start of tensorstore and gRPC errors, that mean a file has the wrong content.
 _CONTENT_CODES = ("NOT_FOUND", "DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "OUT_OF_RANGE")
-_CONTENT_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_NO_FILES = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_CONTENT_ERRORS = (DamagedError, *_NO_FILES, ValueError, KeyError, TypeError, EOFError)
 
 
 def classify(error: Exception) -> Verdict:
     """Returns the verdict for an exception raised while reading a checkpoint."""
     if isinstance(error, OtherNetworkError):
         return Verdict.OTHER_NETWORK
-    if isinstance(error, DamagedError):
-        return Verdict.DAMAGED
-    if isinstance(error, OSError):
-        return Verdict.DAMAGED if isinstance(error, _CONTENT_ERRORS) else Verdict.UNREACHABLE
-    code = re.match(r"([A-Z_]{6,}): ", str(error))
-    if code or not isinstance(error, ValueError | KeyError | TypeError | EOFError):
-        return Verdict.DAMAGED if code and code[1] in _CONTENT_CODES else Verdict.UNREACHABLE
-    return Verdict.DAMAGED
+    code = None if isinstance(error, OSError) else re.match(r"([A-Z_]{6,}): ", str(error))
+    damaged = code[1] in _CONTENT_CODES if code else isinstance(error, _CONTENT_ERRORS)
+    return Verdict.DAMAGED if damaged else Verdict.UNREACHABLE
 
 
 Items = Callable[[], Sequence[str]]

@@ -205,14 +205,10 @@ PROGRESS_FORMATS = {  # of the values in a progress line
 
 
 class InputStallTimer:
-    """Measures the time in which the devices are idle because the next batch is not ready.
-
-    Attributes:
-      seconds: the total so far.
-    """
+    """Measures the time in which the devices are idle because the next batch is not ready."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.seconds = 0.0  # the total so far
         self._ended: Future[float] | None = None
         self._thread = ThreadPoolExecutor(1, "end of step")
 

@@ -106,8 +106,7 @@ def evaluation_settings(config: ConfigDict) -> dict[str, Any]:
 def initial_weights(config: ConfigDict, model: nn.Module, mesh: Mesh) -> tuple[Variables, Sequence[str]]:
     """Reads config.init_from: the variables of another run, or those of a third-party weight file that fit this model.
 
-    Returns:
-      The variables and their class names, which are empty if a file does not name them.
+    Their class names, which are also returned, are empty if a file does not name them.
 
     Raises:
       MissingFileError: there is no such run or file.
@@ -199,12 +198,8 @@ def match_classes(given: Variables, fresh: Variables | None, old: Sequence[str],
 def with_weights(state: TrainState, given: Variables, name: str) -> TrainState:
     """Returns a new state with the given weights. Arrays that are missing or have another shape keep their initial values.
 
-    Logs the modules that keep their initial values.
-
-    Args:
-      state: a new state.
-      given: all variables of a run, or those that a third-party file has, such as a backbone alone.
-      name: name of the run or file, for messages.
+    Logs the modules that keep their initial values. `given` are all variables of a run, or those that a third-party file has,
+    such as a backbone alone; `name` is that of the run or file, for messages.
 
     Raises:
       UserError: the backbones differ.
@@ -230,11 +225,7 @@ def differences(saved: ConfigDict, current: ConfigDict) -> list[str]:
 
 
 def check_resumable(saved: ConfigDict, current: ConfigDict) -> None:
-    """Checks that the network and classes are unchanged, and logs other changes of the config.
-
-    Raises:
-      UserError: either has changed; lists the fields that differ.
-    """
+    """Raises UserError, which lists the fields that differ, if the network or classes have changed; logs other changes."""
     changed = differences(saved, current)
     fatal = [c for c in changed if c.startswith(MUST_MATCH) and not c.startswith(MAY_CHANGE)]
     if (saved.optimizer.ema_decay > 0) != (current.optimizer.ema_decay > 0):

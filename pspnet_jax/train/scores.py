@@ -18,11 +18,7 @@ SETTINGS = "settings"  # the evaluation settings in score.json; scores are only 
 
 
 class Scores:
-    """The metrics of the checkpoints that were scored.
-
-    Attributes:
-      unreadable: the steps whose score files exist but cannot be read.
-    """
+    """The metrics of the checkpoints that were scored, and the steps whose score files are `unreadable`."""
 
     def __init__(self, directory: epath.Path, steps: Sequence[int]):
         """Reads the scores of these checkpoints in a directory."""
@@ -36,10 +32,8 @@ class Scores:
     def add(self, step: int, metrics: Mapping[str, float], settings: Mapping[str, Any]) -> None:
         """Writes the score of a complete checkpoint.
 
-        Args:
-          step: step of the checkpoint.
-          metrics: numbers by name, including `SCORE`; a larger score is better.
-          settings: evaluation settings, serializable as JSON.
+        The metrics are numbers by name, including `SCORE`; a larger score is better. The settings are those of the evaluation,
+        serializable as JSON.
         """
         data = settings.get("data")
         if self._of_step and (self._of_step[max(self._of_step)].get(SETTINGS) or {}).get("data", data) != data:

@@ -23,11 +23,7 @@ PROJECT = "pspnet_jax"  # unless the environment names another
 
 
 def require(name: str) -> None:
-    """Checks that the package of config.track is installed.
-
-    Raises:
-      UserError: it is not.
-    """
+    """Raises UserError unless the package of config.track is installed."""
     if name and not importlib.util.find_spec(name):
         raise UserError(f"track={name!r}: its package is not installed; run pip install 'pspnet_jax[{name}]'")
 
