@@ -153,10 +153,9 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         with contextlib.suppress(OSError):  # the reader of the pipe is gone, as after `| head -1`
             rich.print(report.table())
             print(f"{report}, step {step} of {workdir}", flush=True)
-        roots = {field: config.dataset[field] for field in ("root", "extra_root")}
-        fields = {"model": config.model.to_dict(), "normalize": config.normalize.to_dict()}
-        origin = {"step": step, "checkpoint": str(workdir), **roots, "tfds_name": config.dataset.tfds_name, **fields}
-        origin["data"] = source.fingerprint
+        origin = {"step": step, "checkpoint": str(workdir)}
+        origin |= {field: config.dataset[field] for field in ("root", "extra_root", "tfds_name")}
+        origin |= {field: config[field].to_dict() for field in ("model", "normalize")} | {"data": source.fingerprint}
         path = report.save(workdir / "evaluation", origin)
         picture = figures.confusion_matrix(report.matrix, report.info.class_names)
         draw.save(picture, path.with_name(f"{path.stem}_confusion.png"))

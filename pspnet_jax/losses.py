@@ -174,8 +174,8 @@ LOSSES: dict[str, Callable[[Logits, jax.Array, ConfigDict], tuple[jax.Array, jax
 def class_weights(how: str, pixels: np.ndarray, image_pixels: np.ndarray) -> tuple[float, ...]:
     """Weights of the K classes from their frequencies in the training data; 0 for a class without pixels.
 
-    `how` is a key of WEIGHTINGS; `pixels`, int64[K], are those of each class, and `image_pixels`, int64[K], the labeled pixels of
-    the images that contain it.
+    `how` is a key of WEIGHTINGS; `pixels`, int64[K], are those of each class, and `image_pixels`, int64[K], the labeled pixels
+    of the images that contain it.
     """
     frequencies, middle = WEIGHTINGS[how](pixels, image_pixels)
     return tuple(float(middle(frequencies[pixels > 0]) / f) if f > 0 else 0.0 for f in frequencies)

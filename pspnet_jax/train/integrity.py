@@ -50,8 +50,8 @@ class OtherNetworkError(Exception):
 
 # Exceptions, and status codes at the start of tensorstore and gRPC errors, that mean a file has the wrong content.
 _CONTENT_CODES = ("NOT_FOUND", "DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "OUT_OF_RANGE")
-_NO_FILES = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-_CONTENT_ERRORS = (DamagedError, *_NO_FILES, ValueError, KeyError, TypeError, EOFError)
+_NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_CONTENT_ERRORS = (DamagedError, *_NO_FILE, ValueError, KeyError, TypeError, EOFError)
 
 
 def classify(error: Exception) -> Verdict:
