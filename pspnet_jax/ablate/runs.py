@@ -98,12 +98,8 @@ def plan(
 ) -> dict[tuple[str, str, int], Cell]:
     """Returns what each row and seed of the tables needs, by (table, row, seed). Rows with the same config share a run.
 
-    Args:
-      tables: by name; already restricted to the dataset.
-      dataset: a key of `Table.bases`.
-      seeds: values of config.seed.
-      overrides: options --config.field=value for all runs; {depth} in a value is replaced by the depth of the row's network.
-      folder: directory of the runs' workdirs.
+    The tables, by name, have only the rows of the dataset. Overrides are options --config.field=value for all runs; {depth} in
+    a value is replaced by the depth of the row's network. The folder is that of the runs' workdirs.
 
     Raises:
       UserError: a config is wrong, an override sets what a table varies, a workdir holds a run with other settings, or two

@@ -113,14 +113,15 @@ class TrainingLog:
         self._excluded += seconds
 
     def log_evaluation(self, step: int, metrics: Mapping[str, Any], pictures: Mapping[str, Any]) -> None:
-        """Writes the metrics of an evaluation and its pictures, each uint8[H, W, 3], a PIL image, or a function that draws it.
+        """Writes the metrics of an evaluation, the learning curves, and pictures.
 
-        The learning curves are drawn, too.
+        A picture is an array uint8[H, W, 3], a PIL image, or a function that draws it.
         """
         self._write("eval", step, metrics)
-        if self._active:
-            self._draw_curves()
-        for name, picture in pictures.items() if self._active else ():
+        if not self._active:
+            return
+        self._draw_curves()
+        for name, picture in pictures.items():
             try:
                 if (self._pictures / name).parent != self._pictures:
                     raise ValueError("its name contains a directory")
