@@ -4,7 +4,7 @@ import collections
 import errno
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 ADVICE = {
     errno.ENOSPC: "free some space, or choose another place",
@@ -81,6 +81,13 @@ def grouped(sentences: Iterable[str]) -> list[str]:
         first.setdefault(fault, sentence)
         counts[fault] += 1
     return [s if counts[fault] == 1 else f"{s} (and in {counts[fault] - 1} more files)" for fault, s in first.items()]
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an exception and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from pspnet_jax.errors import MissingFileError, UserError, first_line
+from pspnet_jax.errors import MissingFileError, UserError, causes, first_line
 
 # Storage errors that the user can fix; libraries quote their texts in exceptions of their own.
 _FULL_OR_CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -151,12 +151,11 @@ def new_folder(path: epath.PathLike, replaces: str = "") -> Iterator[pathlib.Pat
 
 def storage_error(error: BaseException | None) -> str | None:
     """Returns the storage error in an exception or its causes, such as "No space left on device", or None."""
-    while error is not None:
-        if isinstance(error, OSError) and (error.strerror or type(error) is not OSError):
-            return error.strerror or str(error)
-        if found := re.search(_REPORTS, str(error)):
+    for cause in causes(error):
+        if isinstance(cause, OSError) and (cause.strerror or type(cause) is not OSError):
+            return cause.strerror or str(cause)
+        if found := re.search(_REPORTS, str(cause)):
             return found[0]
-        error = error.__cause__ or error.__context__
     return None
 
 

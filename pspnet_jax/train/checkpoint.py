@@ -288,11 +288,10 @@ def load(workdir: epath.PathLike, which: str | int, mesh: Mesh) -> tuple[ConfigD
         step = checkpoints.find(str(which))
         directory = checkpoints.path(step)
 
-        def read_all() -> tuple[ConfigDict, Variables]:
-            return layout.read_config(directory)[0], layout.read_variables(directory, mesh)
-
         verdict, problem, read = integrity.read_checked(
-            directory, lambda: ["config", layout.evaluated_item(directory)], read_all
+            directory,
+            lambda: ["config", layout.evaluated_item(directory)],
+            lambda: (layout.read_config(directory)[0], layout.read_variables(directory, mesh)),
         )
     if verdict is not Verdict.GOOD or read is None:
         if str(which) != str(step) and not files.is_there(directory) and saved_steps(files.absolute(workdir)):
