@@ -247,7 +247,7 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
     Raises:
       UserError: a field does not exist, or a value has the wrong type.
     """
-    known, given = [field for field, _ in leaves(config)], _by_field(arguments)
+    known, given = [field for field, _ in leaves(config)], by_field(arguments)
     for field in given:
         if field not in known:
             close = difflib.get_close_matches(field, known, n=3)
@@ -270,7 +270,7 @@ UNKNOWN_ARGUMENT = (
 )
 
 
-def _by_field(arguments: Sequence[str]) -> dict[str, list[str]]:
+def by_field(arguments: Sequence[str]) -> dict[str, list[str]]:
     """Groups arguments by the field they set; later arguments replace earlier ones."""
     groups: dict[str, list[str]] = {}
     group: list[str] = []

@@ -138,8 +138,7 @@ def _try_flock(descriptor: int) -> bool | None:
 def _read_owner(descriptor: int, path: str) -> dict[str, object]:
     """Returns the owner's host, process id and start time; empty if the file is new or lost its content.
 
-    Raises:
-      UserError: the file is something else, which a lock would overwrite.
+    Raises UserError if the file is something else, which a lock would overwrite.
     """
     content = os.pread(descriptor, 10_000, 0)
     if not content.strip(b"\0"):  # zeros: after a power failure

@@ -1,6 +1,7 @@
 """The training runs of tables: what they need, what is done already, and a process for each of them."""
 
 import dataclasses
+import itertools
 import json
 import os
 import queue
@@ -51,7 +52,7 @@ class Run:
         free = ("batch_size", "best_metric", *(("crop", "stride") if expected["inference"] == "whole" else ()))
         expected = {field: value for field, value in expected.items() if field not in free}
         expected = json.loads(json.dumps({"step": self.config.total_steps, **expected}))  # lists, not tuples
-        lines = list(jsonlines.read(self.workdir / "metrics.jsonl"))
+        lines = jsonlines.read(self.workdir / "metrics.jsonl")
         data = {line.get("data") for line in lines if line.get("kind") == "eval"}  # on which the run was evaluated
         for report in (*lines, *map(files.read_json, self.workdir.glob("evaluation/*.json"))):
             if data and report.get("data") not in data:
@@ -68,8 +69,10 @@ class Run:
                 continue
             if not changes and not trained.exists():
                 yield [*self.options, workdir]
-            else:
-                yield ["--mode=evaluate", workdir, *_for_evaluation(self.options), *map(_option, changes.items())]
+            else:  # the data may have moved since the training
+                fields = configs.by_field(self.options[1:])  # after --config=RECIPE
+                data = [fields[field] for field in fields if field.startswith(("dataset.", "eval."))]
+                yield ["--mode=evaluate", workdir, *itertools.chain(*data), *map(_option, changes.items())]
 
 
 class Cell(NamedTuple):
@@ -82,15 +85,6 @@ class Cell(NamedTuple):
 def _option(change: tuple[str, Any]) -> str:
     field, value = change
     return f"--config.{field}={','.join(map(str, value)) if isinstance(value, tuple | list) else value}"
-
-
-def _for_evaluation(options: Sequence[str]) -> Iterator[str]:
-    """Yields the options that an evaluation takes too, as the data may have moved since the training."""
-    taken = False
-    for option in options:  # the value may be an option of its own
-        taken = bool(re.match(r"--(no)?config\.(dataset|eval)\.", option)) if option.startswith("--") else taken
-        if taken:
-            yield option
 
 
 def plan(

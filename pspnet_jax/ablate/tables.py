@@ -116,11 +116,7 @@ def find(name: str) -> str:
 
 
 def load(name: str) -> Table:
-    """Returns a table, see `find`.
-
-    Raises:
-      UserError: there is no such file, it cannot be run as a recipe, or it defines no TABLE.
-    """
+    """Returns a table, see `find`. Raises UserError if there is none, or its file cannot be run as a recipe."""
     configs.load_recipe(find(name))  # refuses what is wrong
     recipe = runpy.run_path(str(configs.find_recipe(find(name))))
     if not isinstance(table := recipe.get("TABLE"), Table):

@@ -218,9 +218,7 @@ class InputStallTimer:
         iterator = iter(batches)
         while True:
             requested = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
+            if (batch := next(iterator, None)) is None:
                 return
             received = time.perf_counter()
             if self._ended and self._ended.done():

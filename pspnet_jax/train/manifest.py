@@ -55,11 +55,7 @@ def shapes(manifest: Manifest, item: str) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def verify(manifest: Manifest, item: str, tree: Any) -> None:
-    """Compares an item, or a part of it, with its manifest. Arrays that the manifest does not name are not checked.
-
-    Raises:
-      DamagedError: lists the arrays whose values have changed.
-    """
+    """Raises DamagedError, which lists them, if arrays of an item have changed. Those not in the manifest are not checked."""
     if not (expected := manifest.get(item)):
         return
     found = describe({item: tree})[item]
