@@ -79,8 +79,8 @@ def thicknesses(regions: Regions, distances: np.ndarray) -> np.ndarray:
 def touching(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the pairs of different values of adjacent pixels, in both orders, and the length of their common border.
 
-    From non-negative integers [H, W], these are distinct pairs int64[n, 2], and numbers int64[n] of pairs of pixels that are
-    neighbors in a row or column.
+    The values are non-negative integers [H, W]. Returned are distinct pairs int64[n, 2], and int64[n], how many pairs of pixels
+    that are neighbors in a row or column have these values.
     """
     sides = ((values[1:], values[:-1]), (values[:, 1:], values[:, :-1]))
     base = int(values.max(initial=0)) + 1
