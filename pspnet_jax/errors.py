@@ -4,7 +4,7 @@ import collections
 import errno
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 ADVICE = {
     errno.ENOSPC: "free some space, or choose another place",
@@ -81,6 +81,11 @@ def grouped(sentences: Iterable[str]) -> list[str]:
         first.setdefault(fault, sentence)
         counts[fault] += 1
     return [s if counts[fault] == 1 else f"{s} (and in {counts[fault] - 1} more files)" for fault, s in first.items()]
+
+
+def listed(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
+    """Returns the first names, and the number of the others."""
+    return separator.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

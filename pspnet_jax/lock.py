@@ -21,7 +21,7 @@ import jax
 from etils import epath
 
 from pspnet_jax import files, parallel
-from pspnet_jax.errors import UserError
+from pspnet_jax.errors import UserError, listed
 
 logger = logging.getLogger(__name__)
 HEARTBEAT = 10.0  # seconds between two updates of the lock file's time
@@ -84,10 +84,9 @@ def _require_shared(directory: epath.Path) -> None:
             with contextlib.suppress(OSError):
                 token.unlink(missing_ok=True)
     if lacking := [name for name, sees in found.items() if not sees]:
-        more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
         raise UserError(
-            f"{directory}: {lacking[0]}{more} cannot see a file that {next(iter(found))} has written there; all hosts have to "
-            "share this directory, so choose one in a bucket (gs://...) or on a shared file system"
+            f"{directory}: {listed(lacking, 1)} cannot see a file that {next(iter(found))} has written there; all hosts have "
+            "to share this directory, so choose one in a bucket (gs://...) or on a shared file system"
         )
 
 

@@ -6,7 +6,6 @@ others, on the port that JAX will use next, which is therefore known to be reach
 """
 
 import contextlib
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -69,7 +68,6 @@ def describe_differences(values: Mapping[str, Mapping[str, str]]) -> str:
     return f"{other} differs from {name}: {'; '.join(listed)}"
 
 
-@functools.cache
 def code_version() -> dict[str, str]:
     """Returns the versions of JAX and Flax, and the version of this package with a digest of its files."""
     root = pathlib.Path(pspnet_jax.__file__).parent

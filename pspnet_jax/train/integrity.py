@@ -16,9 +16,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from pspnet_jax import files, parallel
-from pspnet_jax.errors import UserError, first_line
+from pspnet_jax.errors import UserError, first_line, listed
 from pspnet_jax.train import manifest
-from pspnet_jax.train.manifest import DamagedError, Manifest, listed
+from pspnet_jax.train.manifest import DamagedError, Manifest
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -165,10 +165,7 @@ def _difference(item: str, saved: Any, target: Any) -> str:
         return "" if same else "the optimizer state has different arrays"
     old, new = ({k: tuple(v.shape) for k, v in _leaves(tree).items()} for tree in (saved, target))
     differing = [f"{k} {old.get(k, 'missing')} -> {new.get(k, 'missing')}" for k in {**old, **new} if old.get(k) != new.get(k)]
-    if not differing:
-        return ""
-    more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-    return f"saved -> this network: {'; '.join(differing[:3])}{more}"
+    return f"saved -> this network: {listed(differing, 3, '; ')}" if differing else ""
 
 
 def describe_non_finite(tree: Any) -> str | None:
