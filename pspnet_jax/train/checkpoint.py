@@ -228,9 +228,8 @@ class Checkpoints:
             verdict, problem, state = integrity.read_checked(self.path(step), items, read)
             if verdict is Verdict.GOOD:
                 for bad, description in problems.items():
-                    logger.warning(
-                        "checkpoint %s %s; moved to %s; using checkpoint %s", bad, description, self._set_aside(bad), step
-                    )
+                    aside = self._set_aside(bad)
+                    logger.warning(f"checkpoint {bad} {description}; moved to {aside}; using checkpoint {step}")
                 return state
             if verdict is Verdict.OTHER_NETWORK:
                 raise UserError(f"checkpoint {step} in {self._directory} {problem}; use the saved config, or another --workdir")

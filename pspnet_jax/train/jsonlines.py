@@ -70,9 +70,8 @@ class JsonLines:
                 with contextlib.suppress(OSError):
                     os.truncate(self._path, size)  # removes a partial line
             if not self._failed:
-                logger.warning(
-                    "%s: cannot be written (%s); its lines are kept, and training goes on", self._path, first_line(error)
-                )
+                reason = first_line(error)
+                logger.warning(f"{self._path}: cannot be written ({reason}); its lines are kept, and training goes on")
             self._failed = True
         else:
             self._pending, self._failed = "", False
