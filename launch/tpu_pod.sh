@@ -130,29 +130,31 @@ start() {
   on_workers all "bash pspnet_jax/tpu_worker.sh start $(printf '%q ' "$@")"
 }
 
-# A job that cannot write to a place that outlives its workers would lose everything when they are preempted.
-require_shared_workdir() {
-  local argument previous='' workdir=''
-  for argument; do
-    [[ $argument != --workdir=* ]] || workdir=${argument#*=}
-    [ "$previous" != --workdir ] || workdir=$argument
+# Prints the value of an option, such as --workdir, among arguments; of several, the last.
+value_of() {
+  local argument previous='' value=''
+  for argument in "${@:2}"; do
+    [[ $argument != "$1"=* ]] || value=${argument#*=}
+    [ "$previous" != "$1" ] || value=$argument
     previous=$argument
   done
+  echo "$value"
+}
+
+# A job that cannot write to a place that outlives its workers would lose everything when they are preempted.
+require_shared_workdir() {
+  local workdir
+  workdir=$(value_of --workdir "$@")
   [[ $workdir == gs://* || $workdir == /* ]] ||
     misuse "start needs --workdir gs://BUCKET/DIR (or a directory that all workers have mounted): their own disks go with them"
 }
 
 # Only the recipes in configs/ are installed on the workers.
 require_installed_recipe() {
-  local argument previous='' recipe
-  for argument; do
-    recipe=
-    [[ $argument != --config=* ]] || recipe=${argument#*=}
-    [ "$previous" != --config ] || recipe=$argument
-    previous=$argument
-    [[ $recipe != *.py* || $recipe =~ ^(\./)?configs/ ]] ||
-      misuse "--config $recipe: only the recipes in configs/ are installed on the workers; move it there, and set them up again"
-  done
+  local recipe
+  recipe=$(value_of --config "$@")
+  [[ $recipe != *.py* || $recipe =~ ^(\./)?configs/ ]] ||
+    misuse "--config $recipe: only the recipes in configs/ are installed on the workers; move it there, and set them up again"
 }
 
 # Prints running, finished, failed (status 1 on all workers), or what became of the job on the workers.

@@ -32,12 +32,11 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     config = runs.from_recipe(arguments, overrides)
     info = datasets.describe(config.dataset)
     output = arguments.output or runs.workdir_of(arguments, config.name) / "check"
-    problems, pictures, palettes_found, opened = [], {}, [], list[Any]()
+    surveys, problems, pictures = [], [], {}
     training = list(sources.training_parts(config.dataset))
     parts = training.copy()
     if config.eval.split != config.dataset.train_split:
         parts.append((config.dataset, config.eval.split))
-    moments = np.zeros((3, config.model.channels))
     for number, (dataset, split) in enumerate(parts):
         is_measured = arguments.write_statistics and number < len(training)
         try:
@@ -45,19 +44,18 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         except UserError as error:  # the other splits are still checked
             problems.append(str(error))
             continue
+        surveys.append(found)
         problems += found.problems
-        moments += found.moments
-        palettes_found.append(found.palette)
-        opened.append(found.source)
         logger.info(found)
         rich.print(found.table(info))
         name = split if dataset is config.dataset else f"mixture{number}_{split}"
         if examples := survey.samples(found, PANELS):
             pictures[f"{name}_images.png"] = draw.contact_sheet(examples, info)
             pictures[f"{name}_classes.png"] = figures.class_frequencies(found.pixels, info)
+    opened, seen = [found.source for found in surveys], [found.palette for found in surveys]
     if len(opened) == len(parts):
         overlap.warn_shared(opened[: len(training)], opened[-1] if len(parts) > len(training) else opened[0])
-    for step in (lambda: _write_pictures(pictures, output, opened), lambda: palettes.require_agreement(palettes_found)):
+    for step in (lambda: _write_pictures(pictures, output, opened), lambda: palettes.require_agreement(seen)):
         try:
             step()
         except UserError as error:
@@ -65,7 +63,7 @@ def check(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if problems:
         raise UserError("\n".join((*grouped(problems), f"{len(problems)} problem(s) found")))
     if arguments.write_statistics:
-        _write_statistics(moments, output / "statistics.json")
+        _write_statistics(np.sum([found.moments for found in surveys], 0), output / "statistics.json")
 
 
 def _write_statistics(moments: np.ndarray, path: epath.Path) -> None:
@@ -73,8 +71,8 @@ def _write_statistics(moments: np.ndarray, path: epath.Path) -> None:
     count, total, squares = moments
     found = {"mean": total / count, "std": np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0))}
     values = {name: [float(f"{value:.6g}") for value in channels] for name, channels in found.items()}
-    with files.writing(path.parent, "the statistics are missing"), files.atomic(path) as temporary:
-        temporary.write_text(json.dumps({"pixels": int(count[0]), **values}) + "\n")
+    with files.writing(path.parent, "the statistics are missing"):
+        files.write_atomic(path, json.dumps({"pixels": int(count[0]), **values}) + "\n")
     lines = "\n".join(f"config.normalize.{name} = {tuple(channels)}" for name, channels in values.items())
     logger.info(f"written to {path}; for the recipe:\n{lines}")
 

@@ -15,19 +15,12 @@ BY_HAND = "pass --coordinator HOST:PORT, --processes N and --process_id I, or --
 
 
 class Place(NamedTuple):
-    """The place of this process in its job.
+    """The place of this process in its job."""
 
-    Attributes:
-      coordinator: HOST:PORT, where the first process can be reached.
-      processes: number of processes of the job.
-      process_id: number of this process, from 0.
-      local_id: number of this process on its machine, if the cluster starts several on each; otherwise None.
-    """
-
-    coordinator: str
-    processes: int
-    process_id: int
-    local_id: int | None = None
+    coordinator: str  # HOST:PORT, where the first process can be reached
+    processes: int  # number of processes of the job
+    process_id: int  # number of this process, from 0
+    local_id: int | None = None  # number of this process on its machine, if the cluster starts several on each
 
 
 def find_place(
@@ -37,12 +30,7 @@ def find_place(
 
     What is not given is taken from the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and
     what they do not set, from the cluster: a TPU pod or several slices, SLURM, Open MPI, or an indexed Kubernetes job (JobSet).
-
-    Args:
-      coordinator: HOST:PORT of the first process.
-      processes: number of processes of the job.
-      process_id: number of this process, from 0.
-      timeout: how long to wait until the first TPU host has a name, in seconds.
+    It waits up to `timeout` seconds until the first TPU host has a name.
 
     Raises:
       UserError: a value is missing or wrong, or the cluster does not reveal it.
@@ -83,12 +71,7 @@ def find_place(
 
 
 def local_devices(place: Place, hosts: list[str]) -> list[int] | None:
-    """Returns the GPU of a process that shares its machine and its GPUs with others; None means all that it sees.
-
-    Args:
-      place: the process's place.
-      hosts: machines of all processes.
-    """
+    """Returns the GPU of a process that shares its machine and GPUs with others, given all hosts; None: all that it sees."""
     shares_machine = hosts.count(hosts[place.process_id]) > 1
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     sees_one_gpu = bool(visible) and "," not in visible  # as with srun's --gpus-per-task=1

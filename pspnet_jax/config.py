@@ -247,7 +247,7 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
     Raises:
       UserError: a field does not exist, or a value has the wrong type.
     """
-    known, given = [field for field, _ in leaves(config)], _by_field(arguments)
+    known, given = [field for field, _ in leaves(config)], by_field(arguments)
     for field in given:
         if field not in known:
             close = difflib.get_close_matches(field, known, n=3)
@@ -270,7 +270,7 @@ UNKNOWN_ARGUMENT = (
 )
 
 
-def _by_field(arguments: Sequence[str]) -> dict[str, list[str]]:
+def by_field(arguments: Sequence[str]) -> dict[str, list[str]]:
     """Groups arguments by the field they set; later arguments replace earlier ones."""
     groups: dict[str, list[str]] = {}
     group: list[str] = []
@@ -325,11 +325,7 @@ def from_dict(saved: Mapping[str, Any]) -> ConfigDict:
 
 
 def read(path: epath.Path) -> ConfigDict:
-    """Reads a run's config.json.
-
-    Raises:
-      UserError: the file is missing or damaged.
-    """
+    """Reads a run's config.json; raises UserError if it is missing or damaged."""
     try:
         return from_dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:

@@ -62,8 +62,8 @@ def describe(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if len(entries) > ROWS:
         table.add_row("labels", f"{len(entries) - ROWS} more", "see the recipe")
     rich.print(table)
-    with files.writing(recipe, "choose another --output"), files.atomic(recipe) as temporary:
-        temporary.write_text(text)
+    with files.writing(recipe, "choose another --output"):
+        files.write_atomic(recipe, text)
     logger.info(f"the recipe is {recipe}; check the lines with GUESS, then run python -m pspnet_jax.main --config {recipe}")
     config = configs.load_recipe(str(recipe))
     try:

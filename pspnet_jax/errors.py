@@ -2,8 +2,9 @@
 
 import collections
 import errno
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 ADVICE = {
     errno.ENOSPC: "free some space, or choose another place",
@@ -82,6 +83,20 @@ def grouped(sentences: Iterable[str]) -> list[str]:
     return [s if counts[fault] == 1 else f"{s} (and in {counts[fault] - 1} more files)" for fault, s in first.items()]
 
 
+def listed(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
+    """Returns the first names, and the number of the others."""
+    return separator.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an exception and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an exception's message, of at most 300 characters, or its type if it has no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """Returns the first line of an exception's message, or its type; without tensorstore's details and a long line's middle."""
+    text = re.split(r"\n| \[(?:tensorstore_spec|source locations|os_error_code)", str(error).strip())[0]
+    line = text or type(error).__name__
+    return line if len(line) <= 300 else f"{line[:150]} ... {line[-150:]}"

@@ -36,9 +36,7 @@ def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str]) -> Image.Im
 def learning_curves(lines: Sequence[Mapping[str, Any]], best_metric: str) -> Image.Image:
     """Returns a picture of the losses, the learning rate, mean IoU and the metric that selects the best checkpoint, by step.
 
-    Args:
-      lines: those of metrics.jsonl, in which the metrics of classes have names like "iou/road" (see `logs.numbers_in`).
-      best_metric: config.eval.best_metric.
+    In the lines of metrics.jsonl, the metrics of classes have names like "iou/road" (see `logs.numbers_in`).
     """
     curves = dict.fromkeys((line["kind"], name) for line in lines for name in line)
     chosen = {
@@ -64,10 +62,8 @@ def learning_curves(lines: Sequence[Mapping[str, Any]], best_metric: str) -> Ima
 def ablation(tables: Mapping[str, Sequence[tuple[str, float | None, Sequence[float]]]]) -> Image.Image:
     """Returns a picture of published scores beside measured ones, with the rank of each row.
 
-    Args:
-      tables: rows by the name of their table, or by the path of its file: (name, published score or None, one measured score
-        for each run), in percent. The measured ones are drawn as points, and their mean and standard deviation (that of the
-        sample) as a bar.
+    A row is (name, published score or None, one measured score for each run), in percent; rows are given by the name of their
+    table, or the path of its file. Measured ones are points; their mean and standard deviation (that of the sample) is a bar.
     """
     heights = [1.2 + 0.35 * len(rows) for rows in tables.values()]
     figure, canvas = _canvas(9, sum(heights))
@@ -94,12 +90,7 @@ def ablation(tables: Mapping[str, Sequence[tuple[str, float | None, Sequence[flo
 
 
 def class_frequencies(pixels: np.ndarray, info: DatasetInfo) -> Image.Image:
-    """Returns a bar chart of each class's share of the labeled pixels, on a logarithmic axis, most frequent first.
-
-    Args:
-      pixels: int[K], number of pixels of each class.
-      info: class names and colors.
-    """
+    """Returns a bar chart of each class's share of the labeled pixels int[K], on a logarithmic axis, most frequent first."""
     order = np.argsort(-pixels, kind="stable")
     shares = pixels[order] / max(1, pixels.sum())
     figure, canvas = _canvas(8, 1 + 0.2 * len(order))

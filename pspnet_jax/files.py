@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from pspnet_jax.errors import MissingFileError, UserError, first_line
+from pspnet_jax.errors import MissingFileError, UserError, causes, first_line
 
 # Storage errors that the user can fix; libraries quote their texts in exceptions of their own.
 _FULL_OR_CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -54,7 +54,7 @@ def user_path(path: epath.PathLike) -> epath.Path:
       UserError: the bucket cannot be read, or orbax's client for it is not installed.
     """
     found = absolute(path)
-    if not os.fspath(found).startswith("gs://"):
+    if not is_remote(found):
         return found
     bucket = "/".join(os.fspath(found).split("/")[:3])
     try:
@@ -79,11 +79,7 @@ def user_cache() -> pathlib.Path:
 
 
 def is_there(path: epath.PathLike) -> bool:
-    """Returns whether the path exists. Unlike `exists`, it does not return False when storage is unavailable.
-
-    Raises:
-      OSError: storage is unavailable.
-    """
+    """Returns whether the path exists. Unlike `exists`, it raises OSError if storage is unavailable."""
     if is_remote(path):
         return epath.Path(path).exists()
     try:
@@ -115,12 +111,14 @@ def atomic(path: epath.PathLike) -> Iterator[epath.Path]:
             temporary.unlink(missing_ok=True)
 
 
-def require_new_folder(path: epath.PathLike, replaces: str = "") -> None:
-    """Checks that `new_folder` can create a folder.
+def write_atomic(path: epath.PathLike, content: str | bytes) -> None:
+    """Writes a file, see `atomic`."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(content) if isinstance(content, bytes) else temporary.write_text(content)
 
-    Raises:
-      UserError: `path` exists (and is not to be replaced) or is in a bucket.
-    """
+
+def require_new_folder(path: epath.PathLike, replaces: str = "") -> None:
+    """Raises UserError if `new_folder` cannot create `path`: it exists and is not to be replaced, or is in a bucket."""
     if is_remote(path):
         raise UserError(f"{os.fspath(path)}: directories are only written locally; copy it to the bucket afterwards")
     if is_there(path) and not (replaces and is_there(epath.Path(path) / replaces)):
@@ -131,9 +129,7 @@ def require_new_folder(path: epath.PathLike, replaces: str = "") -> None:
 def new_folder(path: epath.PathLike, replaces: str = "") -> Iterator[pathlib.Path]:
     """Yields a temporary directory beside `path`, and renames it to `path` if the block succeeds.
 
-    Args:
-      path: of the directory.
-      replaces: name of a file; an existing directory that contains it is replaced.
+    An existing directory is replaced if it contains the file `replaces`.
 
     Raises:
       UserError: `path` exists (and is not to be replaced), is in a bucket or cannot be written.
@@ -155,12 +151,11 @@ def new_folder(path: epath.PathLike, replaces: str = "") -> Iterator[pathlib.Pat
 
 def storage_error(error: BaseException | None) -> str | None:
     """Returns the storage error in an exception or its causes, such as "No space left on device", or None."""
-    while error is not None:
-        if isinstance(error, OSError) and (error.strerror or type(error) is not OSError):
-            return error.strerror or str(error)
-        if found := re.search(_REPORTS, str(error)):
+    for cause in causes(error):
+        if isinstance(cause, OSError) and (cause.strerror or type(cause) is not OSError):
+            return cause.strerror or str(cause)
+        if found := re.search(_REPORTS, str(cause)):
             return found[0]
-        error = error.__cause__ or error.__context__
     return None
 
 

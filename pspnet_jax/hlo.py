@@ -3,18 +3,16 @@
 All are counted as they are executed: a loop as often as it runs, and of a conditional, the branch with the fewest instructions.
 """
 
-import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\](\{[^{}]*\})?")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
-_BITS = re.compile(r"[0-9]+")
 # These move nothing themselves: they name a value, or end what another instruction began.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "iota"}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -83,7 +81,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _array(kind: str, dimensions: str, layout: str) -> Array:
-    bits = 8 if kind == "pred" else int(found[0]) if (found := _BITS.search(kind)) else 0
+    bits = 8 if kind == "pred" else int(found[0]) if (found := re.search("[0-9]+", kind)) else 0
     shape = tuple(int(n) for n in dimensions.split(",") if n)
     return Array(shape, math.prod(shape) * bits // 8, "S(1)" not in layout)
 
@@ -149,28 +147,19 @@ def _convolution_flops(computation: Computation, convolution: Instruction) -> in
     assert labels, "a convolution names its dimensions"
     of_image, of_kernel, of_result = labels.groups()
     products = result[of_result.index("b")] * result[of_result.index("f")] * kernel[of_kernel.index("i")]
+    window = convolution.text.partition("window={")[2].partition("}")[0]  # such as size=3x3 pad=1_1x0_0
     for axis, label in enumerate(filter(str.isdigit, of_image)):
-        products *= _products(
-            image[of_image.index(label)],
-            kernel[of_kernel.index(label)],
-            result[of_result.index(label)],
-            functools.partial(_window, convolution.text, axis),
-        )
+        sizes = image[of_image.index(label)], kernel[of_kernel.index(label)], result[of_result.index(label)]
+        products *= _products(*sizes, {name: values.split("x")[axis] for name, values in re.findall(r"(\w+)=(\S+)", window)})
     return 2 * products
 
 
-def _products(image: int, kernel: int, result: int, window: Callable[..., list[int]]) -> int:
+def _products(image: int, kernel: int, result: int, window: Mapping[str, str]) -> int:
     """Counts the pairs of a kernel's element and a pixel that a convolution multiplies along one axis."""
-    [stride], [image_dilation], [kernel_dilation] = window("stride", "1"), window("lhs_dilate", "1"), window("rhs_dilate", "1")
-    padding = window("pad", "0_0")[0]
+    stride, image_dilation, kernel_dilation = (int(window.get(name, 1)) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+    padding = int(window.get("pad", "0_0").partition("_")[0])
     position = np.arange(result)[:, None] * stride + np.arange(kernel) * kernel_dilation - padding
     return int(((position >= 0) & (position <= (image - 1) * image_dilation) & (position % image_dilation == 0)).sum())
-
-
-def _window(text: str, axis: int, name: str, default: str) -> list[int]:
-    """Returns what a convolution's window, such as {size=3x3 pad=1_1x0_0}, says about an axis."""
-    found = re.search(rf"window=\{{[^}}]*\b{name}=([-\dx_]+)", text)
-    return [int(n) for n in (found[1].split("x")[axis] if found else default).split("_")]
 
 
 def _moved(computations: dict[str, Computation], computation: Computation, instruction: Instruction) -> int:
@@ -182,7 +171,7 @@ def _moved(computations: dict[str, Computation], computation: Computation, instr
     read = sum(array.bytes for arrays in operands for array in arrays if array.in_hbm)
     written = sum(array.bytes for array in instruction.arrays if array.in_hbm)
     if opcode == "fusion":
-        return read + written - _untouched(computations[instruction.called("calls")], operands, instruction)
+        return read + written - _untouched(computations[instruction.called("calls")], operands)
     if opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * written
     if opcode == "dynamic-update-slice":
@@ -198,14 +187,15 @@ def _trips(computations: dict[str, Computation], loop: Instruction) -> int:
     return max((int(found[1]) for found in constants if found), default=1)
 
 
-def _untouched(fused: Computation, operands: list[list[Array]], instruction: Instruction) -> int:
+def _untouched(fused: Computation, operands: list[list[Array]]) -> int:
     """Returns the bytes of operands and of the result that a fusion passes by, because it reads or updates only slices."""
     uses: dict[str, list[Instruction]] = {}
     for inner in fused.values():
         for operand in inner.operands:
             uses.setdefault(operand, []).append(inner)
     untouched = 0
-    parameters = sorted((p for p in fused.values() if p.opcode == "parameter"), key=_parameter_number)
+    parameters = [instruction for instruction in fused.values() if instruction.opcode == "parameter"]
+    parameters.sort(key=lambda parameter: int(parameter.text.removeprefix("parameter(").partition(")")[0]))
     for parameter, arrays in zip(parameters, operands, strict=False):
         users = list(_through_bitcasts(parameter.name, uses))
         if not users or not arrays[0].in_hbm:
@@ -217,11 +207,6 @@ def _untouched(fused: Computation, operands: list[list[Array]], instruction: Ins
             untouched += arrays[0].bytes  # the buffer is updated in place and not read
             untouched += max(arrays[0].bytes - update, 0)  # and written only where it is updated
     return untouched
-
-
-def _parameter_number(parameter: Instruction) -> int:
-    found = re.search(r"parameter\((\d+)\)", parameter.text)
-    return int(found[1]) if found else 0
 
 
 def _through_bitcasts(name: str, uses: dict[str, list[Instruction]]) -> Iterator[Instruction]:

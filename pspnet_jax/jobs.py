@@ -66,10 +66,7 @@ def train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 def train_run(config: ConfigDict, workdir: epath.Path, traced: tuple[int, int] | None = None) -> list[Report]:
     """Trains a config that `runs.prepare` has prepared, or resumes its run, and returns the reports of its evaluations.
 
-    Args:
-      config: fields of its dataset and loss are filled in.
-      workdir: directory of the run.
-      traced: first step to trace with JAX's profiler, and the number of steps.
+    Fields of its dataset and loss are filled in. `traced` is the first step to trace with JAX's profiler, and their number.
     """
     from pspnet_jax.data import overlap, palettes, pipeline, sources  # imports TensorFlow, as does clu.metric_writers after it
     from pspnet_jax.train import loop, profile
@@ -81,7 +78,7 @@ def train_run(config: ConfigDict, workdir: epath.Path, traced: tuple[int, int] |
         tracking.require(config.track)
         if config.init_from:
             runs.check_init_from(config, workdir)
-        elif not checkpoint.exists(workdir):
+        elif not checkpoint.saved_steps(workdir):
             runs.warn_of_random_weights(config)
     parallel.require_same(runs.comparable(config))
     validation_source = sources.open_source(config.dataset, config.eval.split, channels=config.model.channels)
@@ -156,10 +153,9 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         with contextlib.suppress(OSError):  # the reader of the pipe is gone, as after `| head -1`
             rich.print(report.table())
             print(f"{report}, step {step} of {workdir}", flush=True)
-        roots = {field: config.dataset[field] for field in ("root", "extra_root")}
-        fields = {"model": config.model.to_dict(), "normalize": config.normalize.to_dict()}
-        origin = {"step": step, "checkpoint": str(workdir), **roots, "tfds_name": config.dataset.tfds_name, **fields}
-        origin["data"] = source.fingerprint
+        origin = {"step": step, "checkpoint": str(workdir)}
+        origin |= {field: config.dataset[field] for field in ("root", "extra_root", "tfds_name")}
+        origin |= {field: config[field].to_dict() for field in ("model", "normalize")} | {"data": source.fingerprint}
         path = report.save(workdir / "evaluation", origin)
         picture = figures.confusion_matrix(report.matrix, report.info.class_names)
         draw.save(picture, path.with_name(f"{path.stem}_confusion.png"))
@@ -257,8 +253,7 @@ def _write_preflight(rows: Sequence[Any], name: str, output: epath.Path) -> None
     from pspnet_jax.deploy import preflight_report
 
     with files.writing(output, "the results are missing"):
-        with files.atomic(output / "preflight.json") as path:
-            path.write_text(json.dumps([row.to_json() for row in rows], indent=1) + "\n")
+        files.write_atomic(output / "preflight.json", json.dumps([row.to_json() for row in rows], indent=1) + "\n")
         with files.atomic(output / "preflight.png") as path, path.open("wb") as file:
             preflight_report.plot(rows, name).savefig(file, dpi=100)
 

@@ -21,7 +21,7 @@ import jax
 from etils import epath
 
 from pspnet_jax import files, parallel
-from pspnet_jax.errors import UserError
+from pspnet_jax.errors import UserError, listed
 
 logger = logging.getLogger(__name__)
 HEARTBEAT = 10.0  # seconds between two updates of the lock file's time
@@ -65,13 +65,10 @@ def locked(directory: epath.Path) -> Iterator[None]:
 
 
 def _require_shared(directory: epath.Path) -> None:
-    """Checks that all processes of this job see the same directory.
+    """Raises UserError unless all processes of this job see the same directory.
 
     Each host could have a directory of this name, with the same files or none. So the first process writes a file with a random
     name, which the others have to find.
-
-    Raises:
-      UserError: a process does not find it.
     """
     if jax.process_count() == 1:
         return
@@ -87,10 +84,9 @@ def _require_shared(directory: epath.Path) -> None:
             with contextlib.suppress(OSError):
                 token.unlink(missing_ok=True)
     if lacking := [name for name, sees in found.items() if not sees]:
-        more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
         raise UserError(
-            f"{directory}: {lacking[0]}{more} cannot see a file that {next(iter(found))} has written there; all hosts have to "
-            "share this directory, so choose one in a bucket (gs://...) or on a shared file system"
+            f"{directory}: {listed(lacking, 1)} cannot see a file that {next(iter(found))} has written there; all hosts have "
+            "to share this directory, so choose one in a bucket (gs://...) or on a shared file system"
         )
 
 
@@ -141,8 +137,7 @@ def _try_flock(descriptor: int) -> bool | None:
 def _read_owner(descriptor: int, path: str) -> dict[str, object]:
     """Returns the owner's host, process id and start time; empty if the file is new or lost its content.
 
-    Raises:
-      UserError: the file is something else, which a lock would overwrite.
+    Raises UserError if the file is something else, which a lock would overwrite.
     """
     content = os.pread(descriptor, 10_000, 0)
     if not content.strip(b"\0"):  # zeros: after a power failure

@@ -91,10 +91,7 @@ SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {  # for the weig
 def pixel_cross_entropy(logits: Logits, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """Cross-entropy of each pixel, 0 where the label is 255: f32[N, H, W, K], uint8[N, H, W] -> f32[N, H, W].
 
-    Args:
-      logits: scores of the K classes.
-      labels: 0..K-1, or 255.
-      smoothing: share of each target that is distributed over all K classes (Szegedy et al. 2016, section 7).
+    `smoothing` is the share of each target that is distributed over all K classes (Szegedy et al. 2016, section 7).
     """
 
     def of_rows(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -177,10 +174,8 @@ LOSSES: dict[str, Callable[[Logits, jax.Array, ConfigDict], tuple[jax.Array, jax
 def class_weights(how: str, pixels: np.ndarray, image_pixels: np.ndarray) -> tuple[float, ...]:
     """Weights of the K classes from their frequencies in the training data; 0 for a class without pixels.
 
-    Args:
-      how: a key of WEIGHTINGS.
-      pixels: int64[K], number of pixels of each class.
-      image_pixels: int64[K], number of labeled pixels in the images that contain the class.
+    `how` is a key of WEIGHTINGS; `pixels`, int64[K], are those of each class, and `image_pixels`, int64[K], the labeled pixels
+    of the images that contain it.
     """
     frequencies, middle = WEIGHTINGS[how](pixels, image_pixels)
     return tuple(float(middle(frequencies[pixels > 0]) / f) if f > 0 else 0.0 for f in frequencies)

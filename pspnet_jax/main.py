@@ -227,11 +227,7 @@ def _start_processes(arguments: argparse.Namespace) -> None:
 
 
 def _start_jax() -> None:
-    """Makes JAX find its devices before anything else happens, to report a failure in one sentence.
-
-    Raises:
-      UserError: JAX finds no device of JAX_PLATFORMS.
-    """
+    """Makes JAX find its devices before anything else happens. Raises UserError if it finds none of JAX_PLATFORMS."""
     if jax.config.read("jax_enable_x64"):
         logger.warning("JAX_ENABLE_X64 is set; this program computes in float32 and int32, so it is turned off")
         jax.config.update("jax_enable_x64", False)

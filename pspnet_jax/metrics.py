@@ -14,41 +14,25 @@ from pspnet_jax.models import CoarseLogits, by_rows
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """Fractions from 0 to 1; NaN where the denominator is 0.
-
-    Attributes:
-      mean_iou, mean_accuracy, mean_precision, mean_f1: means over the classes that have a value.
-      pixel_accuracy: share of the labeled pixels that are correct.
-      iou: float64[K], intersection / union of each class; NaN if it is neither in the truth nor predicted.
-      accuracy: float64[K], share of the pixels of each class that are correct, its recall; NaN if it is not in the truth.
-      precision: float64[K], share of the pixels predicted as each class that are correct; NaN if it is not predicted.
-      f1: float64[K], harmonic mean of precision and recall, which is the Dice coefficient; NaN where `iou` is.
-    """
+    """Fractions from 0 to 1; NaN where the denominator is 0. The first four are means over the classes that have a value."""
 
     mean_iou: float
     mean_accuracy: float
     mean_precision: float
     mean_f1: float
-    pixel_accuracy: float
-    iou: np.ndarray
-    accuracy: np.ndarray
-    precision: np.ndarray
-    f1: np.ndarray
+    pixel_accuracy: float  # share of the labeled pixels that are correct
+    iou: np.ndarray  # float64[K], intersection / union of each class; NaN if it is neither in the truth nor predicted
+    accuracy: np.ndarray  # float64[K], share of the pixels of each class that are correct, its recall; NaN if not in the truth
+    precision: np.ndarray  # float64[K], share of the pixels predicted as each class that are correct; NaN if not predicted
+    f1: np.ndarray  # float64[K], harmonic mean of precision and recall, the Dice coefficient; NaN where `iou` is
 
 
 def confusion_matrix(labels: jax.Array, predictions: jax.Array, num_classes: int) -> jax.Array:
-    """Counts pixels by truth (row) and prediction (column).
+    """Counts the pixels of labels [...] and predictions [...] by truth (row) and prediction (column): int32[K, K].
 
-    Pixels whose label is num_classes or more, such as 255, are ignored. In a sharded batch, each device counts its own
-    pixels, and only the matrices are summed. Exact up to 2^31 - 1 pixels: sum several batches on the host, in int64.
-
-    Args:
-      labels: unsigned or non-negative integers [...].
-      predictions: integers 0..K-1, of the same shape.
-      num_classes: K.
-
-    Returns:
-      int32[K, K].
+    Predictions are 0 to K-1. Pixels whose label is K (num_classes) or more, such as 255, are ignored. In a sharded batch, each
+    device counts its own pixels, and only the matrices are summed. Exact up to 2^31 - 1 pixels: sum several batches on the
+    host, in int64.
     """
     count = functools.partial(_count_by_products, num_classes=num_classes)
     bincount = functools.partial(_count_by_bincount, num_classes=num_classes)
@@ -89,20 +73,16 @@ def summarize(matrix: np.ndarray | jax.Array) -> Metrics:
     counts = np.asarray(matrix, np.float64)
     correct, truth, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
     wholes = truth + predicted - correct, truth, predicted, (truth + predicted) / 2
-    iou, accuracy, precision, f1 = (_ratio(correct, whole) for whole in wholes)
+    iou, accuracy, precision, f1 = (ratio(correct, whole) for whole in wholes)
     means = _mean(iou), _mean(accuracy), _mean(precision), _mean(f1)
-    return Metrics(*means, float(_ratio(correct.sum(), counts.sum())), iou, accuracy, precision, f1)
+    return Metrics(*means, float(ratio(correct.sum(), counts.sum())), iou, accuracy, precision, f1)
 
 
 @flax.struct.dataclass
 class MeanIoU(Metric):
-    """Mean IoU of the training batches that were counted, for `fit`; 0 if no pixel was labeled.
+    """Mean IoU of the training batches that were counted, for `fit`; 0 if no pixel was labeled."""
 
-    Attributes:
-      matrix: f32[K, K], a confusion matrix; counts above 2^24 per cell are rounded.
-    """
-
-    matrix: jax.Array
+    matrix: jax.Array  # f32[K, K], a confusion matrix; counts above 2^24 per cell are rounded
 
     @classmethod
     def from_logits(cls, logits: jax.Array | CoarseLogits, labels: jax.Array, counted: jax.Array | bool = True) -> "MeanIoU":
@@ -122,7 +102,8 @@ class MeanIoU(Metric):
         return float(np.nan_to_num(summarize(self.matrix).mean_iou))
 
 
-def _ratio(part: np.ndarray | np.number, whole: np.ndarray | np.number) -> np.ndarray:
+def ratio(part: np.ndarray | np.number, whole: np.ndarray | np.number) -> np.ndarray:
+    """Returns the quotient of floats, NaN where the whole is 0."""
     return np.divide(part, whole, out=np.full_like(whole, np.nan), where=whole > 0)
 
 

@@ -4,6 +4,7 @@ The settings follow Zhao et al. 2017, section 5.1. Values that differ between pa
 pairs over paths such as "backbone/stem_conv1/bn/scale". The first pattern that matches the whole path decides.
 """
 
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,15 +22,10 @@ Rules = Sequence[tuple[str, float]]
 
 
 class Optimizer(NamedTuple):
-    """An optimizer for `fit`.
+    """An optimizer for `fit`."""
 
-    Attributes:
-      transformation: turns gradients into updates.
-      schedules: functions of the step, whose values are logged under these names.
-    """
-
-    transformation: optax.GradientTransformation
-    schedules: Mapping[str, optax.Schedule]
+    transformation: optax.GradientTransformation  # turns gradients into updates
+    schedules: Mapping[str, optax.Schedule]  # functions of the step, whose values are logged under these names
 
 
 def build(optimizer: ConfigDict, total_steps: int) -> Optimizer:
@@ -74,11 +70,7 @@ def decay_rules(optimizer: ConfigDict) -> Rules:
 
 
 def by_path(rules: Rules, params: Any) -> Any:
-    """Returns a tree like `params` with the value that the rules give each parameter.
-
-    Raises:
-      UserError: a parameter matches no rule.
-    """
+    """Returns a tree like `params` with the value that the rules give each parameter; raises UserError if they give none."""
 
     def value(path: tuple[Any, ...], _: Any) -> float:
         name = "/".join(path)
@@ -93,10 +85,7 @@ def by_path(rules: Rules, params: Any) -> Any:
 def scale_by_rules(rules: Rules) -> optax.GradientTransformation:
     """Multiplies each parameter's update by the value of its rule."""
 
-    def scale(updates: optax.Updates, params: optax.Params | None = None) -> optax.Updates:
-        return jax.tree.map(lambda factor, update: factor * update, by_path(rules, updates), updates)
-
-    return optax.stateless(scale)
+    return optax.stateless(lambda updates, _: jax.tree.map(operator.mul, by_path(rules, updates), updates))
 
 
 def add_decay(optimizer: ConfigDict) -> optax.GradientTransformation:

@@ -93,11 +93,7 @@ def max_over_processes(number: int) -> int:
 
 
 def require_same(values: Mapping[str, object]) -> None:
-    """Checks that all processes of this job have the same values by name. All processes have to call it.
-
-    Raises:
-      UserError: a process differs from the first; says in what.
-    """
+    """Raises UserError unless all processes of this job, which all have to call it, have the same values by name."""
     texts = exchange({name: _short(repr(value)) for name, value in values.items()})
     if differences := rendezvous.describe_differences(texts):
         raise UserError(f"{differences}; start the same command, with the same files, on every host")
@@ -144,11 +140,7 @@ def make_mesh(devices: Iterable[jax.Device] | None = None, spatial: int = 1) -> 
     """Returns a mesh with axes ("data", "spatial") over the given devices, or over all devices of the job.
 
     Devices are ordered by process, so that an example's position in the batch does not depend on the network topology, and the
-    devices that share an image are neighbors.
-
-    Args:
-      devices: a multiple of `spatial`.
-      spatial: number of devices that share each image.
+    `spatial` devices that share an image are neighbors.
     """
     ordered = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(ordered).reshape(-1, spatial), ("data", "spatial"), axis_types=(AxisType.Auto, AxisType.Auto))

@@ -19,6 +19,7 @@ from typing import NoReturn
 import jax
 
 from pspnet_jax import peer_report
+from pspnet_jax.errors import causes
 
 HEARTBEAT_TIMEOUT = 20  # seconds without a heartbeat after which a process counts as gone; JAX's default is 100
 SHUTDOWN_TIMEOUT = 24 * 3600  # seconds that a process waits for the others at its end, unless they are gone
@@ -55,7 +56,8 @@ def run(main: Callable[[], int]) -> NoReturn:
     except Exception as error:
         if not jax.distributed.is_initialized():
             raise
-        if _may_be_lost_peer(error):
+        # Errors of JAX and of collective operations have a status code.
+        if any(re.match(r"[A-Z_]{6,}: ", str(cause)) for cause in causes(error)):
             time.sleep(HEARTBEAT_TIMEOUT + GRACE)  # JAX ends this process first if another one is gone
         traceback.print_exc()
         status = 1
@@ -67,12 +69,3 @@ def run(main: Callable[[], int]) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
-
-
-def _may_be_lost_peer(error: BaseException | None) -> bool:
-    """Returns whether an exception or one of its causes has a status code, as those of JAX and of collective operations do."""
-    while error is not None:
-        if re.match(r"[A-Z_]{6,}: ", str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

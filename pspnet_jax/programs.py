@@ -1,5 +1,6 @@
 """Compiled programs: the options that they are compiled with, and the directory that keeps them for later runs."""
 
+import contextlib
 import functools
 import glob
 import importlib.util
@@ -55,11 +56,9 @@ def keep() -> None:
     programs = files.user_cache() / f"{zlib.crc32(features.encode()):08x}"
     if not programs.is_absolute():  # no home directory is known
         return
-    try:
+    with contextlib.suppress(OSError):
         programs.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return
-    if not os.access(programs, os.W_OK):
+    if not (programs.is_dir() and os.access(programs, os.W_OK)):
         return
     jax.config.update("jax_compilation_cache_dir", str(programs))
     jax.config.update("jax_compilation_cache_max_size", 2**32)  # 4 GiB; beyond it, the programs used least recently are removed

@@ -6,7 +6,6 @@ others, on the port that JAX will use next, which is therefore known to be reach
 """
 
 import contextlib
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -38,10 +37,7 @@ CAUSES = (
 def meet(place: Place, about: Mapping[str, str], timeout: float) -> list[str]:
     """Waits until all processes of the job are there, and returns their hosts. Every process has to call it.
 
-    Args:
-      place: the place of this process.
-      about: what has to be the same in all processes, such as the version of the code; short texts by name.
-      timeout: in seconds.
+    `about` is what has to be the same in all processes, such as the version of the code: short texts by name.
 
     Raises:
       UserError: processes are missing after the timeout, or differ; the message is the same in all that have come.
@@ -56,8 +52,7 @@ def meet(place: Place, about: Mapping[str, str], timeout: float) -> list[str]:
 def describe_differences(values: Mapping[str, Mapping[str, str]]) -> str:
     """Describes how the first process that differs from process 0 does so, and counts the others; "" if all are the same.
 
-    Args:
-      values: texts by name, keyed by the names of the processes.
+    The values are texts by name, keyed by the names of the processes.
     """
     (name, first), *_ = values.items()
     differing = {other: texts for other, texts in values.items() if texts != first}
@@ -73,7 +68,6 @@ def describe_differences(values: Mapping[str, Mapping[str, str]]) -> str:
     return f"{other} differs from {name}: {'; '.join(listed)}"
 
 
-@functools.cache
 def code_version() -> dict[str, str]:
     """Returns the versions of JAX and Flax, and the version of this package with a digest of its files."""
     root = pathlib.Path(pspnet_jax.__file__).parent

@@ -73,10 +73,10 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Returns plain values; undefined fractions of a class are None."""
         metrics = self.metrics
-        columns = {name: map(_or_none, getattr(metrics, name)) for name in OF_A_CLASS}
+        columns = {name: map(or_none, getattr(metrics, name)) for name in OF_A_CLASS}
         rows = zip(self.info.class_names, *columns.values(), self.pixels.tolist(), strict=True)
         return {
-            **{name: _or_none(getattr(metrics, name)) for name in OF_ALL_CLASSES},
+            **{name: or_none(getattr(metrics, name)) for name in OF_ALL_CLASSES},
             "classes_in_mean_iou": _present(metrics.iou),
             "classes_in_mean_accuracy": _present(metrics.accuracy),
             "dataset": self.info.name,
@@ -95,26 +95,20 @@ class Report:
         return text.getvalue()
 
     def save(self, folder: epath.PathLike, origin: Mapping[str, Any]) -> epath.Path:
-        """Writes `to_json` and the origin to a file, and returns its path.
-
-        The confusion matrix is written beside it, to a file whose name ends in _confusion.csv.
+        """Writes `to_json` and the origin to a file in the folder, which is created if missing, and returns its path.
 
         The name is like "voc2012_val_step30000_base_size512_crop473-473_flipTrue_windows_semseg_scales1.0_..._DIGEST.json",
-        shortened if necessary. The digest covers everything on which the score depends.
-
-        Args:
-          folder: created if missing.
-          origin: what was scored, as plain values: step, checkpoint, root and so on.
+        shortened if necessary. The digest covers everything on which the score depends. The confusion matrix is written beside
+        it, to a file whose name ends in _confusion.csv. The origin is what was scored, as plain values, such as the step.
 
         Raises:
           UserError: the file cannot be written.
         """
 
         def word(name: str, value: Any) -> str:
-            value = (
-                value if isinstance(value, str) else name + "-".join(map(str, value if isinstance(value, list) else [value]))
-            )
-            return re.sub(r"[^\w.]+", "-", value).strip("-")
+            values = value if isinstance(value, list) else [value]
+            text = value if isinstance(value, str) else name + "-".join(map(str, values))
+            return re.sub(r"[^\w.]+", "-", text).strip("-")
 
         decisive = {"dataset": self.info.name, "split": "", **origin, **self.protocol, "classes": self.info.class_names}
         decisive |= {"images": self.images, "pixels": [int(pixels) for pixels in self.pixels]}  # labels may have changed
@@ -124,10 +118,8 @@ class Report:
         shortened = words.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
         path = epath.Path(folder) / f"{shortened}_{digest}.json"
         try:
-            with files.atomic(path) as temporary:
-                temporary.write_text(json.dumps({**self.to_json(), **origin}, indent=2) + "\n")
-            with files.atomic(path.with_name(f"{path.stem}_confusion.csv")) as temporary:
-                temporary.write_text(self.matrix_csv())
+            files.write_atomic(path, json.dumps({**self.to_json(), **origin}, indent=2) + "\n")
+            files.write_atomic(path.with_name(f"{path.stem}_confusion.csv"), self.matrix_csv())
         except OSError as error:
             raise UserError(
                 f"{path}: the report cannot be written ({error}); the score itself is complete and shown above"
@@ -163,11 +155,7 @@ def _windows(protocol: Mapping[str, Any]) -> str:
 
 
 def require_metric(name: str, class_names: Sequence[str]) -> None:
-    """Checks that a report has the metric, such as "mean_iou" or "iou/road".
-
-    Raises:
-      UserError: it has not; lists the metrics and classes.
-    """
+    """Raises UserError, which lists the metrics and classes, unless a report has the metric, such as "iou/road"."""
     figure, _, of_class = name.partition("/")
     if name not in OF_ALL_CLASSES and not (figure in OF_A_CLASS and of_class in class_names):
         raise UserError(
@@ -181,5 +169,6 @@ def _percent(fraction: float) -> str:
     return "-" if math.isnan(fraction) else f"{fraction:.2%}"
 
 
-def _or_none(fraction: float) -> float | None:
+def or_none(fraction: float) -> float | None:
+    """Returns a fraction, or None if it is NaN, which JSON does not have."""
     return None if math.isnan(fraction) else float(fraction)

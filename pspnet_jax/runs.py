@@ -32,12 +32,7 @@ def from_recipe(arguments: argparse.Namespace, overrides: Sequence[str], num_dev
 
 
 def prepare(config: ConfigDict, num_devices: int = 0) -> ConfigDict:
-    """Validates a config, makes its paths absolute, and fills in its label map and classes, in place, and returns it.
-
-    Args:
-      config: of a recipe.
-      num_devices: see `validation.validate`.
-    """
+    """Validates a recipe's config, makes its paths absolute, and fills in its label map and classes, in place; returns it."""
     validation.validate(config, num_devices)
     for warning in validation.unused_fields(config):
         logger.warning(warning)
@@ -86,7 +81,7 @@ def check_init_from(config: ConfigDict, workdir: epath.Path) -> None:
     """Makes config.init_from absolute, and checks that it exists, or downloads it, unless the run already has a checkpoint."""
     if not weights.is_name(config.init_from):
         config.init_from = str(files.user_path(config.init_from))
-    if checkpoint.exists(workdir):
+    if checkpoint.saved_steps(workdir):
         return
     path, _ = weights.split_entry(epath.Path(weights.fetch(config.init_from)))
     if not files.is_there(path):
@@ -141,21 +136,13 @@ def class_weights(config: ConfigDict, training: Sequence[Any]) -> tuple[float, .
 
 
 class Restored(NamedTuple):
-    """A checkpoint and the config to use it with.
+    """A checkpoint and the config to use it with."""
 
-    Attributes:
-      config: the saved config with the overrides of the command line.
-      step: training step of the checkpoint.
-      variables: the network's variables, replicated on all devices.
-      workdir: directory of the run.
-      saved: the config of the training run, without overrides.
-    """
-
-    config: ConfigDict
-    step: int
-    variables: Variables
-    workdir: epath.Path
-    saved: ConfigDict
+    config: ConfigDict  # the saved config with the overrides of the command line
+    step: int  # training step of the checkpoint
+    variables: Variables  # of the network, replicated on all devices
+    workdir: epath.Path  # directory of the run
+    saved: ConfigDict  # the config of the training run, without overrides
 
 
 def restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> Restored:
@@ -177,7 +164,7 @@ def restore(arguments: argparse.Namespace, overrides: Sequence[str]) -> Restored
 def restore_run(workdir: epath.Path, which: str, change: Change) -> Restored:
     """Loads a checkpoint of a run: "latest", "best" or a step number."""
     with parallel.fail_together("listing the checkpoints"):
-        steps = sorted(int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit())
+        steps = checkpoint.saved_steps(workdir)
     parallel.require_same({"checkpoints in the workdir": steps})
     saved, step, variables = checkpoint.load(workdir, which, parallel.make_mesh())
     with parallel.fail_together("checking the config"):
@@ -195,15 +182,10 @@ def restore_run(workdir: epath.Path, which: str, change: Change) -> Restored:
 
 
 def read_weights(path: epath.PathLike, change: Change, recipe: ConfigDict | None = None) -> tuple[ConfigDict, Variables]:
-    """Reads a third-party weights file, and logs what is assumed about it.
+    """Returns the config of a third-party network, changed, and its variables; logs what is assumed about it.
 
-    Args:
-      path: a file or a name, see `weights.inspect`.
-      change: applied to the config.
-      recipe: its classes, data and evaluation settings replace those that follow from the file.
-
-    Returns:
-      The config of the file's network, and its variables.
+    The path is a file or a name, see `weights.inspect`. The classes, data and evaluation settings of the recipe replace those
+    that follow from the file.
     """
     config, source = recipe.copy_and_resolve_references() if recipe else configs.base_config(), weights.inspect(path)
     weights.configure(config, source)

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
-from pspnet_jax import datasets, models, parallel
+from pspnet_jax import datasets, files, models, parallel
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer import evaluate as evaluation
 from pspnet_jax.infer.predictor import Predictor
@@ -34,11 +34,7 @@ def build_predictor(config: ConfigDict, model: nn.Module, devices: Sequence[jax.
 
 
 def open_split(config: ConfigDict, saved: ConfigDict) -> Any:
-    """Opens config.eval.split to score a run, and warns about images in it that the run was trained on.
-
-    Args:
-      config: with the overrides of the command line.
-      saved: the run's own.
+    """Opens config.eval.split to score a run, whose own config is `saved`, and warns about images that it was trained on.
 
     Raises:
       UserError: the split cannot be opened, or its labels have other colors than those of the training data.
@@ -49,7 +45,7 @@ def open_split(config: ConfigDict, saved: ConfigDict) -> Any:
     parallel.require_same({"validation data": source.fingerprint})
     with contextlib.suppress(UserError):  # the training data is not available
         parts = list(sources.training_parts(saved.copy_and_resolve_references().dataset))
-        if not any("://" in dataset.root for dataset, _ in parts):  # too slow in a bucket
+        if not any(files.is_remote(dataset.root) for dataset, _ in parts):  # too slow in a bucket
             overlap.warn_shared([sources.open_source(*part, check=False) for part in parts], source)
     palettes.require_agreement([palettes.training_colors(saved.dataset), source.palette])
     return source

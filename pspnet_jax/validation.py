@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -148,13 +149,17 @@ _NOT_NEGATIVE = """patience every.eval eval.batch_size eval.base_size eval.short
     optimizer.head_multiplier augment.brightness augment.hue"""
 _PROBABILITIES = "augment.rotate_probability augment.blur_probability augment.flip_probability dataset.balance"
 _SHARES = "optimizer.momentum optimizer.beta2 optimizer.ema_decay loss.label_smoothing dataset.split_fraction"
-RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
+RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     (_POSITIVE, "more than 0", lambda x: x > 0),
     (_NOT_NEGATIVE, "0 or more", lambda x: x >= 0),
     (_PROBABILITIES, "a value from 0 to 1", lambda x: 0 <= x <= 1),
     (_SHARES, "a value from 0 up to, not including, 1", lambda x: 0 <= x < 1),
     ("seed", f"a whole number from {-(2**31)} to {2**32 - 1}", lambda x: -(2**31) <= x < 2**32),  # JAX's keys take 32 bits
     ("loss.ohem_threshold optimizer.layer_decay", "a value above 0 and at most 1", lambda x: 0 < x <= 1),
+    ("augment.scale", "(low, high) with 1/16 <= low <= high <= 16; 1.0 keeps the size", lambda x: 1 / 16 <= x[0] <= x[1] <= 16),
+    ("augment.contrast augment.saturation", "(low, high) with 0 <= low <= high", lambda x: 0 <= x[0] <= x[1]),
+    ("eval.scales", "one or more scales of 1/16 or more; 1.0 keeps the size", lambda x: x and not min(x) < 1 / 16),
+    ("eval.base_size", "at least 33 pixels, or 0 for the original size", lambda x: not 0 < x < 33),
 )
 NEUTRAL_COLORS = {"brightness": 0.0, "contrast": (1.0, 1.0), "saturation": (1.0, 1.0), "hue": 0}
 
@@ -172,21 +177,8 @@ def _range_problems(config: ConfigDict) -> list[str]:
         if field != "seed" and not all(abs(number) < 2**31 for number in numbers):  # False for inf and nan too
             problems.append(f"{field}={value}: expected finite numbers below {2**31}")
     problems += losses.problems(config.loss)
-    low, high = config.augment.scale
-    if not 1 / 16 <= low <= high <= 16:
-        problems.append(
-            f"augment.scale={config.augment.scale}: expected (low, high) with 1/16 <= low <= high <= 16; 1.0 keeps the size"
-        )
-    for field in ("contrast", "saturation"):
-        low, high = config.augment[field]
-        if not 0 <= low <= high:
-            problems.append(f"augment.{field}={config.augment[field]}: expected (low, high) with 0 <= low <= high")
     if models.FREEZE.get(config.optimizer.freeze) and not config.init_from:
         problems.append(f"optimizer.freeze={config.optimizer.freeze!r}: expected init_from, whose weights are kept")
-    if not config.eval.scales or min(config.eval.scales) < 1 / 16:
-        problems.append(f"eval.scales={config.eval.scales}: expected one or more scales of 1/16 or more; 1.0 keeps the size")
-    if 0 < config.eval.base_size < 33:
-        problems.append(f"eval.base_size={config.eval.base_size}: expected at least 33 pixels, or 0 for the original size")
     if config.optimizer.warmup_steps > config.total_steps:
         problems.append(
             f"optimizer.warmup_steps={config.optimizer.warmup_steps}: expected at most total_steps={config.total_steps}"

@@ -147,8 +147,6 @@ def test_the_code_version_changes_with_any_file_of_the_package(tmp_path, monkeyp
         if change:
             with (copy / change).open("a") as file:
                 file.write("\n")
-        rendezvous.code_version.cache_clear()
         versions.append(rendezvous.code_version())
-    rendezvous.code_version.cache_clear()
     assert versions[1] == versions[0]
     assert len({version["the code of pspnet_jax"] for version in versions}) == 3

@@ -1,7 +1,6 @@
 """Ablations: tables of recipes that differ in a few fields, trained with several seeds and compared.
 
-`tables` defines a table, `runs` trains its rows, `report` compares their scores, and `__main__` is the command line:
-`python -m pspnet_jax.ablate pooling --dataset scenes`.
+`tables` defines a table, `runs` trains its rows, `report` compares their scores, and `__main__` is the command line.
 """
 
 from pspnet_jax.ablate.tables import Row, Table

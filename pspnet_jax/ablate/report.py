@@ -20,25 +20,16 @@ LEVEL = 0.05  # of significance
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A row of a table with its scores in percent; None is a value that is not defined or not known.
+    """A row of a table with its scores in percent; None is a value that is not defined or not known."""
 
-    Attributes:
-      row: its name.
-      published: mIoU and pixel accuracy.
-      scores: by seed.
-      mean, std: of the mIoU over the seeds; the sample's standard deviation, with n - 1.
-      pixel_accuracy: mean over the seeds.
-      difference, p: of the mean mIoU to the reference's, and its p-value, see `compare`.
-    """
-
-    row: str
-    published: tuple[float, float] | None
-    scores: Mapping[int, Score]
-    mean: float | None
-    std: float | None
-    pixel_accuracy: float | None
-    difference: float | None
-    p: float | None
+    row: str  # its name
+    published: tuple[float, float] | None  # mIoU and pixel accuracy
+    scores: Mapping[int, Score]  # by seed
+    mean: float | None  # of the mIoU over the seeds
+    std: float | None  # of the mIoU: the sample's standard deviation, with n - 1
+    pixel_accuracy: float | None  # mean over the seeds
+    difference: float | None  # of the mean mIoU to the reference's
+    p: float | None  # of the difference, see `compare`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,21 +138,16 @@ def smallest_significant(seeds: int) -> float:
 
 
 def write(stem: epath.Path, summaries: Sequence[Summary], settings: Mapping[str, object], seeds: Sequence[int]) -> str:
-    """Writes files with the suffixes .json, .csv, .md and .png, each atomically, and returns the text of the .md file.
+    """Writes `stem` with the suffixes .json, .csv, .md and .png, each atomically, and returns the text of the .md file.
 
-    Args:
-      stem: their path without the suffix; its folder is created if missing.
-      summaries: of the tables.
-      settings: what the runs have in common, by name.
-      seeds: of the runs.
+    `settings` are what the runs have in common, by name.
     """
     text = markdown(summaries, settings, seeds)
     found = {"settings": dict(settings), "tables": [dataclasses.asdict(summary) for summary in summaries]}
     rows = {s.table: [(n.row, n.published and n.published[0], _ious(n)) for n in s.lines] for s in summaries}
     with files.writing(stem.parent, "the runs are kept; repeat the command with space for their table"):
         for suffix, content in ((".json", json.dumps(found, indent=2) + "\n"), (".csv", _csv(summaries)), (".md", text)):
-            with files.atomic(stem.parent / f"{stem.name}{suffix}") as path:
-                path.write_text(content)
+            files.write_atomic(stem.parent / f"{stem.name}{suffix}", content)
         with files.atomic(stem.parent / f"{stem.name}.png") as path, path.open("wb") as file:
             figures.ablation(rows).save(file, "png")
     return text

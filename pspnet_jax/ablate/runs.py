@@ -1,6 +1,7 @@
 """The training runs of tables: what they need, what is done already, and a process for each of them."""
 
 import dataclasses
+import itertools
 import json
 import os
 import queue
@@ -38,19 +39,12 @@ class Score(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A training run, and evaluations of its network with other settings than the run's own.
+    """A training run, and evaluations of its network with other settings than the run's own."""
 
-    Attributes:
-      options: of the command line of `pspnet_jax.main`, without the workdir.
-      config: what they amount to.
-      workdir: directory of the run.
-      evaluations: fields of config.eval that each evaluation changes.
-    """
-
-    options: tuple[str, ...]
-    config: ConfigDict
-    workdir: epath.Path
-    evaluations: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)
+    options: tuple[str, ...]  # of the command line of `pspnet_jax.main`, without the workdir
+    config: ConfigDict  # what they amount to
+    workdir: epath.Path  # directory of the run
+    evaluations: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)  # fields of config.eval that each changes
 
     def score(self, changes: Mapping[str, Any]) -> Score | None:
         """Returns the score after the last step, evaluated with changed fields of config.eval, or None if it is not there."""
@@ -58,7 +52,7 @@ class Run:
         free = ("batch_size", "best_metric", *(("crop", "stride") if expected["inference"] == "whole" else ()))
         expected = {field: value for field, value in expected.items() if field not in free}
         expected = json.loads(json.dumps({"step": self.config.total_steps, **expected}))  # lists, not tuples
-        lines = list(jsonlines.read(self.workdir / "metrics.jsonl"))
+        lines = jsonlines.read(self.workdir / "metrics.jsonl")
         data = {line.get("data") for line in lines if line.get("kind") == "eval"}  # on which the run was evaluated
         for report in (*lines, *map(files.read_json, self.workdir.glob("evaluation/*.json"))):
             if data and report.get("data") not in data:
@@ -75,8 +69,10 @@ class Run:
                 continue
             if not changes and not trained.exists():
                 yield [*self.options, workdir]
-            else:
-                yield ["--mode=evaluate", workdir, *_for_evaluation(self.options), *map(_option, changes.items())]
+            else:  # the data may have moved since the training
+                fields = configs.by_field(self.options[1:])  # after --config=RECIPE
+                data = [fields[field] for field in fields if field.startswith(("dataset.", "eval."))]
+                yield ["--mode=evaluate", workdir, *itertools.chain(*data), *map(_option, changes.items())]
 
 
 class Cell(NamedTuple):
@@ -91,26 +87,13 @@ def _option(change: tuple[str, Any]) -> str:
     return f"--config.{field}={','.join(map(str, value)) if isinstance(value, tuple | list) else value}"
 
 
-def _for_evaluation(options: Sequence[str]) -> Iterator[str]:
-    """Yields the options that an evaluation takes too, as the data may have moved since the training."""
-    taken = False
-    for option in options:  # the value may be an option of its own
-        taken = bool(re.match(r"--(no)?config\.(dataset|eval)\.", option)) if option.startswith("--") else taken
-        if taken:
-            yield option
-
-
 def plan(
     tables: Mapping[str, Table], dataset: str, seeds: Sequence[int], overrides: Sequence[str], folder: epath.Path
 ) -> dict[tuple[str, str, int], Cell]:
     """Returns what each row and seed of the tables needs, by (table, row, seed). Rows with the same config share a run.
 
-    Args:
-      tables: by name; already restricted to the dataset.
-      dataset: a key of `Table.bases`.
-      seeds: values of config.seed.
-      overrides: options --config.field=value for all runs; {depth} in a value is replaced by the depth of the row's network.
-      folder: directory of the runs' workdirs.
+    The tables, by name, have only the rows of the dataset. Overrides are options --config.field=value for all runs; {depth} in
+    a value is replaced by the depth of the row's network. The folder is that of the runs' workdirs.
 
     Raises:
       UserError: a config is wrong, an override sets what a table varies, a workdir holds a run with other settings, or two

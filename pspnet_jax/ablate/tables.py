@@ -19,42 +19,28 @@ MULTI_SCALE = {"eval.scales": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)}
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A variant.
+    """A variant."""
 
-    Attributes:
-      changes: fields of the config in which it differs from the base recipe, such as {"model.bins": ()}.
-      published: mIoU and pixel accuracy in percent.
-      datasets: those for which the row exists; empty: all.
-      network: name of another row. This row evaluates that row's network, and only changes fields of config.eval.
-    """
-
-    changes: Mapping[str, Any]
-    published: tuple[float, float] | None = None
-    datasets: tuple[str, ...] = ()
-    network: str = ""
+    changes: Mapping[str, Any]  # fields of the config in which it differs from the base recipe, such as {"model.bins": ()}
+    published: tuple[float, float] | None = None  # mIoU and pixel accuracy in percent
+    datasets: tuple[str, ...] = ()  # those for which the row exists; empty: all
+    network: str = ""  # name of another row, whose network this one evaluates, changing only fields of config.eval
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
     """A table of an ablation. A recipe that defines one as TABLE is a table for `python -m pspnet_jax.ablate`.
 
-    Attributes:
-      rows: by name.
-      reference: name of the row that the others are compared with.
-      order: pairs (better, worse) of rows: the comparisons that the publication makes.
-      bases: base recipe of each dataset; the first is the default.
-      title: set by `load`: the first paragraph of the recipe's docstring.
-
     Raises:
       ValueError: a name is empty, not that of a row, or has a comma, which separates a row from the dataset; or a row with
         `network` changes more than the evaluation, or names a row that is not trained itself.
     """
 
-    rows: Mapping[str, Row]
-    reference: str
-    order: tuple[tuple[str, str], ...] = ()
-    bases: Mapping[str, str] = dataclasses.field(default_factory=lambda: BASES)
-    title: str = ""
+    rows: Mapping[str, Row]  # by name
+    reference: str  # name of the row that the others are compared with
+    order: tuple[tuple[str, str], ...] = ()  # pairs (better, worse) of rows: the comparisons that the publication makes
+    bases: Mapping[str, str] = dataclasses.field(default_factory=lambda: BASES)  # of each dataset; the first is the default
+    title: str = ""  # set by `load`: the first paragraph of the recipe's docstring
 
     def __post_init__(self) -> None:
         networks = {row.network for row in self.rows.values() if row.network}
@@ -130,11 +116,7 @@ def find(name: str) -> str:
 
 
 def load(name: str) -> Table:
-    """Returns a table, see `find`.
-
-    Raises:
-      UserError: there is no such file, it cannot be run as a recipe, or it defines no TABLE.
-    """
+    """Returns a table, see `find`. Raises UserError if there is none, or its file cannot be run as a recipe."""
     configs.load_recipe(find(name))  # refuses what is wrong
     recipe = runpy.run_path(str(configs.find_recipe(find(name))))
     if not isinstance(table := recipe.get("TABLE"), Table):

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from pspnet_jax.metrics import ratio
+
 SAMPLES, LEVEL, SEED = 1000, 0.95, 0
 LEAST = 6  # images that a test needs: even if all of 5 agree on a sign, that has a probability of 2 / 2^5 > 0.05
 BLOCK = 100  # samples at a time
@@ -24,24 +26,21 @@ def scores(counts: np.ndarray, missing: Scores | None = None) -> Scores:
     """
     correct, truth, predicted = np.moveaxis(counts, -2, 0)
     wholes = {"iou": truth + predicted - correct, "precision": predicted, "recall": truth, "f1": (truth + predicted) / 2}
-    of_classes = {name: _ratio(correct, whole) for name, whole in wholes.items()}
+    of_classes = {name: ratio(correct, whole) for name, whole in wholes.items()}
     means = {
         f"mean_{name}": _mean(values if missing is None else np.where(np.isnan(values), missing[name], values))
         for name, values in of_classes.items()
     }
     means["mean_accuracy"] = means.pop("mean_recall")
-    return {**of_classes, **means, "pixel_accuracy": _ratio(correct.sum(-1), truth.sum(-1))}
+    return {**of_classes, **means, "pixel_accuracy": ratio(correct.sum(-1), truth.sum(-1))}
 
 
 def samples(counts: np.ndarray) -> Scores:
-    """Returns the scores of `SAMPLES` samples of images, along a leading axis.
+    """Returns the scores of `SAMPLES` samples of images along a leading axis, given float64[N, 3, K], see `Totals.per_image`.
 
     The samples depend only on the number of images, so that two runs are compared on the same samples. All means are over the
     same classes: one that a sample lacks counts with its score on all images. Left out, rare classes, which mostly have low
     scores, would raise the means of the samples that lack them.
-
-    Args:
-      counts: float64[N, 3, K], see `Totals.per_image`.
     """
     flat, whole = counts.reshape(len(counts), -1), scores(counts.sum(0))
     found = [scores((drawn @ flat).reshape(-1, *counts.shape[1:]), whole) for drawn in _draws(len(counts))]
@@ -76,10 +75,6 @@ def compare(value: float, other: float, sampled: np.ndarray, sampled_other: np.n
     return {"other": figure(other, sampled_other), "difference": figure(value - other, differences), "p": p}
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
-
-
 def _mean(values: np.ndarray) -> np.ndarray:
     present = ~np.isnan(values)
-    return _ratio(np.where(present, values, 0).sum(-1), present.sum(-1))
+    return ratio(np.where(present, values, 0).sum(-1), present.sum(-1, dtype=np.float64))

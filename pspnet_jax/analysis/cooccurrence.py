@@ -28,16 +28,11 @@ VERSION = 1  # of counting; counts of another version are not used
 
 @dataclasses.dataclass(frozen=True)
 class Cooccurrence:
-    """Counts of training images, with K classes.
+    """Counts of training images, with K classes."""
 
-    Attributes:
-      images: their number.
-      together: int64[K, K], in how many both classes occur; on the diagonal, in how many a class occurs.
-      touching: int64[K, K], in how many two classes have adjacent pixels; void strips of up to ten pixels count as a border.
-    """
-
-    images: int
-    together: np.ndarray
+    images: int  # their number
+    together: np.ndarray  # int64[K, K], in how many both classes occur; on the diagonal, in how many a class occurs
+    # int64[K, K], in how many two classes have adjacent pixels; void strips of up to ten pixels count as a border
     touching: np.ndarray
 
     @property
@@ -63,11 +58,8 @@ class Cooccurrence:
 def of_training(configs: Sequence[ConfigDict], workdir: epath.Path) -> Cooccurrence:
     """Counts the classes in the training labels of a run, or reads the counts that an earlier report left in its directory.
 
-    Those are used if the data is the same, or not available any more.
-
-    Args:
-      configs: in which the data may be found; the first that can be opened is used.
-      workdir: of the run.
+    Those are used if the data is the same, or not available any more. The data is that of the first config whose data can be
+    opened.
 
     Raises:
       UserError: the training data cannot be read, and there are no earlier counts.
@@ -88,8 +80,8 @@ def of_training(configs: Sequence[ConfigDict], workdir: epath.Path) -> Cooccurre
     document = {"version": VERSION, "classes": classes, "data": data, "images": found.images}
     document |= {"together": found.together.tolist(), "touching": found.touching.tolist()}
     try:
-        with files.writing(workdir / FILE, "the next report counts again"), files.atomic(workdir / FILE) as path:
-            path.write_text(json.dumps(document) + "\n")
+        with files.writing(workdir / FILE, "the next report counts again"):
+            files.write_atomic(workdir / FILE, json.dumps(document) + "\n")
     except UserError as error:
         logger.warning(str(error))
     return found

@@ -1,7 +1,6 @@
 """The report as one JSON document of plain values, described in docs/report.md."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from pspnet_jax.analysis import bootstrap
 from pspnet_jax.analysis.cooccurrence import Cooccurrence
 from pspnet_jax.analysis.image import DISTANCES, LEVELS, SIZES, THICKNESSES
 from pspnet_jax.analysis.totals import Totals
-from pspnet_jax.report import OF_ALL_CLASSES, Report
+from pspnet_jax.report import OF_ALL_CLASSES, Report, or_none
 
 SCHEMA = 1
 PAIRS, IMAGES, REGIONS = 50, 12, 200  # confusions, their images, and mismatched regions that are listed
@@ -22,15 +21,10 @@ OF_A_CLASS = ("iou", "precision", "recall", "f1")
 
 
 class Scored(NamedTuple):
-    """The results of a run on a split.
+    """The results of a run on a split."""
 
-    Attributes:
-      report: its scores, those of --mode evaluate.
-      totals: its statistics.
-    """
-
-    report: Report
-    totals: Totals
+    report: Report  # its scores, those of --mode evaluate
+    totals: Totals  # its statistics
 
     def values(self) -> dict[str, Any]:
         """Returns the scores of all images by the names of `bootstrap.scores`: numbers, and float64[K] for those of classes."""
@@ -40,12 +34,7 @@ class Scored(NamedTuple):
 
 
 def describe(scored: Scored, training: Cooccurrence | None) -> dict[str, Any]:
-    """Returns the part of the document that follows from the results of a run.
-
-    Args:
-      scored: the results.
-      training: the counts of the training images, if they are known.
-    """
+    """Returns the part of the document that follows from a run's results and, if known, the counts of its training images."""
     totals, info = scored.totals, scored.report.info
     counts = totals.per_image()
     values, sampled = scored.values(), bootstrap.samples(counts)
@@ -183,10 +172,10 @@ def _boundary(matrices: np.ndarray) -> dict[str, Any]:
     far = [metrics.summarize(matrix) for matrix in matrices[::-1].cumsum(0)[-2::-1]]
     return {
         "distances": list(DISTANCES),
-        "mean_iou": [_or_none(found.mean_iou) for found in near],
-        "pixel_accuracy": [_or_none(found.pixel_accuracy) for found in near],
-        "classes": [[_or_none(value) for value in of_class] for of_class in np.stack([found.iou for found in near], 1)],
-        "interior_mean_iou": [_or_none(found.mean_iou) for found in far],
+        "mean_iou": [or_none(found.mean_iou) for found in near],
+        "pixel_accuracy": [or_none(found.pixel_accuracy) for found in near],
+        "classes": [[or_none(value) for value in of_class] for of_class in np.stack([found.iou for found in near], 1)],
+        "interior_mean_iou": [or_none(found.mean_iou) for found in far],
     }
 
 
@@ -205,7 +194,3 @@ def _calibration(levels: np.ndarray) -> dict[str, Any]:
             {"low": low / LEVELS, "high": high / LEVELS, "pixels": pixels, "confidence": confidence, "accuracy": accuracy}
         )
     return {"bins": bins, "expected_calibration_error": error}
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)

@@ -22,24 +22,19 @@ SUSPICIOUS = 2.0  # from this score on, see `cooccurrence.Cooccurrence.scores`
 class Statistics(NamedTuple):
     """The statistics of one image, with K classes.
 
-    Attributes:
-      cells, counts: int64[n] each, the indices in an array [len(DISTANCES) + 1, K, K] that are not 0, and their values: the
-        number of pixels by distance from a border of the truth, truth and prediction.
-      levels: int64[2, LEVELS + 1], number of labeled pixels that are wrong and right, by confidence times LEVELS.
-      by_size, by_thickness: int64[K, ranges, 4], of the regions of the truth: their number, their pixels, their correct pixels,
-        and how many have at least half of their pixels correct.
-      missed, mismatched: regions, see docs/report.md.
-      row: the image's entry in the document, without pictures.
+    Its pixels are counted by distance from a border of the truth, truth and prediction, in an array [len(DISTANCES) + 1, K, K].
+    Its regions of the truth are counted by class and range, in arrays int64[K, ranges, 4]: their number, their pixels, their
+    correct pixels, and how many have at least half of their pixels correct.
     """
 
-    cells: np.ndarray
-    counts: np.ndarray
-    levels: np.ndarray
+    cells: np.ndarray  # int64[n], the indices of the counts of pixels that are not 0
+    counts: np.ndarray  # int64[n], these counts
+    levels: np.ndarray  # int64[2, LEVELS + 1], number of labeled pixels that are wrong and right, by confidence times LEVELS
     by_size: np.ndarray
     by_thickness: np.ndarray
-    missed: list[dict[str, Any]]
-    mismatched: list[dict[str, Any]]
-    row: dict[str, Any]
+    missed: list[dict[str, Any]]  # regions, see docs/report.md
+    mismatched: list[dict[str, Any]]  # regions, see docs/report.md
+    row: dict[str, Any]  # the image's entry in the document, without pictures
 
 
 def analyze(
@@ -49,8 +44,7 @@ def analyze(
 
     Args:
       name: of the image.
-      truth: uint8[H, W] with values 0 to K-1 and 255.
-      prediction: uint8[H, W] with values 0 to K-1.
+      truth, prediction: uint8[H, W] with values 0 to K-1 and, in the truth, 255.
       confidence: f32[H, W], the probability of the predicted class.
       num_classes: K.
       scores: float64[K, K], see `cooccurrence.Cooccurrence.scores`; without them, no region is mismatched.

@@ -31,15 +31,10 @@ def write(
     confidence: np.ndarray,
     info: DatasetInfo,
 ) -> None:
-    """Writes pictures of at most `MAX_SIDE` pixels a side.
+    """Writes the pictures that `paths` names to the folder of a report, of at most `MAX_SIDE` pixels a side.
 
-    Args:
-      folder: of the report.
-      names: their `paths`.
-      image: [H, W, C].
-      truth, prediction: uint8[H, W], class indices and, in the truth, 255.
-      confidence: f32[H, W], the probability of the predicted class, drawn from dark (0) to bright (1).
-      info: class colors.
+    They are made from an image [H, W, C], class indices uint8[H, W] (in the truth, also 255), and the probability of the
+    predicted class f32[H, W], which is drawn from dark (0) to bright (1).
     """
     errors = np.where(truth == IGNORE, np.uint8(2), (truth != prediction).astype(np.uint8))
     labels = {"truth": (truth, info.colors), "prediction": (prediction, info.colors), "error": (errors, (RIGHT, WRONG, VOID))}

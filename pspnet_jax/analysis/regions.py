@@ -12,19 +12,12 @@ BRIDGED = 5  # pixels: void strips at most twice as wide, as VOC draws them arou
 
 
 class Regions(NamedTuple):
-    """The regions of a label map, numbered from 1.
+    """The regions of a label map, numbered from 1."""
 
-    Attributes:
-      ids: int32[H, W], the region of each pixel; 0 where it is void.
-      classes: uint8[R + 1], the class of each region; that of number 0 has no meaning.
-      pixels: int64[R + 1], the number of its pixels.
-      boxes: int64[R + 1, 4], its top, left, height and width.
-    """
-
-    ids: np.ndarray
-    classes: np.ndarray
-    pixels: np.ndarray
-    boxes: np.ndarray
+    ids: np.ndarray  # int32[H, W], the region of each pixel; 0 where it is void
+    classes: np.ndarray  # uint8[R + 1], the class of each region; that of number 0 has no meaning
+    pixels: np.ndarray  # int64[R + 1], the number of its pixels
+    boxes: np.ndarray  # int64[R + 1, 4], its top, left, height and width
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -76,9 +69,7 @@ def border_distances(label: np.ndarray) -> np.ndarray:
 def thicknesses(regions: Regions, distances: np.ndarray) -> np.ndarray:
     """Returns the diameter in pixels of the largest disk within each region, at most its box's shorter side, f32[R + 1].
 
-    Args:
-      regions: of a label map.
-      distances: its `border_distances`.
+    `distances` are the `border_distances` of the label map.
     """
     largest = np.zeros(len(regions), np.float32)
     np.maximum.at(largest, regions.ids.ravel(), distances.ravel())
@@ -88,11 +79,8 @@ def thicknesses(regions: Regions, distances: np.ndarray) -> np.ndarray:
 def touching(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the pairs of different values of adjacent pixels, in both orders, and the length of their common border.
 
-    Args:
-      values: non-negative integers [H, W].
-
-    Returns:
-      Distinct pairs int64[n, 2], and int64[n] pairs of pixels that are neighbors in a row or column.
+    The values are non-negative integers [H, W]. Returned are distinct pairs int64[n, 2], and int64[n], how many pairs of pixels
+    that are neighbors in a row or column have these values.
     """
     sides = ((values[1:], values[:-1]), (values[:, 1:], values[:, :-1]))
     base = int(values.max(initial=0)) + 1

@@ -79,11 +79,7 @@ def _with_different_titles(*compared: Run) -> list[Run]:
 
 
 def _require_comparable(run: Run, other: Run) -> None:
-    """Checks that two runs have the same classes and images.
-
-    Raises:
-      UserError: they have not.
-    """
+    """Raises UserError unless two runs have the same classes and images."""
     theirs, ours = (one.restored.config.dataset.class_names for one in (other, run))
     for label, their, our in datasets.differing_classes(theirs, ours):
         raise UserError(
@@ -149,13 +145,7 @@ def analyze(
 ) -> Scored:
     """Scores a run as --mode evaluate does, and collects the statistics of its images in the same pass.
 
-    Args:
-      run: the run.
-      network: its network.
-      folder: of the report, to which the pictures are written.
-      prefix: of the names of the pictures; "" for the run that the report is about.
-      training: the counts of the training images, if they are known.
-      for_fiftyone: whether to write files for FiftyOne.
+    Pictures are written to the folder of the report. The prefix of their names is "" for the run that the report is about.
     """
     source = scoring.sort_by_size(network.predictor, run.source)
     indices = {name: index for index, name in enumerate(sorted(source.names))}

@@ -13,23 +13,16 @@ PER_PAIR, PER_SIZE = 20, 40  # mismatched regions of a pair of classes, missed r
 
 
 class Totals:
-    """Statistics of a split, with K classes.
-
-    Attributes:
-      matrices: int64[len(DISTANCES) + 1, K, K], confusion matrices by distance from a border of the truth.
-      levels, by_size, by_thickness: sums over the images, see `Statistics`.
-      missed, mismatched: the highest-ranked regions, each with its image.
-      rows: the entry of each image in the document, by its index.
-    """
+    """Statistics of a split, with K classes: sums over its images, see `Statistics`, and what is kept of each."""
 
     def __init__(self, num_classes: int, images: int):
         self.num_classes = num_classes
-        self.matrices = np.zeros((len(DISTANCES) + 1, num_classes, num_classes), np.int64)
+        self.matrices = np.zeros((len(DISTANCES) + 1, num_classes, num_classes), np.int64)  # by distance from a border
         self.levels = np.zeros((2, LEVELS + 1), np.int64)
         self.by_size = np.zeros((num_classes, len(SIZES), 4), np.int64)
         self.by_thickness = np.zeros((num_classes, len(THICKNESSES), 4), np.int64)
-        self.missed, self.mismatched = Ranked(PER_SIZE), Ranked(PER_PAIR)
-        self.rows: list[dict[str, Any]] = [{} for _ in range(images)]
+        self.missed, self.mismatched = Ranked(PER_SIZE), Ranked(PER_PAIR)  # regions, each with its image
+        self.rows: list[dict[str, Any]] = [{} for _ in range(images)]  # the entry of each image in the document
         self._cells: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0, np.int64),) * 2 for _ in range(images)]
 
     def add(self, index: int, found: Statistics) -> None:

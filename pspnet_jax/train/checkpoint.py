@@ -61,12 +61,7 @@ def _barrier(*, key: str, timeout_ms: int) -> None:
 
 
 class Checkpoints:
-    """The checkpoints under WORKDIR/checkpoints.
-
-    Attributes:
-      steps: the saved steps, in increasing order, including one that is still being written.
-      scores: those of the checkpoints, see `Scores`.
-    """
+    """The checkpoints under WORKDIR/checkpoints, and their `scores`."""
 
     def __init__(self, workdir: epath.PathLike, *, read_only: bool = False):
         self._directory = files.absolute(workdir) / "checkpoints"
@@ -103,6 +98,7 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
+        """The saved steps, in increasing order, including one that is still being written."""
         return sorted(self._manager.all_steps())
 
     def path(self, step: int) -> epath.Path:
@@ -169,8 +165,8 @@ class Checkpoints:
             yield
         except Exception:
             try:
-                complete = sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
-            except Exception:  # no checkpoint yet, or storage is unavailable
+                complete = saved_steps(self._directory.parent)
+            except Exception:  # storage is unavailable
                 complete = []
             newest = f"the newest complete checkpoint is step {complete[-1]}" if complete else "there is no complete checkpoint"
             advice = f"{newest}; free some space or fix the cause, then run the same command to resume"
@@ -178,12 +174,7 @@ class Checkpoints:
                 raise
 
     def add_score(self, step: int, metrics: Mapping[str, float], settings: Mapping[str, Any]) -> None:
-        """Writes the score of a checkpoint, after waiting until the checkpoint is written.
-
-        Args:
-          step: step of the checkpoint.
-          metrics, settings: see `Scores.add`.
-        """
+        """Writes the score of a checkpoint, see `Scores.add`, after waiting until the checkpoint is written."""
         with parallel.fail_together("writing the score"), self._writing():
             self._manager.wait_until_finished()
             self.scores.add(step, metrics, settings)
@@ -193,9 +184,7 @@ class Checkpoints:
         return self.scores.best(self.steps)
 
     def read_config(self) -> tuple[ConfigDict, str] | None:
-        """Returns the config and data fingerprint of the newest checkpoint whose config can be read, or None.
-
-        The fingerprint is "" if it is unknown.
+        """Returns the config and data fingerprint ("" if unknown) of the newest checkpoint whose config can be read, or None.
 
         Raises:
           UserError: storage is unavailable.
@@ -225,12 +214,9 @@ class Checkpoints:
         return step
 
     def restore_newest(self, target: TrainState) -> TrainState | None:
-        """Reads the newest usable checkpoint. Newer ones that are damaged or not finite are logged and moved to set_aside/.
+        """Returns the newest usable state, the same in all processes, or None if there are no checkpoints.
 
-        All processes of the job make the same choice.
-
-        Returns:
-          The state, or None if there are no checkpoints.
+        Newer ones that are damaged or not finite are logged and moved to set_aside/.
 
         Raises:
           UserError: no checkpoint is usable, one belongs to another network, or storage is unavailable.
@@ -242,9 +228,8 @@ class Checkpoints:
             verdict, problem, state = integrity.read_checked(self.path(step), items, read)
             if verdict is Verdict.GOOD:
                 for bad, description in problems.items():
-                    logger.warning(
-                        "checkpoint %s %s; moved to %s; using checkpoint %s", bad, description, self._set_aside(bad), step
-                    )
+                    aside = self._set_aside(bad)
+                    logger.warning(f"checkpoint {bad} {description}; moved to {aside}; using checkpoint {step}")
                 return state
             if verdict is Verdict.OTHER_NETWORK:
                 raise UserError(f"checkpoint {step} in {self._directory} {problem}; use the saved config, or another --workdir")
@@ -270,11 +255,7 @@ class Checkpoints:
         return aside
 
     def close(self) -> None:
-        """Waits until everything is written.
-
-        Raises:
-          UserError: the last checkpoint could not be written.
-        """
+        """Waits until everything is written; raises UserError if the last checkpoint could not be."""
         with self._writing():
             self._manager.close()
 
@@ -290,16 +271,13 @@ class _Best:
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
-def exists(workdir: epath.Path) -> bool:
-    """Returns whether the directory has a complete checkpoint."""
-    return any(path.name.isdigit() for path in workdir.glob("checkpoints/*"))
+def saved_steps(workdir: epath.Path) -> list[int]:
+    """Returns the steps of the complete checkpoints, in increasing order."""
+    return sorted(int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit())
 
 
 def load(workdir: epath.PathLike, which: str | int, mesh: Mesh) -> tuple[ConfigDict, int, Variables]:
-    """Reads the checkpoint `which` ("latest", "best" or a step) of a run for evaluation.
-
-    Returns:
-      Its config, step and variables.
+    """Returns the config, step and variables of a run's checkpoint `which` ("latest", "best" or a step), for evaluation.
 
     Raises:
       MissingFileError: there is no such run or checkpoint.
@@ -309,14 +287,13 @@ def load(workdir: epath.PathLike, which: str | int, mesh: Mesh) -> tuple[ConfigD
         step = checkpoints.find(str(which))
         directory = checkpoints.path(step)
 
-        def read_all() -> tuple[ConfigDict, Variables]:
-            return layout.read_config(directory)[0], layout.read_variables(directory, mesh)
-
         verdict, problem, read = integrity.read_checked(
-            directory, lambda: ["config", layout.evaluated_item(directory)], read_all
+            directory,
+            lambda: ["config", layout.evaluated_item(directory)],
+            lambda: (layout.read_config(directory)[0], layout.read_variables(directory, mesh)),
         )
     if verdict is not Verdict.GOOD or read is None:
-        if str(which) != str(step) and not files.is_there(directory) and exists(files.absolute(workdir)):
+        if str(which) != str(step) and not files.is_there(directory) and saved_steps(files.absolute(workdir)):
             return load(workdir, which, mesh)  # a run in progress has replaced it with a newer checkpoint
         raise UserError(
             f"checkpoint {step} in {workdir} {problem}; to evaluate, predict or export, choose another with --checkpoint; "
@@ -335,7 +312,7 @@ def load(workdir: epath.PathLike, which: str | int, mesh: Mesh) -> tuple[ConfigD
 def require_no_run(workdir: epath.PathLike) -> None:
     """Raises UserError if the directory already holds a run."""
     workdir = files.absolute(workdir)
-    if (workdir / "config.json").exists() or exists(workdir):
+    if (workdir / "config.json").exists() or saved_steps(workdir):
         raise UserError(f"{workdir}: already holds a run; choose another --workdir, or delete it")
 
 
@@ -350,5 +327,5 @@ def create_run(workdir: epath.PathLike, config: ConfigDict, state: TrainState) -
         require_no_run(workdir)
         with contextlib.closing(Checkpoints(workdir)) as checkpoints:
             checkpoints.save(0, state, config)
-        with files.writing(workdir, "free some space"), files.atomic(workdir / "config.json") as path:
-            path.write_text(configs.to_json(config))
+        with files.writing(workdir, "free some space"):
+            files.write_atomic(workdir / "config.json", configs.to_json(config))

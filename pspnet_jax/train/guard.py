@@ -29,11 +29,7 @@ class NonFiniteGuard:
         self._pending = step, metrics
 
     def finish(self) -> None:
-        """Checks the metrics of the last step recorded.
-
-        Raises:
-          DivergedError: names the step and the newest checkpoint.
-        """
+        """Checks the last step recorded. Raises DivergedError, which names the step and the newest checkpoint."""
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None

@@ -16,9 +16,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from pspnet_jax import files, parallel
-from pspnet_jax.errors import UserError
+from pspnet_jax.errors import UserError, first_line, listed
 from pspnet_jax.train import manifest
-from pspnet_jax.train.manifest import DamagedError, Manifest, listed
+from pspnet_jax.train.manifest import DamagedError, Manifest
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -48,29 +48,19 @@ class OtherNetworkError(Exception):
     """The saved arrays do not match those of the network."""
 
 
-# Status codes at the start of tensorstore and gRPC errors that mean a file has the wrong content.
+# Exceptions, and status codes at the start of tensorstore and gRPC errors, that mean a file has the wrong content.
 _CONTENT_CODES = ("NOT_FOUND", "DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "OUT_OF_RANGE")
-_CONTENT_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_CONTENT_ERRORS = (DamagedError, *_NO_FILE, ValueError, KeyError, TypeError, EOFError)
 
 
 def classify(error: Exception) -> Verdict:
     """Returns the verdict for an exception raised while reading a checkpoint."""
     if isinstance(error, OtherNetworkError):
         return Verdict.OTHER_NETWORK
-    if isinstance(error, DamagedError):
-        return Verdict.DAMAGED
-    if isinstance(error, OSError):
-        return Verdict.DAMAGED if isinstance(error, _CONTENT_ERRORS) else Verdict.UNREACHABLE
-    code = re.match(r"([A-Z_]{6,}): ", str(error))
-    if code or not isinstance(error, ValueError | KeyError | TypeError | EOFError):
-        return Verdict.DAMAGED if code and code[1] in _CONTENT_CODES else Verdict.UNREACHABLE
-    return Verdict.DAMAGED
-
-
-def reason(error: Exception) -> str:
-    """Returns the first line of an exception's message, without tensorstore's details and without the middle of a long line."""
-    line = re.split(r"\n| \[(?:tensorstore_spec|source locations|os_error_code)", str(error))[0] or type(error).__name__
-    return line if len(line) <= 300 else f"{line[:150]} ... {line[-150:]}"
+    code = None if isinstance(error, OSError) else re.match(r"([A-Z_]{6,}): ", str(error))
+    damaged = code[1] in _CONTENT_CODES if code else isinstance(error, _CONTENT_ERRORS)
+    return Verdict.DAMAGED if damaged else Verdict.UNREACHABLE
 
 
 Items = Callable[[], Sequence[str]]
@@ -118,7 +108,7 @@ def _read_once(directory: epath.Path, items: Items, read: Callable[[], T]) -> tu
         raise  # not caused by the files
     except Exception as error:  # orbax raises many types for damaged files
         verdict = classify(error)
-        return verdict, f"{DESCRIPTIONS[verdict]} ({reason(error)})", None
+        return verdict, f"{DESCRIPTIONS[verdict]} ({first_line(error)})", None
     if found := describe_non_finite(result):
         return Verdict.NOT_FINITE, f"{DESCRIPTIONS[Verdict.NOT_FINITE]} ({found})", result
     return Verdict.GOOD, "", result
@@ -175,10 +165,7 @@ def _difference(item: str, saved: Any, target: Any) -> str:
         return "" if same else "the optimizer state has different arrays"
     old, new = ({k: tuple(v.shape) for k, v in _leaves(tree).items()} for tree in (saved, target))
     differing = [f"{k} {old.get(k, 'missing')} -> {new.get(k, 'missing')}" for k in {**old, **new} if old.get(k) != new.get(k)]
-    if not differing:
-        return ""
-    more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-    return f"saved -> this network: {'; '.join(differing[:3])}{more}"
+    return f"saved -> this network: {listed(differing, 3, '; ')}" if differing else ""
 
 
 def describe_non_finite(tree: Any) -> str | None:

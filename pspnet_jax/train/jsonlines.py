@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from pspnet_jax import files
-from pspnet_jax.train.integrity import reason
+from pspnet_jax.errors import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -31,28 +31,23 @@ class JsonLines:
     def _prepare(self, start: int, drop_kind: str) -> None:
         path = self._path
         content = path.read_bytes() if path.exists() else b""
-        lines = [line for line in content.split(b"\n") if line.strip()]
-        steps = [values["step"] if (values := _parse(line)) else None for line in lines]
-        good = [(line, step) for line, step in zip(lines, steps, strict=True) if step is not None and step <= start]
-        kept = b"".join(
-            line + b"\n" for line, step in good if step < start or not drop_kind or json.loads(line).get("kind") != drop_kind
-        )
-        if damaged := [line for line, step in zip(lines, steps, strict=True) if step is None]:
+        lines = [(line, _parse(line)) for line in content.split(b"\n") if line.strip()]
+        good = [(line, values) for line, values in lines if values and values["step"] <= start]
+        kept = b"".join(line + b"\n" for line, v in good if v["step"] < start or v.get("kind") != drop_kind)
+        if damaged := [line for line, values in lines if values is None]:
             aside = self._set_aside("damaged", damaged)
             logger.warning("%s: moved %s damaged line(s) to %s and kept the others", path, len(damaged), aside)
-        if earlier := [line for line, step in zip(lines, steps, strict=True) if step is not None and start == 0 < step]:
+        if earlier := [line for line, values in lines if values and start == 0 < values["step"]]:
             aside = self._set_aside("earlier", earlier)
             logger.warning("there is no checkpoint, so training starts over; moved the earlier lines of %s to %s", path, aside)
         if kept != content:
-            with files.atomic(path) as temporary:
-                temporary.write_bytes(kept)
+            files.write_atomic(path, kept)
 
     def _set_aside(self, kind: str, lines: Sequence[bytes]) -> str:
         """Appends lines to the separate file for `kind`, and returns the name of that file."""
         aside = self._path.with_name(f"{self._path.stem}.{kind}{self._path.suffix}")
         before = aside.read_bytes() if aside.exists() else b""
-        with files.atomic(aside) as temporary:
-            temporary.write_bytes(before + b"".join(line + b"\n" for line in lines))
+        files.write_atomic(aside, before + b"".join(line + b"\n" for line in lines))
         return aside.name
 
     def write(self, values: Mapping[str, Any]) -> None:
@@ -75,9 +70,8 @@ class JsonLines:
                 with contextlib.suppress(OSError):
                     os.truncate(self._path, size)  # removes a partial line
             if not self._failed:
-                logger.warning(
-                    "%s: cannot be written (%s); its lines are kept, and training goes on", self._path, reason(error)
-                )
+                reason = first_line(error)
+                logger.warning(f"{self._path}: cannot be written ({reason}); its lines are kept, and training goes on")
             self._failed = True
         else:
             self._pending, self._failed = "", False

@@ -68,8 +68,7 @@ def read_state(directory: epath.Path, target: TrainState) -> TrainState:
 def read_variables(directory: epath.Path, mesh: Mesh) -> Variables:
     """Reads the variables for evaluation (the moving average, if there is one), replicated over the mesh.
 
-    Raises:
-      DamagedError: they do not match the checkpoint's manifest.
+    Raises DamagedError if they do not match the checkpoint's manifest.
     """
     item, everywhere = evaluated_item(directory), parallel.replicated(mesh)
     if item == "state" and (average := _read_tree(directory / item, everywhere, ("average",))):

@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from pspnet_jax import figures, files
+from pspnet_jax.errors import first_line
 from pspnet_jax.train import jsonlines, tracking
-from pspnet_jax.train.integrity import reason
 from pspnet_jax.train.step import Metrics
 
 logger = logging.getLogger(__name__)
@@ -113,14 +113,15 @@ class TrainingLog:
         self._excluded += seconds
 
     def log_evaluation(self, step: int, metrics: Mapping[str, Any], pictures: Mapping[str, Any]) -> None:
-        """Writes the metrics of an evaluation and its pictures, each uint8[H, W, 3], a PIL image, or a function that draws it.
+        """Writes the metrics of an evaluation, the learning curves, and pictures.
 
-        The learning curves are drawn, too.
+        A picture is an array uint8[H, W, 3], a PIL image, or a function that draws it.
         """
         self._write("eval", step, metrics)
-        if self._active:
-            self._draw_curves()
-        for name, picture in pictures.items() if self._active else ():
+        if not self._active:
+            return
+        self._draw_curves()
+        for name, picture in pictures.items():
             try:
                 if (self._pictures / name).parent != self._pictures:
                     raise ValueError("its name contains a directory")
@@ -128,7 +129,7 @@ class TrainingLog:
                 with files.atomic(self._pictures / f"{name}.png") as path, path.open("wb") as file:
                     Image.fromarray(pixels).save(file, "PNG")
             except Exception as error:  # such as a name that is too long, a full disk, or an array of the wrong shape
-                logger.warning("the picture %r cannot be written (%s); training goes on", name[:100], reason(error))
+                logger.warning("the picture %r cannot be written (%s); training goes on", name[:100], first_line(error))
             else:
                 self._to_writers(lambda writer: writer.write_images(step, {name: pixels[None]}))  # noqa: B023 -- called at once
 
@@ -141,7 +142,7 @@ class TrainingLog:
             with files.atomic(self._workdir / "curves.png") as path, path.open("wb") as file:
                 picture.save(file, "PNG")
         except Exception as error:  # such as a full disk, or no matplotlib
-            logger.warning("the learning curves cannot be drawn (%s); training goes on", reason(error))
+            logger.warning("the learning curves cannot be drawn (%s); training goes on", first_line(error))
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if not self._active:
@@ -161,7 +162,7 @@ class TrainingLog:
         try:
             yield
         except Exception as error:
-            logger.warning("%s cannot be written (%s); training goes on without them", name, reason(error))
+            logger.warning("%s cannot be written (%s); training goes on without them", name, first_line(error))
             self._writers.pop(name, None)
 
     def flush(self) -> None:
@@ -205,14 +206,10 @@ PROGRESS_FORMATS = {  # of the values in a progress line
 
 
 class InputStallTimer:
-    """Measures the time in which the devices are idle because the next batch is not ready.
-
-    Attributes:
-      seconds: the total so far.
-    """
+    """Measures the time in which the devices are idle because the next batch is not ready."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.seconds = 0.0  # the total so far
         self._ended: Future[float] | None = None
         self._thread = ThreadPoolExecutor(1, "end of step")
 
@@ -221,9 +218,7 @@ class InputStallTimer:
         iterator = iter(batches)
         while True:
             requested = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
+            if (batch := next(iterator, None)) is None:
                 return
             received = time.perf_counter()
             if self._ended and self._ended.done():

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from pspnet_jax import config as configs
 from pspnet_jax import files, parallel
-from pspnet_jax.errors import UserError
+from pspnet_jax.errors import UserError, first_line
 from pspnet_jax.lock import locked
 from pspnet_jax.losses import Batch, Loss
 from pspnet_jax.optimizers import Optimizer
@@ -27,7 +27,6 @@ from pspnet_jax.train import batch_checks, resume
 from pspnet_jax.train.batch_checks import HostBatch
 from pspnet_jax.train.checkpoint import Checkpoints
 from pspnet_jax.train.guard import NonFiniteGuard
-from pspnet_jax.train.integrity import reason
 from pspnet_jax.train.logs import TrainingLog, Writer, numbers_in
 from pspnet_jax.train.scores import SCORE
 from pspnet_jax.train.step import Metrics, TrainState, Variables, make_train_step
@@ -249,7 +248,7 @@ class Run:
         except Stopped:
             return
         except Exception as error:  # such as a bad image, too little memory, or a bug: training goes on
-            failure = reason(error)
+            failure = first_line(error)
         if parallel.max_over_processes(failure is not None):
             problem = f"step {step} could not be evaluated ({failure or 'in another process'}), but it is saved"
             if step == self.config.total_steps:
@@ -331,7 +330,6 @@ def _write_description(config: ConfigDict, state: TrainState, workdir: epath.Pat
     """Writes config.json and the table of parameters. Called once a step has succeeded, so a failed start changes neither."""
     table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
     with parallel.fail_together("writing config.json"), files.writing(workdir, "free some space or fix the cause"):
-        for name, text in (("config.json", configs.to_json(config)), ("parameters.txt", f"{table}\n")):
-            if jax.process_index() == 0:
-                with files.atomic(workdir / name) as path:
-                    path.write_text(text)
+        if jax.process_index() == 0:
+            files.write_atomic(workdir / "config.json", configs.to_json(config))
+            files.write_atomic(workdir / "parameters.txt", f"{table}\n")

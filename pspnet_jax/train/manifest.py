@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from pspnet_jax import files, parallel
+from pspnet_jax.errors import listed
 
 ITEM = "sha256"
 Manifest = dict[str, dict[str, list[Any]]]  # {item: {path of an array: [shape, dtype, SHA-256]}}
@@ -55,22 +56,13 @@ def shapes(manifest: Manifest, item: str) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def verify(manifest: Manifest, item: str, tree: Any) -> None:
-    """Compares an item, or a part of it, with its manifest. Arrays that the manifest does not name are not checked.
-
-    Raises:
-      DamagedError: lists the arrays whose values have changed.
-    """
+    """Raises DamagedError, which lists them, if arrays of an item have changed. Those not in the manifest are not checked."""
     if not (expected := manifest.get(item)):
         return
     found = describe({item: tree})[item]
     if changed := [path for path, entry in found.items() if expected.get(path, entry) != entry]:
         names = [f"{item}/{path}".rstrip("/") for path in changed]
         raise DamagedError(f"content has changed since it was saved: {listed(names)}")
-
-
-def listed(names: list[str]) -> str:
-    """Returns the first five names, and the number of the others."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:

@@ -59,17 +59,13 @@ def initial_state(
                 f"total_steps={config.total_steps}: the run in {workdir} is already at step {checkpoints.steps[-1]}"
             )
         everywhere = parallel.replicated(mesh)
-        shapes = jax.eval_shape(init)
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(init))
         state = checkpoints.restore_newest(target)
         assert state is not None, "there were checkpoints a moment ago"
         if saved_fingerprint and fingerprint and saved_fingerprint != fingerprint:
             logger.warning(
-                "training data has changed since step %s: files were added, removed or modified (fingerprint %s -> %s); "
-                "the next steps differ from those of an uninterrupted run",
-                int(state.step),
-                saved_fingerprint,
-                fingerprint,
+                f"training data has changed since step {state.step}: files were added, removed or modified (fingerprint "
+                f"{saved_fingerprint} -> {fingerprint}); the next steps differ from those of an uninterrupted run"
             )
         _check_comparable(checkpoints, config)
         return state
@@ -88,9 +84,9 @@ def _check_comparable(checkpoints: checkpoint.Checkpoints, config: ConfigDict) -
         return
     before, now = scored[-1].get(scores.SETTINGS) or {}, evaluation_settings(config)
     if changed := [f"{k}: {before.get(k, 'unknown')!r} -> {v!r}" for k, v in now.items() if before.get(k) != v]:
+        reason = "; ".join(changed) if before else "whose settings are unknown"
         logger.warning(
-            "new evaluations cannot be compared with earlier ones (%s); the best checkpoint is chosen among the new ones",
-            "; ".join(changed) if before else "whose settings are unknown",
+            f"new evaluations cannot be compared with earlier ones ({reason}); the best checkpoint is chosen among the new ones"
         )
 
 
@@ -106,8 +102,7 @@ def evaluation_settings(config: ConfigDict) -> dict[str, Any]:
 def initial_weights(config: ConfigDict, model: nn.Module, mesh: Mesh) -> tuple[Variables, Sequence[str]]:
     """Reads config.init_from: the variables of another run, or those of a third-party weight file that fit this model.
 
-    Returns:
-      The variables and their class names, which are empty if a file does not name them.
+    Their class names, which are also returned, are empty if a file does not name them.
 
     Raises:
       MissingFileError: there is no such run or file.
@@ -174,9 +169,8 @@ def match_classes(given: Variables, fresh: Variables | None, old: Sequence[str],
     if fresh is None and sorted(old_keys) != sorted(new_keys):
         i = next(i for i, pair in enumerate(zip(old_keys, new_keys, strict=True)) if pair[0] != pair[1])
         logger.warning(
-            "%s has different class names (class %s is %r there, %r in this config): the classifier rows are kept in their "
-            "order; if the order differs, set dataset.class_names to the names in that file",
-            *(name, i, old[i], new[i]),
+            f"{name} has different class names (class {i} is {old[i]!r} there, {new[i]!r} in this config): the classifier rows "
+            "are kept in their order; if the order differs, set dataset.class_names to the names in that file"
         )
         return given
     rows = {i: old_keys.index(c) for i, c in enumerate(new_keys) if c in old_keys}
@@ -199,12 +193,8 @@ def match_classes(given: Variables, fresh: Variables | None, old: Sequence[str],
 def with_weights(state: TrainState, given: Variables, name: str) -> TrainState:
     """Returns a new state with the given weights. Arrays that are missing or have another shape keep their initial values.
 
-    Logs the modules that keep their initial values.
-
-    Args:
-      state: a new state.
-      given: all variables of a run, or those that a third-party file has, such as a backbone alone.
-      name: name of the run or file, for messages.
+    Logs the modules that keep their initial values. `given` are all variables of a run, or those that a third-party file has,
+    such as a backbone alone; `name` is that of the run or file, for messages.
 
     Raises:
       UserError: the backbones differ.
@@ -230,11 +220,7 @@ def differences(saved: ConfigDict, current: ConfigDict) -> list[str]:
 
 
 def check_resumable(saved: ConfigDict, current: ConfigDict) -> None:
-    """Checks that the network and classes are unchanged, and logs other changes of the config.
-
-    Raises:
-      UserError: either has changed; lists the fields that differ.
-    """
+    """Raises UserError, which lists the fields that differ, if the network or classes have changed; logs other changes."""
     changed = differences(saved, current)
     fatal = [c for c in changed if c.startswith(MUST_MATCH) and not c.startswith(MAY_CHANGE)]
     if (saved.optimizer.ema_decay > 0) != (current.optimizer.ema_decay > 0):

@@ -10,7 +10,7 @@ import jax
 from etils import epath
 
 from pspnet_jax import files
-from pspnet_jax.train.integrity import reason
+from pspnet_jax.errors import first_line
 
 logger = logging.getLogger(__name__)
 SCORE = "score"  # the metric in score.json that selects the best checkpoint; version 0.1 had only "mean_iou"
@@ -18,11 +18,7 @@ SETTINGS = "settings"  # the evaluation settings in score.json; scores are only 
 
 
 class Scores:
-    """The metrics of the checkpoints that were scored.
-
-    Attributes:
-      unreadable: the steps whose score files exist but cannot be read.
-    """
+    """The metrics of the checkpoints that were scored, and the steps whose score files are `unreadable`."""
 
     def __init__(self, directory: epath.Path, steps: Sequence[int]):
         """Reads the scores of these checkpoints in a directory."""
@@ -36,10 +32,8 @@ class Scores:
     def add(self, step: int, metrics: Mapping[str, float], settings: Mapping[str, Any]) -> None:
         """Writes the score of a complete checkpoint.
 
-        Args:
-          step: step of the checkpoint.
-          metrics: numbers by name, including `SCORE`; a larger score is better.
-          settings: evaluation settings, serializable as JSON.
+        The metrics are numbers by name, including `SCORE`; a larger score is better. The settings are those of the evaluation,
+        serializable as JSON.
         """
         data = settings.get("data")
         if self._of_step and (self._of_step[max(self._of_step)].get(SETTINGS) or {}).get("data", data) != data:
@@ -50,8 +44,7 @@ class Scores:
         self.unreadable.discard(step)
         checkpoint = self._directory / str(step)
         if jax.process_index() == 0 and checkpoint.exists():
-            with files.atomic(checkpoint / "score.json") as path:
-                path.write_text(json.dumps(self._of_step[step]))
+            files.write_atomic(checkpoint / "score.json", json.dumps(self._of_step[step]))
 
     def remove(self, step: int) -> None:
         """Forgets the score of a checkpoint that is not there any more."""
@@ -86,6 +79,6 @@ class Scores:
             self.unreadable.add(step)
             logger.warning(
                 "the score of checkpoint %s cannot be read (%s); it cannot be selected as the best, but it is kept",
-                *(step, reason(error)),
+                *(step, first_line(error)),
             )
             return None

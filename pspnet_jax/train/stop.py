@@ -27,13 +27,10 @@ class StopSignal:
     group. Only a second Ctrl-C ends the process at once, if it is not that of the group.
 
     The processes of a job stop at the same step.
-
-    Attributes:
-      received: whether a signal was received; only set if the job has a single process.
     """
 
     def __init__(self) -> None:
-        self.number, self.received = signal.SIGTERM, False
+        self.number, self.received = signal.SIGTERM, False  # `received` is only set if the job has a single process
         self._interrupts, self._ignored_until = False, 0.0
         self._alone = jax.process_count() == 1  # with several processes, JAX catches SIGTERM
         can_catch = threading.current_thread() is threading.main_thread()

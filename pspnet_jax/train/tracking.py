@@ -23,11 +23,7 @@ PROJECT = "pspnet_jax"  # unless the environment names another
 
 
 def require(name: str) -> None:
-    """Checks that the package of config.track is installed.
-
-    Raises:
-      UserError: it is not.
-    """
+    """Raises UserError unless the package of config.track is installed."""
     if name and not importlib.util.find_spec(name):
         raise UserError(f"track={name!r}: its package is not installed; run pip install 'pspnet_jax[{name}]'")
 
@@ -85,6 +81,5 @@ def begin(workdir: epath.Path, config: ConfigDict, resumed: bool) -> Wandb | MLf
     path = workdir / "tracker.json"
     run_id = files.read_json(path).get(config.track) if resumed else None
     tracker = TRACKERS[config.track](workdir, config.name, dict(configs.leaves(config)), run_id)
-    with files.atomic(path) as temporary:
-        temporary.write_text(json.dumps({config.track: tracker.id}) + "\n")
+    files.write_atomic(path, json.dumps({config.track: tracker.id}) + "\n")
     return tracker

@@ -8,7 +8,8 @@ from typing import Any
 
 from etils import epath
 
-ASSETS = ("page.css", "charts.js", "tables.js", "images.js", "viewer.js")
+from pspnet_jax.analysis.pictures import OF_RUN
+
 LAYERS = {"image": "Image", "truth": "Truth", "prediction": "Prediction", "error": "Error", "confidence": "Confidence"}
 
 
@@ -35,9 +36,9 @@ def write(document: Mapping[str, Any], folder: epath.Path) -> None:
     environment.globals |= {"layers": _layers(document), "charts": figures}
     assets = folder / "assets"
     assets.mkdir(exist_ok=True)
-    for name in ASSETS:
-        (assets / name).write_bytes(_read(__name__, f"assets/{name}"))
-    (assets / "plotly.min.js").write_bytes(_read("plotly", "package_data/plotly.min.js"))
+    resources = importlib.resources.files
+    for file in (*(resources(__name__) / "assets").iterdir(), resources("plotly") / "package_data/plotly.min.js"):
+        (assets / file.name).write_bytes(file.read_bytes())
     (assets / "data.js").write_text(f"const REPORT = {json.dumps(_data(document) | {'charts': figures})};\n")
     text = environment.get_template("index.html").render(report=document)
     (folder / "index.html").write_bytes(text.encode(errors="backslashreplace"))  # file names may be no valid text
@@ -47,7 +48,7 @@ def _layers(document: Mapping[str, Any]) -> dict[str, str]:
     """Returns the title of each picture of an image, among them the other run's."""
     if not (against := document["against"]):
         return LAYERS
-    return LAYERS | {f"other_{name}": f"{LAYERS[name]} of {against['title']}" for name in ("prediction", "error", "confidence")}
+    return LAYERS | {f"other_{name}": f"{LAYERS[name]} of {against['title']}" for name in OF_RUN}
 
 
 def _data(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,7 +62,3 @@ def _data(document: Mapping[str, Any]) -> dict[str, Any]:
             shown["pictures"] |= {f"other_{layer}": urllib.parse.quote(path) for layer, path in other["pictures"].items()}
         images.append(shown)
     return {"images": images, "classes": document["dataset"]["classes"], "layers": _layers(document)}
-
-
-def _read(package: str, path: str) -> bytes:
-    return (importlib.resources.files(package) / path).read_bytes()

@@ -55,18 +55,19 @@ def by_class(bins: Iterable[Mapping[str, Any]]) -> list[tuple[int, dict[int, Map
     return sorted(found.items())
 
 
-def window(box: list[int], height: int, width: int, aspect: float = 4 / 3) -> dict[str, float]:
-    """Returns the part of an image that shows a region with its surroundings, as left, top, width, height in the image's units.
+ASPECT = 4 / 3  # width over height of what `window` shows, as far as the image reaches
+
+
+def window(box: list[int], height: int, width: int) -> dict[str, float]:
+    """Returns the part of an image that shows a region with its surroundings: left, top, width and height, in pixels.
 
     Args:
       box: [top, left, height, width] of the region.
-      height: of the image in pixels.
-      width: of the image.
-      aspect: width over height of what is shown, as far as the image reaches.
+      height, width: of the image.
     """
     top, left, tall, wide = box
-    wanted = max(2.5 * tall, 2.5 * wide / aspect, height / 4)
-    shown_height, shown_width = min(height, wanted), min(width, wanted * aspect)
+    wanted = max(2.5 * tall, 2.5 * wide / ASPECT, height / 4)
+    shown_height, shown_width = min(height, wanted), min(width, wanted * ASPECT)
     x = min(max(0, left + wide / 2 - shown_width / 2), width - shown_width)
     y = min(max(0, top + tall / 2 - shown_height / 2), height - shown_height)
     return {"left": x, "top": y, "width": shown_width, "height": shown_height}
