@@ -247,7 +247,7 @@ def classes_of_raw_values(name: str) -> np.ndarray:
     return table
 
 
-def raw_label_problem(name: str, histogram: Sequence[int]) -> str | None:
+def raw_label_problem(name: str, histogram: Sequence[int] | np.ndarray) -> str | None:
     """Returns a description of raw values that a benchmark's label files cannot have, or None if there are none.
 
     Args:
@@ -271,7 +271,7 @@ def raw_label_problem(name: str, histogram: Sequence[int]) -> str | None:
     )
 
 
-def label_problem(histogram: Sequence[int], num_classes: int) -> str | None:
+def label_problem(histogram: Sequence[int] | np.ndarray, num_classes: int) -> str | None:
     """Returns a description of label values outside 0..K-1 and 255, or None if there are none.
 
     Args:

@@ -1,7 +1,6 @@
 """Checks of an image and its label. An error is one sentence that names the file, the fault and the likely cause."""
 
 import contextlib
-import functools
 import io
 import os
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from pspnet_jax.errors import MissingFileError, UserError
 from pspnet_jax.large_files import LargeTiff, is_large, open_image, strips
 
 # A label's histogram, the palette colors of its values, and `CheckedPair.outlines`.
-LabelStatistics = tuple[list[int], dict[int, tuple[int, ...]], bool | None]
+LabelStatistics = tuple[np.ndarray, dict[int, tuple[int, ...]], bool | None]
 COLORED = (
     "has colors instead of class indices; set dataset.label_map, or replace each color with its class index; if it is a photo, "
     "replace it with the label"
@@ -68,35 +67,34 @@ def check_pair(
       WrongValues: only the label's values are wrong.
       UserError: anything else is wrong.
     """
-    large_image, large_label = is_large(image_file), reader is not None and is_large(label_file)
     with _opened(image_file, label_file) as file:
-        contents = file.read() if read_pixels and not large_image else b""
-        if large_image:
+        contents = b""
+        if is_large(image_file):
             size, tag = _check_large_image(image_file, read_pixels, pixel_format), 1
         else:
+            contents = file.read() if read_pixels else b""
             size, tag = _check_image(io.BytesIO(contents) if read_pixels else file, image_file, contents, pixel_format)
     upright = size[::-1] if tag >= 5 else size
     with _opened(label_file, image_file) as file:
-        label_contents = file.read() if read_pixels and not label_file.lower().endswith(".json") and not large_label else b""
-        if contents and contents == label_contents:
-            raise UserError("is a copy of its image; replace it with the label")
-        check = _check_mat if label_file.endswith(".mat") else _check_label
-        if reader:
-            check = functools.partial(_check_mapped, reader, label_file, image_file)
-        if reader and large_label:
+        if reader and is_large(label_file):
             label_size, statistics = _check_large_label(label_file, read_pixels, reader)
         else:
-            label_size, statistics = check(io.BytesIO(label_contents) if label_contents else file, label_contents)
+            kind = os.path.splitext(label_file)[1].lower()
+            read_all = read_pixels or kind in (".npy", ".mat")  # which have no header with the size
+            label_contents = file.read() if read_all and kind != ".json" else b""
+            if contents and contents == label_contents:
+                raise UserError("is a copy of its image; replace it with the label")
+            label_size, statistics = _check_label(label_file, image_file, file, label_contents, reader)
         if label_size != upright:
             raise UserError(_size_problem(label_size, image_file, size, tag))
         if not statistics:
             return CheckedPair(tag)
-        histogram, palette, outlines = statistics
+        counts, palette, outlines = statistics
         if benchmark:
-            problem = datasets.raw_label_problem(benchmark, histogram)
-            pixels = np.bincount(datasets.classes_of_raw_values(benchmark), histogram, 256).astype(np.int64)
+            problem = datasets.raw_label_problem(benchmark, counts)
+            pixels = np.bincount(datasets.classes_of_raw_values(benchmark), counts, 256).astype(np.int64)
         else:
-            problem, pixels = datasets.label_problem(histogram, num_classes), np.asarray(histogram)
+            problem, pixels = datasets.label_problem(counts, num_classes), counts
         if problem:
             raise WrongValues(problem)
     return CheckedPair(tag, pixels, palette, None if benchmark else outlines)
@@ -118,7 +116,7 @@ def example_problem(
     if not label.size:
         return "has no pixels"
     if (label + np.uint8(1)).max() > num_classes:  # IGNORE + 1 is 0
-        return datasets.label_problem(np.bincount(label.ravel(), minlength=256).tolist(), num_classes)
+        return datasets.label_problem(histogram(label), num_classes)
     return None
 
 
@@ -216,11 +214,7 @@ def open_large_label(path: str, reader: LabelReader) -> LargeTiff:
     """Opens a large TIFF as a label uint8[H,W]; reading a window raises `WrongValues` if the map lacks a value in it."""
 
     def convert(stored: np.ndarray) -> np.ndarray:
-        label = label_files.normalize(stored[..., :1] if stored.shape[2] < 3 else stored)
-        classes = reader.to_classes(label)
-        if (wrong := classes == datasets.WRONG).any():
-            raise WrongValues(reader.describe(label[wrong]))
-        return classes
+        return reader.to_classes(label_files.normalize(stored[..., :1] if stored.shape[2] < 3 else stored))
 
     label = LargeTiff(path, convert)
     if problem := None if reader.keep_indices else label.problem("PALETTE"):
@@ -231,31 +225,40 @@ def open_large_label(path: str, reader: LabelReader) -> LargeTiff:
 def _check_large_label(path: str, read_pixels: bool, reader: LabelReader) -> tuple[tuple[int, ...], LabelStatistics | None]:
     """Returns the same as `_check_label` for a large TIFF."""
     label = open_large_label(path, reader)
-    return label.shape[::-1], (histogram(label).tolist(), {}, None) if read_pixels else None
+    return label.shape[::-1], (histogram(label), {}, None) if read_pixels else None
 
 
-def _check_label(file: BinaryIO, contents: bytes) -> tuple[tuple[int, ...], LabelStatistics | None]:
-    """Returns (width, height) and, if the contents are given, the histogram and the palette colors of the values in it."""
-    with Image.open(file) as label:
-        if label.format != "PNG":
+def _check_label(
+    label_file: str, image_file: str, file: BinaryIO, contents: bytes, reader: LabelReader | None
+) -> tuple[tuple[int, ...], LabelStatistics | None]:
+    """Returns (width, height) and, if the contents are given or the file is no image, the statistics of its pixels.
+
+    With a reader, pixels are counted by class.
+    """
+    if label_file.lower().endswith((".npy", ".mat", ".json")):
+        classes = reader.read(label_file, image_file, contents) if reader else decode_label(contents)
+        return classes.shape[::-1], (histogram(classes), {}, None)
+    with Image.open(io.BytesIO(contents) if contents else file) as label:
+        if not reader and label.format != "PNG":
             raise UserError(f"is a {label.format} file despite its name; labels must be PNGs of class indices")
         if (tag := image_files.orientation(label)) != 1:
-            raise UserError(_turned(tag))
+            raise UserError(
+                f"has EXIF orientation {tag}, but labels are read without turning them; turn it upright, or remove the tag"
+            )
         if not contents:
             return label.size, None
-        if not image_files.is_whole_png(contents):
+        if label.format == "PNG" and not image_files.is_whole_png(contents):
             raise ValueError(image_files.CUT_SHORT)
+        if reader:
+            classes, palette = reader.read(label_file, image_file, contents), {}
+            if label.mode == "P" and reader.keep_indices:
+                palette = label_files.palette(label, np.flatnonzero(label.histogram()).tolist())
+            return label.size, (histogram(classes), palette, None)
         is_plain = label.mode == "P" or image_files.raw_mode(label) == "L"
         values = label if is_plain else Image.fromarray(decode_label(contents))
-        histogram = values.histogram()
-        palette = label_files.palette(values, np.flatnonzero(histogram).tolist())
-        return label.size, (histogram, palette, _outlines(np.asarray(values), histogram[0]))
-
-
-def _check_mat(file: BinaryIO, contents: bytes) -> tuple[tuple[int, ...], LabelStatistics | None]:
-    """Returns the same as `_check_label` for a .mat file, whose pixels are always read."""
-    label = decode_label(contents or file.read())
-    return label.shape[::-1], (np.bincount(label.ravel(), minlength=256).tolist(), {}, None)
+        counts = np.array(values.histogram())
+        palette = label_files.palette(values, np.flatnonzero(counts).tolist())
+        return label.size, (counts, palette, _outlines(np.asarray(values), counts[0]))
 
 
 def _outlines(label: np.ndarray, zeros: int) -> bool | None:
@@ -267,33 +270,6 @@ def _outlines(label: np.ndarray, zeros: int) -> bool | None:
     square, mask = np.ones((LINE, LINE), np.uint8), (label == 0).astype(np.uint8)
     inside = cv2.countNonZero(cv2.erode(1 - mask, square))
     return 100 * cv2.countNonZero(cv2.erode(mask, square)) < zeros and 2 * inside > label.size - zeros
-
-
-def _check_mapped(
-    reader: LabelReader, label_file: str, image_file: str, file: BinaryIO, contents: bytes
-) -> tuple[tuple[int, ...], LabelStatistics | None]:
-    """Returns the same as `_check_label` for a label whose classes the reader finds; pixels are counted by class."""
-    palette: dict[int, tuple[int, ...]] = {}
-    if not label_file.lower().endswith((".npy", ".mat", ".json")):
-        with Image.open(file) as label:
-            if (tag := image_files.orientation(label)) != 1:
-                raise UserError(_turned(tag))
-            if not contents:
-                return label.size, None
-            if label.format == "PNG" and not image_files.is_whole_png(contents):
-                raise ValueError(image_files.CUT_SHORT)
-            if label.mode == "P" and reader.keep_indices:
-                palette = label_files.palette(label, np.flatnonzero(label.histogram()).tolist())
-    elif not contents and not label_file.lower().endswith(".json"):
-        contents = file.read()
-    classes = reader.read(label_file, image_file, contents)
-    if (wrong := classes == datasets.WRONG).any():
-        raise WrongValues(reader.problem(label_file, contents, wrong))
-    return classes.shape[::-1], (np.bincount(classes.ravel(), minlength=256).tolist(), palette, None)
-
-
-def _turned(tag: int) -> str:
-    return f"has EXIF orientation {tag}, but labels are read without turning them; turn it upright, or remove the tag"
 
 
 def _size_problem(label: tuple[int, ...], image_file: str, image: tuple[int, int], tag: int) -> str:
