@@ -185,7 +185,7 @@ def _check_image(
     """Returns the stored (width, height) and the orientation; checks the pixels too if the contents are given."""
     header = image_files.read_header(file)
     readable = header.kind in ("JPEG", "MPO", "PNG")  # MPO: a phone's JPEG, with previews
-    readable = readable or (header.kind == "GIF" and image_files.count_frames(file) == 1)
+    readable = readable or (header.kind == "GIF" and image_files.count_frames(name) == 1)
     if is_read_in_graph(name, pixel_format) and not readable:
         raise UserError(f"is a {header.kind} file despite its name; rename it, or convert it to JPEG or PNG")
     if problem := pixel_format.problem(header.stored):

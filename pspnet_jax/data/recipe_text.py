@@ -57,7 +57,7 @@ def lines(folder: Folder, found: Found, name: str) -> list[Line]:
     headers, damaged = [one for one in read if not isinstance(one, str)], [one for one in read if isinstance(one, str)]
     if not headers:
         raise UserError(damaged[0])
-    sizes = sorted(header.size if header.orientation < 5 else header.size[::-1] for header in headers)
+    sizes = sorted(header.upright_size for header in headers)
     steps = int(np.clip(EPOCHS * next(iter(found.counts.values())) / BATCH, *STEPS))
     pixels = _pixel_lines(found, headers)
     return [
@@ -113,30 +113,20 @@ def _header(file: str) -> image_files.Header | str:
         return f"{file}: cannot be read as an image ({image_files.reason(error)})"
 
 
-def _kinds(headers: Sequence[image_files.Header]) -> str:
-    """Returns such as "24 PNG of 3 channel(s), uint8"."""
-    kinds = collections.Counter(
-        f"{header.kind} of {header.stored.channels} channel(s), {header.stored.dtype}" for header in headers
-    )
-    return "; ".join(f"{number} {kind}" for kind, number in kinds.most_common())
-
-
 def _file_lines(found: Found, headers: Sequence[image_files.Header]) -> list[Line]:
     """Returns the lines about the files of images and labels."""
-    values = found.values
-    frames = 1 if isinstance(_header(found.pairs[0][0]), str) else _count_frames(found.pairs[0][0])
-    stack = f"; GUESS: only the first of {frames} images in {found.pairs[0][0]} is used" if frames > 1 else ""
-    remarks = [_kinds(headers) + stack, f"{values.read:,} of {values.of:,} labels were read" if values.read < values.of else ""]
-    also = (f"GUESS: {', '.join(map(repr, others[:5]))} would fit, too" if others else "" for others in found.alternatives)
-    remarks = ["; ".join(filter(None, both)) for both in zip(remarks, also, strict=True)]
-    if found.dataset.images == configs.base_config().dataset.images:  # a list names the files
-        return [("dataset.split_file", found.dataset.split_file, "; ".join(filter(None, remarks)))]
-    return [("dataset.images", found.dataset.images, remarks[0]), ("dataset.labels", found.dataset.labels, remarks[1])]
-
-
-def _count_frames(image: str) -> int:
-    with epath.Path(image).open("rb") as file:
-        return image_files.count_frames(file)
+    values, first = found.values, found.pairs[0][0]
+    kinds = collections.Counter((header.kind, *header.stored) for header in headers).most_common()
+    images = [f"{number} {kind} of {channels} channel(s), {dtype}" for (kind, channels, dtype), number in kinds]
+    labels = [f"{values.read:,} of {values.of:,} labels were read"] if values.read < values.of else []
+    if (frames := image_files.count_frames(first)) > 1:
+        images.append(f"GUESS: only the first of {frames} images in {first} is used")
+    for remarks, others in zip((images, labels), found.alternatives, strict=True):
+        remarks += [f"GUESS: {', '.join(map(repr, others[:5]))} would fit, too"] if others else []
+    dataset, of_images, of_labels = found.dataset, "; ".join(images), "; ".join(labels)
+    if dataset.images == configs.base_config().dataset.images:  # a list names the files
+        return [("dataset.split_file", dataset.split_file, "; ".join(images + labels))]
+    return [("dataset.images", dataset.images, of_images), ("dataset.labels", dataset.labels, of_labels)]
 
 
 def _skip_lines(

@@ -1,5 +1,6 @@
 """Sources of examples: files, the built-in scenes, and TFDS datasets. For a source of your own, see reader.py."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -95,6 +96,8 @@ class Files(Source):
         if screened:
             self.totals, self.fingerprint, self.image_sizes = screened.totals, screened.fingerprint, screened.sizes
             self.palette = screened.palette
+        else:
+            self.image_sizes = stamps.sizes(stamps.stats([pair.image for pair in pairs]))
         self.names = [pair.name for pair in pairs]
         self._classes = datasets.classes_of_raw_values(benchmark) if any(pair.raw for pair in pairs) else None
 
@@ -122,23 +125,20 @@ class Files(Source):
         return image, self._label(tf.constant(index)).numpy()
 
     def read_label(self, index: int) -> np.ndarray:
-        if index in self._large:
-            return super().read_label(index)
-        try:
-            label = self._load_label(tf.constant(index, tf.int64)).numpy()
-        except Exception:  # explained by `read`
-            return super().read_label(index)
-        return label if (label + np.uint8(1)).max(initial=0) <= self.num_classes else super().read_label(index)
+        if index not in self._large:
+            with contextlib.suppress(Exception):  # explained by `read`
+                label = self._load_label(tf.constant(index, tf.int64)).numpy()
+                if (label + np.uint8(1)).max(initial=0) <= self.num_classes:
+                    return label
+        return super().read_label(index)
 
     @functools.cached_property
     def _load_label(self) -> Callable[[tf.Tensor], tf.Tensor]:
-        function = tf.function(self._label, input_signature=[tf.TensorSpec([], tf.int64)], autograph=False)
-        return function.get_concrete_function()
+        return tf.function(self._label, autograph=False).get_concrete_function(tf.TensorSpec([], tf.int64))
 
     @functools.cached_property
     def _load(self) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
-        function = tf.function(self.tensors, input_signature=[tf.TensorSpec([], tf.int64)], autograph=False)
-        return function.get_concrete_function()
+        return tf.function(self.tensors, autograph=False).get_concrete_function(tf.TensorSpec([], tf.int64))
 
     def tensors(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return self._image(index), self._label(index)
@@ -211,18 +211,13 @@ def _open_files(dataset: ConfigDict, split: str, check: bool, pixel_format: Pixe
             )
         return pairs
 
-    if not check:
-        pairs = list_pairs()
-        reader = label_files.reader(dataset, names, [pair.label for pair in pairs])
-        files = Files(name, pairs, len(names), None, reader, pixel_format)
-        files.image_sizes = [known[0] if known else 0 for known in stamps.stats([pair.image for pair in files.pairs])]
-        return files
-    screened = screening.screen(list_pairs, dataset, names, f"{root}, {split}", pixel_format)
+    screened = screening.screen(list_pairs, dataset, names, f"{root}, {split}", pixel_format) if check else None
+    pairs = screened.pairs if screened else list_pairs()
     count = layouts.official_count(name, split)
-    if count not in (None, len(screened.pairs)):
-        logger.warning(f"{name} {split} officially has {count:,} images, but {len(screened.pairs):,} were found")
-    reader = label_files.reader(dataset, names, [pair.label for pair in screened.pairs])
-    return Files(name, screened.pairs, len(names), screened, reader, pixel_format)
+    if check and count not in (None, len(pairs)):
+        logger.warning(f"{name} {split} officially has {count:,} images, but {len(pairs):,} were found")
+    reader = label_files.reader(dataset, names, [pair.label for pair in pairs])
+    return Files(name, pairs, len(names), screened, reader, pixel_format)
 
 
 class Scenes(Source):

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from pspnet_jax import datasets
-from pspnet_jax.data import checks, layouts, screening, stamps
+from pspnet_jax.data import checks, label_values, layouts, screening, stamps
 from pspnet_jax.data.cache import Read
 from pspnet_jax.data.palettes import Palettes, ValueColors
 from pspnet_jax.data.sources import Source, open_source, training_parts
@@ -141,8 +141,7 @@ def _moments(image: np.ndarray) -> np.ndarray:
 
 def samples(found: Survey, count: int) -> list[dict[str, Any]]:
     """Returns up to `count` usable examples as `pictured` does, evenly spaced over the split."""
-    chosen = np.unique(np.linspace(0, len(found.usable) - 1, count).round().astype(int)) if found.usable else ()
-    return pictured(found.source, [found.usable[i] for i in chosen])
+    return pictured(found.source, label_values.sample(found.usable, count))
 
 
 def pictured(source: Source, indices: Sequence[int]) -> list[dict[str, Any]]:
@@ -160,9 +159,9 @@ def _reduced(array: np.ndarray) -> np.ndarray:
 def sample_totals(source: Source, read: Read) -> Totals:
     """Counts the label values of a few evenly spaced examples. Unreadable ones are skipped; training will report them."""
     labels, values = 0, np.zeros(256, np.int64)
-    for index in np.unique(np.linspace(0, len(source) - 1, SAMPLES).round().astype(int)):
+    for index in label_values.sample(range(len(source)), SAMPLES):
         with contextlib.suppress(Exception):
-            values += checks.histogram(read(int(index))[1])
+            values += checks.histogram(read(index)[1])
             labels += 1
     return Totals(f"{source.names[0]} to {source.names[-1]}", labels, len(source), values)
 
