@@ -263,9 +263,8 @@ def orientation(image: Image.Image) -> int:
     return tag if 1 <= tag <= 8 else 1
 
 
-def orientation_of(contents: bytes | np.ndarray) -> np.int64:
-    """Returns the `orientation` of a file's contents, given as bytes or as a scalar object array; 1 if it is not an image."""
-    contents = contents.item() if isinstance(contents, np.ndarray) else contents
+def orientation_of(contents: bytes) -> np.int64:
+    """Returns the `orientation` of a file's contents; 1 if it is not an image."""
     try:
         with Image.open(io.BytesIO(contents)) as image:
             return np.int64(orientation(image))

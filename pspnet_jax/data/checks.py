@@ -18,8 +18,6 @@ from pspnet_jax.data.label_files import LabelReader, WrongValues
 from pspnet_jax.errors import MissingFileError, UserError
 from pspnet_jax.large_files import LargeTiff, is_large, open_image, strips
 
-# A label's histogram, the palette colors of its values, and `CheckedPair.outlines`.
-LabelStatistics = tuple[np.ndarray, dict[int, tuple[int, ...]], bool | None]
 COLORED = (
     "has colors instead of class indices; set dataset.label_map, or replace each color with its class index; if it is a photo, "
     "replace it with the label"
@@ -37,7 +35,7 @@ class CheckedPair(NamedTuple):
       outlines: whether value 0 occurs only in lines between areas of other values; None if that is unknown.
     """
 
-    orientation: int
+    orientation: int = 1
     pixels: np.ndarray | None = None
     palette: Mapping[int, tuple[int, ...]] = {}
     outlines: bool | None = None
@@ -77,27 +75,26 @@ def check_pair(
     upright = size[::-1] if tag >= 5 else size
     with _opened(label_file, image_file) as file:
         if reader and is_large(label_file):
-            label_size, statistics = _check_large_label(label_file, read_pixels, reader)
+            label_size, found = _check_large_label(label_file, read_pixels, reader)
         else:
             kind = os.path.splitext(label_file)[1].lower()
             read_all = read_pixels or kind in (".npy", ".mat")  # which have no header with the size
             label_contents = file.read() if read_all and kind != ".json" else b""
             if contents and contents == label_contents:
                 raise UserError("is a copy of its image; replace it with the label")
-            label_size, statistics = _check_label(label_file, image_file, file, label_contents, reader)
+            label_size, found = _check_label(label_file, image_file, file, label_contents, reader)
         if label_size != upright:
             raise UserError(_size_problem(label_size, image_file, size, tag))
-        if not statistics:
-            return CheckedPair(tag)
-        counts, palette, outlines = statistics
-        if benchmark:
-            problem = datasets.raw_label_problem(benchmark, counts)
-            pixels = np.bincount(datasets.classes_of_raw_values(benchmark), counts, 256).astype(np.int64)
-        else:
-            problem, pixels = datasets.label_problem(counts, num_classes), counts
+        problem, found = None, found._replace(orientation=tag)
+        if found.pixels is not None and benchmark:
+            problem = datasets.raw_label_problem(benchmark, found.pixels)
+            pixels = np.bincount(datasets.classes_of_raw_values(benchmark), found.pixels, 256).astype(np.int64)
+            found = found._replace(pixels=pixels, outlines=None)
+        elif found.pixels is not None:
+            problem = datasets.label_problem(found.pixels, num_classes)
         if problem:
             raise WrongValues(problem)
-    return CheckedPair(tag, pixels, palette, None if benchmark else outlines)
+    return found
 
 
 def example_problem(
@@ -115,9 +112,12 @@ def example_problem(
         return None  # its values are checked in each window
     if not label.size:
         return "has no pixels"
-    if (label + np.uint8(1)).max() > num_classes:  # IGNORE + 1 is 0
-        return datasets.label_problem(histogram(label), num_classes)
-    return None
+    return datasets.label_problem(histogram(label), num_classes) if has_wrong_value(label, num_classes) else None
+
+
+def has_wrong_value(label: np.ndarray, num_classes: int) -> bool:
+    """Returns whether a value of uint8[H,W] is neither in 0..K-1 nor `datasets.IGNORE`."""
+    return bool((label + np.uint8(1)).max(initial=0) > num_classes)  # IGNORE + 1 is 0
 
 
 def histogram(label: np.ndarray | LargeTiff) -> np.ndarray:
@@ -222,22 +222,22 @@ def open_large_label(path: str, reader: LabelReader) -> LargeTiff:
     return label
 
 
-def _check_large_label(path: str, read_pixels: bool, reader: LabelReader) -> tuple[tuple[int, ...], LabelStatistics | None]:
+def _check_large_label(path: str, read_pixels: bool, reader: LabelReader) -> tuple[tuple[int, ...], CheckedPair]:
     """Returns the same as `_check_label` for a large TIFF."""
     label = open_large_label(path, reader)
-    return label.shape[::-1], (histogram(label), {}, None) if read_pixels else None
+    return label.shape[::-1], CheckedPair(pixels=histogram(label) if read_pixels else None)
 
 
 def _check_label(
     label_file: str, image_file: str, file: BinaryIO, contents: bytes, reader: LabelReader | None
-) -> tuple[tuple[int, ...], LabelStatistics | None]:
-    """Returns (width, height) and, if the contents are given or the file is no image, the statistics of its pixels.
+) -> tuple[tuple[int, ...], CheckedPair]:
+    """Returns (width, height) and the label's properties; of its pixels, if the contents are given or the file is no image.
 
-    With a reader, pixels are counted by class.
+    With a reader, pixels are counted by class, otherwise by value.
     """
     if label_file.lower().endswith((".npy", ".mat", ".json")):
         classes = reader.read(label_file, image_file, contents) if reader else decode_label(contents)
-        return classes.shape[::-1], (histogram(classes), {}, None)
+        return classes.shape[::-1], CheckedPair(pixels=histogram(classes))
     with Image.open(io.BytesIO(contents) if contents else file) as label:
         if not reader and label.format != "PNG":
             raise UserError(f"is a {label.format} file despite its name; labels must be PNGs of class indices")
@@ -246,19 +246,19 @@ def _check_label(
                 f"has EXIF orientation {tag}, but labels are read without turning them; turn it upright, or remove the tag"
             )
         if not contents:
-            return label.size, None
+            return label.size, CheckedPair()
         if label.format == "PNG" and not image_files.is_whole_png(contents):
             raise ValueError(image_files.CUT_SHORT)
         if reader:
             classes, palette = reader.read(label_file, image_file, contents), {}
             if label.mode == "P" and reader.keep_indices:
                 palette = label_files.palette(label, np.flatnonzero(label.histogram()).tolist())
-            return label.size, (histogram(classes), palette, None)
+            return label.size, CheckedPair(pixels=histogram(classes), palette=palette)
         is_plain = label.mode == "P" or image_files.raw_mode(label) == "L"
         values = label if is_plain else Image.fromarray(decode_label(contents))
         counts = np.array(values.histogram())
         palette = label_files.palette(values, np.flatnonzero(counts).tolist())
-        return label.size, (counts, palette, _outlines(np.asarray(values), counts[0]))
+        return label.size, CheckedPair(1, counts, palette, _outlines(np.asarray(values), counts[0]))
 
 
 def _outlines(label: np.ndarray, zeros: int) -> bool | None:

@@ -26,6 +26,10 @@ class Division(NamedTuple):
     split_fraction: float = 0.0
     reason: str = ""
 
+    def of_folder(self, folder: str) -> "Division":
+        """Returns the division with patterns of one of its folders, or of several by a pattern."""
+        return self._replace(images=self.images.replace("{split}", folder), labels=self.labels.replace("{split}", folder))
+
 
 def divide(rule: discover.Rule, paths: Collection[str], lists: Mapping[str, str]) -> Division:
     """Returns the division of the pairs of a rule.
@@ -46,16 +50,14 @@ def divide(rule: discover.Rule, paths: Collection[str], lists: Mapping[str, str]
     names = {name: path for (_, name), path in images.items()}
     found = find_lists(names, lists, {*names.values()} - {*paired}) if len(names) == len(images) else None
     if len(rule.splits) > 1 and found and (parts := _in_common(rule.splits)):
-        return Division(division.images.replace("{split}", parts), division.labels.replace("{split}", parts), *found)
+        division = division.of_folder(parts)
+        return Division(division.images, division.labels, *found)
     if len(rule.splits) > 1:
         folders = sorted(rule.splits)
         held_out = folders[:: round(1 / FRACTION)]
         train = "+".join(folder for folder in folders if folder not in held_out)
         return division._replace(train_split=train, val_split="+".join(held_out), reason=GUESS_FOLDERS)
-    (only,) = rule.splits
-    division = division._replace(
-        images=division.images.replace("{split}", only), labels=division.labels.replace("{split}", only)
-    )
+    division = division.of_folder(*rule.splits)
     if found:
         return Division(division.images, division.labels, *found)
     return division._replace(split_fraction=FRACTION, reason=GUESS)
@@ -63,8 +65,7 @@ def divide(rule: discover.Rule, paths: Collection[str], lists: Mapping[str, str]
 
 def only_folder(division: Division) -> Division:
     """Returns the division of a single one of the folders that a division by folders uses."""
-    folder = division.train_split.split("+")[0]
-    images, labels = (pattern.replace("{split}", folder) for pattern in (division.images, division.labels))
+    images, labels, *_ = division.of_folder(division.train_split.split("+")[0])
     return Division(images, labels, split_fraction=FRACTION, reason=f"{GUESS}; other folders have the same labels")
 
 

@@ -159,19 +159,17 @@ def parse_list(lines: Sequence[str]) -> tuple[list[Row], Collection[str]]:
     A list is a CSV (with "," or ";" or tabs) whose header names an image column (see `COLUMNS`), or has in each line one name
     or path, or the paths of an image and its label.
     """
-    separator = next((s for s in ",;\t" if lines and s in lines[0]), ",")
-    header = [_COLUMN.get(field.strip().strip('"').lower(), "") for field in lines[0].split(separator)] if lines else []
+    lines = [line.replace("\\", "/") for line in lines]  # paths may be those of Windows
+    first = lines[0] if lines else ""
+    separator = next((s for s in ",;\t" if s in first), ",")
+    header = [_COLUMN.get(field.strip().strip('"').lower(), "") for field in first.split(separator)]
     if "image" in header:
         table = [list(map(str.strip, fields)) for fields in csv.reader(lines[1:], delimiter=separator)]
         columns = {role: _column_of(role, header, table) for role in {*header} - {""}}
         rows = [{role: fields[k] for role, k in columns.items() if k < len(fields)} for fields in table]
-        return [_row(*(row.get(column, "") for column in Row._fields)) for row in rows], header
+        return [Row(*(row.get(column, "") for column in Row._fields)) for row in rows], header
     pairs = [re.fullmatch(r"\s*(\S.*?\.\w{2,5})[\s,;]+(\S.*\.\w{2,5})\s*", line) for line in lines]
-    return [_row(*pair.groups()) if pair else _row(line.strip()) for pair, line in zip(pairs, lines, strict=True)], ("image",)
-
-
-def _row(image: str, label: str = "", split: str = "") -> Row:
-    return Row(image.replace("\\", "/"), label.replace("\\", "/"), split)  # paths may be those of Windows
+    return [Row(*pair.groups()) if pair else Row(line.strip()) for pair, line in zip(pairs, lines, strict=True)], ("image",)
 
 
 def _column_of(role: str, header: Sequence[str], table: Sequence[Sequence[str]]) -> int:

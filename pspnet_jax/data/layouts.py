@@ -74,10 +74,12 @@ def list_pairs(dataset: ConfigDict, split: str) -> list[Pair]:
     return pairs
 
 
-def official_count(name: str, split: str) -> int | None:
-    """Returns the official number of images of a benchmark's split, or None if it is unknown."""
+def count_problem(name: str, split: str, found: int) -> str | None:
+    """Returns a sentence if a benchmark's split officially has another number of images than were found, or None."""
     counts = [datasets.COUNTS.get(name, {}).get(part, 0) for part in _parts(name, split)]
-    return sum(counts) if all(counts) else None
+    if not all(counts) or sum(counts) == found:
+        return None
+    return f"{name} {split} officially has {sum(counts):,} images, but {found:,} were found"
 
 
 def _parts(name: str, split: str) -> list[str]:

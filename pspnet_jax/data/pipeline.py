@@ -22,7 +22,6 @@ from pspnet_jax.data.cache import CacheBudget, Read, cached
 from pspnet_jax.data.order import AUGMENT, EXTRA, Order, generator
 from pspnet_jax.data.reader import last_line
 from pspnet_jax.data.sources import Example, Source, check_pixel_format, open_source, training_parts
-from pspnet_jax.data.totals import Totals
 from pspnet_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -87,21 +86,15 @@ def open_training(config: ConfigDict, source: Source | None = None) -> TrainingD
         readers.append(read)
     weights = (1.0, *(weight for *_, weight in config.dataset.mixture))
     order = Order(config.seed, list(map(len, sources)), weights, config.dataset.balance, presence)
-    _check_totals(
-        [part.totals or survey.sample_totals(part, read) for part, read in zip(sources, readers, strict=True)], config
-    )
-    fingerprints = [part.fingerprint for part in sources]
-    fingerprint = stamps.digest(fingerprints) if any(fingerprints) else ""
-    return TrainingData(order, sources, readers, round(len(sources[0]) * sum(weights)), fingerprint)
-
-
-def _check_totals(parts: Sequence[Totals], config: ConfigDict) -> None:
-    """Raises an error if nothing can be learned from the labels, or warns if only a sample of them was counted."""
-    totals = functools.reduce(operator.add, parts)
+    known = [part.totals or survey.sample_totals(part, read) for part, read in zip(sources, readers, strict=True)]
+    totals = functools.reduce(operator.add, known)
     if problem := totals.problem(datasets.describe(config.dataset).class_names):
         if totals.counted >= totals.total:
             raise UserError(problem)
-        logger.warning(problem)
+        logger.warning(problem)  # of a sample
+    fingerprints = [part.fingerprint for part in sources]
+    fingerprint = stamps.digest(fingerprints) if any(fingerprints) else ""
+    return TrainingData(order, sources, readers, round(len(sources[0]) * sum(weights)), fingerprint)
 
 
 def train_dataset(

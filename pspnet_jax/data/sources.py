@@ -128,7 +128,7 @@ class Files(Source):
         if index not in self._large:
             with contextlib.suppress(Exception):  # explained by `read`
                 label = self._load_label(tf.constant(index, tf.int64)).numpy()
-                if (label + np.uint8(1)).max(initial=0) <= self.num_classes:
+                if not checks.has_wrong_value(label, self.num_classes):
                     return label
         return super().read_label(index)
 
@@ -213,9 +213,8 @@ def _open_files(dataset: ConfigDict, split: str, check: bool, pixel_format: Pixe
 
     screened = screening.screen(list_pairs, dataset, names, f"{root}, {split}", pixel_format) if check else None
     pairs = screened.pairs if screened else list_pairs()
-    count = layouts.official_count(name, split)
-    if check and count not in (None, len(pairs)):
-        logger.warning(f"{name} {split} officially has {count:,} images, but {len(pairs):,} were found")
+    if check and (problem := layouts.count_problem(name, split, len(pairs))):
+        logger.warning(problem)
     reader = label_files.reader(dataset, names, [pair.label for pair in pairs])
     return Files(name, pairs, len(names), screened, reader, pixel_format)
 

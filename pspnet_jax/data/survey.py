@@ -121,12 +121,11 @@ def survey(dataset: ConfigDict, split: str, num_classes: int, channels: int = 3,
                     turned += [source.files(index)[0]] if found[2].orientation != 1 else []
             advance(1)
     name = dataset.tfds_name.removeprefix("pspnet_") if dataset.name == "tfds" else dataset.name
-    if (count := layouts.official_count(name, split)) not in (None, len(source)):
-        problems.append(f"{name} {split} officially has {count:,} images, but {len(source):,} were found")
     totals = Totals(split, len(usable), len(source), total)
     train = split == dataset.train_split and not dataset.mixture
     shift = screening.shift_problem(split, names) if outlines - {None} == {True} else None
-    problems += [problem for problem in (palettes.contradiction, shift, totals.problem(names, train)) if problem]
+    count = layouts.count_problem(name, split, len(source))
+    problems += filter(None, (count, palettes.contradiction, shift, totals.problem(names, train)))
     screening.warn(totals, names, turned, palettes.remarks)
     counts = total[:num_classes], int(total[255]), present[:num_classes]
     seen = {} if dataset.label_map else palettes.seen  # as in `screening`

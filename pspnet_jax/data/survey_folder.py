@@ -177,8 +177,8 @@ def _coco(folder: Folder) -> Iterator[divide.Division]:
         if splits := divide.choose_splits(counts):
             yield divide.Division(image_pattern, label_pattern, *splits, reason="the names of COCO files")
         else:
-            images_of, labels_of = (text.replace("{split}", next(iter(counts))) for text in (image_pattern, label_pattern))
-            yield divide.Division(images_of, labels_of, split_fraction=divide.FRACTION, reason=divide.GUESS)
+            division = divide.Division(image_pattern, label_pattern, split_fraction=divide.FRACTION, reason=divide.GUESS)
+            yield division.of_folder(next(iter(counts)))
 
 
 def _open(folder: Folder, division: divide.Division, alternatives: Alternatives) -> Found:
