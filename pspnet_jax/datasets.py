@@ -112,9 +112,6 @@ def describe(dataset: ConfigDict) -> DatasetInfo:
     Names are dataset.class_names or, if that is empty, from the known dataset's table, or a folder's label map, COCO files or
     list of classes. Colors are dataset.colors, or from the same place, or from `voc_palette`.
 
-    Args:
-      dataset: config.dataset.
-
     Raises:
       UserError: the classes are not named anywhere, or are not valid (see `DatasetInfo`).
     """
@@ -248,12 +245,7 @@ def classes_of_raw_values(name: str) -> np.ndarray:
 
 
 def raw_label_problem(name: str, histogram: Sequence[int] | np.ndarray) -> str | None:
-    """Returns a description of raw values that a benchmark's label files cannot have, or None if there are none.
-
-    Args:
-      name: of the benchmark.
-      histogram: number of pixels of each value 0..255 in the file.
-    """
+    """Returns a description of raw values in a label's histogram that the benchmark's files cannot have, or None."""
     table = classes_of_raw_values(name)
     wrong = [value for value in range(256) if histogram[value] and table[value] == WRONG]
     if not wrong:
@@ -272,12 +264,7 @@ def raw_label_problem(name: str, histogram: Sequence[int] | np.ndarray) -> str |
 
 
 def label_problem(histogram: Sequence[int] | np.ndarray, num_classes: int) -> str | None:
-    """Returns a description of label values outside 0..K-1 and 255, or None if there are none.
-
-    Args:
-      histogram: number of pixels of each value 0..255.
-      num_classes: K.
-    """
+    """Returns a description of values outside 0..K-1 and 255 in the histogram of a label, or None if there are none."""
     wrong = [value for value in range(num_classes, IGNORE) if histogram[value]]
     if not wrong:
         return None

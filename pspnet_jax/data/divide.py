@@ -32,13 +32,7 @@ class Division(NamedTuple):
 
 
 def divide(rule: discover.Rule, paths: Collection[str], lists: Mapping[str, str]) -> Division:
-    """Returns the division of the pairs of a rule.
-
-    Args:
-      rule: one of `discover.rules(paths)`.
-      paths: of images and possible labels.
-      lists: {path: content} of text files.
-    """
+    """Returns the division of the pairs of one of `discover.rules(paths)`, given {path: content} of text files."""
     labels = discover.match(rule.labels, paths, rule.splits)
     pictures = [path for path in paths if not path.endswith(".json") and path not in {*labels.values()}]
     images = discover.match(rule.images, pictures, rule.splits)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from pspnet_jax import polygons
+from pspnet_jax import image_files, polygons
 from pspnet_jax.data import listing
 from pspnet_jax.data.names import check_partners
 from pspnet_jax.errors import MissingFileError, UserError
@@ -29,14 +29,13 @@ Files = tuple[str, str, str]  # name, image file, label file
 _COLUMN = {word: column for column, words in COLUMNS.items() for word in words.split()}
 
 
-def find(dataset: ConfigDict, root: str, split: str, extensions: Sequence[str]) -> list[Files]:
+def find(dataset: ConfigDict, root: str, split: str) -> list[Files]:
     """Returns the files of a split, as `match` does.
 
     Args:
       dataset: config.dataset; its fields images, labels, split_file, split_fraction and split_seed are used.
       root: its directory.
       split: replaces {split} in patterns; otherwise "train" or "val", or a split in the list.
-      extensions: of images.
 
     Raises:
       UserError: a directory or list is missing or empty, names are ambiguous, or nothing tells the splits apart.
@@ -52,7 +51,7 @@ def find(dataset: ConfigDict, root: str, split: str, extensions: Sequence[str]) 
             "dataset.split_file, or dataset.split_fraction for the splits train and val"
         )
     skip = dataset.on_error == "skip"
-    found = match(root, dataset.images, dataset.labels, split, extensions, skip)
+    found = match(root, dataset.images, dataset.labels, split, skip)
     if by_fraction:
         chosen = [f for f in found if (position(dataset.split_seed, f[0]) < dataset.split_fraction) == (split == "val")]
         if not chosen:
@@ -63,7 +62,7 @@ def find(dataset: ConfigDict, root: str, split: str, extensions: Sequence[str]) 
         return chosen
     if not listed:
         return found
-    known = match(root, dataset.images, dataset.labels, split, extensions) if skip else found
+    known = match(root, dataset.images, dataset.labels, split) if skip else found
     paths = {name: image[len(root) + 1 :] for name, image, _ in known}
     names = _names([image for image, _ in listed], paths, file)
     return [files for files in found if files[0] in names]
@@ -74,7 +73,7 @@ def position(seed: int, name: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) / 2**64
 
 
-def match(root: str, images: str, labels: str, split: str, extensions: Sequence[str], skip: bool = False) -> list[Files]:
+def match(root: str, images: str, labels: str, split: str, skip: bool = False) -> list[Files]:
     """Returns the files that match two patterns, sorted by name, and warns about images that match neither.
 
     The label is "" if the labels' directory does not exist. If one file of a pair is missing, its path is a guess.
@@ -84,10 +83,9 @@ def match(root: str, images: str, labels: str, split: str, extensions: Sequence[
       images, labels: paths with {name} and possibly {split}; "*" stands for any part of a file's or directory's name, {tail}
         for the rest of the name after a word that does not belong to it, see `listing.name_of`.
       split: replaces {split}.
-      extensions: of images.
       skip: whether to leave out files without a partner, with a warning.
     """
-    directory, found, others = _side(root, images, split, (extensions,))
+    directory, found, others = _side(root, images, split, (image_files.SUFFIXES,))
     kinds = ((".json",),) if labels.lower().endswith(".json") else ((".png",), LABELS)
     label_directory, _ = _compile(root, labels, split)
     if polygons.is_coco(labels):
@@ -99,7 +97,7 @@ def match(root: str, images: str, labels: str, split: str, extensions: Sequence[
         found, label_files = _more_specific(found, label_files), _more_specific(label_files, found)
         check_partners(found, label_files, label_directory)
     used = {*found.values(), *label_files.values()}
-    for where, unused, kind in ((directory, others, extensions), (label_directory, more, kinds[0])):
+    for where, unused, kind in ((directory, others, image_files.SUFFIXES), (label_directory, more, kinds[0])):
         neither = [path for path in unused if path not in used]
         named = any(path.lower().endswith(tuple(kind)) for path in neither)
         why = "match neither dataset.images nor dataset.labels" if named else f"are not {', '.join(kind)} files"

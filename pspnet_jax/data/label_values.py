@@ -64,10 +64,7 @@ def sample(items: Sequence, size: int = SAMPLES) -> list:
 
 
 def count(pairs: Sequence[tuple[str, str]]) -> Values:
-    """Counts the values in the labels of a sample.
-
-    Args:
-      pairs: paths of images and labels.
+    """Counts the values in the labels of a sample of pairs, which are paths of images and labels.
 
     Raises:
       UserError: most labels cannot be read, have as many values as photos, or no polygons.
@@ -129,7 +126,7 @@ def _palettes_differ(pairs: Sequence[tuple[str, str]], counts: Sequence[Mapping[
     """Returns whether the same value stands for different classes, by the colors of the palettes in the labels."""
     palettes = Palettes()
     for (_, label), found in zip(pairs, counts, strict=True):
-        if not (isinstance(found, str) or label.lower().endswith((".json", ".npy", ".mat")) or large_files.is_large(label)):
+        if not (isinstance(found, str) or large_files.is_large(label)):
             with epath.Path(label).open("rb") as file, contextlib.suppress(UnidentifiedImageError), Image.open(file) as image:
                 palettes.add(label, np.zeros(256), label_files.palette(image, [key for key in found if isinstance(key, int)]))
     return bool(palettes.contradiction)

@@ -8,11 +8,10 @@ from typing import NamedTuple
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from pspnet_jax import datasets, image_files
+from pspnet_jax import datasets
 from pspnet_jax.data import folders, listing
 from pspnet_jax.errors import MissingFileError, UserError
 
-IMAGES = image_files.SUFFIXES
 ALIASES = {
     "ade20k": {"train": "training", "val": "validation"},
     "coco_stuff": {"train": "train2017", "val": "val2017"},
@@ -92,7 +91,7 @@ def _parts(name: str, split: str) -> list[str]:
 
 def _folder(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
     """The files that match dataset.images and dataset.labels."""
-    return [Pair(*found) for found in folders.find(dataset, root, split, IMAGES)]
+    return [Pair(*found) for found in folders.find(dataset, root, split)]
 
 
 def _ade20k(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
@@ -123,9 +122,7 @@ def _potsdam(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
 
 def _raw_pairs(root: str, images: str, labels: str) -> list[Pair]:
     """Pairs the files of the same name in two directories below root; labels have raw values."""
-    return [
-        Pair(*found, raw=True) for found in folders.match(root, f"{images}/{{name}}.*", f"{labels}/{{name}}.png", "", IMAGES)
-    ]
+    return [Pair(*found, raw=True) for found in folders.match(root, f"{images}/{{name}}.*", f"{labels}/{{name}}.png", "")]
 
 
 def _voc2012(root: str, split: str, dataset: ConfigDict) -> list[Pair]:

@@ -195,7 +195,7 @@ def eval_dataset(
       UserError: see open_source.
     """
     opened = open_source(config.dataset, split, channels=config.model.channels) if source is None else source
-    load, names = _load(opened, opened.read), tf.constant(list(opened.names))
+    load, names = _load(opened, opened.read), tf.constant(list(opened.names), tf.string)
 
     def element(index: tf.Tensor) -> dict[str, tf.Tensor]:
         image, label = load(index)

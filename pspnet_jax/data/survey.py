@@ -96,30 +96,30 @@ def survey(dataset: ConfigDict, split: str, num_classes: int, channels: int = 3,
 
     def inspect(index: int) -> tuple[tuple[int, ...], np.ndarray, checks.CheckedPair | None, np.ndarray | int] | str:
         try:
-            seen = source.check(index)
+            checked = source.check(index)
             image, label = source.read(index)
         except UserError as error:
             return str(error)
-        return label.shape, checks.histogram(label), seen, _moments(image) if measure else 0
+        return label.shape, checks.histogram(label), checked, _moments(image) if measure else 0
 
     sizes: collections.Counter[tuple[int, ...]] = collections.Counter()
     usable, problems, total, present = [], [], np.zeros(256, np.int64), np.zeros(256, np.int64)
     moments = np.zeros((3, channels))
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool, progress(f"checking {split}", len(source)) as advance:
         for index, found in enumerate(pool.map(inspect, range(len(source)))):
+            advance(1)
             if isinstance(found, str):
                 problems.append(found)
-            else:
-                usable.append(index)
-                sizes[found[0]] += 1
-                total += found[1]
-                present += found[1] > 0
-                moments += found[3]
-                if found[2]:
-                    outlines.add(found[2].outlines)
-                    palettes.add(source.files(index)[1], found[1], found[2].palette)
-                    turned += [source.files(index)[0]] if found[2].orientation != 1 else []
-            advance(1)
+                continue
+            shape, counts, checked, measured = found
+            usable.append(index)
+            sizes[shape] += 1
+            total, present, moments = total + counts, present + (counts > 0), moments + measured
+            if checked:
+                image, label = source.files(index)
+                outlines.add(checked.outlines)
+                palettes.add(label, counts, checked.palette)
+                turned += [image] if checked.orientation != 1 else []
     name = dataset.tfds_name.removeprefix("pspnet_") if dataset.name == "tfds" else dataset.name
     totals = Totals(split, len(usable), len(source), total)
     train = split == dataset.train_split and not dataset.mixture
@@ -127,9 +127,9 @@ def survey(dataset: ConfigDict, split: str, num_classes: int, channels: int = 3,
     count = layouts.count_problem(name, split, len(source))
     problems += filter(None, (count, palettes.contradiction, shift, totals.problem(names, train)))
     screening.warn(totals, names, turned, palettes.remarks)
-    counts = total[:num_classes], int(total[255]), present[:num_classes]
+    pixels, ignored, present = total[:num_classes], int(total[255]), present[:num_classes]
     seen = {} if dataset.label_map else palettes.seen  # as in `screening`
-    return Survey(split, source, usable, sizes, *counts, seen, problems, moments)
+    return Survey(split, source, usable, sizes, pixels, ignored, present, seen, problems, moments)
 
 
 def _moments(image: np.ndarray) -> np.ndarray:
@@ -179,11 +179,7 @@ class ClassPixels(NamedTuple):
 
 
 def class_pixels(config: ConfigDict, sources: Sequence[Source]) -> ClassPixels:
-    """Counts the classes of the training data including dataset.mixture, each image once. Counts are cached, see stamps.py.
-
-    Args:
-      config: the whole config.
-      sources: its opened `training_parts`.
+    """Counts the classes of the training data, given its opened `training_parts`, each image once.
 
     Raises:
       UserError: a label is wrong.
@@ -199,10 +195,7 @@ def class_pixels(config: ConfigDict, sources: Sequence[Source]) -> ClassPixels:
 def class_counts(source: Source, dataset: ConfigDict, read: Read) -> np.ndarray:
     """Returns int64[N,K]: the number of pixels of each class in each of the source's N labels.
 
-    Args:
-      source: the examples.
-      dataset: config.dataset; its cache_dir keeps the counts until a name or a file changes.
-      read: `source.read`, possibly cached.
+    dataset.cache_dir keeps the counts until a name or a file changes; `read` is `source.read`, possibly cached.
     """
     shape = len(source), source.num_classes
 
