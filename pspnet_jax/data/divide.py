@@ -1,8 +1,6 @@
 """Divides the pairs of a folder into training and validation: by the names of folders, by lists, or by a fraction."""
 
 import collections
-import contextlib
-import csv
 import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
@@ -97,7 +95,7 @@ def find_lists(
     found: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     others = collections.Counter[str]()
     for path, text in lists.items():
-        rows, columns = _rows(text)
+        rows, columns = folders.parse_list(text.splitlines())
         forms = [_forms(row.image) | _forms(*row.image.split()[:1]) for row in rows]
         listed = [row for row, of_row in zip(rows, forms, strict=True) if any(known.get(form) for form in of_row)]
         folder, name = os.path.split(path)
@@ -116,15 +114,9 @@ def find_lists(
 
 def lists_pairs(file: str, text: str, paths: Collection[str]) -> bool:
     """Returns whether every entry of a list is an image and its label, by their paths."""
-    rows, _ = _rows(text)
+    rows, _ = folders.parse_list(text.splitlines())
     folder = folders.list_folder(file, rows[0].image, lambda path: path in paths) if rows else ""
     return bool(rows) and all(folder + side.lstrip("./") in paths for row in rows for side in (row.image, row.label))
-
-
-def _rows(text: str) -> tuple[list[folders.Row], Collection[str]]:
-    with contextlib.suppress(csv.Error):  # another kind of table
-        return folders.parse_list([line for line in text.splitlines() if line.strip()])
-    return [], ()
 
 
 def _forms(text: str = "") -> set[str]:

@@ -144,28 +144,30 @@ def _compile(root: str, pattern: str, split: str) -> tuple[str, re.Pattern[str]]
 
 
 class Row(NamedTuple):
-    """An entry of a list: an image and, each possibly "", its label and its split."""
+    """An entry of a list: an image, its label and its split, each possibly ""."""
 
-    image: str
+    image: str = ""
     label: str = ""
     split: str = ""
 
 
 def parse_list(lines: Sequence[str]) -> tuple[list[Row], Collection[str]]:
-    """Returns the entries of a list, and the columns that it has.
+    """Returns the entries of a list, and the columns that it has; none if it is another kind of table.
 
     A list is a CSV (with "," or ";" or tabs) whose header names an image column (see `COLUMNS`), or has in each line one name
     or path, or the paths of an image and its label.
     """
-    lines = [line.replace("\\", "/") for line in lines]  # paths may be those of Windows
+    lines = [line.replace("\\", "/") for line in lines if line.strip()]  # paths may be those of Windows
     first = lines[0] if lines else ""
     separator = next((s for s in ",;\t" if s in first), ",")
     header = [_COLUMN.get(field.strip().strip('"').lower(), "") for field in first.split(separator)]
     if "image" in header:
-        table = [list(map(str.strip, fields)) for fields in csv.reader(lines[1:], delimiter=separator)]
+        try:
+            table = [list(map(str.strip, fields)) for fields in csv.reader(lines[1:], delimiter=separator)]
+        except csv.Error:
+            return [], ()
         columns = {role: _column_of(role, header, table) for role in {*header} - {""}}
-        rows = [{role: fields[k] for role, k in columns.items() if k < len(fields)} for fields in table]
-        return [Row(*(row.get(column, "") for column in Row._fields)) for row in rows], header
+        return [Row(**{role: fields[k] for role, k in columns.items() if k < len(fields)}) for fields in table], header
     pairs = [re.fullmatch(r"\s*(\S.*?\.\w{2,5})[\s,;]+(\S.*\.\w{2,5})\s*", line) for line in lines]
     return [Row(*pair.groups()) if pair else Row(line.strip()) for pair, line in zip(pairs, lines, strict=True)], ("image",)
 
