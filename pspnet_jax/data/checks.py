@@ -68,11 +68,10 @@ def check_pair(
     with _opened(image_file, label_file) as file:
         contents = b""
         if is_large(image_file):
-            size, tag = _check_large_image(image_file, read_pixels, pixel_format), 1
+            header = _check_large_image(image_file, read_pixels, pixel_format)
         else:
             contents = file.read() if read_pixels else b""
-            size, tag = _check_image(io.BytesIO(contents) if read_pixels else file, image_file, contents, pixel_format)
-    upright = size[::-1] if tag >= 5 else size
+            header = _check_image(io.BytesIO(contents) if read_pixels else file, image_file, contents, pixel_format)
     with _opened(label_file, image_file) as file:
         if reader and is_large(label_file):
             label_size, found = _check_large_label(label_file, read_pixels, reader)
@@ -83,9 +82,9 @@ def check_pair(
             if contents and contents == label_contents:
                 raise UserError("is a copy of its image; replace it with the label")
             label_size, found = _check_label(label_file, image_file, file, label_contents, reader)
-        if label_size != upright:
-            raise UserError(_size_problem(label_size, image_file, size, tag))
-        problem, found = None, found._replace(orientation=tag)
+        if label_size != header.upright_size:
+            raise UserError(_size_problem(label_size, image_file, header))
+        problem, found = None, found._replace(orientation=header.orientation)
         if found.pixels is not None and benchmark:
             problem = datasets.raw_label_problem(benchmark, found.pixels)
             pixels = np.bincount(datasets.classes_of_raw_values(benchmark), found.pixels, 256).astype(np.int64)
@@ -179,10 +178,8 @@ def _opened(file: str, partner: str) -> Iterator[BinaryIO]:
         ) from error
 
 
-def _check_image(
-    file: BinaryIO, name: str, contents: bytes, pixel_format: image_files.PixelFormat
-) -> tuple[tuple[int, int], int]:
-    """Returns the stored (width, height) and the orientation; checks the pixels too if the contents are given."""
+def _check_image(file: BinaryIO, name: str, contents: bytes, pixel_format: image_files.PixelFormat) -> image_files.Header:
+    """Returns the header of an image; checks the pixels too if the contents are given."""
     header = image_files.read_header(file)
     readable = header.kind in ("JPEG", "MPO", "PNG")  # MPO: a phone's JPEG, with previews
     readable = readable or (header.kind == "GIF" and image_files.count_frames(name) == 1)
@@ -199,15 +196,15 @@ def _check_image(
             raise ValueError(image_files.CUT_SHORT)
     elif contents:
         image_files.decode(contents, name, pixel_format)
-    return header.size[::-1], header.orientation
+    return header
 
 
-def _check_large_image(path: str, read_pixels: bool, pixel_format: image_files.PixelFormat) -> tuple[int, int]:
-    """Returns the (width, height) of a large TIFF; checks its pixels too, if they are read."""
+def _check_large_image(path: str, read_pixels: bool, pixel_format: image_files.PixelFormat) -> image_files.Header:
+    """Does the same as `_check_image` for a large TIFF."""
     image = open_image(path, pixel_format)
     for _ in image.strips() if read_pixels else ():
         pass
-    return image.shape[1], image.shape[0]
+    return image.header
 
 
 def open_large_label(path: str, reader: LabelReader) -> LargeTiff:
@@ -225,19 +222,19 @@ def open_large_label(path: str, reader: LabelReader) -> LargeTiff:
 def _check_large_label(path: str, read_pixels: bool, reader: LabelReader) -> tuple[tuple[int, ...], CheckedPair]:
     """Returns the same as `_check_label` for a large TIFF."""
     label = open_large_label(path, reader)
-    return label.shape[::-1], CheckedPair(pixels=histogram(label) if read_pixels else None)
+    return label.shape, CheckedPair(pixels=histogram(label) if read_pixels else None)
 
 
 def _check_label(
     label_file: str, image_file: str, file: BinaryIO, contents: bytes, reader: LabelReader | None
 ) -> tuple[tuple[int, ...], CheckedPair]:
-    """Returns (width, height) and the label's properties; of its pixels, if the contents are given or the file is no image.
+    """Returns (height, width) and the label's properties; of its pixels, if the contents are given or the file is no image.
 
     With a reader, pixels are counted by class, otherwise by value.
     """
     if label_file.lower().endswith((".npy", ".mat", ".json")):
         classes = reader.read(label_file, image_file, contents) if reader else decode_label(contents)
-        return classes.shape[::-1], CheckedPair(pixels=histogram(classes))
+        return classes.shape, CheckedPair(pixels=histogram(classes))
     with Image.open(io.BytesIO(contents) if contents else file) as label:
         if not reader and label.format != "PNG":
             raise UserError(f"is a {label.format} file despite its name; labels must be PNGs of class indices")
@@ -246,19 +243,19 @@ def _check_label(
                 f"has EXIF orientation {tag}, but labels are read without turning them; turn it upright, or remove the tag"
             )
         if not contents:
-            return label.size, CheckedPair()
+            return label.size[::-1], CheckedPair()
         if label.format == "PNG" and not image_files.is_whole_png(contents):
             raise ValueError(image_files.CUT_SHORT)
         if reader:
             classes, palette = reader.read(label_file, image_file, contents), {}
             if label.mode == "P" and reader.keep_indices:
                 palette = label_files.palette(label, np.flatnonzero(label.histogram()).tolist())
-            return label.size, CheckedPair(pixels=histogram(classes), palette=palette)
+            return classes.shape, CheckedPair(pixels=histogram(classes), palette=palette)
         is_plain = label.mode == "P" or image_files.raw_mode(label) == "L"
         values = label if is_plain else Image.fromarray(decode_label(contents))
         counts = np.array(values.histogram())
         palette = label_files.palette(values, np.flatnonzero(counts).tolist())
-        return label.size, CheckedPair(1, counts, palette, _outlines(np.asarray(values), counts[0]))
+        return label.size[::-1], CheckedPair(1, counts, palette, _outlines(np.asarray(values), counts[0]))
 
 
 def _outlines(label: np.ndarray, zeros: int) -> bool | None:
@@ -272,11 +269,9 @@ def _outlines(label: np.ndarray, zeros: int) -> bool | None:
     return 100 * cv2.countNonZero(cv2.erode(mask, square)) < zeros and 2 * inside > label.size - zeros
 
 
-def _size_problem(label: tuple[int, ...], image_file: str, image: tuple[int, int], tag: int) -> str:
-    if tag < 5:
-        return f"is {label[0]}x{label[1]}, but its image {image_file} is {image[0]}x{image[1]}; both must have the same size"
-    remedy = "both must have the same size" if label != image else "turn the label too, or remove the image's orientation tag"
-    return (
-        f"is {label[0]}x{label[1]}, but its image {image_file} is {image[1]}x{image[0]} after turning it upright by its EXIF "
-        f"orientation {tag}; {remedy}"
-    )
+def _size_problem(label: tuple[int, ...], image_file: str, header: image_files.Header) -> str:
+    tag, (height, width) = header.orientation, header.upright_size
+    turned = f" after turning it upright by its EXIF orientation {tag}" if tag >= 5 else ""
+    alike = label == header.size
+    remedy = "turn the label too, or remove the image's orientation tag" if alike else "both must have the same size"
+    return f"is {label[1]}x{label[0]}, but its image {image_file} is {width}x{height}{turned}; {remedy}"

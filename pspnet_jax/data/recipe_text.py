@@ -100,8 +100,7 @@ def _header(file: str) -> image_files.Header | str:
     """Returns the header of an image, or why it cannot be read."""
     try:
         if large_files.is_large(file):
-            large = large_files.LargeTiff(file, lambda stored: stored)
-            return image_files.Header("TIFF", (large.shape[0], large.shape[1]), 1, large.stored)
+            return large_files.LargeTiff(file, lambda stored: stored).header
         with epath.Path(file).open("rb") as opened:
             return image_files.read_header(opened)
     except Exception as error:  # whatever a decoder raises
