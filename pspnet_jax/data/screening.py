@@ -83,9 +83,7 @@ class Screened(NamedTuple):
     fingerprint: str
 
 
-def screen(
-    list_pairs: Callable[[], list[Pair]], dataset: ConfigDict, names: Sequence[str], split: str, pixel_format: PixelFormat
-) -> Screened:
+def screen(list_pairs: Callable[[], list[Pair]], dataset: ConfigDict, split: str, pixel_format: PixelFormat) -> Screened:
     """Lists and checks pairs of files, and returns the usable ones, which are the same in all processes of the job.
 
     If a pair is wrong on one host, no host uses it. Every process of a job must call this function.
@@ -93,7 +91,6 @@ def screen(
     Args:
       list_pairs: lists the split.
       dataset: config.dataset; its on_error decides whether wrong pairs are skipped, and cache_dir keeps the findings.
-      names: of the K classes.
       split: name of the split, for messages.
       pixel_format: of the images.
 
@@ -101,7 +98,7 @@ def screen(
       UserError: the split cannot be listed; hosts have different files; a pair is wrong (with on_error="skip": more than half
         of them are, or a label has wrong values); palettes contradict each other; or nothing can be learned from the labels.
     """
-    start = time.monotonic()
+    start, names = time.monotonic(), datasets.describe(dataset).class_names
     sizes: list[int] = []
     try:
         pairs = list_pairs()

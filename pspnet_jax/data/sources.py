@@ -74,32 +74,30 @@ class Files(Source):
 
     def __init__(
         self,
-        benchmark: str,
+        dataset: ConfigDict,
         pairs: Sequence[layouts.Pair],
-        num_classes: int,
         screened: screening.Screened | None = None,
-        reader: label_files.LabelReader | None = None,
         pixel_format: PixelFormat = RGB8,
     ):
         """Stores the pairs without checking them.
 
         Args:
-          benchmark: a key of `datasets.RAW_VALUES` if any label has raw values.
+          dataset: config.dataset, which names the classes and says how labels are read.
           pairs: the files.
-          num_classes: K.
           screened: the result of checking these pairs, if they were checked.
-          reader: of labels that are neither PNGs nor SBD's, or that have other values.
           pixel_format: of the images.
         """
-        self._reader, self.reading = reader, repr(reader.classes) if reader else ""
-        self.pairs, self.num_classes, self._benchmark, self.pixel_format = pairs, num_classes, benchmark, pixel_format
+        class_names = datasets.describe(dataset).class_names
+        self.num_classes, self._benchmark, self.pairs, self.pixel_format = len(class_names), dataset.name, pairs, pixel_format
+        self._reader = label_files.reader(dataset, class_names, [pair.label for pair in pairs])
+        self.reading = repr(self._reader.classes) if self._reader else ""
         if screened:
             self.totals, self.fingerprint, self.image_sizes = screened.totals, screened.fingerprint, screened.sizes
             self.palette = screened.palette
         else:
             self.image_sizes = stamps.sizes(stamps.stats([pair.image for pair in pairs]))
         self.names = [pair.name for pair in pairs]
-        self._classes = datasets.classes_of_raw_values(benchmark) if any(pair.raw for pair in pairs) else None
+        self._classes = datasets.classes_of_raw_values(dataset.name) if any(pair.raw for pair in pairs) else None
 
         self._images = tf.constant([pair.image for pair in pairs])
         self._labels = tf.constant([pair.label for pair in pairs])
@@ -196,8 +194,7 @@ def _decode(pixel_format: PixelFormat, contents: bytes, name: bytes) -> np.ndarr
 
 
 def _open_files(dataset: ConfigDict, split: str, check: bool, pixel_format: PixelFormat) -> Files:
-    name, names = dataset.name, datasets.describe(dataset).class_names
-    root = os.path.expanduser(dataset.root).rstrip("/")
+    name, root = dataset.name, os.path.expanduser(dataset.root).rstrip("/")
 
     def list_pairs() -> list[layouts.Pair]:
         datasets.check_classes(dataset)
@@ -211,12 +208,11 @@ def _open_files(dataset: ConfigDict, split: str, check: bool, pixel_format: Pixe
             )
         return pairs
 
-    screened = screening.screen(list_pairs, dataset, names, f"{root}, {split}", pixel_format) if check else None
+    screened = screening.screen(list_pairs, dataset, f"{root}, {split}", pixel_format) if check else None
     pairs = screened.pairs if screened else list_pairs()
     if check and (problem := layouts.count_problem(name, split, len(pairs))):
         logger.warning(problem)
-    reader = label_files.reader(dataset, names, [pair.label for pair in pairs])
-    return Files(name, pairs, len(names), screened, reader, pixel_format)
+    return Files(dataset, pairs, screened, pixel_format)
 
 
 class Scenes(Source):
