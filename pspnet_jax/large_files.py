@@ -221,11 +221,7 @@ def write_labels(
 
 def _tiles(bands: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """Yields tiles from left to right and from top to bottom; those at the end of an axis may be smaller."""
-    rest = None
-    for band in bands:
-        rest = band if rest is None else np.concatenate([rest, band])
-        while len(rest) >= TILE:
-            yield from (rest[:TILE, left : left + TILE] for left in range(0, rest.shape[1], TILE))
-            rest = rest[TILE:]
-    if rest is not None and len(rest):
-        yield from (rest[:, left : left + TILE] for left in range(0, rest.shape[1], TILE))
+    rows = itertools.chain.from_iterable(bands)
+    while chosen := list(itertools.islice(rows, TILE)):
+        strip = np.stack(chosen)
+        yield from (strip[:, left : left + TILE] for left in range(0, strip.shape[1], TILE))

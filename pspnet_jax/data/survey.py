@@ -151,8 +151,8 @@ def pictured(source: Source, indices: Sequence[int]) -> list[dict[str, Any]]:
 def _reduced(array: np.ndarray) -> np.ndarray:
     """Returns every n-th row and column of an array [H,W,...] that is too large for a picture."""
     step = max(1, max(array.shape[:2]) // MAX_SIDE)
-    tops = itertools.accumulate((len(strip) for strip in strips(array)), initial=0)
-    return np.concatenate([strip[-top % step :: step, ::step] for top, strip in zip(tops, strips(array), strict=False)])
+    rows = (row for strip in strips(array) for row in strip)
+    return np.stack([row[::step] for row in itertools.islice(rows, 0, None, step)])
 
 
 def sample_totals(source: Source, read: Read) -> Totals:
