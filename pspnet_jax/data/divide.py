@@ -91,12 +91,13 @@ def find_lists(
       lists: {path: content}.
       unlabeled: paths of images without labels, which do not count.
     """
-    known = {form: path not in unlabeled for name, path in images.items() for text in (name, path) for form in _forms(text)}
+    known = {f: path not in unlabeled for name, path in images.items() for text in (name, path) for f in folders.forms(text)}
     found: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     others = collections.Counter[str]()
     for path, text in lists.items():
         rows, columns = folders.parse_list(text.splitlines())
-        forms = [_forms(row.image) | _forms(*row.image.split()[:1]) for row in rows]
+        texts = [{row.image, *row.image.split()[:1]} for row in rows]
+        forms = [{form for text in of_row for form in folders.forms(text.removeprefix("./"))} for of_row in texts]
         listed = [row for row, of_row in zip(rows, forms, strict=True) if any(known.get(form) for form in of_row)]
         folder, name = os.path.split(path)
         if not listed or sum(not known.keys().isdisjoint(of_row) for of_row in forms) < MOST * len(rows):
@@ -117,13 +118,6 @@ def lists_pairs(file: str, text: str, paths: Collection[str]) -> bool:
     rows, _ = folders.parse_list(text.splitlines())
     folder = folders.list_folder(file, rows[0].image, lambda path: path in paths) if rows else ""
     return bool(rows) and all(folder + side.lstrip("./") in paths for row in rows for side in (row.image, row.label))
-
-
-def _forms(text: str = "") -> set[str]:
-    """Returns the forms in which a list may give a path: with or without folders and extension."""
-    text = text.removeprefix("./")
-    bases = {text, os.path.splitext(text)[0]}
-    return bases | {os.path.basename(base) for base in bases}
 
 
 def _with_extension(pattern: str, paths: Collection[str]) -> str:

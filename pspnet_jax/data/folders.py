@@ -213,13 +213,18 @@ def list_folder(file: str, entry: str, exists: Callable[[str], bool]) -> str:
     return next((folder for folder in folders if exists(folder + entry.lstrip("./"))), "")
 
 
+def forms(path: str) -> set[str]:
+    """Returns the forms in which a list may give a path: with or without folders and extension."""
+    whole = {path, os.path.splitext(path)[0]}
+    return whole | {os.path.basename(form) for form in whole}
+
+
 def _names(listed: Sequence[str], images: Mapping[str, str], file: str) -> set[str]:
     """Returns the names of listed images, which are given by name, path or the end of it, with or without extension."""
     known: dict[str, str] = {}
     for name, path in images.items():
-        base = os.path.basename(path)
-        for key in {path, base, os.path.splitext(path)[0], os.path.splitext(base)[0]}:
-            known[key] = "" if key in known else name  # "": ambiguous
+        for form in forms(path):
+            known[form] = "" if form in known else name  # "": ambiguous
     known |= {name: name for name in images}
     names = [next(filter(None, map(known.get, (text, os.path.basename(text), text.split()[0]))), "") for text in listed]
     if missing := [text for text, name in zip(listed, names, strict=True) if not name]:
