@@ -39,6 +39,7 @@ RAW_VALUES = {
 VOID_VALUES = {"cityscapes": range(34), "voc2012": (IGNORE,), "coco_stuff": (IGNORE,)} | dict.fromkeys(
     ("ade20k", "pascal_context", "loveda", "potsdam"), (0,)
 )
+VOC_BORDER = (224, 224, 192)  # the color of VOC's value 255, around objects
 MAX_SHOWN = 20  # classes of a label map in a message
 RARE = 10  # wrong values at fewer than 1/10 of the pixels may be the edges of interpolated labels
 # Number of images in each split.
@@ -300,5 +301,5 @@ def shift_maps(num_classes: int) -> tuple[str, str]:
 
 def _voc_grays() -> set[int]:
     """Returns the ITU-R 601 luma of VOC's 21 colors and of its border color."""
-    colors = (*voc_palette(21), (224, 224, 192))
+    colors = (*voc_palette(21), VOC_BORDER)
     return {round(0.299 * red + 0.587 * green + 0.114 * blue) for red, green, blue in colors}

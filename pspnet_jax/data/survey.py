@@ -184,12 +184,9 @@ def class_pixels(config: ConfigDict, sources: Sequence[Source]) -> ClassPixels:
     Raises:
       UserError: a label is wrong.
     """
-    totals = []
-    for (dataset, _), source in zip(training_parts(config.dataset), sources, strict=True):
-        counts = class_counts(source, dataset, source.read)
-        labeled = counts.sum(axis=1)
-        totals.append((counts.sum(axis=0), labeled @ (counts > 0)))
-    return ClassPixels(*np.sum(totals, axis=0))
+    parts = zip(training_parts(config.dataset), sources, strict=True)
+    counts = np.concatenate([class_counts(source, dataset, source.read) for (dataset, _), source in parts])
+    return ClassPixels(counts.sum(axis=0), counts.sum(axis=1) @ (counts > 0))
 
 
 def class_counts(source: Source, dataset: ConfigDict, read: Read) -> np.ndarray:
