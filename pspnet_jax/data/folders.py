@@ -181,6 +181,8 @@ def _column_of(role: str, header: Sequence[str], table: Sequence[Sequence[str]])
 def _listed(dataset: ConfigDict, root: str, file: str, split: str) -> list[tuple[str, str]]:
     """Returns the image and the label, or "", in each entry of a split's list."""
     rows, columns = parse_list(listing.read_lines(file))
+    if not columns:
+        raise UserError(f"{file}: cannot be read as a table; correct its quotes")
     if "split" not in columns and "{split}" not in dataset.split_file:
         raise UserError(f"{file}: names no splits; put {{split}} into dataset.split_file, or add a column named split")
     found = [row for row in rows if row.split == split] if "split" in columns else rows
