@@ -39,6 +39,7 @@ RAW_VALUES = {
 VOID_VALUES = {"cityscapes": range(34), "voc2012": (IGNORE,), "coco_stuff": (IGNORE,)} | dict.fromkeys(
     ("ade20k", "pascal_context", "loveda", "potsdam"), (0,)
 )
+VOC_BORDER = (224, 224, 192)  # the color of VOC's value 255, around objects
 MAX_SHOWN = 20  # classes of a label map in a message
 RARE = 10  # wrong values at fewer than 1/10 of the pixels may be the edges of interpolated labels
 # Number of images in each split.
@@ -111,9 +112,6 @@ def describe(dataset: ConfigDict) -> DatasetInfo:
 
     Names are dataset.class_names or, if that is empty, from the known dataset's table, or a folder's label map, COCO files or
     list of classes. Colors are dataset.colors, or from the same place, or from `voc_palette`.
-
-    Args:
-      dataset: config.dataset.
 
     Raises:
       UserError: the classes are not named anywhere, or are not valid (see `DatasetInfo`).
@@ -247,13 +245,8 @@ def classes_of_raw_values(name: str) -> np.ndarray:
     return table
 
 
-def raw_label_problem(name: str, histogram: Sequence[int]) -> str | None:
-    """Returns a description of raw values that a benchmark's label files cannot have, or None if there are none.
-
-    Args:
-      name: of the benchmark.
-      histogram: number of pixels of each value 0..255 in the file.
-    """
+def raw_label_problem(name: str, histogram: Sequence[int] | np.ndarray) -> str | None:
+    """Returns a description of raw values in a label's histogram that the benchmark's files cannot have, or None."""
     table = classes_of_raw_values(name)
     wrong = [value for value in range(256) if histogram[value] and table[value] == WRONG]
     if not wrong:
@@ -271,13 +264,8 @@ def raw_label_problem(name: str, histogram: Sequence[int]) -> str | None:
     )
 
 
-def label_problem(histogram: Sequence[int], num_classes: int) -> str | None:
-    """Returns a description of label values outside 0..K-1 and 255, or None if there are none.
-
-    Args:
-      histogram: number of pixels of each value 0..255.
-      num_classes: K.
-    """
+def label_problem(histogram: Sequence[int] | np.ndarray, num_classes: int) -> str | None:
+    """Returns a description of values outside 0..K-1 and 255 in the histogram of a label, or None if there are none."""
     wrong = [value for value in range(num_classes, IGNORE) if histogram[value]]
     if not wrong:
         return None
@@ -313,5 +301,5 @@ def shift_maps(num_classes: int) -> tuple[str, str]:
 
 def _voc_grays() -> set[int]:
     """Returns the ITU-R 601 luma of VOC's 21 colors and of its border color."""
-    colors = (*voc_palette(21), (224, 224, 192))
+    colors = (*voc_palette(21), VOC_BORDER)
     return {round(0.299 * red + 0.587 * green + 0.114 * blue) for red, green, blue in colors}

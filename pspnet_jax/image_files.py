@@ -71,6 +71,10 @@ class Header(NamedTuple):
     stored: PixelFormat
     has_bands: bool = False  # whether it is a TIFF whose channels are not colors
 
+    @property
+    def upright_size(self) -> Size:
+        return self.size[::-1] if self.orientation >= 5 else self.size
+
 
 def read(path: epath.PathLike, expected: PixelFormat = RGB8) -> np.ndarray:
     """Returns the pixels of an image file, [H,W,C] of the expected format, turned upright by its orientation tag.
@@ -124,14 +128,15 @@ def read_header(file: IO[bytes]) -> Header:
         return Header(str(image.format), image.size[::-1], orientation(image), _stored(image))
 
 
-def count_frames(file: IO[bytes]) -> int:
-    """Returns the number of images in a file that Pillow reads, of which only the first is used; 1 for a phone's previews."""
-    file.seek(0)
-    try:
-        with Image.open(file) as image:
-            return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    except (UnidentifiedImageError, Image.DecompressionBombError):  # a TIFF of more than 8 bits, or of many pixels
-        return 1
+def count_frames(path: epath.PathLike) -> int:
+    """Returns the number of images in a file, of which only the first is used; 1 if Pillow cannot read it."""
+    with contextlib.suppress(Exception), epath.Path(path).open("rb") as file, Image.open(file) as image:
+        return _count_frames(image)
+    return 1
+
+
+def _count_frames(image: Image.Image) -> int:
+    return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a phone's JPEG followed by previews
 
 
 def _tiff_header(file: IO[bytes]) -> Header:
@@ -216,22 +221,13 @@ def pixels(image: Image.Image, name: object, expected: PixelFormat = RGB8) -> np
     """
     if problem := expected.problem(_stored(image)):
         raise UserError(problem)
-    for remark in filter(None, (_frames_remark(image), _alpha_remark(image) if expected.channels == 3 else "")):
-        _warn_once(remark, name)
+    if _count_frames(image) > 1:
+        _warn_once(SEVERAL_IMAGES, name)
+    if expected.channels == 3 and image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
+        _warn_once(f"{FOURTH_CHANNEL}; transparent pixels keep their RGB values", name)
     mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[expected.channels] if expected.dtype == "uint8" else image.mode
     stored = np.asarray(image.convert(mode)).astype(expected.dtype, copy=False)  # 16 bits may be big-endian
     return turn(expected.fit(stored), orientation(image))  # Pillow has turned a TIFF while loading it
-
-
-def _frames_remark(image: Image.Image) -> str:
-    several = getattr(image, "n_frames", 1) > 1 and image.format != "MPO"  # MPO: a phone's JPEG followed by previews
-    return SEVERAL_IMAGES if several else ""
-
-
-def _alpha_remark(image: Image.Image) -> str:
-    if not image.has_transparency_data or image.convert("RGBA").getchannel("A").getextrema()[0] == 255:
-        return ""
-    return f"{FOURTH_CHANNEL}; transparent pixels keep their RGB values"
 
 
 def _warn_once(remark: str, name: object) -> None:
@@ -267,9 +263,8 @@ def orientation(image: Image.Image) -> int:
     return tag if 1 <= tag <= 8 else 1
 
 
-def orientation_of(contents: bytes | np.ndarray) -> np.int64:
-    """Returns the `orientation` of a file's contents, given as bytes or as a scalar object array; 1 if it is not an image."""
-    contents = contents.item() if isinstance(contents, np.ndarray) else contents
+def orientation_of(contents: bytes) -> np.int64:
+    """Returns the `orientation` of a file's contents; 1 if it is not an image."""
     try:
         with Image.open(io.BytesIO(contents)) as image:
             return np.int64(orientation(image))
@@ -305,17 +300,15 @@ def sizes(paths: Sequence[epath.PathLike]) -> list[Size]:
 def _size(path: epath.PathLike) -> Size:
     try:
         with epath.Path(path).open("rb") as file:
-            header = read_header(file)
-        return header.size[::-1] if header.orientation >= 5 else header.size
+            return read_header(file).upright_size
     except Exception:  # whatever a decoder raises; reported when the image is read
         return 0, 0
 
 
 def _read_tail(file: IO[bytes]) -> bytes:
     position = file.tell()
-    end = file.seek(0, io.SEEK_END)
-    end = file.tell() if end is None else end  # TensorFlow's files do not return it
-    file.seek(max(position, end - TAIL))
+    file.seek(0, io.SEEK_END)  # TensorFlow's files do not return the position
+    file.seek(max(position, file.tell() - TAIL))
     tail = file.read()
     file.seek(position)
     return tail

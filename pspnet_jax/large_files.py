@@ -14,7 +14,7 @@ from PIL import ExifTags
 from pspnet_jax import files, image_files
 from pspnet_jax.datasets import Color
 from pspnet_jax.errors import UserError
-from pspnet_jax.image_files import PixelFormat
+from pspnet_jax.image_files import Header, PixelFormat
 
 WHOLE = 2**24  # pixels; training reads windows of TIFFs with more
 MAX_PIECE = 2**26  # pixels in a tile or strip, of which a reader decodes one at a time
@@ -60,7 +60,7 @@ def open_image(path: epath.PathLike, expected: PixelFormat) -> "LargeTiff":
         return expected.fit(stored)
 
     image = LargeTiff(path, convert, (expected.channels,), expected.dtype)
-    if problem := image.problem("PALETTE", "MINISWHITE") or expected.problem(image.stored):
+    if problem := image.problem("PALETTE", "MINISWHITE") or expected.problem(image.header.stored):
         raise UserError(f"{path}: {problem}")
     return image
 
@@ -71,7 +71,7 @@ class LargeTiff:
     Attributes:
       shape: height, width and possibly channels.
       ndim, dtype: of the pixels.
-      stored: their format in the file.
+      header: what the file tells about its pixels.
       georeference: its tags, for `write_labels`.
     """
 
@@ -107,8 +107,8 @@ class LargeTiff:
                 raise UserError(f"{path}: is not upright; turn it, and remove its tag Orientation")
             self._photometric = getattr(page.photometric, "name", "")
             self._planes = page.samplesperpixel if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE else 1
-        size = self._size = (page.imagelength, page.imagewidth)
-        self.stored = PixelFormat(page.samplesperpixel, str(page.dtype))
+        size = (page.imagelength, page.imagewidth)
+        self.header = Header("TIFF", size, 1, PixelFormat(page.samplesperpixel, str(page.dtype)))
         self._piece = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, size[0]), size[1])
         if math.prod(self._piece) > MAX_PIECE:
             raise UserError(
@@ -138,11 +138,11 @@ class LargeTiff:
 
     def _read(self, window: tuple[slice, slice]) -> np.ndarray:
         """Returns the stored pixels [h,w,c]."""
-        (top, bottom, _), (left, right, _) = (part.indices(side) for part, side in zip(window, self._size, strict=True))
+        (top, bottom, _), (left, right, _) = (part.indices(side) for part, side in zip(window, self.shape[:2], strict=True))
         height, width = self._piece
-        down, across = (math.ceil(side / length) for side, length in zip(self._size, self._piece, strict=True))
+        down, across = (math.ceil(side / length) for side, length in zip(self.shape[:2], self._piece, strict=True))
         rows, columns = range(top // height, math.ceil(bottom / height)), range(left // width, math.ceil(right / width))
-        found = np.zeros((bottom - top, right - left, self.stored.channels), self.stored.dtype)
+        found = np.zeros((bottom - top, right - left, self.header.stored.channels), self.header.stored.dtype)
         with self._path.open("rb") as file:
             for plane, row, column in itertools.product(range(self._planes), rows, columns):
                 index = (plane * down + row) * across + column
@@ -163,8 +163,8 @@ class LargeTiff:
 
     def strips(self) -> Iterator[np.ndarray]:
         """Yields all rows in order, a million pixels or one piece's height at a time."""
-        height = self._piece[0] * max(1, 2**20 // (self._piece[0] * self._size[1]))
-        for top in range(0, self._size[0], height):
+        height = self._piece[0] * max(1, 2**20 // (self._piece[0] * self.shape[1]))
+        for top in range(0, self.shape[0], height):
             yield self[top : top + height, :]
 
 
@@ -221,11 +221,7 @@ def write_labels(
 
 def _tiles(bands: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """Yields tiles from left to right and from top to bottom; those at the end of an axis may be smaller."""
-    rest = None
-    for band in bands:
-        rest = band if rest is None else np.concatenate([rest, band])
-        while len(rest) >= TILE:
-            yield from (rest[:TILE, left : left + TILE] for left in range(0, rest.shape[1], TILE))
-            rest = rest[TILE:]
-    if rest is not None and len(rest):
-        yield from (rest[:, left : left + TILE] for left in range(0, rest.shape[1], TILE))
+    rows = itertools.chain.from_iterable(bands)
+    while chosen := list(itertools.islice(rows, TILE)):
+        strip = np.stack(chosen)
+        yield from (strip[:, left : left + TILE] for left in range(0, strip.shape[1], TILE))

@@ -53,7 +53,7 @@ def read(file: str, image_file: str) -> Drawing:
     Raises:
       UserError: the file is neither, or does not contain the image.
     """
-    content = _read(file, _stamp(file))
+    content = _read(file)
     if isinstance(content, Drawing):
         return content
     if not (key := content.key(image_file)):
@@ -70,7 +70,7 @@ def listed(file: str, images: Mapping[str, str]) -> dict[str, str]:
 
 def categories(file: str) -> list[str]:
     """Returns the categories of a COCO or labelme file that have polygons."""
-    content = _read(file, _stamp(file))
+    content = _read(file)
     return [name for name, _ in content.shapes] if isinstance(content, Drawing) else [*content.categories.values()]
 
 
@@ -89,7 +89,7 @@ def _coco_file(file: str) -> "_Coco":
     if not epath.Path(file).exists():
         raise MissingFileError(f"{file}: no such file; it should be a COCO file")
     try:
-        content = _read(file, _stamp(file))
+        content = _read(file)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     if isinstance(content, Drawing):
@@ -116,14 +116,14 @@ def _tails(path: str) -> list[str]:
     return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
-def _stamp(file: str) -> tuple[float, int]:
-    """Returns the time and size of a file, which change whenever it does."""
+def _read(file: str) -> Drawing | _Coco:
     status = epath.Path(file).stat()
-    return status.mtime, status.length
+    return _parse(file, status.mtime, status.length)
 
 
 @functools.lru_cache(maxsize=8)
-def _read(file: str, stamp: tuple[float, int]) -> Drawing | _Coco:
+def _parse(file: str, time: float, size: int) -> Drawing | _Coco:
+    """Returns the content of a file, whose time or size changes whenever it does."""
     try:
         content = json.loads(epath.Path(file).read_bytes())
         return _labelme(content) if "shapes" in content else _coco(content, file)

@@ -1,7 +1,6 @@
 """Checks of an image and its label. An error is one sentence that names the file, the fault and the likely cause."""
 
 import contextlib
-import functools
 import io
 import os
 from collections.abc import Iterator, Mapping
@@ -19,8 +18,6 @@ from pspnet_jax.data.label_files import LabelReader, WrongValues
 from pspnet_jax.errors import MissingFileError, UserError
 from pspnet_jax.large_files import LargeTiff, is_large, open_image, strips
 
-# A label's histogram, the palette colors of its values, and `CheckedPair.outlines`.
-LabelStatistics = tuple[list[int], dict[int, tuple[int, ...]], bool | None]
 COLORED = (
     "has colors instead of class indices; set dataset.label_map, or replace each color with its class index; if it is a photo, "
     "replace it with the label"
@@ -38,7 +35,7 @@ class CheckedPair(NamedTuple):
       outlines: whether value 0 occurs only in lines between areas of other values; None if that is unknown.
     """
 
-    orientation: int
+    orientation: int = 1
     pixels: np.ndarray | None = None
     palette: Mapping[int, tuple[int, ...]] = {}
     outlines: bool | None = None
@@ -68,38 +65,35 @@ def check_pair(
       WrongValues: only the label's values are wrong.
       UserError: anything else is wrong.
     """
-    large_image, large_label = is_large(image_file), reader is not None and is_large(label_file)
     with _opened(image_file, label_file) as file:
-        contents = file.read() if read_pixels and not large_image else b""
-        if large_image:
-            size, tag = _check_large_image(image_file, read_pixels, pixel_format), 1
+        contents = b""
+        if is_large(image_file):
+            header = _check_large_image(image_file, read_pixels, pixel_format)
         else:
-            size, tag = _check_image(io.BytesIO(contents) if read_pixels else file, image_file, contents, pixel_format)
-    upright = size[::-1] if tag >= 5 else size
+            contents = file.read() if read_pixels else b""
+            header = _check_image(io.BytesIO(contents) if read_pixels else file, image_file, contents, pixel_format)
     with _opened(label_file, image_file) as file:
-        label_contents = file.read() if read_pixels and not label_file.lower().endswith(".json") and not large_label else b""
-        if contents and contents == label_contents:
-            raise UserError("is a copy of its image; replace it with the label")
-        check = _check_mat if label_file.endswith(".mat") else _check_label
-        if reader:
-            check = functools.partial(_check_mapped, reader, label_file, image_file)
-        if reader and large_label:
-            label_size, statistics = _check_large_label(label_file, read_pixels, reader)
+        if reader and is_large(label_file):
+            label_size, found = _check_large_label(label_file, read_pixels, reader)
         else:
-            label_size, statistics = check(io.BytesIO(label_contents) if label_contents else file, label_contents)
-        if label_size != upright:
-            raise UserError(_size_problem(label_size, image_file, size, tag))
-        if not statistics:
-            return CheckedPair(tag)
-        histogram, palette, outlines = statistics
-        if benchmark:
-            problem = datasets.raw_label_problem(benchmark, histogram)
-            pixels = np.bincount(datasets.classes_of_raw_values(benchmark), histogram, 256).astype(np.int64)
-        else:
-            problem, pixels = datasets.label_problem(histogram, num_classes), np.asarray(histogram)
+            kind = os.path.splitext(label_file)[1].lower()
+            read_all = read_pixels or kind in (".npy", ".mat")  # which have no header with the size
+            label_contents = file.read() if read_all and kind != ".json" else b""
+            if contents and contents == label_contents:
+                raise UserError("is a copy of its image; replace it with the label")
+            label_size, found = _check_label(label_file, image_file, file, label_contents, reader)
+        if label_size != header.upright_size:
+            raise UserError(_size_problem(label_size, image_file, header))
+        problem, found = None, found._replace(orientation=header.orientation)
+        if found.pixels is not None and benchmark:
+            problem = datasets.raw_label_problem(benchmark, found.pixels)
+            pixels = np.bincount(datasets.classes_of_raw_values(benchmark), found.pixels, 256).astype(np.int64)
+            found = found._replace(pixels=pixels, outlines=None)
+        elif found.pixels is not None:
+            problem = datasets.label_problem(found.pixels, num_classes)
         if problem:
             raise WrongValues(problem)
-    return CheckedPair(tag, pixels, palette, None if benchmark else outlines)
+    return found
 
 
 def example_problem(
@@ -117,9 +111,12 @@ def example_problem(
         return None  # its values are checked in each window
     if not label.size:
         return "has no pixels"
-    if (label + np.uint8(1)).max() > num_classes:  # IGNORE + 1 is 0
-        return datasets.label_problem(np.bincount(label.ravel(), minlength=256).tolist(), num_classes)
-    return None
+    return datasets.label_problem(histogram(label), num_classes) if has_wrong_value(label, num_classes) else None
+
+
+def has_wrong_value(label: np.ndarray, num_classes: int) -> bool:
+    """Returns whether a value of uint8[H,W] is neither in 0..K-1 nor `datasets.IGNORE`."""
+    return bool((label + np.uint8(1)).max(initial=0) > num_classes)  # IGNORE + 1 is 0
 
 
 def histogram(label: np.ndarray | LargeTiff) -> np.ndarray:
@@ -181,13 +178,11 @@ def _opened(file: str, partner: str) -> Iterator[BinaryIO]:
         ) from error
 
 
-def _check_image(
-    file: BinaryIO, name: str, contents: bytes, pixel_format: image_files.PixelFormat
-) -> tuple[tuple[int, int], int]:
-    """Returns the stored (width, height) and the orientation; checks the pixels too if the contents are given."""
+def _check_image(file: BinaryIO, name: str, contents: bytes, pixel_format: image_files.PixelFormat) -> image_files.Header:
+    """Returns the header of an image; checks the pixels too if the contents are given."""
     header = image_files.read_header(file)
     readable = header.kind in ("JPEG", "MPO", "PNG")  # MPO: a phone's JPEG, with previews
-    readable = readable or (header.kind == "GIF" and image_files.count_frames(file) == 1)
+    readable = readable or (header.kind == "GIF" and image_files.count_frames(name) == 1)
     if is_read_in_graph(name, pixel_format) and not readable:
         raise UserError(f"is a {header.kind} file despite its name; rename it, or convert it to JPEG or PNG")
     if problem := pixel_format.problem(header.stored):
@@ -201,26 +196,22 @@ def _check_image(
             raise ValueError(image_files.CUT_SHORT)
     elif contents:
         image_files.decode(contents, name, pixel_format)
-    return header.size[::-1], header.orientation
+    return header
 
 
-def _check_large_image(path: str, read_pixels: bool, pixel_format: image_files.PixelFormat) -> tuple[int, int]:
-    """Returns the (width, height) of a large TIFF; checks its pixels too, if they are read."""
+def _check_large_image(path: str, read_pixels: bool, pixel_format: image_files.PixelFormat) -> image_files.Header:
+    """Does the same as `_check_image` for a large TIFF."""
     image = open_image(path, pixel_format)
     for _ in image.strips() if read_pixels else ():
         pass
-    return image.shape[1], image.shape[0]
+    return image.header
 
 
 def open_large_label(path: str, reader: LabelReader) -> LargeTiff:
     """Opens a large TIFF as a label uint8[H,W]; reading a window raises `WrongValues` if the map lacks a value in it."""
 
     def convert(stored: np.ndarray) -> np.ndarray:
-        label = label_files.normalize(stored[..., :1] if stored.shape[2] < 3 else stored)
-        classes = reader.to_classes(label)
-        if (wrong := classes == datasets.WRONG).any():
-            raise WrongValues(reader.describe(label[wrong]))
-        return classes
+        return reader.to_classes(label_files.normalize(stored[..., :1] if stored.shape[2] < 3 else stored))
 
     label = LargeTiff(path, convert)
     if problem := None if reader.keep_indices else label.problem("PALETTE"):
@@ -228,34 +219,43 @@ def open_large_label(path: str, reader: LabelReader) -> LargeTiff:
     return label
 
 
-def _check_large_label(path: str, read_pixels: bool, reader: LabelReader) -> tuple[tuple[int, ...], LabelStatistics | None]:
+def _check_large_label(path: str, read_pixels: bool, reader: LabelReader) -> tuple[tuple[int, ...], CheckedPair]:
     """Returns the same as `_check_label` for a large TIFF."""
     label = open_large_label(path, reader)
-    return label.shape[::-1], (histogram(label).tolist(), {}, None) if read_pixels else None
+    return label.shape, CheckedPair(pixels=histogram(label) if read_pixels else None)
 
 
-def _check_label(file: BinaryIO, contents: bytes) -> tuple[tuple[int, ...], LabelStatistics | None]:
-    """Returns (width, height) and, if the contents are given, the histogram and the palette colors of the values in it."""
-    with Image.open(file) as label:
-        if label.format != "PNG":
+def _check_label(
+    label_file: str, image_file: str, file: BinaryIO, contents: bytes, reader: LabelReader | None
+) -> tuple[tuple[int, ...], CheckedPair]:
+    """Returns (height, width) and the label's properties; of its pixels, if the contents are given or the file is no image.
+
+    With a reader, pixels are counted by class, otherwise by value.
+    """
+    if label_file.lower().endswith((".npy", ".mat", ".json")):
+        classes = reader.read(label_file, image_file, contents) if reader else decode_label(contents)
+        return classes.shape, CheckedPair(pixels=histogram(classes))
+    with Image.open(io.BytesIO(contents) if contents else file) as label:
+        if not reader and label.format != "PNG":
             raise UserError(f"is a {label.format} file despite its name; labels must be PNGs of class indices")
         if (tag := image_files.orientation(label)) != 1:
-            raise UserError(_turned(tag))
+            raise UserError(
+                f"has EXIF orientation {tag}, but labels are read without turning them; turn it upright, or remove the tag"
+            )
         if not contents:
-            return label.size, None
-        if not image_files.is_whole_png(contents):
+            return label.size[::-1], CheckedPair()
+        if label.format == "PNG" and not image_files.is_whole_png(contents):
             raise ValueError(image_files.CUT_SHORT)
+        if reader:
+            classes, palette = reader.read(label_file, image_file, contents), {}
+            if label.mode == "P" and reader.keep_indices:
+                palette = label_files.palette(label, np.flatnonzero(label.histogram()).tolist())
+            return classes.shape, CheckedPair(pixels=histogram(classes), palette=palette)
         is_plain = label.mode == "P" or image_files.raw_mode(label) == "L"
         values = label if is_plain else Image.fromarray(decode_label(contents))
-        histogram = values.histogram()
-        palette = label_files.palette(values, np.flatnonzero(histogram).tolist())
-        return label.size, (histogram, palette, _outlines(np.asarray(values), histogram[0]))
-
-
-def _check_mat(file: BinaryIO, contents: bytes) -> tuple[tuple[int, ...], LabelStatistics | None]:
-    """Returns the same as `_check_label` for a .mat file, whose pixels are always read."""
-    label = decode_label(contents or file.read())
-    return label.shape[::-1], (np.bincount(label.ravel(), minlength=256).tolist(), {}, None)
+        counts = np.array(values.histogram())
+        palette = label_files.palette(values, np.flatnonzero(counts).tolist())
+        return label.size[::-1], CheckedPair(1, counts, palette, _outlines(np.asarray(values), counts[0]))
 
 
 def _outlines(label: np.ndarray, zeros: int) -> bool | None:
@@ -269,38 +269,9 @@ def _outlines(label: np.ndarray, zeros: int) -> bool | None:
     return 100 * cv2.countNonZero(cv2.erode(mask, square)) < zeros and 2 * inside > label.size - zeros
 
 
-def _check_mapped(
-    reader: LabelReader, label_file: str, image_file: str, file: BinaryIO, contents: bytes
-) -> tuple[tuple[int, ...], LabelStatistics | None]:
-    """Returns the same as `_check_label` for a label whose classes the reader finds; pixels are counted by class."""
-    palette: dict[int, tuple[int, ...]] = {}
-    if not label_file.lower().endswith((".npy", ".mat", ".json")):
-        with Image.open(file) as label:
-            if (tag := image_files.orientation(label)) != 1:
-                raise UserError(_turned(tag))
-            if not contents:
-                return label.size, None
-            if label.format == "PNG" and not image_files.is_whole_png(contents):
-                raise ValueError(image_files.CUT_SHORT)
-            if label.mode == "P" and reader.keep_indices:
-                palette = label_files.palette(label, np.flatnonzero(label.histogram()).tolist())
-    elif not contents and not label_file.lower().endswith(".json"):
-        contents = file.read()
-    classes = reader.read(label_file, image_file, contents)
-    if (wrong := classes == datasets.WRONG).any():
-        raise WrongValues(reader.problem(label_file, contents, wrong))
-    return classes.shape[::-1], (np.bincount(classes.ravel(), minlength=256).tolist(), palette, None)
-
-
-def _turned(tag: int) -> str:
-    return f"has EXIF orientation {tag}, but labels are read without turning them; turn it upright, or remove the tag"
-
-
-def _size_problem(label: tuple[int, ...], image_file: str, image: tuple[int, int], tag: int) -> str:
-    if tag < 5:
-        return f"is {label[0]}x{label[1]}, but its image {image_file} is {image[0]}x{image[1]}; both must have the same size"
-    remedy = "both must have the same size" if label != image else "turn the label too, or remove the image's orientation tag"
-    return (
-        f"is {label[0]}x{label[1]}, but its image {image_file} is {image[1]}x{image[0]} after turning it upright by its EXIF "
-        f"orientation {tag}; {remedy}"
-    )
+def _size_problem(label: tuple[int, ...], image_file: str, header: image_files.Header) -> str:
+    tag, (height, width) = header.orientation, header.upright_size
+    turned = f" after turning it upright by its EXIF orientation {tag}" if tag >= 5 else ""
+    alike = label == header.size
+    remedy = "turn the label too, or remove the image's orientation tag" if alike else "both must have the same size"
+    return f"is {label[1]}x{label[0]}, but its image {image_file} is {width}x{height}{turned}; {remedy}"

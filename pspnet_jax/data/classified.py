@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from pspnet_jax.data.order import Order
-from pspnet_jax.data.pipeline import PREFETCH, as_numpy
+from pspnet_jax.data.pipeline import PREFETCH, as_numpy, mapped
 from pspnet_jax.data.reader import decode_image
 from pspnet_jax.data.tfds_source import prepared_builder
 from pspnet_jax.errors import UserError
@@ -84,7 +84,7 @@ def train_batches(config: ConfigDict, data: ClassifiedImages, start_step: int = 
         return {"image": tf.cond(flip, lambda: image[:, ::-1], lambda: image), "label": label}
 
     numbers = tf.data.Dataset.range(start_step * share, config.total_steps * share)
-    return as_numpy(_batched(numbers, element, share))
+    return as_numpy(mapped(numbers, element).batch(share, drop_remainder=True).prefetch(PREFETCH))
 
 
 def eval_batches(config: ConfigDict, data: ClassifiedImages, host: int = 0, hosts: int = 1) -> Batches:
@@ -93,7 +93,7 @@ def eval_batches(config: ConfigDict, data: ClassifiedImages, host: int = 0, host
     All hosts get the same number of batches.
     """
     share = config.batch_size // hosts
-    batches = -(-len(data) // config.batch_size)
+    numbers = tf.data.Dataset.range(-(-len(data) // config.batch_size) * share)
 
     def element(number: tf.Tensor) -> dict[str, tf.Tensor]:
         index = number * hosts + host
@@ -104,15 +104,9 @@ def eval_batches(config: ConfigDict, data: ClassifiedImages, host: int = 0, host
         image = _resize(image[top : top + side, left : left + side], config.eval.crop)
         return {"image": image, "label": tf.where(index < len(data), label, PADDING)}
 
-    return as_numpy(_batched(tf.data.Dataset.range(batches * share), element, share))
+    return as_numpy(mapped(numbers, element).batch(share, drop_remainder=True).prefetch(PREFETCH))
 
 
 def _resize(image: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
     resized = tf.round(tf.image.resize(image, size, antialias=True))
     return tf.ensure_shape(tf.saturate_cast(resized, tf.uint8), (*size, 3))
-
-
-def _batched(numbers: tf.data.Dataset, element: Callable[[tf.Tensor], Any], share: int) -> tf.data.Dataset:
-    graph_code = tf.autograph.experimental.do_not_convert(element)
-    mapped = numbers.map(graph_code, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return mapped.batch(share, drop_remainder=True).prefetch(PREFETCH)

@@ -70,11 +70,7 @@ class Rule(NamedTuple):
 
 
 def rules(paths: Collection[str]) -> list[Rule]:
-    """Returns the rules by which files of a folder can be pairs, best first.
-
-    Args:
-      paths: of images and possible labels, relative to the folder.
-    """
+    """Returns the rules by which files of a folder can be pairs, best first, given the paths of images and possible labels."""
     above = os.path.commonpath([os.path.dirname(path) for path in paths] or [""])
     common = len(above.split("/")) if above else 0
     found = [*_rules([_file(path, common) for path in paths], False), *_rules([_file(path) for path in paths], True)]

@@ -1,8 +1,6 @@
 """Divides the pairs of a folder into training and validation: by the names of folders, by lists, or by a fraction."""
 
 import collections
-import contextlib
-import csv
 import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
@@ -26,15 +24,13 @@ class Division(NamedTuple):
     split_fraction: float = 0.0
     reason: str = ""
 
+    def of_folder(self, folder: str) -> "Division":
+        """Returns the division with patterns of one of its folders, or of several by a pattern."""
+        return self._replace(images=self.images.replace("{split}", folder), labels=self.labels.replace("{split}", folder))
+
 
 def divide(rule: discover.Rule, paths: Collection[str], lists: Mapping[str, str]) -> Division:
-    """Returns the division of the pairs of a rule.
-
-    Args:
-      rule: one of `discover.rules(paths)`.
-      paths: of images and possible labels.
-      lists: {path: content} of text files.
-    """
+    """Returns the division of the pairs of one of `discover.rules(paths)`, given {path: content} of text files."""
     labels = discover.match(rule.labels, paths, rule.splits)
     pictures = [path for path in paths if not path.endswith(".json") and path not in {*labels.values()}]
     images = discover.match(rule.images, pictures, rule.splits)
@@ -46,16 +42,14 @@ def divide(rule: discover.Rule, paths: Collection[str], lists: Mapping[str, str]
     names = {name: path for (_, name), path in images.items()}
     found = find_lists(names, lists, {*names.values()} - {*paired}) if len(names) == len(images) else None
     if len(rule.splits) > 1 and found and (parts := _in_common(rule.splits)):
-        return Division(division.images.replace("{split}", parts), division.labels.replace("{split}", parts), *found)
+        division = division.of_folder(parts)
+        return Division(division.images, division.labels, *found)
     if len(rule.splits) > 1:
         folders = sorted(rule.splits)
         held_out = folders[:: round(1 / FRACTION)]
         train = "+".join(folder for folder in folders if folder not in held_out)
         return division._replace(train_split=train, val_split="+".join(held_out), reason=GUESS_FOLDERS)
-    (only,) = rule.splits
-    division = division._replace(
-        images=division.images.replace("{split}", only), labels=division.labels.replace("{split}", only)
-    )
+    division = division.of_folder(*rule.splits)
     if found:
         return Division(division.images, division.labels, *found)
     return division._replace(split_fraction=FRACTION, reason=GUESS)
@@ -63,8 +57,7 @@ def divide(rule: discover.Rule, paths: Collection[str], lists: Mapping[str, str]
 
 def only_folder(division: Division) -> Division:
     """Returns the division of a single one of the folders that a division by folders uses."""
-    folder = division.train_split.split("+")[0]
-    images, labels = (pattern.replace("{split}", folder) for pattern in (division.images, division.labels))
+    images, labels, *_ = division.of_folder(division.train_split.split("+")[0])
     return Division(images, labels, split_fraction=FRACTION, reason=f"{GUESS}; other folders have the same labels")
 
 
@@ -98,12 +91,13 @@ def find_lists(
       lists: {path: content}.
       unlabeled: paths of images without labels, which do not count.
     """
-    known = {form: path not in unlabeled for name, path in images.items() for text in (name, path) for form in _forms(text)}
+    known = {f: path not in unlabeled for name, path in images.items() for text in (name, path) for f in folders.forms(text)}
     found: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     others = collections.Counter[str]()
     for path, text in lists.items():
-        rows, columns = _rows(text)
-        forms = [_forms(row.image) | _forms(*row.image.split()[:1]) for row in rows]
+        rows, columns = folders.parse_list(text.splitlines())
+        texts = [{row.image, *row.image.split()[:1]} for row in rows]
+        forms = [{form for text in of_row for form in folders.forms(text.removeprefix("./"))} for of_row in texts]
         listed = [row for row, of_row in zip(rows, forms, strict=True) if any(known.get(form) for form in of_row)]
         folder, name = os.path.split(path)
         if not listed or sum(not known.keys().isdisjoint(of_row) for of_row in forms) < MOST * len(rows):
@@ -121,22 +115,9 @@ def find_lists(
 
 def lists_pairs(file: str, text: str, paths: Collection[str]) -> bool:
     """Returns whether every entry of a list is an image and its label, by their paths."""
-    rows, _ = _rows(text)
+    rows, _ = folders.parse_list(text.splitlines())
     folder = folders.list_folder(file, rows[0].image, lambda path: path in paths) if rows else ""
     return bool(rows) and all(folder + side.lstrip("./") in paths for row in rows for side in (row.image, row.label))
-
-
-def _rows(text: str) -> tuple[list[folders.Row], Collection[str]]:
-    with contextlib.suppress(csv.Error):  # another kind of table
-        return folders.parse_list([line for line in text.splitlines() if line.strip()])
-    return [], ()
-
-
-def _forms(text: str = "") -> set[str]:
-    """Returns the forms in which a list may give a path: with or without folders and extension."""
-    text = text.removeprefix("./")
-    bases = {text, os.path.splitext(text)[0]}
-    return bases | {os.path.basename(base) for base in bases}
 
 
 def _with_extension(pattern: str, paths: Collection[str]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pspnet_jax.data import checks
 from pspnet_jax.data.sources import Example
 from pspnet_jax.datasets import IGNORE
 from pspnet_jax.errors import UserError
@@ -40,7 +41,7 @@ def load(name: str, num_classes: int) -> Extra:
         found = _describe(*result) if isinstance(result, tuple) else _describe(result)
         if found != expected:
             raise UserError(f"augment.extra={name!r} returns {found}; expected the types and shapes given, {expected}")
-        if (result[1] + np.uint8(1)).max() > num_classes:  # IGNORE + 1 is 0
+        if checks.has_wrong_value(result[1], num_classes):
             values = np.unique(result[1]).tolist()
             raise UserError(
                 f"augment.extra={name!r} returns a label with the values {values}; expected 0 to {num_classes - 1}, or {IGNORE}"

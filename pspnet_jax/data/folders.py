@@ -13,7 +13,7 @@ from typing import NamedTuple
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from pspnet_jax import polygons
+from pspnet_jax import image_files, polygons
 from pspnet_jax.data import listing
 from pspnet_jax.data.names import check_partners
 from pspnet_jax.errors import MissingFileError, UserError
@@ -29,14 +29,13 @@ Files = tuple[str, str, str]  # name, image file, label file
 _COLUMN = {word: column for column, words in COLUMNS.items() for word in words.split()}
 
 
-def find(dataset: ConfigDict, root: str, split: str, extensions: Sequence[str]) -> list[Files]:
+def find(dataset: ConfigDict, root: str, split: str) -> list[Files]:
     """Returns the files of a split, as `match` does.
 
     Args:
       dataset: config.dataset; its fields images, labels, split_file, split_fraction and split_seed are used.
       root: its directory.
       split: replaces {split} in patterns; otherwise "train" or "val", or a split in the list.
-      extensions: of images.
 
     Raises:
       UserError: a directory or list is missing or empty, names are ambiguous, or nothing tells the splits apart.
@@ -52,7 +51,7 @@ def find(dataset: ConfigDict, root: str, split: str, extensions: Sequence[str]) 
             "dataset.split_file, or dataset.split_fraction for the splits train and val"
         )
     skip = dataset.on_error == "skip"
-    found = match(root, dataset.images, dataset.labels, split, extensions, skip)
+    found = match(root, dataset.images, dataset.labels, split, skip)
     if by_fraction:
         chosen = [f for f in found if (position(dataset.split_seed, f[0]) < dataset.split_fraction) == (split == "val")]
         if not chosen:
@@ -63,7 +62,7 @@ def find(dataset: ConfigDict, root: str, split: str, extensions: Sequence[str]) 
         return chosen
     if not listed:
         return found
-    known = match(root, dataset.images, dataset.labels, split, extensions) if skip else found
+    known = match(root, dataset.images, dataset.labels, split) if skip else found
     paths = {name: image[len(root) + 1 :] for name, image, _ in known}
     names = _names([image for image, _ in listed], paths, file)
     return [files for files in found if files[0] in names]
@@ -74,7 +73,7 @@ def position(seed: int, name: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) / 2**64
 
 
-def match(root: str, images: str, labels: str, split: str, extensions: Sequence[str], skip: bool = False) -> list[Files]:
+def match(root: str, images: str, labels: str, split: str, skip: bool = False) -> list[Files]:
     """Returns the files that match two patterns, sorted by name, and warns about images that match neither.
 
     The label is "" if the labels' directory does not exist. If one file of a pair is missing, its path is a guess.
@@ -84,10 +83,9 @@ def match(root: str, images: str, labels: str, split: str, extensions: Sequence[
       images, labels: paths with {name} and possibly {split}; "*" stands for any part of a file's or directory's name, {tail}
         for the rest of the name after a word that does not belong to it, see `listing.name_of`.
       split: replaces {split}.
-      extensions: of images.
       skip: whether to leave out files without a partner, with a warning.
     """
-    directory, found, others = _side(root, images, split, (extensions,))
+    directory, found, others = _side(root, images, split, (image_files.SUFFIXES,))
     kinds = ((".json",),) if labels.lower().endswith(".json") else ((".png",), LABELS)
     label_directory, _ = _compile(root, labels, split)
     if polygons.is_coco(labels):
@@ -99,7 +97,7 @@ def match(root: str, images: str, labels: str, split: str, extensions: Sequence[
         found, label_files = _more_specific(found, label_files), _more_specific(label_files, found)
         check_partners(found, label_files, label_directory)
     used = {*found.values(), *label_files.values()}
-    for where, unused, kind in ((directory, others, extensions), (label_directory, more, kinds[0])):
+    for where, unused, kind in ((directory, others, image_files.SUFFIXES), (label_directory, more, kinds[0])):
         neither = [path for path in unused if path not in used]
         named = any(path.lower().endswith(tuple(kind)) for path in neither)
         why = "match neither dataset.images nor dataset.labels" if named else f"are not {', '.join(kind)} files"
@@ -146,32 +144,32 @@ def _compile(root: str, pattern: str, split: str) -> tuple[str, re.Pattern[str]]
 
 
 class Row(NamedTuple):
-    """An entry of a list: an image and, each possibly "", its label and its split."""
+    """An entry of a list: an image, its label and its split, each possibly ""."""
 
-    image: str
+    image: str = ""
     label: str = ""
     split: str = ""
 
 
 def parse_list(lines: Sequence[str]) -> tuple[list[Row], Collection[str]]:
-    """Returns the entries of a list, and the columns that it has.
+    """Returns the entries of a list, and the columns that it has; none if it is another kind of table.
 
     A list is a CSV (with "," or ";" or tabs) whose header names an image column (see `COLUMNS`), or has in each line one name
     or path, or the paths of an image and its label.
     """
-    separator = next((s for s in ",;\t" if lines and s in lines[0]), ",")
-    header = [_COLUMN.get(field.strip().strip('"').lower(), "") for field in lines[0].split(separator)] if lines else []
+    lines = [line.replace("\\", "/") for line in lines if line.strip()]  # paths may be those of Windows
+    first = lines[0] if lines else ""
+    separator = next((s for s in ",;\t" if s in first), ",")
+    header = [_COLUMN.get(field.strip().strip('"').lower(), "") for field in first.split(separator)]
     if "image" in header:
-        table = [list(map(str.strip, fields)) for fields in csv.reader(lines[1:], delimiter=separator)]
+        try:
+            table = [list(map(str.strip, fields)) for fields in csv.reader(lines[1:], delimiter=separator)]
+        except csv.Error:
+            return [], ()
         columns = {role: _column_of(role, header, table) for role in {*header} - {""}}
-        rows = [{role: fields[k] for role, k in columns.items() if k < len(fields)} for fields in table]
-        return [_row(*(row.get(column, "") for column in Row._fields)) for row in rows], header
+        return [Row(**{role: fields[k] for role, k in columns.items() if k < len(fields)}) for fields in table], header
     pairs = [re.fullmatch(r"\s*(\S.*?\.\w{2,5})[\s,;]+(\S.*\.\w{2,5})\s*", line) for line in lines]
-    return [_row(*pair.groups()) if pair else _row(line.strip()) for pair, line in zip(pairs, lines, strict=True)], ("image",)
-
-
-def _row(image: str, label: str = "", split: str = "") -> Row:
-    return Row(image.replace("\\", "/"), label.replace("\\", "/"), split)  # paths may be those of Windows
+    return [Row(*pair.groups()) if pair else Row(line.strip()) for pair, line in zip(pairs, lines, strict=True)], ("image",)
 
 
 def _column_of(role: str, header: Sequence[str], table: Sequence[Sequence[str]]) -> int:
@@ -183,6 +181,8 @@ def _column_of(role: str, header: Sequence[str], table: Sequence[Sequence[str]])
 def _listed(dataset: ConfigDict, root: str, file: str, split: str) -> list[tuple[str, str]]:
     """Returns the image and the label, or "", in each entry of a split's list."""
     rows, columns = parse_list(listing.read_lines(file))
+    if not columns:
+        raise UserError(f"{file}: cannot be read as a table; correct its quotes")
     if "split" not in columns and "{split}" not in dataset.split_file:
         raise UserError(f"{file}: names no splits; put {{split}} into dataset.split_file, or add a column named split")
     found = [row for row in rows if row.split == split] if "split" in columns else rows
@@ -215,13 +215,18 @@ def list_folder(file: str, entry: str, exists: Callable[[str], bool]) -> str:
     return next((folder for folder in folders if exists(folder + entry.lstrip("./"))), "")
 
 
+def forms(path: str) -> set[str]:
+    """Returns the forms in which a list may give a path: with or without folders and extension."""
+    whole = {path, os.path.splitext(path)[0]}
+    return whole | {os.path.basename(form) for form in whole}
+
+
 def _names(listed: Sequence[str], images: Mapping[str, str], file: str) -> set[str]:
     """Returns the names of listed images, which are given by name, path or the end of it, with or without extension."""
     known: dict[str, str] = {}
     for name, path in images.items():
-        base = os.path.basename(path)
-        for key in {path, base, os.path.splitext(path)[0], os.path.splitext(base)[0]}:
-            known[key] = "" if key in known else name  # "": ambiguous
+        for form in forms(path):
+            known[form] = "" if form in known else name  # "": ambiguous
     known |= {name: name for name in images}
     names = [next(filter(None, map(known.get, (text, os.path.basename(text), text.split()[0]))), "") for text in listed]
     if missing := [text for text, name in zip(listed, names, strict=True) if not name]:

@@ -43,11 +43,7 @@ BY_TEXT = {  # of the first line of a text
 def advice(root: str, paths: Sequence[str], texts: Mapping[str, str], extensions: Sequence[str]) -> str:
     """Returns what a folder seems to have instead of labels that can be read, and what to do; "" if nothing is recognized.
 
-    Args:
-      root: the folder.
-      paths: of images and JSON files below it.
-      texts: {path: content} of text files.
-      extensions: of all its files.
+    Given are the paths of its images and JSON files, {path: content} of its texts, and the extensions of all its files.
     """
     folders = [os.path.dirname(path) for path in paths]
     several = any(re.search(r"/masks?$", folder) and folders.count(folder) > 1 for folder in {*folders})

@@ -33,7 +33,7 @@ MAX_LISTED = 8  # keys of a map in a message
 
 
 class WrongValues(UserError):
-    """A label has values that are not class indices. If one file has them, probably all do."""
+    """A label has values that are no classes. If one file has them, probably all do."""
 
 
 class LabelReader:
@@ -63,14 +63,14 @@ class LabelReader:
         return table
 
     def read(self, label_file: str | bytes, image_file: str | bytes, contents: bytes) -> np.ndarray:
-        """Returns uint8[H,W]: class indices, IGNORE, and WRONG where the map lacks a value.
+        """Returns uint8[H,W]: class indices and IGNORE.
 
         Args:
           label_file, image_file: paths.
           contents: of the label file; unused for .json.
 
         Raises:
-          WrongValues: the map lacks a category of polygons.
+          WrongValues: the map lacks a value, color or category.
           Exception: whatever a decoder raises for a damaged file.
         """
         label_file, image_file = (path.decode() if isinstance(path, bytes) else path for path in (label_file, image_file))
@@ -79,12 +79,18 @@ class LabelReader:
         return self.to_classes(decode(label_file, contents, self.keep_indices))
 
     def _class_of_category(self, category: str) -> int:
-        if (found := self.classes.get(category, IGNORE if category == polygons.BACKGROUND else WRONG)) == WRONG:
+        if category not in self.classes and category != polygons.BACKGROUND:
             raise WrongValues(f"has polygons of {category!r}, which is not in {self._known(str)}")
-        return found
+        return self.classes.get(category, IGNORE)
 
     def to_classes(self, label: np.ndarray) -> np.ndarray:
         """Returns uint8[H,W], as `read` does, of whole numbers [H,W] or colors uint8[H,W,3]."""
+        classes = self._look_up(label)
+        if (wrong := classes == WRONG).any():
+            raise WrongValues(self._problem(label[wrong]))
+        return classes
+
+    def _look_up(self, label: np.ndarray) -> np.ndarray:
         if label.ndim == 3:
             return self._colors.take(cv2.cvtColor(label, cv2.COLOR_RGB2RGBA).view("<u4")[..., 0] & 0xFFFFFF)
         if label.dtype == np.uint8:
@@ -94,15 +100,10 @@ class LabelReader:
         values, inverse = np.unique(label, return_inverse=True)
         return np.array([self.classes.get(int(value), WRONG) for value in values], np.uint8)[inverse].reshape(label.shape)
 
-    def problem(self, label_file: str, contents: bytes, wrong: np.ndarray) -> str:
-        """Returns a sentence about the first value that the map lacks; `wrong` is bool[H,W]."""
-        return self.describe(decode(label_file, contents, self.keep_indices)[wrong])
-
-    def describe(self, label: np.ndarray) -> str:
+    def _problem(self, label: np.ndarray) -> str:
         """Returns a sentence about the first of some pixels, values [n] or colors [n,3] that the map lacks."""
         if self._num_classes and label.ndim == 1 and (values := label[(label >= 0) & (label < IGNORE)]).size:
-            histogram = np.bincount(values.astype(np.uint8), minlength=256)
-            return str(datasets.label_problem(histogram.tolist(), self._num_classes))
+            return str(datasets.label_problem(np.bincount(values.astype(np.uint8), minlength=256), self._num_classes))
         first = label[0].tolist()
         what, kind = (f"color RGB {tuple(first)}", tuple) if label.ndim == 2 else (f"value {first}", int)
         count = int((label == label[0]).reshape(len(label), -1).all(axis=1).sum())

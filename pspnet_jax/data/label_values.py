@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, UnidentifiedImageError
 
-from pspnet_jax import class_lists, image_files, large_files, polygons
+from pspnet_jax import class_lists, datasets, image_files, large_files, polygons
 from pspnet_jax.data import label_files
 from pspnet_jax.data.palettes import Palettes
 from pspnet_jax.errors import UserError
@@ -25,7 +25,6 @@ INSTANCES = 5  # objects in a file, from which on consecutive values may be thei
 FLAT = 16  # images with no more colors are masks
 TELLING = 3  # equal labels of more than one value, by which folders are copies
 LARGEST = 2**25  # bytes of a file whose colors are counted
-VOC_BORDER = (224, 224, 192)
 VOID = re.compile(r"void|un-?label+ed|ignored?|no.?data|background/void", re.IGNORECASE)  # names of no class
 LISTS = re.compile(r"(class|label|categor|legend|colou?r|palette|names|config|meta|info)[^/]*$", re.I)  # of classes
 GRAYS = 4  # values near black, and near white, in smoothed labels
@@ -64,10 +63,7 @@ def sample(items: Sequence, size: int = SAMPLES) -> list:
 
 
 def count(pairs: Sequence[tuple[str, str]]) -> Values:
-    """Counts the values in the labels of a sample.
-
-    Args:
-      pairs: paths of images and labels.
+    """Counts the values in the labels of a sample of pairs, which are paths of images and labels.
 
     Raises:
       UserError: most labels cannot be read, have as many values as photos, or no polygons.
@@ -129,7 +125,7 @@ def _palettes_differ(pairs: Sequence[tuple[str, str]], counts: Sequence[Mapping[
     """Returns whether the same value stands for different classes, by the colors of the palettes in the labels."""
     palettes = Palettes()
     for (_, label), found in zip(pairs, counts, strict=True):
-        if not (isinstance(found, str) or label.lower().endswith((".json", ".npy", ".mat")) or large_files.is_large(label)):
+        if not (isinstance(found, str) or large_files.is_large(label)):
             with epath.Path(label).open("rb") as file, contextlib.suppress(UnidentifiedImageError), Image.open(file) as image:
                 palettes.add(label, np.zeros(256), label_files.palette(image, [key for key in found if isinstance(key, int)]))
     return bool(palettes.contradiction)
@@ -190,7 +186,7 @@ def entries(values: Values, texts: Mapping[str, str]) -> list[Entry]:
     for key in sorted({*shares, *names}):
         default = "color_{}_{}_{}".format(*key) if isinstance(key, tuple) else key if isinstance(key, str) else f"class_{key}"
         name, remark = names.get(key, default), ""
-        is_void = (odd == [key] and (key in (255, 65535) or key < 0)) or (key == VOC_BORDER and key not in names)
+        is_void = (odd == [key] and (key in (255, 65535) or key < 0)) or (key == datasets.VOC_BORDER and key not in names)
         is_void = is_void or (len(named) > 1 and VOID.fullmatch(name))  # one class alone cannot be trained
         ignored = several and bool(is_void)
         if ignored:

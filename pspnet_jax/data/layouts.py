@@ -8,11 +8,10 @@ from typing import NamedTuple
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from pspnet_jax import datasets, image_files
+from pspnet_jax import datasets
 from pspnet_jax.data import folders, listing
 from pspnet_jax.errors import MissingFileError, UserError
 
-IMAGES = image_files.SUFFIXES
 ALIASES = {
     "ade20k": {"train": "training", "val": "validation"},
     "coco_stuff": {"train": "train2017", "val": "val2017"},
@@ -74,10 +73,12 @@ def list_pairs(dataset: ConfigDict, split: str) -> list[Pair]:
     return pairs
 
 
-def official_count(name: str, split: str) -> int | None:
-    """Returns the official number of images of a benchmark's split, or None if it is unknown."""
+def count_problem(name: str, split: str, found: int) -> str | None:
+    """Returns a sentence if a benchmark's split officially has another number of images than were found, or None."""
     counts = [datasets.COUNTS.get(name, {}).get(part, 0) for part in _parts(name, split)]
-    return sum(counts) if all(counts) else None
+    if not all(counts) or sum(counts) == found:
+        return None
+    return f"{name} {split} officially has {sum(counts):,} images, but {found:,} were found"
 
 
 def _parts(name: str, split: str) -> list[str]:
@@ -90,7 +91,7 @@ def _parts(name: str, split: str) -> list[str]:
 
 def _folder(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
     """The files that match dataset.images and dataset.labels."""
-    return [Pair(*found) for found in folders.find(dataset, root, split, IMAGES)]
+    return [Pair(*found) for found in folders.find(dataset, root, split)]
 
 
 def _ade20k(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
@@ -121,9 +122,7 @@ def _potsdam(root: str, split: str, dataset: ConfigDict) -> list[Pair]:
 
 def _raw_pairs(root: str, images: str, labels: str) -> list[Pair]:
     """Pairs the files of the same name in two directories below root; labels have raw values."""
-    return [
-        Pair(*found, raw=True) for found in folders.match(root, f"{images}/{{name}}.*", f"{labels}/{{name}}.png", "", IMAGES)
-    ]
+    return [Pair(*found, raw=True) for found in folders.match(root, f"{images}/{{name}}.*", f"{labels}/{{name}}.png", "")]
 
 
 def _voc2012(root: str, split: str, dataset: ConfigDict) -> list[Pair]:

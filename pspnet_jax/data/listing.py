@@ -100,7 +100,12 @@ def walk(directory: str, above: tuple[str, ...] = ()) -> Iterator[str]:
         if (real := os.path.realpath(directory)) in above:
             raise UserError(f"{directory}: links to one of its parent directories; remove the link")
         above = (*above, real)
-    for entry in _entries(directory):
+    try:
+        entries = tf.io.gfile.listdir(directory)
+    except UnicodeDecodeError as error:
+        name = error.object.decode(errors="backslashreplace")
+        raise UserError(f"{directory}: contains {name}, whose name is not UTF-8; rename it") from error
+    for entry in entries:
         path = f"{directory}/{entry.rstrip('/')}"
         if entry.startswith("."):
             continue
@@ -108,11 +113,3 @@ def walk(directory: str, above: tuple[str, ...] = ()) -> Iterator[str]:
             yield from walk(path, above)
         else:
             yield path
-
-
-def _entries(directory: str) -> list[str]:
-    try:
-        return tf.io.gfile.listdir(directory)
-    except UnicodeDecodeError as error:
-        name = error.object.decode(errors="backslashreplace")
-        raise UserError(f"{directory}: contains {name}, whose name is not UTF-8; rename it") from error

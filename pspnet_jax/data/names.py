@@ -7,15 +7,9 @@ from pspnet_jax.errors import UserError
 
 
 def check_partners(images: Mapping[str, str], labels: Mapping[str, str], directory: str) -> None:
-    """Raises an error if most names in two directories differ, but would match without case or affixes such as "_mask".
+    """Raises a UserError if most names in two directories differ, but would match without case or affixes such as "_mask".
 
-    Args:
-      images: image files by name.
-      labels: label files by name.
-      directory: the directory of the labels, for the message.
-
-    Raises:
-      UserError: gives the number of images without a label, and a pair of names as an example.
+    The arguments are {name: file} of the images and of the labels, and the labels' directory, for the message.
     """
     unmatched_images, unmatched_labels = images.keys() - labels.keys(), labels.keys() - images.keys()
     if 2 * len(unmatched_images) < len(images) or not (near := _near_match(sorted(unmatched_images), unmatched_labels)):

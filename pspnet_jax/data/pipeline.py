@@ -22,14 +22,13 @@ from pspnet_jax.data.cache import CacheBudget, Read, cached
 from pspnet_jax.data.order import AUGMENT, EXTRA, Order, generator
 from pspnet_jax.data.reader import last_line
 from pspnet_jax.data.sources import Example, Source, check_pixel_format, open_source, training_parts
-from pspnet_jax.data.totals import Totals
 from pspnet_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 THREADS = CORES + 1  # for sources that run Python
-INDEX, NAME = tf.TensorSpec((), tf.int64), tf.TensorSpec((), tf.string)
+INDEX = tf.TensorSpec((), tf.int64)
 LABEL = tf.TensorSpec((None, None), tf.uint8)
 PREFETCH = 2  # batches, or examples in evaluation
 
@@ -87,21 +86,15 @@ def open_training(config: ConfigDict, source: Source | None = None) -> TrainingD
         readers.append(read)
     weights = (1.0, *(weight for *_, weight in config.dataset.mixture))
     order = Order(config.seed, list(map(len, sources)), weights, config.dataset.balance, presence)
-    _check_totals(
-        [part.totals or survey.sample_totals(part, read) for part, read in zip(sources, readers, strict=True)], config
-    )
-    fingerprints = [part.fingerprint for part in sources]
-    fingerprint = stamps.digest(fingerprints) if any(fingerprints) else ""
-    return TrainingData(order, sources, readers, round(len(sources[0]) * sum(weights)), fingerprint)
-
-
-def _check_totals(parts: Sequence[Totals], config: ConfigDict) -> None:
-    """Raises an error if nothing can be learned from the labels, or warns if only a sample of them was counted."""
-    totals = functools.reduce(operator.add, parts)
+    known = [part.totals or survey.sample_totals(part, read) for part, read in zip(sources, readers, strict=True)]
+    totals = functools.reduce(operator.add, known)
     if problem := totals.problem(datasets.describe(config.dataset).class_names):
         if totals.counted >= totals.total:
             raise UserError(problem)
-        logger.warning(problem)
+        logger.warning(problem)  # of a sample
+    fingerprints = [part.fingerprint for part in sources]
+    fingerprint = stamps.digest(fingerprints) if any(fingerprints) else ""
+    return TrainingData(order, sources, readers, round(len(sources[0]) * sum(weights)), fingerprint)
 
 
 def train_dataset(
@@ -149,8 +142,8 @@ def train_dataset(
         return {"image": image, "label": label}
 
     numbers = tf.data.Dataset.range(start_step * share, config.total_steps * share)
-    mapped = _map(numbers, element, all(map(_in_graph, opened.sources, opened.readers)))
-    dataset = mapped.batch(share, drop_remainder=True).prefetch(PREFETCH)
+    examples = mapped(numbers, element, all(map(_in_graph, opened.sources, opened.readers)))
+    dataset = examples.batch(share, drop_remainder=True).prefetch(PREFETCH)
     return _keep_alive(dataset, crops, loads, read_again=read_again)
 
 
@@ -202,18 +195,14 @@ def eval_dataset(
       UserError: see open_source.
     """
     opened = open_source(config.dataset, split, channels=config.model.channels) if source is None else source
-    load = _load(opened, opened.read)
-
-    def name_of(index: int) -> bytes:
-        return opened.names[int(index)].encode()
+    load, names = _load(opened, opened.read), tf.constant(list(opened.names), tf.string)
 
     def element(index: tf.Tensor) -> dict[str, tf.Tensor]:
         image, label = load(index)
-        (name,) = _call_python(name_of, [index], [NAME])
-        return {"image": image, "label": label, "name": name}
+        return {"image": image, "label": label, "name": names[index]}
 
-    dataset = _map(tf.data.Dataset.range(host, len(opened), hosts), element, opened.in_graph).prefetch(PREFETCH)
-    return _keep_alive(dataset, load, name_of, read_again=lambda count: opened.read(host + count * hosts))
+    dataset = mapped(tf.data.Dataset.range(host, len(opened), hosts), element, opened.in_graph).prefetch(PREFETCH)
+    return _keep_alive(dataset, load, read_again=lambda count: opened.read(host + count * hosts))
 
 
 def as_numpy(dataset: tf.data.Dataset) -> Generator[dict[str, Any], None, None]:
@@ -283,7 +272,7 @@ def _keep_alive(dataset: tf.data.Dataset, *python: object, read_again: Callable[
     return dataset
 
 
-def _map(numbers: tf.data.Dataset, element: Callable[[tf.Tensor], Any], in_graph: bool) -> tf.data.Dataset:
+def mapped(numbers: tf.data.Dataset, element: Callable[[tf.Tensor], Any], in_graph: bool = True) -> tf.data.Dataset:
     """Maps numbers to elements, in parallel and in order.
 
     Python sources call TensorFlow and wait for it. They get threads of their own, because TensorFlow's shared threads could

@@ -2,7 +2,7 @@
 
 import collections
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from pspnet_jax import image_files, large_files
 from pspnet_jax.data import discover, label_values
 from pspnet_jax.data.survey_folder import Folder, Found
 from pspnet_jax.errors import UserError
+from pspnet_jax.image_files import RGB8, PixelFormat
 
 Line = tuple[str, Any, str]  # a field of the config, its value, and a comment
 MEASURED = 20  # images whose pixels are read
@@ -46,26 +47,20 @@ def get_config() -> ConfigDict:
 
 
 def lines(folder: Folder, found: Found, name: str) -> list[Line]:
-    """Returns the fields of a recipe, with comments; all but the label map.
-
-    Args:
-      folder: where the data is.
-      found: how it is read.
-      name: for config.name.
-    """
+    """Returns the fields of the recipe `name` for a folder, with comments; all but the label map."""
     read = [_header(image) for image, _ in label_values.sample([*dict.fromkeys(found.pairs)])]
     headers, damaged = [one for one in read if not isinstance(one, str)], [one for one in read if isinstance(one, str)]
     if not headers:
         raise UserError(damaged[0])
-    sizes = sorted(header.size if header.orientation < 5 else header.size[::-1] for header in headers)
+    sizes = sorted(header.upright_size for header in headers)
     steps = int(np.clip(EPOCHS * next(iter(found.counts.values())) / BATCH, *STEPS))
-    pixels = _pixel_lines(found, headers)
+    pixels, expected = _pixel_lines(found, headers)
     return [
         ("name", name, "runs are saved in runs/<name>"),
         ("dataset.root", folder.root, ""),
         *_file_lines(found, headers),
         *_split_lines(found),
-        *_skip_lines(found, headers, damaged, dict(line[:2] for line in pixels)),
+        *_skip_lines(found, headers, damaged, expected),
         *pixels,
         ("model.depth", 18, "50 takes about four times as long, and is better"),
         ("model.stem", "conv7", "torchvision's; with config.init_from = 'hf://timm/resnet18.tv_in1k', less data is needed"),
@@ -105,45 +100,33 @@ def _header(file: str) -> image_files.Header | str:
     """Returns the header of an image, or why it cannot be read."""
     try:
         if large_files.is_large(file):
-            large = large_files.LargeTiff(file, lambda stored: stored)
-            return image_files.Header("TIFF", (large.shape[0], large.shape[1]), 1, large.stored)
+            return large_files.LargeTiff(file, lambda stored: stored).header
         with epath.Path(file).open("rb") as opened:
             return image_files.read_header(opened)
     except Exception as error:  # whatever a decoder raises
         return f"{file}: cannot be read as an image ({image_files.reason(error)})"
 
 
-def _kinds(headers: Sequence[image_files.Header]) -> str:
-    """Returns such as "24 PNG of 3 channel(s), uint8"."""
-    kinds = collections.Counter(
-        f"{header.kind} of {header.stored.channels} channel(s), {header.stored.dtype}" for header in headers
-    )
-    return "; ".join(f"{number} {kind}" for kind, number in kinds.most_common())
-
-
 def _file_lines(found: Found, headers: Sequence[image_files.Header]) -> list[Line]:
     """Returns the lines about the files of images and labels."""
-    values = found.values
-    frames = 1 if isinstance(_header(found.pairs[0][0]), str) else _count_frames(found.pairs[0][0])
-    stack = f"; GUESS: only the first of {frames} images in {found.pairs[0][0]} is used" if frames > 1 else ""
-    remarks = [_kinds(headers) + stack, f"{values.read:,} of {values.of:,} labels were read" if values.read < values.of else ""]
-    also = (f"GUESS: {', '.join(map(repr, others[:5]))} would fit, too" if others else "" for others in found.alternatives)
-    remarks = ["; ".join(filter(None, both)) for both in zip(remarks, also, strict=True)]
-    if found.dataset.images == configs.base_config().dataset.images:  # a list names the files
-        return [("dataset.split_file", found.dataset.split_file, "; ".join(filter(None, remarks)))]
-    return [("dataset.images", found.dataset.images, remarks[0]), ("dataset.labels", found.dataset.labels, remarks[1])]
-
-
-def _count_frames(image: str) -> int:
-    with epath.Path(image).open("rb") as file:
-        return image_files.count_frames(file)
+    values, first = found.values, found.pairs[0][0]
+    kinds = collections.Counter((header.kind, *header.stored) for header in headers).most_common()
+    images = [f"{number} {kind} of {channels} channel(s), {dtype}" for (kind, channels, dtype), number in kinds]
+    labels = [f"{values.read:,} of {values.of:,} labels were read"] if values.read < values.of else []
+    if (frames := image_files.count_frames(first)) > 1:
+        images.append(f"GUESS: only the first of {frames} images in {first} is used")
+    for remarks, others in zip((images, labels), found.alternatives, strict=True):
+        remarks += [f"GUESS: {', '.join(map(repr, others[:5]))} would fit, too"] if others else []
+    dataset, of_images, of_labels = found.dataset, "; ".join(images), "; ".join(labels)
+    if dataset.images == configs.base_config().dataset.images:  # a list names the files
+        return [("dataset.split_file", dataset.split_file, "; ".join(images + labels))]
+    return [("dataset.images", dataset.images, of_images), ("dataset.labels", dataset.labels, of_labels)]
 
 
 def _skip_lines(
-    found: Found, headers: Sequence[image_files.Header], damaged: Sequence[str], fields: Mapping[str, Any]
+    found: Found, headers: Sequence[image_files.Header], damaged: Sequence[str], expected: PixelFormat
 ) -> list[Line]:
     """Returns a line that leaves out files that cannot be used; none if there are none."""
-    expected = image_files.PixelFormat(fields.get("model.channels", 3), fields.get("dataset.image_dtype", "uint8"))
     misfits = sum(expected.problem(header.stored) is not None for header in headers)
     alone = "; ".join([f"{len(found.alone):,} file(s) without a partner, such as {next(iter(found.alone), '')}", *found.hints])
     reasons = [alone] if found.alone else []
@@ -169,30 +152,31 @@ def _split_lines(found: Found) -> list[Line]:
     ]
 
 
-def _pixel_lines(found: Found, headers: Sequence[image_files.Header]) -> list[Line]:
-    """Returns the lines about channels and their values, none for 8-bit RGB or gray."""
+def _pixel_lines(found: Found, headers: Sequence[image_files.Header]) -> tuple[list[Line], PixelFormat]:
+    """Returns the lines about channels and their values, none for 8-bit RGB or gray, and the format of the images."""
     channels, dtype = collections.Counter(header.stored for header in headers).most_common(1)[0][0]
     bands = {2: "with 3, the second is ignored", 4: "with 3, the fourth is ignored"}.get(channels, "")
     remark = f"GUESS: all bands; {bands}" if bands else ""
     is_tiff = headers[0].kind == "TIFF"  # others have gray or color, possibly with transparency
     channels = channels if channels > 4 or (bands and is_tiff) else 3
-    if (channels, dtype) == (3, "uint8"):
-        return []
-    expected = image_files.PixelFormat(channels, dtype)
+    expected = PixelFormat(channels, dtype)
+    if expected == RGB8:
+        return [], expected
     sampled = [(image, _header(image)) for image, _ in label_values.sample(found.pairs, MEASURED)]
     fitting = [image for image, header in sampled if not isinstance(header, str) and not expected.problem(header.stored)]
     images = [_pixels(image, expected).reshape(-1, channels) for image in fitting]
     pixels = np.concatenate([image[:: 1 + len(image) // 2**16] for image in images]).astype(np.float64)
     mean, std = (tuple(round(float(x), 3) for x in values) for values in (pixels.mean(0), np.maximum(pixels.std(0), 1e-3)))
-    return [
+    found_lines = [
         ("model.channels", channels, remark),
         ("dataset.image_dtype", dtype, ""),
         ("normalize.mean", mean, f"of {len(images)} images"),
         ("normalize.std", std, ""),
     ]
+    return found_lines, expected
 
 
-def _pixels(file: str, expected: image_files.PixelFormat) -> np.ndarray:
+def _pixels(file: str, expected: PixelFormat) -> np.ndarray:
     """Returns an image, or the upper left part of a large TIFF."""
     if large_files.is_large(file):
         return large_files.open_image(file, expected)[:PART, :PART]

@@ -21,7 +21,7 @@ from pspnet_jax.data.palettes import Palettes, ValueColors
 from pspnet_jax.data.totals import Totals
 from pspnet_jax.datasets import IGNORE
 from pspnet_jax.errors import UserError
-from pspnet_jax.image_files import RGB8, PixelFormat
+from pspnet_jax.image_files import PixelFormat
 from pspnet_jax.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -83,13 +83,7 @@ class Screened(NamedTuple):
     fingerprint: str
 
 
-def screen(
-    list_pairs: Callable[[], list[Pair]],
-    dataset: ConfigDict,
-    names: Sequence[str],
-    split: str,
-    pixel_format: PixelFormat = RGB8,
-) -> Screened:
+def screen(list_pairs: Callable[[], list[Pair]], dataset: ConfigDict, split: str, pixel_format: PixelFormat) -> Screened:
     """Lists and checks pairs of files, and returns the usable ones, which are the same in all processes of the job.
 
     If a pair is wrong on one host, no host uses it. Every process of a job must call this function.
@@ -97,7 +91,6 @@ def screen(
     Args:
       list_pairs: lists the split.
       dataset: config.dataset; its on_error decides whether wrong pairs are skipped, and cache_dir keeps the findings.
-      names: of the K classes.
       split: name of the split, for messages.
       pixel_format: of the images.
 
@@ -105,7 +98,7 @@ def screen(
       UserError: the split cannot be listed; hosts have different files; a pair is wrong (with on_error="skip": more than half
         of them are, or a label has wrong values); palettes contradict each other; or nothing can be learned from the labels.
     """
-    start = time.monotonic()
+    start, names = time.monotonic(), datasets.describe(dataset).class_names
     sizes: list[int] = []
     try:
         pairs = list_pairs()
@@ -114,7 +107,7 @@ def screen(
         if jax.process_count() == 1:
             raise
         mine = Findings(error=str(error))
-    all_findings = _exchange(mine)
+    all_findings = {name: Findings(*found) for name, found in parallel.exchange(mine).items()}  # in process order
     problems, first = _merge_problems(all_findings, split), next(iter(all_findings.values()))
     _skip_or_raise(problems, len(pairs), dataset.on_error == "skip")
     totals = Totals(split, first.counted, len(pairs) - len(problems), np.array(first.pixels))
@@ -175,7 +168,7 @@ def _check_files(
     """Returns the findings about this host's copy of the files, and the size of each image file in bytes."""
     files = [file for pair in pairs for file in (pair.image, pair.label)]
     stats = stamps.stats(files)
-    sizes = [known[0] if known else 0 for known in stats]
+    sizes = stamps.sizes(stats)
     all_names, colors = [pair.name for pair in pairs], datasets.file_colors(dataset)
     reader = label_files.reader(dataset, names, [pair.label for pair in pairs])
     reading = (reader.classes,) if reader else ()
@@ -243,11 +236,6 @@ def _check_pairs(
     ).encode()
 
 
-def _exchange(mine: Findings) -> dict[str, Findings]:
-    """Returns the findings of all processes of the job by name, in process order."""
-    return {name: Findings(*found) for name, found in parallel.exchange(mine).items()}
-
-
 def _merge_problems(findings: Mapping[str, Findings], split: str) -> list[Problem]:
     """Returns the problems that any process found, in the order of the pairs.
 
@@ -269,7 +257,7 @@ def _merge_problems(findings: Mapping[str, Findings], split: str) -> list[Proble
 
 def _require_same_sizes(files: list[str], split: str) -> None:
     """Raises UserError if a file differs in size between processes. Exchanges digests of blocks, then one block's sizes."""
-    sizes = [known[0] if known else 0 for known in stamps.stats(files)]
+    sizes = stamps.sizes(stamps.stats(files))
     step = math.isqrt(len(files)) + 1
     starts = range(0, len(files), step)
     digests = parallel.exchange([stamps.digest(sizes[start : start + step]) for start in starts]).values()

@@ -1,5 +1,6 @@
 """Sources of examples: files, the built-in scenes, and TFDS datasets. For a source of your own, see reader.py."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -73,30 +74,30 @@ class Files(Source):
 
     def __init__(
         self,
-        benchmark: str,
+        dataset: ConfigDict,
         pairs: Sequence[layouts.Pair],
-        num_classes: int,
         screened: screening.Screened | None = None,
-        reader: label_files.LabelReader | None = None,
         pixel_format: PixelFormat = RGB8,
     ):
         """Stores the pairs without checking them.
 
         Args:
-          benchmark: a key of `datasets.RAW_VALUES` if any label has raw values.
+          dataset: config.dataset, which names the classes and says how labels are read.
           pairs: the files.
-          num_classes: K.
           screened: the result of checking these pairs, if they were checked.
-          reader: of labels that are neither PNGs nor SBD's, or that have other values.
           pixel_format: of the images.
         """
-        self._reader, self.reading = reader, repr(reader.classes) if reader else ""
-        self.pairs, self.num_classes, self._benchmark, self.pixel_format = pairs, num_classes, benchmark, pixel_format
+        class_names = datasets.describe(dataset).class_names
+        self.num_classes, self._benchmark, self.pairs, self.pixel_format = len(class_names), dataset.name, pairs, pixel_format
+        self._reader = label_files.reader(dataset, class_names, [pair.label for pair in pairs])
+        self.reading = repr(self._reader.classes) if self._reader else ""
         if screened:
             self.totals, self.fingerprint, self.image_sizes = screened.totals, screened.fingerprint, screened.sizes
             self.palette = screened.palette
+        else:
+            self.image_sizes = stamps.sizes(stamps.stats([pair.image for pair in pairs]))
         self.names = [pair.name for pair in pairs]
-        self._classes = datasets.classes_of_raw_values(benchmark) if any(pair.raw for pair in pairs) else None
+        self._classes = datasets.classes_of_raw_values(dataset.name) if any(pair.raw for pair in pairs) else None
 
         self._images = tf.constant([pair.image for pair in pairs])
         self._labels = tf.constant([pair.label for pair in pairs])
@@ -122,23 +123,20 @@ class Files(Source):
         return image, self._label(tf.constant(index)).numpy()
 
     def read_label(self, index: int) -> np.ndarray:
-        if index in self._large:
-            return super().read_label(index)
-        try:
-            label = self._load_label(tf.constant(index, tf.int64)).numpy()
-        except Exception:  # explained by `read`
-            return super().read_label(index)
-        return label if (label + np.uint8(1)).max(initial=0) <= self.num_classes else super().read_label(index)
+        if index not in self._large:
+            with contextlib.suppress(Exception):  # explained by `read`
+                label = self._load_label(tf.constant(index, tf.int64)).numpy()
+                if not checks.has_wrong_value(label, self.num_classes):
+                    return label
+        return super().read_label(index)
 
     @functools.cached_property
     def _load_label(self) -> Callable[[tf.Tensor], tf.Tensor]:
-        function = tf.function(self._label, input_signature=[tf.TensorSpec([], tf.int64)], autograph=False)
-        return function.get_concrete_function()
+        return tf.function(self._label, autograph=False).get_concrete_function(tf.TensorSpec([], tf.int64))
 
     @functools.cached_property
     def _load(self) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
-        function = tf.function(self.tensors, input_signature=[tf.TensorSpec([], tf.int64)], autograph=False)
-        return function.get_concrete_function()
+        return tf.function(self.tensors, autograph=False).get_concrete_function(tf.TensorSpec([], tf.int64))
 
     def tensors(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return self._image(index), self._label(index)
@@ -196,8 +194,7 @@ def _decode(pixel_format: PixelFormat, contents: bytes, name: bytes) -> np.ndarr
 
 
 def _open_files(dataset: ConfigDict, split: str, check: bool, pixel_format: PixelFormat) -> Files:
-    name, names = dataset.name, datasets.describe(dataset).class_names
-    root = os.path.expanduser(dataset.root).rstrip("/")
+    name, root = dataset.name, os.path.expanduser(dataset.root).rstrip("/")
 
     def list_pairs() -> list[layouts.Pair]:
         datasets.check_classes(dataset)
@@ -211,18 +208,11 @@ def _open_files(dataset: ConfigDict, split: str, check: bool, pixel_format: Pixe
             )
         return pairs
 
-    if not check:
-        pairs = list_pairs()
-        reader = label_files.reader(dataset, names, [pair.label for pair in pairs])
-        files = Files(name, pairs, len(names), None, reader, pixel_format)
-        files.image_sizes = [known[0] if known else 0 for known in stamps.stats([pair.image for pair in files.pairs])]
-        return files
-    screened = screening.screen(list_pairs, dataset, names, f"{root}, {split}", pixel_format)
-    count = layouts.official_count(name, split)
-    if count not in (None, len(screened.pairs)):
-        logger.warning(f"{name} {split} officially has {count:,} images, but {len(screened.pairs):,} were found")
-    reader = label_files.reader(dataset, names, [pair.label for pair in screened.pairs])
-    return Files(name, screened.pairs, len(names), screened, reader, pixel_format)
+    screened = screening.screen(list_pairs, dataset, f"{root}, {split}", pixel_format) if check else None
+    pairs = screened.pairs if screened else list_pairs()
+    if check and (problem := layouts.count_problem(name, split, len(pairs))):
+        logger.warning(problem)
+    return Files(dataset, pairs, screened, pixel_format)
 
 
 class Scenes(Source):

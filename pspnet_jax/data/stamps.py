@@ -64,6 +64,11 @@ def stats(files: Sequence[str]) -> list[tuple[int, ...]]:
         return list(pool.map(stat, files))
 
 
+def sizes(file_stats: Sequence[tuple[int, ...]]) -> list[int]:
+    """Returns the size in bytes of each file, 0 if it is missing, given `stats`."""
+    return [known[0] if known else 0 for known in file_stats]
+
+
 def compute_once(
     cache_dir: str,
     name: str,

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from pspnet_jax import datasets
-from pspnet_jax.data import checks, layouts, screening, stamps
+from pspnet_jax.data import checks, label_values, layouts, screening, stamps
 from pspnet_jax.data.cache import Read
 from pspnet_jax.data.palettes import Palettes, ValueColors
 from pspnet_jax.data.sources import Source, open_source, training_parts
@@ -96,41 +96,40 @@ def survey(dataset: ConfigDict, split: str, num_classes: int, channels: int = 3,
 
     def inspect(index: int) -> tuple[tuple[int, ...], np.ndarray, checks.CheckedPair | None, np.ndarray | int] | str:
         try:
-            seen = source.check(index)
+            checked = source.check(index)
             image, label = source.read(index)
         except UserError as error:
             return str(error)
-        return label.shape, checks.histogram(label), seen, _moments(image) if measure else 0
+        return label.shape, checks.histogram(label), checked, _moments(image) if measure else 0
 
     sizes: collections.Counter[tuple[int, ...]] = collections.Counter()
     usable, problems, total, present = [], [], np.zeros(256, np.int64), np.zeros(256, np.int64)
     moments = np.zeros((3, channels))
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool, progress(f"checking {split}", len(source)) as advance:
         for index, found in enumerate(pool.map(inspect, range(len(source)))):
+            advance(1)
             if isinstance(found, str):
                 problems.append(found)
-            else:
-                usable.append(index)
-                sizes[found[0]] += 1
-                total += found[1]
-                present += found[1] > 0
-                moments += found[3]
-                if found[2]:
-                    outlines.add(found[2].outlines)
-                    palettes.add(source.files(index)[1], found[1], found[2].palette)
-                    turned += [source.files(index)[0]] if found[2].orientation != 1 else []
-            advance(1)
+                continue
+            shape, counts, checked, measured = found
+            usable.append(index)
+            sizes[shape] += 1
+            total, present, moments = total + counts, present + (counts > 0), moments + measured
+            if checked:
+                image, label = source.files(index)
+                outlines.add(checked.outlines)
+                palettes.add(label, counts, checked.palette)
+                turned += [image] if checked.orientation != 1 else []
     name = dataset.tfds_name.removeprefix("pspnet_") if dataset.name == "tfds" else dataset.name
-    if (count := layouts.official_count(name, split)) not in (None, len(source)):
-        problems.append(f"{name} {split} officially has {count:,} images, but {len(source):,} were found")
     totals = Totals(split, len(usable), len(source), total)
     train = split == dataset.train_split and not dataset.mixture
     shift = screening.shift_problem(split, names) if outlines - {None} == {True} else None
-    problems += [problem for problem in (palettes.contradiction, shift, totals.problem(names, train)) if problem]
+    count = layouts.count_problem(name, split, len(source))
+    problems += filter(None, (count, palettes.contradiction, shift, totals.problem(names, train)))
     screening.warn(totals, names, turned, palettes.remarks)
-    counts = total[:num_classes], int(total[255]), present[:num_classes]
+    pixels, ignored, present = total[:num_classes], int(total[255]), present[:num_classes]
     seen = {} if dataset.label_map else palettes.seen  # as in `screening`
-    return Survey(split, source, usable, sizes, *counts, seen, problems, moments)
+    return Survey(split, source, usable, sizes, pixels, ignored, present, seen, problems, moments)
 
 
 def _moments(image: np.ndarray) -> np.ndarray:
@@ -141,8 +140,7 @@ def _moments(image: np.ndarray) -> np.ndarray:
 
 def samples(found: Survey, count: int) -> list[dict[str, Any]]:
     """Returns up to `count` usable examples as `pictured` does, evenly spaced over the split."""
-    chosen = np.unique(np.linspace(0, len(found.usable) - 1, count).round().astype(int)) if found.usable else ()
-    return pictured(found.source, [found.usable[i] for i in chosen])
+    return pictured(found.source, label_values.sample(found.usable, count))
 
 
 def pictured(source: Source, indices: Sequence[int]) -> list[dict[str, Any]]:
@@ -153,16 +151,16 @@ def pictured(source: Source, indices: Sequence[int]) -> list[dict[str, Any]]:
 def _reduced(array: np.ndarray) -> np.ndarray:
     """Returns every n-th row and column of an array [H,W,...] that is too large for a picture."""
     step = max(1, max(array.shape[:2]) // MAX_SIDE)
-    tops = itertools.accumulate((len(strip) for strip in strips(array)), initial=0)
-    return np.concatenate([strip[-top % step :: step, ::step] for top, strip in zip(tops, strips(array), strict=False)])
+    rows = (row for strip in strips(array) for row in strip)
+    return np.stack([row[::step] for row in itertools.islice(rows, 0, None, step)])
 
 
 def sample_totals(source: Source, read: Read) -> Totals:
     """Counts the label values of a few evenly spaced examples. Unreadable ones are skipped; training will report them."""
     labels, values = 0, np.zeros(256, np.int64)
-    for index in np.unique(np.linspace(0, len(source) - 1, SAMPLES).round().astype(int)):
+    for index in label_values.sample(range(len(source)), SAMPLES):
         with contextlib.suppress(Exception):
-            values += checks.histogram(read(int(index))[1])
+            values += checks.histogram(read(index)[1])
             labels += 1
     return Totals(f"{source.names[0]} to {source.names[-1]}", labels, len(source), values)
 
@@ -181,30 +179,20 @@ class ClassPixels(NamedTuple):
 
 
 def class_pixels(config: ConfigDict, sources: Sequence[Source]) -> ClassPixels:
-    """Counts the classes of the training data including dataset.mixture, each image once. Counts are cached, see stamps.py.
-
-    Args:
-      config: the whole config.
-      sources: its opened `training_parts`.
+    """Counts the classes of the training data, given its opened `training_parts`, each image once.
 
     Raises:
       UserError: a label is wrong.
     """
-    totals = []
-    for (dataset, _), source in zip(training_parts(config.dataset), sources, strict=True):
-        counts = class_counts(source, dataset, source.read)
-        labeled = counts.sum(axis=1)
-        totals.append((counts.sum(axis=0), labeled @ (counts > 0)))
-    return ClassPixels(*np.sum(totals, axis=0))
+    parts = zip(training_parts(config.dataset), sources, strict=True)
+    counts = np.concatenate([class_counts(source, dataset, source.read) for (dataset, _), source in parts])
+    return ClassPixels(counts.sum(axis=0), counts.sum(axis=1) @ (counts > 0))
 
 
 def class_counts(source: Source, dataset: ConfigDict, read: Read) -> np.ndarray:
     """Returns int64[N,K]: the number of pixels of each class in each of the source's N labels.
 
-    Args:
-      source: the examples.
-      dataset: config.dataset; its cache_dir keeps the counts until a name or a file changes.
-      read: `source.read`, possibly cached.
+    dataset.cache_dir keeps the counts until a name or a file changes; `read` is `source.read`, possibly cached.
     """
     shape = len(source), source.num_classes
 

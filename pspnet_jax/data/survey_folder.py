@@ -102,7 +102,7 @@ def find(folder: Folder) -> Found:
                 reasons.append(str(error))
     advice = foreign.advice(folder.root, folder.paths, folder.texts, [*folder.kinds])
     held = ", ".join(f"{number:,} {kind or 'without extension'}" for kind, number in folder.kinds.most_common(8)) or "no files"
-    reasons += map(_padded_hint, _padded(folder.paths))
+    reasons += _padded(folder.paths)
     reasons = [advice] if advice else reasons[:1]
     raise UserError(
         f"{folder.root}: no pairs of images and labels found; looked for equal names in two folders (images/a.jpg and "
@@ -111,18 +111,14 @@ def find(folder: Folder) -> Found:
     )
 
 
-def _padded(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields pairs of files whose names differ only in the zeros before a number."""
+def _padded(paths: Sequence[str]) -> Iterator[str]:
+    """Yields a sentence for each two files whose names differ only in the zeros before a number."""
     first: dict[str, tuple[str, str]] = {}
     for path in paths:
         stem = os.path.splitext(os.path.basename(path))[0]
         other = first.setdefault(re.sub(r"(?<!\d)0+(?=\d)", "", stem), (stem, path))
         if other[0] != stem:
-            yield other[1], path
-
-
-def _padded_hint(pair: tuple[str, str]) -> str:
-    return "{} and {} differ in the zeros before a number: rename one side".format(*pair)
+            yield f"{other[1]} and {path} differ in the zeros before a number: rename one side"
 
 
 def _candidates(folder: Folder) -> Iterator[tuple[divide.Division, Alternatives]]:
@@ -181,8 +177,8 @@ def _coco(folder: Folder) -> Iterator[divide.Division]:
         if splits := divide.choose_splits(counts):
             yield divide.Division(image_pattern, label_pattern, *splits, reason="the names of COCO files")
         else:
-            images_of, labels_of = (text.replace("{split}", next(iter(counts))) for text in (image_pattern, label_pattern))
-            yield divide.Division(images_of, labels_of, split_fraction=divide.FRACTION, reason=divide.GUESS)
+            division = divide.Division(image_pattern, label_pattern, split_fraction=divide.FRACTION, reason=divide.GUESS)
+            yield division.of_folder(next(iter(counts)))
 
 
 def _open(folder: Folder, division: divide.Division, alternatives: Alternatives) -> Found:
@@ -209,7 +205,7 @@ def _open(folder: Folder, division: divide.Division, alternatives: Alternatives)
     if division.reason == divide.GUESS_FOLDERS and _are_copies(pairs):
         return _open(folder, divide.only_folder(division), alternatives)
     alone = [file for found in listed.values() for pair in found for file in (pair.image, pair.label) if file in others]
-    hints = [_padded_hint(pair) for pair in itertools.islice(_padded(alone), 1)]
+    hints = list(itertools.islice(_padded(alone), 1))
     directories = {os.path.dirname(label) for _, label in files}
     if other := [path for path in pictures if os.path.dirname(path) in directories - {os.path.dirname(files[0][0])}]:
         hints.append(f"labels of other formats are not used, such as {other[0]}: convert them")

@@ -31,7 +31,7 @@ class Counted(sources.Files):
 
     def __init__(self, dataset):
         opened = sources.open_source(dataset, "train")
-        super().__init__(dataset.name, opened.pairs, opened.num_classes)
+        super().__init__(dataset, opened.pairs)
         self.reads = 0
 
     def load(self, index):

@@ -123,6 +123,7 @@ def test_wrong_lists(tmp_path):
         ("1\n7\n8\n", "{split}.txt", "train.txt: 2 of 3 entries name none of the 1 images .* the first is '7'"),
         ("image,split\n1,val\n", "train.txt", "lists no image of split 'train'; its splits are val"),
         ("1\n", "train.txt", "names no splits"),
+        ('image,split\n1,"' + 200_000 * "x", "train.txt", "train.txt: cannot be read as a table; correct its quotes"),
         ("1\nelsewhere/1.jpg\n", "{split}.txt", "'1' and 'elsewhere/1.jpg' both stand for the image im/1.jpg; list each"),
         ("split,image\ntrain,1\ntrain\n", "train.txt", "1 of 2 lines of split 'train' have no image; complete them"),
         ("image,label\nim/1.jpg,gt/1.png\nim/2.jpg,\n", "{split}.txt", "1 of 2 lines of split 'train' have no label"),
