@@ -1,6 +1,5 @@
 """Reads a weights file of any format into a flat dict of arrays: detects the format, joins shards, and strips prefixes."""
 
-import functools
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from pspnet_jax.errors import MissingFileError, UserError
 from pspnet_jax.weights import caffe, own, ports, pytorch
 from pspnet_jax.weights.pytorch import Content
 
-Reader = Callable[[epath.Path, str], Content]
+Reader = Callable[..., Content]  # of a path and, in PyTorch checkpoints, optionally the entry
 EXPECTED = (
     "PyTorch's .pth, .pt, .bin or .ckpt, .safetensors, an .index.json of shards, a .caffemodel, Keras' .h5, "
     "caffe-tensorflow's .npy, or the .index of a TensorFlow checkpoint"
@@ -59,10 +58,10 @@ def read(path: epath.PathLike) -> Content:
         raise UserError(f"{path}: {_directory_advice(path)}")
     if not files.is_there(path):
         raise MissingFileError(f"{path}: no such file; expected a weights file: {EXPECTED}")
-    reader = _read_index if path.name.endswith(".index.json") else _detect_reader(path)
+    reader: Reader = _read_index if path.name.endswith(".index.json") else _detect_reader(path)
     if entry and reader is not pytorch.read_torch:
         raise UserError(f"{path}:{entry}: only PyTorch checkpoints have entries; give the file name alone")
-    content = reader(path, entry)
+    content = reader(path, entry) if entry else reader(path)
     if not (arrays := without_prefixes(content.arrays)):
         raise UserError(f"{path}: has no weights; expected those of a ResNet or a PSPNet")
     return content._replace(arrays=arrays)
@@ -119,7 +118,7 @@ def _detect_reader(path: epath.Path) -> Reader:
         (end == TABLE_END, ports.read_checkpoint),
     ):
         if recognized:
-            return functools.partial(_read_arrays, read_arrays)
+            return lambda path: Content(read_arrays(path))
     if head[8:9] == b"{":  # damaged
         return _read_safetensors
     if head[:1] == b"\x80":
@@ -127,11 +126,7 @@ def _detect_reader(path: epath.Path) -> Reader:
     raise UserError(f"{path}: is not a supported weights file: expected {EXPECTED}")
 
 
-def _read_arrays(read_arrays: Callable[[epath.Path], pytorch.Arrays], path: epath.Path, entry: str) -> Content:
-    return Content(read_arrays(path))
-
-
-def _read_safetensors(path: epath.Path, entry: str) -> Content:
+def _read_safetensors(path: epath.Path) -> Content:
     return Content(pytorch.read_safetensors(path), own.read_config(path))
 
 
@@ -151,7 +146,7 @@ def _detect_zip_reader(path: epath.Path) -> Reader:
     return pytorch.read_torch
 
 
-def _read_index(path: epath.Path, entry: str) -> Content:
+def _read_index(path: epath.Path) -> Content:
     """Joins the shards of a model.safetensors.index.json or pytorch_model.bin.index.json."""
     names, arrays = shards(path), dict[str, Any]()
     for shard in map(path.with_name, names):
