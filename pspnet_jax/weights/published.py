@@ -47,12 +47,11 @@ class Published(NamedTuple):
 
     def evaluations(self) -> dict[str, tuple[dict[str, Any], float]]:
         """Returns the fields of config.eval and the published mIoU in percent of each evaluation, by title."""
-        scores = {"one scale": self.one_scale, "six scales": self.six_scales}
-        fields: dict[str, dict[str, Any]] = {
-            title: {"split": SPLITS[self.dataset], "scales": scales} for title, scales in SCALES.items()
+        split = SPLITS[self.dataset]
+        return {
+            "one scale": ({"split": split, "scales": SCALES["one scale"]}, self.one_scale),
+            "six scales": ({"split": split, "scales": SCALES["six scales"], "flip": True}, self.six_scales),
         }
-        fields["six scales"]["flip"] = True
-        return {title: (fields[title], scores[title]) for title in SCALES}
 
 
 PUBLISHED = (
