@@ -178,18 +178,19 @@ class _FileIO:
     ) -> Iterator[Example]:
         """Yields the images that can be read and pass the check, in order, with their signatures; records others as failed."""
 
-        def read_one(path: epath.PathLike) -> dict[str, Any]:
+        def read_one(item: tuple[str, epath.PathLike]) -> Example:
+            name, path = item
             try:
                 signature = sign(path)
                 predictor.check(image := image_files.read(path, predictor.pixel_format))
             except Exception as error:  # decoders raise many types
                 reason = str(error) or type(error).__name__
                 raise UserError(reason if reason.startswith(str(path)) else f"{path}: {reason}") from error
-            return {"image": image, "signature": signature}
+            return {"name": name, "image": image, "signature": signature}
 
-        for (name, _), reading in ahead(self._pool, lambda item: read_one(item[1]), paths.items()):
+        for _, reading in ahead(self._pool, read_one, paths.items()):
             try:
-                yield {"name": name, **reading.result()}
+                yield reading.result()
             except UserError as error:
                 self.fail(str(error))
 
@@ -288,11 +289,11 @@ def _write(results: Sequence[epath.Path], result: Result, server: submission.Sub
 
 def _write_maps(paths: Sequence[epath.Path], probabilities: np.ndarray) -> None:
     for path in paths:
-        with files.atomic(path) as temporary, temporary.open("wb") as file:
-            if path.suffix == ".npy":
+        if path.suffix == ".png":
+            save(Image.fromarray(np.rint(probabilities.max(-1) * 65535).astype(np.uint16)), path)
+        else:
+            with files.atomic(path) as temporary, temporary.open("wb") as file:
                 np.save(file, probabilities.astype(np.float16))
-            else:
-                Image.fromarray(np.rint(probabilities.max(-1) * 65535).astype(np.uint16)).save(file, "PNG")
 
 
 def _refuse_overwriting(
@@ -302,21 +303,13 @@ def _refuse_overwriting(
     origin: Mapping[str, Any],
 ) -> None:
     """Refuses to overwrite an input image, results of another input, or files that no prediction wrote."""
-    inputs, before = {os.path.realpath(path) for path in images.values()}, _read_origin(output)
-    foreign = output.is_dir() and (before is None or before.get("input") != origin.get("input"))
-    if before is None and (output / FAILED).exists():
+    inputs, before = {os.path.realpath(path) for path in images.values()}, files.read_json(output / ORIGIN)
+    foreign = output.is_dir() and (not before or before.get("input") != origin.get("input"))
+    if not before and (output / FAILED).exists():
         raise UserError(f"{output / FAILED}: was not written by a prediction, and would be replaced; choose another --output")
     for path in itertools.chain.from_iterable(results.values()):
         if os.path.realpath(path) in inputs or (foreign and path.is_file()):
             raise UserError(f"{path}: already exists and was not predicted from this input; choose another --output")
-
-
-def _read_origin(output: epath.Path) -> Mapping[str, Any] | None:
-    """Returns how the results in a folder were made; None if no prediction wrote there."""
-    try:
-        return dict(json.loads((output / ORIGIN).read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def _write_origin(output: epath.Path, origin: Mapping[str, Any], continued: bool) -> None:
@@ -326,7 +319,7 @@ def _write_origin(output: epath.Path, origin: Mapping[str, Any], continued: bool
       UserError: the folder cannot be written to, or has results of another origin that should be continued.
     """
     path = output / ORIGIN
-    if continued and path.exists() and _read_origin(output) != json.loads(json.dumps(origin)):
+    if continued and path.exists() and files.read_json(path) != json.loads(json.dumps(origin)):
         raise UserError(
             f"--output {output}: its results come from another checkpoint or other settings ({path}); omit --skip_existing "
             "to replace them, or choose another --output"
