@@ -25,22 +25,8 @@ from pspnet_jax.progress import progress
 
 logger = logging.getLogger(__name__)
 SUFFIXES = (
-    ".3gp",
-    ".avi",
-    ".flv",
-    ".m2ts",
-    ".m4v",
-    ".mkv",
-    ".mov",
-    ".mp4",
-    ".mpeg",
-    ".mpg",
-    ".mts",
-    ".ogv",
-    ".ts",
-    ".webm",
-    ".wmv",
-)
+    ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv"
+)  # fmt: skip
 LIVE = re.compile(r"(rtsp|rtsps|rtmp|rtmps|srt|udp|rtp|tcp|https?)://|/dev/video\d")  # URLs, and cameras on Linux
 KEPT_AUDIO = ("aac", "ac3", "alac", "eac3", "flac", "mp3", "opus")  # that an .mp4 can hold; other codecs are converted to AAC
 RATE = 25  # frames per second, if a video does not say it
