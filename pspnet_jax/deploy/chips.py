@@ -40,7 +40,6 @@ CHIPS = {  # docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e, read in 202
     "v5p": Chip(94.75 * 2**30, 2765e9, 459e12, "v5p-{1}", CUBES),
     "v6e": Chip(31.25 * 2**30, 1640e9, 918e12, "v6e-{0}", SQUARES),
 }
-SOURCE = "docs.cloud.google.com/tpu/docs/{}"
 
 
 def chips(topology: str) -> int:
@@ -51,7 +50,7 @@ def chips(topology: str) -> int:
 def table() -> Table:
     """Returns a rich table of all topologies."""
     columns = (Column(name, justify="right") for name in ("chips", "HBM of a chip, GiB", "GB/s", "TFLOP/s (bfloat16)"))
-    found = Table("topology", "on Google Cloud", *columns, caption=f"peaks from {SOURCE.format('GENERATION')}")
+    found = Table("topology", "on Google Cloud", *columns, caption="peaks from docs.cloud.google.com/tpu/docs/GENERATION")
     for generation, chip in CHIPS.items():
         for topology in chip.topologies:
             figures = chip.hbm / 2**30, chip.bandwidth / 1e9, chip.flops / 1e12

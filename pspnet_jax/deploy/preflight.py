@@ -25,12 +25,12 @@ from pspnet_jax import hlo, losses, models, optimizers, parallel
 from pspnet_jax.deploy import chips
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer import memory
+from pspnet_jax.infer.plan import ceil_div
 from pspnet_jax.infer.predictor import Predictor
 from pspnet_jax.train.step import make_init_state, make_train_step
 
 logger = logging.getLogger("pspnet_jax")
 TRIES = 4  # compilations to find the largest batch
-REMATS = ("none", "norm", "block")  # from the most memory to the least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +187,7 @@ def compile_evaluation(config: ConfigDict, devices: Sequence[jax.Device], chip: 
     init = functools.partial(model.init, train=False)
     variables = _replicated(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *window, config.model.channels))), mesh)
     groups = mesh.shape["data"]
-    windows = -(-config.eval.batch_size // groups)
+    windows = ceil_div(config.eval.batch_size, groups)
     if not windows:
         windows = memory.fitting_windows(window, chip.hbm, predictor.bytes_per_pixel(variables, window))
     compile_pass = functools.partial(predictor.compile_network, variables, window, windows)
@@ -244,7 +244,8 @@ def largest_batch(config: ConfigDict, mesh: Mesh, chip: chips.Chip, fitting: Pro
 def _remedies(config: ConfigDict, devices: Sequence[jax.Device], chip: chips.Chip) -> list[str]:
     """Tries what lowers the memory of a recipe that does not fit; returns what came of each, in words."""
     groups, accumulate = len(devices) // config.parallel.spatial, config.optimizer.accumulate
-    tries = [{"model.remat": remat} for remat in REMATS[REMATS.index(config.model.remat) + 1 :]]
+    remats = models.CHOICES["remat"]
+    tries = [{"model.remat": remat} for remat in remats[remats.index(config.model.remat) + 1 :]]
     images = config.batch_size // groups
     while (images := images // 2) and images % accumulate == 0:
         tries.append({"batch_size": images * groups})
