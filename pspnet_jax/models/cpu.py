@@ -56,10 +56,6 @@ def winograd(x: jax.Array, kernel: jax.Array, dilation: int = 1) -> jax.Array:
     return jax.linear_transpose(split, y)(grids)[0]
 
 
-def _forward(x: jax.Array, kernel: jax.Array, dilation: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return winograd(x, kernel, dilation), (x, kernel)
-
-
 def _backward(dilation: int, inputs: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Transforms x again, along the axes in the other order: XLA would merge computations that are the same, and keep tiles."""
     x, kernel = inputs
@@ -72,7 +68,7 @@ def _backward(dilation: int, inputs: tuple[jax.Array, jax.Array], gradient: jax.
     return jnp.moveaxis(of_x, 0, 3).reshape(x.shape), jnp.moveaxis(of_kernel, 0, 2).reshape(kernel.shape)
 
 
-winograd.defvjp(_forward, _backward)
+winograd.defvjp(lambda x, kernel, dilation: (winograd(x, kernel, dilation), (x, kernel)), _backward)
 
 
 def _parts(x: jax.Array) -> jax.Array:
