@@ -12,21 +12,13 @@ from pspnet_jax.errors import UserError, first_line
 
 
 class Chip(NamedTuple):
-    """A TPU generation.
+    """A TPU generation."""
 
-    Attributes:
-      hbm: main memory of a chip that programs can use, in bytes; a little less than its nominal size.
-      bandwidth: of the main memory, in bytes/s.
-      flops: peak FLOP/s in bfloat16.
-      cloud: name of an accelerator type on Google Cloud, with the number of chips or, before v5e, of TensorCores.
-      topologies: those that can be compiled for here.
-    """
-
-    hbm: float
-    bandwidth: float
-    flops: float
-    cloud: str
-    topologies: tuple[str, ...]
+    hbm: float  # main memory of a chip that programs can use, in bytes; a little less than its nominal size
+    bandwidth: float  # of the main memory, in bytes/s
+    flops: float  # peak FLOP/s in bfloat16
+    cloud: str  # name of an accelerator type on Google Cloud, with the number of chips or, before v5e, of TensorCores
+    topologies: tuple[str, ...]  # those that can be compiled for here
 
     def cloud_name(self, topology: str) -> str:
         return self.cloud.format(chips(topology), 2 * chips(topology))

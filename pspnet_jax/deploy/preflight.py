@@ -35,25 +35,15 @@ TRIES = 4  # compilations to find the largest batch
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a chip needs for one run of a compiled program.
+    """What a chip needs for one run of a compiled program."""
 
-    Attributes:
-      state_bytes: weights, statistics and, in training, the optimizer's state.
-      temporary_bytes: memory for everything that is computed.
-      total_bytes: state, inputs, outputs, temporary memory and the program itself.
-      flops: floating-point operations of convolutions and matrix products, see `hlo.flops`.
-      traffic_bytes: read from and written to the main memory, see `hlo.hbm_traffic`.
-      collectives: kind -> (number, bytes), see `hlo.collectives`.
-      compile_seconds: time to trace and compile it on this machine.
-    """
-
-    state_bytes: int
-    temporary_bytes: int
-    total_bytes: int
-    flops: int
-    traffic_bytes: int
-    collectives: dict[str, tuple[int, int]]
-    compile_seconds: float
+    state_bytes: int  # weights, statistics and, in training, the optimizer's state
+    temporary_bytes: int  # memory for everything that is computed
+    total_bytes: int  # state, inputs, outputs, temporary memory and the program itself
+    flops: int  # floating-point operations of convolutions and matrix products, see `hlo.flops`
+    traffic_bytes: int  # read from and written to the main memory, see `hlo.hbm_traffic`
+    collectives: dict[str, tuple[int, int]]  # kind -> (number, bytes), see `hlo.collectives`
+    compile_seconds: float  # time to trace and compile it on this machine
 
     def roofline_seconds(self, chip: chips.Chip) -> float:
         """Returns the least time that the chip's products and its memory allow, without waiting for other chips."""
@@ -62,28 +52,17 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Results for one topology.
+    """Results for one topology."""
 
-    Attributes:
-      topology: such as "v5e:4x4".
-      cloud_name: of the accelerator type on Google Cloud.
-      chips: number of chips.
-      hbm_bytes: main memory of a chip.
-      images: images per step, over all chips.
-      train, evaluate: the two programs; a pass of `evaluate` takes `windows` windows on each chip.
-      windows: as above.
-      largest: most images per group of `parallel.spatial` chips for which the train step was compiled and fits.
-    """
-
-    topology: str
-    cloud_name: str
-    chips: int
-    hbm_bytes: float
-    images: int
+    topology: str  # such as "v5e:4x4"
+    cloud_name: str  # of the accelerator type on Google Cloud
+    chips: int  # number of chips
+    hbm_bytes: float  # main memory of a chip
+    images: int  # images per step, over all chips
     train: Program
     evaluate: Program
-    windows: int
-    largest: int
+    windows: int  # that a pass of `evaluate` takes on each chip
+    largest: int  # most images per group of `parallel.spatial` chips for which the train step was compiled and fits
 
     @property
     def step_seconds(self) -> float:

@@ -24,23 +24,14 @@ WHERE = {  # protocol -> where the scores are published; all read in 2026
 
 
 class Published(NamedTuple):
-    """A published network.
+    """A published network."""
 
-    Attributes:
-      protocol: see `config.eval.protocol`; also identifies the project.
-      dataset: such as "ade20k".
-      depth: of the ResNet.
-      one_scale: mIoU in percent; mmsegmentation's is without flipping, the others' are with it.
-      six_scales: mIoU in percent, with flipping.
-      name: what its file's name begins with, if the project has several such networks.
-    """
-
-    protocol: str
-    dataset: str
-    depth: int
-    one_scale: float
-    six_scales: float
-    name: str = ""
+    protocol: str  # see `config.eval.protocol`; also identifies the project
+    dataset: str  # such as "ade20k"
+    depth: int  # of the ResNet
+    one_scale: float  # mIoU in percent; mmsegmentation's is without flipping, the others' are with it
+    six_scales: float  # mIoU in percent, with flipping
+    name: str = ""  # what its file's name begins with, if the project has several such networks
 
     def __str__(self) -> str:
         return self.name or f"PSPNet-{self.depth} of {WHERE[self.protocol].partition(',')[0]} for {self.dataset}"
