@@ -82,11 +82,7 @@ def estimate(height: int, width: int, protocol: Protocol, num_classes: int, devi
 
 
 def _areas(height: int, width: int, protocol: Protocol) -> tuple[int, int, int]:
-    """Returns numbers of pixels: of the largest window, of the largest canvas, and of all arrays of scores of an image.
-
-    Raises:
-      UserError: a scaled size is not finite.
-    """
+    """Returns numbers of pixels: of the largest window, of the largest canvas, and of all arrays of scores of an image."""
     settings, canvases, windows = protocol.settings, [], []
     for scale in settings.scales:
         try:

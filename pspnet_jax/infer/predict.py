@@ -313,11 +313,7 @@ def _refuse_overwriting(
 
 
 def _write_origin(output: epath.Path, origin: Mapping[str, Any], continued: bool) -> None:
-    """Writes .origin.json before anything is computed.
-
-    Raises:
-      UserError: the folder cannot be written to, or has results of another origin that should be continued.
-    """
+    """Writes .origin.json before anything is computed; refuses to continue results of another origin."""
     path = output / ORIGIN
     if continued and path.exists() and files.read_json(path) != json.loads(json.dumps(origin)):
         raise UserError(
