@@ -21,12 +21,11 @@ from jax.stages import Compiled
 from ml_collections import ConfigDict
 
 from pspnet_jax import config as configs
-from pspnet_jax import hlo, losses, models, optimizers, parallel
+from pspnet_jax import hlo, losses, models, optimizers, parallel, scoring
 from pspnet_jax.deploy import chips
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer import memory
 from pspnet_jax.infer.plan import ceil_div
-from pspnet_jax.infer.predictor import Predictor
 from pspnet_jax.train.step import make_init_state, make_train_step
 
 logger = logging.getLogger("pspnet_jax")
@@ -154,14 +153,10 @@ def compile_evaluation(config: ConfigDict, devices: Sequence[jax.Device], chip: 
 
     With eval.inference="whole", windows are as large as the images; the training crop stands in for their size.
     """
-    whole, num_classes = config.eval.inference == "whole", len(config.dataset.class_names)
+    whole = config.eval.inference == "whole"
     window = tuple(config.augment.crop if whole else config.eval.crop)
-    model = models.build(config.model, num_classes)
-
-    def apply(variables: Any, images: jax.Array) -> Any:
-        return model.apply(variables, images, train=False)
-
-    predictor = Predictor(apply, config, num_classes, devices)
+    model = models.build(config.model, len(config.dataset.class_names))
+    predictor = scoring.build_predictor(config, model, devices)
     mesh = predictor.mesh
     init = functools.partial(model.init, train=False)
     variables = _replicated(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *window, config.model.channels))), mesh)
