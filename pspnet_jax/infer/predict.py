@@ -157,18 +157,14 @@ def _predict_share(
 
 
 class _FileIO:
-    """Reads images and writes results in threads, with bounded queues, and counts what is done and what failed.
-
-    Attributes:
-      done: number of images whose results are written.
-      failed: one line for each image that failed, with the reason.
-      stopped_by: the error that prevents all further writing, or "".
-    """
+    """Reads images and writes results in threads, with bounded queues, and counts what is done and what failed."""
 
     def __init__(self, pool: ThreadPoolExecutor, advance: Callable[[int], None]):
         self._pool, self._advance = pool, advance
         self._writing: collections.deque[tuple[str, Future]] = collections.deque()
-        self.done, self.failed, self.stopped_by = 0, list[str](), ""
+        self.done = 0  # number of images whose results are written
+        self.failed = list[str]()  # one line for each image that failed, with the reason
+        self.stopped_by = ""  # the error that prevents all further writing, or ""
 
     def read(
         self,

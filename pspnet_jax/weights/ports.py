@@ -106,13 +106,9 @@ class _ForbiddenError(pickle.UnpicklingError):
 
 
 class _Array:
-    """Stands for numpy.ndarray in a pickle: NumPy's own class trusts the pickle, which could make it read any memory.
+    """Stands for numpy.ndarray in a pickle: NumPy's own class trusts the pickle, which could make it read any memory."""
 
-    Attributes:
-      value: an array of numbers, or the list of the objects in an array of objects.
-    """
-
-    value: Any = None
+    value: Any = None  # an array of numbers, or the list of the objects in an array of objects
 
     def __init__(self, *ignored: object):
         pass
