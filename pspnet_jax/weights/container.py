@@ -21,15 +21,13 @@ EXPECTED = (
 )
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".caffemodel", ".h5", ".npy", ".index", ".index.json")
 AGAIN = "download it again"
+UNPACK = "unpack it, and name the weights file in it"
+ARCHIVES = ((b"\x1f\x8b", "a gzip"), (b"BZh", "a bzip2"), (b"\xfd7zXZ", "an xz"), (b"7z\xbc\xaf", "a 7z"), (b"Rar!", "a rar"))
 # First bytes of files that do not hold weights, what they are, and what to do.
 UNSUPPORTED = (
     (b"<", f"a web page, perhaps from a failed download: {AGAIN}"),
     (b"version https://git-lfs", f"a Git LFS pointer, not the file itself: run git lfs pull, or {AGAIN}"),
-    (b"\x1f\x8b", "a gzip archive: unpack it, and name the weights file in it"),
-    (b"BZh", "a bzip2 archive: unpack it, and name the weights file in it"),
-    (b"\xfd7zXZ", "an xz archive: unpack it, and name the weights file in it"),
-    (b"7z\xbc\xaf", "a 7z archive: unpack it, and name the weights file in it"),
-    (b"Rar!", "a rar archive: unpack it, and name the weights file in it"),
+    *((magic, f"{kind} archive: {UNPACK}") for magic, kind in ARCHIVES),
 )
 SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})(\.\w+)")
 TABLE_END = 0xDB4775248B80FB57.to_bytes(8, "little")  # of the index of a TensorFlow checkpoint, as of LevelDB's tables
@@ -110,7 +108,7 @@ def _detect_reader(path: epath.Path) -> Reader:
     if head.startswith(b"PK"):
         return _detect_zip_reader(path)
     if head[257:262] == b"ustar":
-        raise UserError(f"{path}: is a tar archive: unpack it, and name the weights file in it")
+        raise UserError(f"{path}: is a tar archive: {UNPACK}")
     for recognized, read_arrays in (
         (path.suffix.lower() == ".caffemodel", caffe.read),
         (head.startswith(b"\x89HDF"), ports.read_h5),
@@ -142,7 +140,7 @@ def _detect_zip_reader(path: epath.Path) -> Reader:
             f"torch.save(torch.jit.load({path.name!r}).state_dict(), 'weights.pth')"
         )
     if not any(name.endswith("data.pkl") for name in names):
-        raise UserError(f"{path}: is an archive of {', '.join(names[:3])}: unpack it, and name the weights file in it")
+        raise UserError(f"{path}: is an archive of {', '.join(names[:3])}: {UNPACK}")
     return pytorch.read_torch
 
 
