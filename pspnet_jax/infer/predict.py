@@ -65,7 +65,7 @@ def predict(
       origin: identifies the weights and the images, such as the run, its step and the "input"; saved with the settings in
         output/.origin.json.
       maps: "confidence" also writes output/confidence/NAME.png, 16-bit, the probability of the predicted class times 65535, and
-        "probabilities" output/probabilities/NAME.npy, float16[H, W, K]. The network is run again for each map of an image,
+        "probabilities" output/probabilities/NAME.npy, float16[H, W, K]. The network is run once more for the maps of an image,
         whose probabilities take 10 * H * W * K bytes of memory, one image after the other.
 
     Raises:
