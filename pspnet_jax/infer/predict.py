@@ -167,10 +167,7 @@ class _FileIO:
         self.stopped_by = ""  # the error that prevents all further writing, or ""
 
     def read(
-        self,
-        paths: Mapping[str, epath.PathLike],
-        predictor: Predictor,
-        sign: Callable[[epath.PathLike], str],
+        self, paths: Mapping[str, epath.PathLike], predictor: Predictor, sign: Callable[[epath.PathLike], str]
     ) -> Iterator[Example]:
         """Yields the images that can be read and pass the check, in order, with their signatures; records others as failed."""
 
@@ -241,9 +238,7 @@ def _signature(origin: Mapping[str, Any], image: epath.PathLike) -> str:
 
 
 def _without_results(
-    images: Mapping[str, epath.PathLike],
-    results: Mapping[str, Sequence[epath.Path]],
-    sign: Callable[[epath.PathLike], str],
+    images: Mapping[str, epath.PathLike], results: Mapping[str, Sequence[epath.Path]], sign: Callable[[epath.PathLike], str]
 ) -> dict[str, epath.PathLike]:
     """Returns the images that do not have all their results yet."""
     with ThreadPoolExecutor(THREADS) as pool:
