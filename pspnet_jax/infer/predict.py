@@ -140,7 +140,7 @@ def _predict_share(
         io = _FileIO(pool, advance)
         examples = io.read(whole, segmenter.predictor, sign)
         for result in segmenter.results(examples, lambda example, error: io.fail(f"{example['name']}: {error}")):
-            io.write(result.example["name"], _write, results[result.example["name"]], result, server)
+            io.write(results[result.example["name"]], result, server)
             if "maps" in origin:  # one image at a time, because their probabilities are large
                 io.wait()
             if io.stopped_by:
@@ -187,9 +187,9 @@ class _FileIO:
             except UserError as error:
                 self.fail(str(error))
 
-    def write(self, name: str, write: Callable[..., None], *args: Any) -> None:
+    def write(self, results: Sequence[epath.Path], result: Result, server: submission.Submission | None) -> None:
         """Queues an image's results for writing, and waits if too many are queued."""
-        self._writing.append((name, self._pool.submit(write, *args)))
+        self._writing.append((result.example["name"], self._pool.submit(_write, results, result, server)))
         self.wait(AHEAD)
 
     def wait(self, max_queued: int = 0) -> None:
