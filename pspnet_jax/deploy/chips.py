@@ -12,21 +12,13 @@ from pspnet_jax.errors import UserError, first_line
 
 
 class Chip(NamedTuple):
-    """A TPU generation.
+    """A TPU generation."""
 
-    Attributes:
-      hbm: main memory of a chip that programs can use, in bytes; a little less than its nominal size.
-      bandwidth: of the main memory, in bytes/s.
-      flops: peak FLOP/s in bfloat16.
-      cloud: name of an accelerator type on Google Cloud, with the number of chips or, before v5e, of TensorCores.
-      topologies: those that can be compiled for here.
-    """
-
-    hbm: float
-    bandwidth: float
-    flops: float
-    cloud: str
-    topologies: tuple[str, ...]
+    hbm: float  # main memory of a chip that programs can use, in bytes; a little less than its nominal size
+    bandwidth: float  # of the main memory, in bytes/s
+    flops: float  # peak FLOP/s in bfloat16
+    cloud: str  # name of an accelerator type on Google Cloud, with the number of chips or, before v5e, of TensorCores
+    topologies: tuple[str, ...]  # those that can be compiled for here
 
     def cloud_name(self, topology: str) -> str:
         return self.cloud.format(chips(topology), 2 * chips(topology))
@@ -40,7 +32,6 @@ CHIPS = {  # docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e, read in 202
     "v5p": Chip(94.75 * 2**30, 2765e9, 459e12, "v5p-{1}", CUBES),
     "v6e": Chip(31.25 * 2**30, 1640e9, 918e12, "v6e-{0}", SQUARES),
 }
-SOURCE = "docs.cloud.google.com/tpu/docs/{}"
 
 
 def chips(topology: str) -> int:
@@ -51,7 +42,7 @@ def chips(topology: str) -> int:
 def table() -> Table:
     """Returns a rich table of all topologies."""
     columns = (Column(name, justify="right") for name in ("chips", "HBM of a chip, GiB", "GB/s", "TFLOP/s (bfloat16)"))
-    found = Table("topology", "on Google Cloud", *columns, caption=f"peaks from {SOURCE.format('GENERATION')}")
+    found = Table("topology", "on Google Cloud", *columns, caption="peaks from docs.cloud.google.com/tpu/docs/GENERATION")
     for generation, chip in CHIPS.items():
         for topology in chip.topologies:
             figures = chip.hbm / 2**30, chip.bandwidth / 1e9, chip.flops / 1e12

@@ -28,21 +28,13 @@ PLATFORMS = ("cpu", "cuda", "tpu")  # for which StableHLO is lowered
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function of images that contains a network's weights and preprocessing.
+    """A function of images that contains a network's weights and preprocessing."""
 
-    Attributes:
-      config: its model, normalize and dataset are used.
-      variables: of the network, as NumPy arrays.
-      outputs: "labels" or "probabilities".
-      batch: N, or 0 for any number of images.
-      size: (H, W) in pixels, or `ANY_SIZE`.
-    """
-
-    config: ConfigDict
-    variables: Any
-    outputs: str = "labels"
-    batch: int = 1
-    size: tuple[int, int] = ANY_SIZE
+    config: ConfigDict  # its model, normalize and dataset are used
+    variables: Any  # of the network, as NumPy arrays
+    outputs: str = "labels"  # or "probabilities"
+    batch: int = 1  # N, or 0 for any number of images
+    size: tuple[int, int] = ANY_SIZE  # (H, W) in pixels
 
     @functools.cached_property
     def model(self) -> nn.Module:
@@ -93,16 +85,11 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A file format and what it can hold.
+    """A file format and what it can hold."""
 
-    Attributes:
-      ending: of the file's name; "" for a directory.
-      any_batch, any_size: whether the number and the size of images can be left open.
-    """
-
-    ending: str
-    any_batch: bool
-    any_size: bool
+    ending: str  # of the file's name; "" for a directory
+    any_batch: bool  # whether the number of images can be left open
+    any_size: bool  # whether their size can be left open
 
 
 FORMATS = {  # each is written by the module of this name

@@ -60,7 +60,7 @@ def _convert(graph: Graph, jaxpr: Any, constants: Sequence[Any], inputs: Sequenc
 def _apply(graph: Graph, equation: Any, inputs: list[Value]) -> list[Value]:
     """Returns the outputs of one equation; what does not depend on the images is computed."""
     name, parameters = equation.primitive.name, equation.params
-    for inner in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+    for inner in ("jaxpr", "call_jaxpr"):
         if inner in parameters:  # a function of JAX, such as relu
             return _convert(graph, parameters[inner].jaxpr, parameters[inner].consts, inputs)
     if all(isinstance(value, np.ndarray) for value in inputs):

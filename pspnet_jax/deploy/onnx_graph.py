@@ -28,11 +28,7 @@ Value = Stored | np.ndarray  # constants are NumPy arrays
 
 
 class Graph:
-    """Nodes and constants.
-
-    Attributes:
-      onnx: the package.
-    """
+    """Nodes and constants, which the package `onnx` makes."""
 
     def __init__(self, onnx: ModuleType):
         self.onnx = onnx

@@ -165,10 +165,6 @@ def _dtype(graph: Graph, equation: Any) -> int:
     return graph.onnx.helper.np_dtype_to_tensor_dtype(equation.outvars[0].aval.dtype)
 
 
-def _exp(graph: Graph, equation: Any, x: Stored) -> Value:
-    return Stored(graph.node("Exp", x.name), x.order)
-
-
 # By the name of JAX's primitive.
 OPERATIONS: dict[str, Operation] = {
     "add": _binary("Add"),
@@ -179,7 +175,7 @@ OPERATIONS: dict[str, Operation] = {
     "convert_element_type": _cast,
     "div": _binary("Div"),
     "dot_general": _dot,
-    "exp": _exp,
+    "exp": lambda graph, equation, x: Stored(graph.node("Exp", x.name), x.order),
     "max": _binary("Max"),
     "mul": _binary("Mul"),
     "name": lambda graph, equation, x: x,

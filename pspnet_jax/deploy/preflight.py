@@ -21,39 +21,28 @@ from jax.stages import Compiled
 from ml_collections import ConfigDict
 
 from pspnet_jax import config as configs
-from pspnet_jax import hlo, losses, models, optimizers, parallel
+from pspnet_jax import hlo, losses, models, optimizers, parallel, scoring
 from pspnet_jax.deploy import chips
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer import memory
-from pspnet_jax.infer.predictor import Predictor
+from pspnet_jax.infer.plan import ceil_div
 from pspnet_jax.train.step import make_init_state, make_train_step
 
 logger = logging.getLogger("pspnet_jax")
 TRIES = 4  # compilations to find the largest batch
-REMATS = ("none", "norm", "block")  # from the most memory to the least
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a chip needs for one run of a compiled program.
+    """What a chip needs for one run of a compiled program."""
 
-    Attributes:
-      state_bytes: weights, statistics and, in training, the optimizer's state.
-      temporary_bytes: memory for everything that is computed.
-      total_bytes: state, inputs, outputs, temporary memory and the program itself.
-      flops: floating-point operations of convolutions and matrix products, see `hlo.flops`.
-      traffic_bytes: read from and written to the main memory, see `hlo.hbm_traffic`.
-      collectives: kind -> (number, bytes), see `hlo.collectives`.
-      compile_seconds: time to trace and compile it on this machine.
-    """
-
-    state_bytes: int
-    temporary_bytes: int
-    total_bytes: int
-    flops: int
-    traffic_bytes: int
-    collectives: dict[str, tuple[int, int]]
-    compile_seconds: float
+    state_bytes: int  # weights, statistics and, in training, the optimizer's state
+    temporary_bytes: int  # memory for everything that is computed
+    total_bytes: int  # state, inputs, outputs, temporary memory and the program itself
+    flops: int  # floating-point operations of convolutions and matrix products, see `hlo.flops`
+    traffic_bytes: int  # read from and written to the main memory, see `hlo.hbm_traffic`
+    collectives: dict[str, tuple[int, int]]  # kind -> (number, bytes), see `hlo.collectives`
+    compile_seconds: float  # time to trace and compile it on this machine
 
     def roofline_seconds(self, chip: chips.Chip) -> float:
         """Returns the least time that the chip's products and its memory allow, without waiting for other chips."""
@@ -62,28 +51,17 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Results for one topology.
+    """Results for one topology."""
 
-    Attributes:
-      topology: such as "v5e:4x4".
-      cloud_name: of the accelerator type on Google Cloud.
-      chips: number of chips.
-      hbm_bytes: main memory of a chip.
-      images: images per step, over all chips.
-      train, evaluate: the two programs; a pass of `evaluate` takes `windows` windows on each chip.
-      windows: as above.
-      largest: most images per group of `parallel.spatial` chips for which the train step was compiled and fits.
-    """
-
-    topology: str
-    cloud_name: str
-    chips: int
-    hbm_bytes: float
-    images: int
+    topology: str  # such as "v5e:4x4"
+    cloud_name: str  # of the accelerator type on Google Cloud
+    chips: int  # number of chips
+    hbm_bytes: float  # main memory of a chip
+    images: int  # images per step, over all chips
     train: Program
     evaluate: Program
-    windows: int
-    largest: int
+    windows: int  # that a pass of `evaluate` takes on each chip
+    largest: int  # most images per group of `parallel.spatial` chips for which the train step was compiled and fits
 
     @property
     def step_seconds(self) -> float:
@@ -175,19 +153,15 @@ def compile_evaluation(config: ConfigDict, devices: Sequence[jax.Device], chip: 
 
     With eval.inference="whole", windows are as large as the images; the training crop stands in for their size.
     """
-    whole, num_classes = config.eval.inference == "whole", len(config.dataset.class_names)
+    whole = config.eval.inference == "whole"
     window = tuple(config.augment.crop if whole else config.eval.crop)
-    model = models.build(config.model, num_classes)
-
-    def apply(variables: Any, images: jax.Array) -> Any:
-        return model.apply(variables, images, train=False)
-
-    predictor = Predictor(apply, config, num_classes, devices)
+    model = models.build(config.model, len(config.dataset.class_names))
+    predictor = scoring.build_predictor(config, model, devices)
     mesh = predictor.mesh
     init = functools.partial(model.init, train=False)
     variables = _replicated(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *window, config.model.channels))), mesh)
     groups = mesh.shape["data"]
-    windows = -(-config.eval.batch_size // groups)
+    windows = ceil_div(config.eval.batch_size, groups)
     if not windows:
         windows = memory.fitting_windows(window, chip.hbm, predictor.bytes_per_pixel(variables, window))
     compile_pass = functools.partial(predictor.compile_network, variables, window, windows)
@@ -244,7 +218,8 @@ def largest_batch(config: ConfigDict, mesh: Mesh, chip: chips.Chip, fitting: Pro
 def _remedies(config: ConfigDict, devices: Sequence[jax.Device], chip: chips.Chip) -> list[str]:
     """Tries what lowers the memory of a recipe that does not fit; returns what came of each, in words."""
     groups, accumulate = len(devices) // config.parallel.spatial, config.optimizer.accumulate
-    tries = [{"model.remat": remat} for remat in REMATS[REMATS.index(config.model.remat) + 1 :]]
+    remats = models.CHOICES["remat"]
+    tries = [{"model.remat": remat} for remat in remats[remats.index(config.model.remat) + 1 :]]
     images = config.batch_size // groups
     while (images := images // 2) and images % accumulate == 0:
         tries.append({"batch_size": images * groups})

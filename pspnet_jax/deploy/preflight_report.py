@@ -51,10 +51,11 @@ def plot(rows: Sequence[Row], name: str) -> Figure:
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     memory_axes, speed_axes = figure.subplots(1, 2)
     names = [f"{row.topology}\n{row.images} images" for row in rows]
-    state, temporary = ([part / 2**30 for part in parts] for parts in zip(*map(_parts, rows), strict=True))
+    temporary = [row.train.temporary_bytes / GIB for row in rows]
+    state = [(row.train.total_bytes - row.train.temporary_bytes) / GIB for row in rows]
     memory_axes.bar(names, state, label="state, batch and program")
     memory_axes.bar(names, temporary, bottom=state, label="temporary")
-    memory_axes.scatter(names, [row.hbm_bytes / 2**30 for row in rows], marker="_", s=900, color="black", label="HBM of a chip")
+    memory_axes.scatter(names, [row.hbm_bytes / GIB for row in rows], marker="_", s=900, color="black", label="HBM of a chip")
     memory_axes.set_ylabel("GiB per chip")
     memory_axes.tick_params(axis="x", labelsize="small")
     memory_axes.margins(y=0.3)  # room for the legend
@@ -68,7 +69,3 @@ def plot(rows: Sequence[Row], name: str) -> Figure:
     speed_axes.legend()
     figure.suptitle(f"{name}: train step, as compiled for TPUs")
     return figure
-
-
-def _parts(row: Row) -> tuple[int, int]:
-    return row.train.total_bytes - row.train.temporary_bytes, row.train.temporary_bytes

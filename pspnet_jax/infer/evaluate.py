@@ -57,8 +57,7 @@ def evaluate(
     images, pending = 0, list[tuple[Sequence[Example], tuple[jax.Array, jax.Array], list[jax.Array]]]()
     with parallel.fail_together("evaluating"), progress(f"evaluating {split}", share) as advance:
         checked = _checked(examples, info.num_classes)
-        numbered = ({**example, "number": i} for i, example in enumerate(checked))
-        for group, labels, confidence in predictor.stream(segmenter.variables, numbered):
+        for group, labels, confidence in predictor.stream(segmenter.variables, checked):
             counts = _count(_stack_labels(group, labels.shape), labels, info.num_classes)
             pending.append((group, counts, [labels, confidence] if observe else []))
             for i, example in enumerate(group):
@@ -92,8 +91,8 @@ def _panel(example: Example, prediction: np.ndarray, info: DatasetInfo) -> Image
 
 
 def _checked(examples: Iterable[Example], num_classes: int) -> Iterator[Example]:
-    """Yields the examples after checking their fields and labels."""
-    for example in examples:
+    """Yields the examples with their numbers, after checking their fields and labels."""
+    for number, example in enumerate(examples):
         if missing := [field for field in ("image", "label", "name") if field not in example]:
             raise UserError(f"an example has {', '.join(example)}, but no {' and no '.join(missing)}")
         name, label, shape = example["name"], example["label"], example["image"].shape[:2]
@@ -104,7 +103,7 @@ def _checked(examples: Iterable[Example], num_classes: int) -> Iterator[Example]
                 f"values up to {label[label != IGNORE].max(initial=0)}" if label.dtype == np.uint8 else f"type {label.dtype}"
             )
             raise UserError(f"{name}: the label has {found}; expected uint8 values from 0 to {num_classes - 1}, or {IGNORE}")
-        yield example
+        yield {**example, "number": number}
 
 
 def _stack_labels(group: Sequence[Example], shape: tuple[int, ...]) -> np.ndarray:

@@ -75,18 +75,13 @@ def estimate(height: int, width: int, protocol: Protocol, num_classes: int, devi
     """Returns the minimum number of bytes on the host and on each device, not counting the network's activations."""
     settings, (window, canvas, scores) = protocol.settings, _areas(height, width, protocol)
     batch = max(1, ceil_div(settings.batch_size, devices)) * window
-    passes = 2 if settings.flip and not protocol.flips_views else 1
     channels = len(protocol.mean)
-    floats = channels * (canvas + devices * batch), batch * passes * (channels + num_classes) + num_classes * scores
+    floats = channels * (canvas + devices * batch), batch * protocol.passes * (channels + num_classes) + num_classes * scores
     return 4 * floats[0], 4 * floats[1]
 
 
 def _areas(height: int, width: int, protocol: Protocol) -> tuple[int, int, int]:
-    """Returns numbers of pixels: of the largest window, of the largest canvas, and of all arrays of scores of an image.
-
-    Raises:
-      UserError: a scaled size is not finite.
-    """
+    """Returns numbers of pixels: of the largest window, of the largest canvas, and of all arrays of scores of an image."""
     settings, canvases, windows = protocol.settings, [], []
     for scale in settings.scales:
         try:

@@ -65,7 +65,7 @@ def predict(
       origin: identifies the weights and the images, such as the run, its step and the "input"; saved with the settings in
         output/.origin.json.
       maps: "confidence" also writes output/confidence/NAME.png, 16-bit, the probability of the predicted class times 65535, and
-        "probabilities" output/probabilities/NAME.npy, float16[H, W, K]. The network is run again for each map of an image,
+        "probabilities" output/probabilities/NAME.npy, float16[H, W, K]. The network is run once more for the maps of an image,
         whose probabilities take 10 * H * W * K bytes of memory, one image after the other.
 
     Raises:
@@ -140,7 +140,7 @@ def _predict_share(
         io = _FileIO(pool, advance)
         examples = io.read(whole, segmenter.predictor, sign)
         for result in segmenter.results(examples, lambda example, error: io.fail(f"{example['name']}: {error}")):
-            io.write(result.example["name"], _write, results[result.example["name"]], result, server)
+            io.write(results[result.example["name"]], result, server)
             if "maps" in origin:  # one image at a time, because their probabilities are large
                 io.wait()
             if io.stopped_by:
@@ -157,45 +157,39 @@ def _predict_share(
 
 
 class _FileIO:
-    """Reads images and writes results in threads, with bounded queues, and counts what is done and what failed.
-
-    Attributes:
-      done: number of images whose results are written.
-      failed: one line for each image that failed, with the reason.
-      stopped_by: the error that prevents all further writing, or "".
-    """
+    """Reads images and writes results in threads, with bounded queues, and counts what is done and what failed."""
 
     def __init__(self, pool: ThreadPoolExecutor, advance: Callable[[int], None]):
         self._pool, self._advance = pool, advance
         self._writing: collections.deque[tuple[str, Future]] = collections.deque()
-        self.done, self.failed, self.stopped_by = 0, list[str](), ""
+        self.done = 0  # number of images whose results are written
+        self.failed = list[str]()  # one line for each image that failed, with the reason
+        self.stopped_by = ""  # the error that prevents all further writing, or ""
 
     def read(
-        self,
-        paths: Mapping[str, epath.PathLike],
-        predictor: Predictor,
-        sign: Callable[[epath.PathLike], str],
+        self, paths: Mapping[str, epath.PathLike], predictor: Predictor, sign: Callable[[epath.PathLike], str]
     ) -> Iterator[Example]:
         """Yields the images that can be read and pass the check, in order, with their signatures; records others as failed."""
 
-        def read_one(path: epath.PathLike) -> dict[str, Any]:
+        def read_one(item: tuple[str, epath.PathLike]) -> Example:
+            name, path = item
             try:
                 signature = sign(path)
                 predictor.check(image := image_files.read(path, predictor.pixel_format))
             except Exception as error:  # decoders raise many types
                 reason = str(error) or type(error).__name__
                 raise UserError(reason if reason.startswith(str(path)) else f"{path}: {reason}") from error
-            return {"image": image, "signature": signature}
+            return {"name": name, "image": image, "signature": signature}
 
-        for (name, _), reading in ahead(self._pool, lambda item: read_one(item[1]), paths.items()):
+        for _, reading in ahead(self._pool, read_one, paths.items()):
             try:
-                yield {"name": name, **reading.result()}
+                yield reading.result()
             except UserError as error:
                 self.fail(str(error))
 
-    def write(self, name: str, write: Callable[..., None], *args: Any) -> None:
+    def write(self, results: Sequence[epath.Path], result: Result, server: submission.Submission | None) -> None:
         """Queues an image's results for writing, and waits if too many are queued."""
-        self._writing.append((name, self._pool.submit(write, *args)))
+        self._writing.append((result.example["name"], self._pool.submit(_write, results, result, server)))
         self.wait(AHEAD)
 
     def wait(self, max_queued: int = 0) -> None:
@@ -244,9 +238,7 @@ def _signature(origin: Mapping[str, Any], image: epath.PathLike) -> str:
 
 
 def _without_results(
-    images: Mapping[str, epath.PathLike],
-    results: Mapping[str, Sequence[epath.Path]],
-    sign: Callable[[epath.PathLike], str],
+    images: Mapping[str, epath.PathLike], results: Mapping[str, Sequence[epath.Path]], sign: Callable[[epath.PathLike], str]
 ) -> dict[str, epath.PathLike]:
     """Returns the images that do not have all their results yet."""
     with ThreadPoolExecutor(THREADS) as pool:
@@ -288,11 +280,11 @@ def _write(results: Sequence[epath.Path], result: Result, server: submission.Sub
 
 def _write_maps(paths: Sequence[epath.Path], probabilities: np.ndarray) -> None:
     for path in paths:
-        with files.atomic(path) as temporary, temporary.open("wb") as file:
-            if path.suffix == ".npy":
+        if path.suffix == ".png":
+            save(Image.fromarray(np.rint(probabilities.max(-1) * 65535).astype(np.uint16)), path)
+        else:
+            with files.atomic(path) as temporary, temporary.open("wb") as file:
                 np.save(file, probabilities.astype(np.float16))
-            else:
-                Image.fromarray(np.rint(probabilities.max(-1) * 65535).astype(np.uint16)).save(file, "PNG")
 
 
 def _refuse_overwriting(
@@ -302,31 +294,19 @@ def _refuse_overwriting(
     origin: Mapping[str, Any],
 ) -> None:
     """Refuses to overwrite an input image, results of another input, or files that no prediction wrote."""
-    inputs, before = {os.path.realpath(path) for path in images.values()}, _read_origin(output)
-    foreign = output.is_dir() and (before is None or before.get("input") != origin.get("input"))
-    if before is None and (output / FAILED).exists():
+    inputs, before = {os.path.realpath(path) for path in images.values()}, files.read_json(output / ORIGIN)
+    foreign = output.is_dir() and (not before or before.get("input") != origin.get("input"))
+    if not before and (output / FAILED).exists():
         raise UserError(f"{output / FAILED}: was not written by a prediction, and would be replaced; choose another --output")
     for path in itertools.chain.from_iterable(results.values()):
         if os.path.realpath(path) in inputs or (foreign and path.is_file()):
             raise UserError(f"{path}: already exists and was not predicted from this input; choose another --output")
 
 
-def _read_origin(output: epath.Path) -> Mapping[str, Any] | None:
-    """Returns how the results in a folder were made; None if no prediction wrote there."""
-    try:
-        return dict(json.loads((output / ORIGIN).read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
 def _write_origin(output: epath.Path, origin: Mapping[str, Any], continued: bool) -> None:
-    """Writes .origin.json before anything is computed.
-
-    Raises:
-      UserError: the folder cannot be written to, or has results of another origin that should be continued.
-    """
+    """Writes .origin.json before anything is computed; refuses to continue results of another origin."""
     path = output / ORIGIN
-    if continued and path.exists() and _read_origin(output) != json.loads(json.dumps(origin)):
+    if continued and path.exists() and files.read_json(path) != json.loads(json.dumps(origin)):
         raise UserError(
             f"--output {output}: its results come from another checkpoint or other settings ({path}); omit --skip_existing "
             "to replace them, or choose another --output"

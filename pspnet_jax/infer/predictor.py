@@ -99,7 +99,7 @@ class Predictor:
         compile_network = functools.partial(_compile_network, apply, num_classes, self.mesh, options)
         self._network = functools.lru_cache(MAX_NETWORKS)(compile_network)  # by window size
         self._reorder = jax.jit(lambda array, rows: array[rows], out_shardings=self._sharding)
-        self._prepare = self._on_each_device(steps.prepare, config.normalize, config.eval.flip and not protocol.flips_views)
+        self._prepare = self._on_each_device(steps.prepare, config.normalize, protocol.passes == 2)
         self._accumulate_windows = self._on_each_device(steps.accumulate_windows, protocol, donate_argnums=0)
         self._accumulate_view = self._on_each_device(steps.accumulate_view, protocol, donate_argnums=0)
         self._most_probable = self._on_each_device(steps.most_probable, protocol)
@@ -238,8 +238,7 @@ class Predictor:
         """Returns the memory that a device needs per pixel of a window; compiles the network for one window, once."""
         if not self._bytes_per_pixel:
             stats = self.compile_network(variables, window).memory_analysis()
-            passes = 2 if self.settings.flip and not self._protocol.flips_views else 1
-            values = self.pixel_format.channels * math.prod(window)
+            passes, values = self._protocol.passes, self.pixel_format.channels * math.prod(window)
             pixels = 4 * values * (1 + passes)  # windows as they come, normalized and flipped
             needed = stats.temp_size_in_bytes + passes * stats.output_size_in_bytes + pixels if stats else math.inf
             self._bytes_per_pixel = needed / math.prod(window)

@@ -25,6 +25,7 @@ class Protocol:
         self.settings = config.eval
         self.mean = np.array(config.normalize.mean)
         self.align_corners = config.model.align_corners
+        self.passes = 2 if self.settings.flip and not self.flips_views else 1  # of each window through the network
 
     def scaled_size(self, height: int, width: int, scale: float) -> tuple[int, int]:
         """Returns the height and width of an image's view at a scale."""

@@ -84,8 +84,7 @@ class Segmenter:
 
     def _in_order(self, images: Iterable[ImageLike]) -> Iterator["Result"]:
         """Yields the images' results in order, when the devices have computed them."""
-        following = itertools.count()
-        waiting, expected = dict[int, Result](), next(following)
+        waiting, expected = dict[int, Result](), 0
         expected_format = self.predictor.pixel_format
         taken = (_take(number, image, expected_format) for number, image in enumerate(images))
         read = ahead(self._threads, functools.partial(_read, expected_format), taken)
@@ -97,7 +96,7 @@ class Segmenter:
                     first.labels  # noqa: B018 -- waits for the devices
                 except UserError as error:
                     raise UserError(f"{first.example['name']}: {error}") from error
-                expected = next(following)
+                expected += 1
                 yield first
 
     def results(self, examples: Iterable[Example], on_error: OnError | None = None) -> Iterator["Result"]:
@@ -174,15 +173,10 @@ def _read(expected: PixelFormat, example: Example) -> Example:
 
 
 class Confidence(NamedTuple):
-    """How sure the network is about each pixel.
+    """How sure the network is about each pixel."""
 
-    Attributes:
-      highest: f32[H, W], probability of the most probable class.
-      entropy: f32[H, W], of the classes' probabilities, in nats: from 0 (certain) to log(K) (all classes are equally probable).
-    """
-
-    highest: np.ndarray
-    entropy: np.ndarray
+    highest: np.ndarray  # f32[H, W], probability of the most probable class
+    entropy: np.ndarray  # f32[H, W], of the classes' probabilities, in nats: 0 (certain) to log(K) (all are equally probable)
 
 
 class Result:

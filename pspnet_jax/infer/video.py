@@ -25,22 +25,8 @@ from pspnet_jax.progress import progress
 
 logger = logging.getLogger(__name__)
 SUFFIXES = (
-    ".3gp",
-    ".avi",
-    ".flv",
-    ".m2ts",
-    ".m4v",
-    ".mkv",
-    ".mov",
-    ".mp4",
-    ".mpeg",
-    ".mpg",
-    ".mts",
-    ".ogv",
-    ".ts",
-    ".webm",
-    ".wmv",
-)
+    ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv"
+)  # fmt: skip
 LIVE = re.compile(r"(rtsp|rtsps|rtmp|rtmps|srt|udp|rtp|tcp|https?)://|/dev/video\d")  # URLs, and cameras on Linux
 KEPT_AUDIO = ("aac", "ac3", "alac", "eac3", "flac", "mp3", "opus")  # that an .mp4 can hold; other codecs are converted to AAC
 RATE = 25  # frames per second, if a video does not say it
@@ -269,11 +255,7 @@ class _Writer:
 
 
 def _packets(container: Any, streams: list[Any], name: str) -> Iterator[Any]:
-    """Yields the packets of a video. A live one ends where it breaks off.
-
-    Raises:
-      UserError: a file cannot be read to its end.
-    """
+    """Yields the packets of a video. A live one ends where it breaks off; a file that does is refused."""
     import av
 
     try:
@@ -286,11 +268,7 @@ def _packets(container: Any, streams: list[Any], name: str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _opened(source: epath.PathLike) -> Iterator[tuple[Any, Any]]:
-    """Opens a video and its first video stream.
-
-    Raises:
-      UserError: PyAV is not installed, or the source is not a video that can be read.
-    """
+    """Opens a video and its first video stream."""
     try:
         import av
     except ImportError as error:
@@ -313,11 +291,7 @@ def _opened(source: epath.PathLike) -> Iterator[tuple[Any, Any]]:
 
 
 def _decoded(packet: Any, name: str) -> Iterator[Any]:
-    """Yields the frames of a packet; a damaged one has none, as in video players.
-
-    Raises:
-      UserError: there is no decoder for them.
-    """
+    """Yields the frames of a packet; a damaged one has none, as in video players."""
     import av
 
     try:

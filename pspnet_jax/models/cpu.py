@@ -57,10 +57,6 @@ def winograd(x: jax.Array, kernel: jax.Array, dilation: int = 1) -> jax.Array:
     return jax.linear_transpose(split, y)(grids)[0]
 
 
-def _forward(x: jax.Array, kernel: jax.Array, dilation: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return winograd(x, kernel, dilation), (x, kernel)
-
-
 def _backward(dilation: int, inputs: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the gradients of x and of the kernel, part by part.
 
@@ -83,7 +79,7 @@ def _backward(dilation: int, inputs: tuple[jax.Array, jax.Array], gradient: jax.
     return jax.lax.scan(replace, initial, _parts(inputs[0]))[0]
 
 
-winograd.defvjp(_forward, _backward)
+winograd.defvjp(lambda x, kernel, dilation: (winograd(x, kernel, dilation), (x, kernel)), _backward)
 
 
 def _parts(x: jax.Array) -> jax.Array:

@@ -154,7 +154,7 @@ def _is_statistic(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name == "reduce_sum"
 
 
-REMAT = {
+REMAT = {  # from the most memory to the least
     "none": None,
     "norm": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.save_only_these_names("conv"), _is_statistic

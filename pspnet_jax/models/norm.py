@@ -13,12 +13,9 @@ class BatchNorm(nn.Module):
 
     Parameters "scale" and "bias", and running statistics "mean" and "var", are f32[C]. Statistics are computed in float32.
     Running variances are biased (torch stores n / (n - 1) times as much).
-
-    Attributes:
-      use_running_average: normalize with the running statistics, without updating them, instead of those of the batch.
     """
 
-    use_running_average: bool
+    use_running_average: bool  # normalize with the running statistics, without updating them, instead of those of the batch
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -25,8 +25,6 @@ CHOICES = {  # allowed values of the fields of config.model
     "remat": tuple(REMAT),
     "dtype": ("float32", "bfloat16"),
 }
-
-
 MAX_BINS = 100  # more than any network needs: the largest published crop, 713 pixels, has a 90 x 90 feature map
 
 

@@ -42,11 +42,8 @@ class Pyramid(nn.Module):
 class PyramidConv(nn.Module):
     """Convolution over concat[x, up(level 0), up(level 1), ...], with symmetric padding and no bias -> [N, h, w, features].
 
-    Computed in the dtype of x.
-
-    Attributes:
-      factored: compute the same function as a sum of one convolution per input. This avoids the concatenation, the
-        network's widest tensor.
+    Computed in the dtype of x. If `factored`, the same function is computed as a sum of one convolution per input, which avoids
+    the concatenation, the network's widest tensor.
     """
 
     features: int

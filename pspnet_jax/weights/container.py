@@ -1,6 +1,5 @@
 """Reads a weights file of any format into a flat dict of arrays: detects the format, joins shards, and strips prefixes."""
 
-import functools
 import json
 import os
 import re
@@ -15,22 +14,20 @@ from pspnet_jax.errors import MissingFileError, UserError
 from pspnet_jax.weights import caffe, own, ports, pytorch
 from pspnet_jax.weights.pytorch import Content
 
-Reader = Callable[[epath.Path, str], Content]
+Reader = Callable[..., Content]  # of a path and, in PyTorch checkpoints, optionally the entry
 EXPECTED = (
     "PyTorch's .pth, .pt, .bin or .ckpt, .safetensors, an .index.json of shards, a .caffemodel, Keras' .h5, "
     "caffe-tensorflow's .npy, or the .index of a TensorFlow checkpoint"
 )
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".caffemodel", ".h5", ".npy", ".index", ".index.json")
 AGAIN = "download it again"
+UNPACK = "unpack it, and name the weights file in it"
+ARCHIVES = ((b"\x1f\x8b", "a gzip"), (b"BZh", "a bzip2"), (b"\xfd7zXZ", "an xz"), (b"7z\xbc\xaf", "a 7z"), (b"Rar!", "a rar"))
 # First bytes of files that do not hold weights, what they are, and what to do.
 UNSUPPORTED = (
     (b"<", f"a web page, perhaps from a failed download: {AGAIN}"),
     (b"version https://git-lfs", f"a Git LFS pointer, not the file itself: run git lfs pull, or {AGAIN}"),
-    (b"\x1f\x8b", "a gzip archive: unpack it, and name the weights file in it"),
-    (b"BZh", "a bzip2 archive: unpack it, and name the weights file in it"),
-    (b"\xfd7zXZ", "an xz archive: unpack it, and name the weights file in it"),
-    (b"7z\xbc\xaf", "a 7z archive: unpack it, and name the weights file in it"),
-    (b"Rar!", "a rar archive: unpack it, and name the weights file in it"),
+    *((magic, f"{kind} archive: {UNPACK}") for magic, kind in ARCHIVES),
 )
 SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})(\.\w+)")
 TABLE_END = 0xDB4775248B80FB57.to_bytes(8, "little")  # of the index of a TensorFlow checkpoint, as of LevelDB's tables
@@ -59,10 +56,10 @@ def read(path: epath.PathLike) -> Content:
         raise UserError(f"{path}: {_directory_advice(path)}")
     if not files.is_there(path):
         raise MissingFileError(f"{path}: no such file; expected a weights file: {EXPECTED}")
-    reader = _read_index if path.name.endswith(".index.json") else _detect_reader(path)
+    reader: Reader = _read_index if path.name.endswith(".index.json") else _detect_reader(path)
     if entry and reader is not pytorch.read_torch:
         raise UserError(f"{path}:{entry}: only PyTorch checkpoints have entries; give the file name alone")
-    content = reader(path, entry)
+    content = reader(path, entry) if entry else reader(path)
     if not (arrays := without_prefixes(content.arrays)):
         raise UserError(f"{path}: has no weights; expected those of a ResNet or a PSPNet")
     return content._replace(arrays=arrays)
@@ -111,7 +108,7 @@ def _detect_reader(path: epath.Path) -> Reader:
     if head.startswith(b"PK"):
         return _detect_zip_reader(path)
     if head[257:262] == b"ustar":
-        raise UserError(f"{path}: is a tar archive: unpack it, and name the weights file in it")
+        raise UserError(f"{path}: is a tar archive: {UNPACK}")
     for recognized, read_arrays in (
         (path.suffix.lower() == ".caffemodel", caffe.read),
         (head.startswith(b"\x89HDF"), ports.read_h5),
@@ -119,7 +116,7 @@ def _detect_reader(path: epath.Path) -> Reader:
         (end == TABLE_END, ports.read_checkpoint),
     ):
         if recognized:
-            return functools.partial(_read_arrays, read_arrays)
+            return lambda path: Content(read_arrays(path))
     if head[8:9] == b"{":  # damaged
         return _read_safetensors
     if head[:1] == b"\x80":
@@ -127,11 +124,7 @@ def _detect_reader(path: epath.Path) -> Reader:
     raise UserError(f"{path}: is not a supported weights file: expected {EXPECTED}")
 
 
-def _read_arrays(read_arrays: Callable[[epath.Path], pytorch.Arrays], path: epath.Path, entry: str) -> Content:
-    return Content(read_arrays(path))
-
-
-def _read_safetensors(path: epath.Path, entry: str) -> Content:
+def _read_safetensors(path: epath.Path) -> Content:
     return Content(pytorch.read_safetensors(path), own.read_config(path))
 
 
@@ -147,11 +140,11 @@ def _detect_zip_reader(path: epath.Path) -> Reader:
             f"torch.save(torch.jit.load({path.name!r}).state_dict(), 'weights.pth')"
         )
     if not any(name.endswith("data.pkl") for name in names):
-        raise UserError(f"{path}: is an archive of {', '.join(names[:3])}: unpack it, and name the weights file in it")
+        raise UserError(f"{path}: is an archive of {', '.join(names[:3])}: {UNPACK}")
     return pytorch.read_torch
 
 
-def _read_index(path: epath.Path, entry: str) -> Content:
+def _read_index(path: epath.Path) -> Content:
     """Joins the shards of a model.safetensors.index.json or pytorch_model.bin.index.json."""
     names, arrays = shards(path), dict[str, Any]()
     for shard in map(path.with_name, names):

@@ -91,13 +91,12 @@ def model_fields(path: str, settings: Settings) -> dict[str, Any]:
 def normalize_fields(settings: Settings) -> dict[str, Any]:
     """Returns the fields of config.normalize. mmseg lists mean and std in the channel order of the network."""
     fields: dict[str, Any] = {}
+    is_bgr = "to_rgb" in settings
     for field in ("mean", "std"):
         values = tuple(map(float, re.findall(r"\d+(?:\.\d+)?", settings.get(field, ""))))
         if len(values) == 3:
-            fields |= {
-                field: values[::-1] if "to_rgb" in settings else values,
-                "order": "BGR" if "to_rgb" in settings else "RGB",
-            }
+            fields[field] = values[::-1] if is_bgr else values
+            fields["order"] = "BGR" if is_bgr else "RGB"
     return fields
 
 

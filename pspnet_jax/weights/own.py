@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import safetensors
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -52,10 +53,9 @@ def read_config(path: epath.Path) -> dict[str, Any]:
     """Returns the config beside a model.safetensors, or else in a file's metadata; empty if neither is ours."""
     if path.name == WEIGHTS and (beside := files.read_json(path.with_name(CONFIG))).get("library_name") == LIBRARY:
         return beside
-    anything = ValueError, TypeError, AttributeError, RecursionError  # which a stranger's metadata may cause
-    with path.open("rb") as file, contextlib.suppress(*anything):
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        found = json.loads(header.get("__metadata__", {}).get(LIBRARY, "{}"))
+    anything = ValueError, RecursionError, safetensors.SafetensorError  # which a stranger's metadata may cause
+    with contextlib.suppress(*anything), safetensors.safe_open(path, "numpy") as file:
+        found = json.loads((file.metadata() or {}).get(LIBRARY, "{}"))
         return found if isinstance(found, dict) else {}
     return {}
 

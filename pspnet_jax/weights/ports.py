@@ -23,8 +23,9 @@ import numpy as np
 from etils import epath
 
 from pspnet_jax.errors import UserError, first_line
+from pspnet_jax.weights.names import to_oihw
+from pspnet_jax.weights.pytorch import Arrays
 
-Arrays = dict[str, np.ndarray]
 KERAS_NAMES = {  # of the arrays of caffe-tensorflow's layers
     "weights": "kernel",
     "biases": "bias",
@@ -52,7 +53,8 @@ def read_h5(path: epath.Path) -> Arrays:
             if item.external or item.is_virtual:
                 raise UserError(f"{path}: keeps {name} in another file, so nothing was read; save all weights in one file")
             layer, *_, array = name.split("/")
-            found[_unique(f"{layer}/{array.split(':')[0]}", found, name)] = _oihw(item[()])
+            key = f"{layer}/{array.split(':')[0]}"
+            found[name if key in found else key] = to_oihw(item[()])
 
     try:
         with h5py.File(path, "r") as file:
@@ -96,7 +98,7 @@ def read_npy(path: epath.Path) -> Arrays:
             raise UserError(f"{path}: has {error}, which could run code, so nothing was read; {expected}") from error
         except Exception as error:  # a damaged or hostile file can raise anything
             raise UserError(f"{path}: cannot be read; {expected}, or {AGAIN} ({first_line(error)})") from error
-    return {key: _oihw(array if key.endswith("/kernel") else array.ravel()) for key, array in arrays.items()}
+    return {key: to_oihw(array if key.endswith("/kernel") else array.ravel()) for key, array in arrays.items()}
 
 
 class _ForbiddenError(pickle.UnpicklingError):
@@ -104,13 +106,9 @@ class _ForbiddenError(pickle.UnpicklingError):
 
 
 class _Array:
-    """Stands for numpy.ndarray in a pickle: NumPy's own class trusts the pickle, which could make it read any memory.
+    """Stands for numpy.ndarray in a pickle: NumPy's own class trusts the pickle, which could make it read any memory."""
 
-    Attributes:
-      value: an array of numbers, or the list of the objects in an array of objects.
-    """
-
-    value: Any = None
+    value: Any = None  # an array of numbers, or the list of the objects in an array of objects
 
     def __init__(self, *ignored: object):
         pass
@@ -181,13 +179,5 @@ def read_checkpoint(path: epath.Path) -> Arrays:
     found: Arrays = {}
     for name, array in arrays.items():
         layer, _, last = name.rpartition("/")
-        found[f"{layer}/{KERAS_NAMES.get(last, last)}" if layer else name] = _oihw(np.asarray(array))
+        found[f"{layer}/{KERAS_NAMES.get(last, last)}" if layer else name] = to_oihw(np.asarray(array))
     return found
-
-
-def _unique(key: str, found: Arrays, name: str) -> str:
-    return name if key in found else key
-
-
-def _oihw(array: np.ndarray) -> np.ndarray:
-    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array

@@ -24,35 +24,25 @@ WHERE = {  # protocol -> where the scores are published; all read in 2026
 
 
 class Published(NamedTuple):
-    """A published network.
+    """A published network."""
 
-    Attributes:
-      protocol: see `config.eval.protocol`; also identifies the project.
-      dataset: such as "ade20k".
-      depth: of the ResNet.
-      one_scale: mIoU in percent; mmsegmentation's is without flipping, the others' are with it.
-      six_scales: mIoU in percent, with flipping.
-      name: what its file's name begins with, if the project has several such networks.
-    """
-
-    protocol: str
-    dataset: str
-    depth: int
-    one_scale: float
-    six_scales: float
-    name: str = ""
+    protocol: str  # see `config.eval.protocol`; also identifies the project
+    dataset: str  # such as "ade20k"
+    depth: int  # of the ResNet
+    one_scale: float  # mIoU in percent; mmsegmentation's is without flipping, the others' are with it
+    six_scales: float  # mIoU in percent, with flipping
+    name: str = ""  # what its file's name begins with, if the project has several such networks
 
     def __str__(self) -> str:
         return self.name or f"PSPNet-{self.depth} of {WHERE[self.protocol].partition(',')[0]} for {self.dataset}"
 
     def evaluations(self) -> dict[str, tuple[dict[str, Any], float]]:
         """Returns the fields of config.eval and the published mIoU in percent of each evaluation, by title."""
-        scores = {"one scale": self.one_scale, "six scales": self.six_scales}
-        fields: dict[str, dict[str, Any]] = {
-            title: {"split": SPLITS[self.dataset], "scales": scales} for title, scales in SCALES.items()
+        split = SPLITS[self.dataset]
+        return {
+            "one scale": ({"split": split, "scales": SCALES["one scale"]}, self.one_scale),
+            "six scales": ({"split": split, "scales": SCALES["six scales"], "flip": True}, self.six_scales),
         }
-        fields["six scales"]["flip"] = True
-        return {title: (fields[title], scores[title]) for title in SCALES}
 
 
 PUBLISHED = (

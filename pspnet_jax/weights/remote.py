@@ -10,8 +10,7 @@ import pathlib
 import posixpath
 import re
 import urllib.parse
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
 from etils import epath
 
@@ -242,12 +241,10 @@ def _cached(repo: str, revision: str) -> Mapping[str, str]:
     import huggingface_hub
     from huggingface_hub import constants
 
-    try:
-        repos: Iterable[Any] = huggingface_hub.scan_cache_dir(constants.HF_HUB_CACHE).repos
-    except huggingface_hub.CacheNotFound:
-        return {}
-    for found in repos:
-        for version in found.revisions if (found.repo_id, found.repo_type) == (repo, "model") else ():
+    with contextlib.suppress(huggingface_hub.CacheNotFound):
+        repos = huggingface_hub.scan_cache_dir(constants.HF_HUB_CACHE).repos
+        versions = (v for r in repos if (r.repo_id, r.repo_type) == (repo, "model") for v in r.revisions)
+        for version in versions:
             if revision == version.commit_hash or revision in version.refs:
                 paths = [file.file_path for file in version.files]
                 return {path.relative_to(version.snapshot_path).as_posix(): str(path) for path in paths}
