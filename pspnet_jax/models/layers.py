@@ -102,6 +102,7 @@ class ConvNorm(nn.Module):
       kernel_size: an odd number.
       relu: False omits the ReLU.
       frozen_norm: normalize with the running statistics in training as well, without updating them.
+      store_difference: as in `BatchNorm`.
 
     Raises:
       UserError: in training, if each channel has a single value, whose variance is 0.
@@ -113,6 +114,7 @@ class ConvNorm(nn.Module):
     dilation: int = 1
     relu: bool = True
     frozen_norm: bool = False
+    store_difference: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -135,7 +137,7 @@ class ConvNorm(nn.Module):
                 f"BatchNorm at {'/'.join(self.path)}/bn sees one value per channel, whose variance is 0: "
                 "train on 2 or more images, with frozen statistics, or without the 1x1 pyramid bin"
             )
-        x = BatchNorm(not batch_statistics, name="bn")(x)
+        x = BatchNorm(not batch_statistics, self.store_difference, name="bn")(x)
         return nn.relu(x) if self.relu else x
 
 

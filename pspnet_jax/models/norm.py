@@ -16,6 +16,7 @@ class BatchNorm(nn.Module):
     """
 
     use_running_average: bool  # normalize with the running statistics, without updating them, instead of those of the batch
+    store_difference: bool = True  # store x - mean for the gradient, instead of computing it again from x
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -30,7 +31,12 @@ class BatchNorm(nn.Module):
             if not self.is_initializing():
                 running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean
                 running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * var
-        return ((x - mean) * (jax.lax.rsqrt(var + EPSILON) * scale) + bias).astype(x.dtype)
+        apply = _normalize if self.store_difference else jax.checkpoint(_normalize)
+        return apply(x, mean, jax.lax.rsqrt(var + EPSILON) * scale, bias)
+
+
+def _normalize(x: jax.Array, mean: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    return ((x - mean) * scale + bias).astype(x.dtype)
 
 
 def moments(x: jax.Array, about: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -115,9 +115,11 @@ class ResNet(nn.Module):
             expected = f"float32[N, H, W, {self.channels}]"
             raise UserError(f"images are {images.dtype}{list(images.shape)}: expected {expected}, from models.normalize")
         frozen = choose(FREEZE, "freeze", self.freeze)
-        conv_norm = functools.partial(ConvNorm, frozen_norm=self.frozen_norm)
+        # With remat, x - mean is computed again anyway, and computing it alone again would only cost traffic.
+        norm: dict[str, Any] = {"frozen_norm": self.frozen_norm, "store_difference": self.remat != "none"}
+        conv_norm = functools.partial(ConvNorm, **norm)
+        stem_conv = functools.partial(recompute(ConvNorm, self.remat), **norm)
         x = images.astype(self.dtype)
-        stem_conv = functools.partial(recompute(ConvNorm, self.remat), frozen_norm=self.frozen_norm)
         for i, (kernel_size, multiple) in enumerate(choose(STEMS, "stem", self.stem)):
             x = stem_conv(int(multiple * self.width), kernel_size, 2 if i == 0 else 1, name=f"stem_conv{i + 1}")(
                 x, train and not frozen

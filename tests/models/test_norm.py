@@ -1,11 +1,14 @@
 """Batch normalization compared with Flax's and with float64."""
 
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pspnet_jax import models
 from pspnet_jax.models.norm import BatchNorm
 
 
@@ -29,13 +32,13 @@ def test_agrees_with_flax(dtype: str) -> None:
 
         return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
 
-    for running in (False, True):
-        ours = step(BatchNorm(running))
+    for running, stores in itertools.product((False, True), (False, True)):
+        ours = step(BatchNorm(running, stores))
         flax = step(nn.BatchNorm(running, momentum=0.9, epsilon=1e-5, dtype=dtype))
         assert jax.tree.map(lambda a: (a.shape, a.dtype), ours) == jax.tree.map(lambda a: (a.shape, a.dtype), flax)
         errors = jax.tree.map(lambda a, b: float(abs(a.astype("f4") - b.astype("f4")).max()), ours, flax)
         difference = max(jax.tree.leaves(errors))
-        print(f"largest difference, running={running}: {difference:.1e}")
+        print(f"largest difference, running={running}, store_difference={stores}: {difference:.1e}")
         assert difference < (1e-4 if dtype == "float32" else 0.04)
 
 
@@ -56,3 +59,30 @@ def test_mean_far_larger_than_deviation() -> None:
     first, ours, flax = error(BatchNorm(False), 0), error(BatchNorm(False), 50), error(nn.BatchNorm(False, momentum=0.9), 50)
     print(f"relative error of the variance: {first:.1e}, after 50 steps {ours:.1e}, with Flax's {flax:.1e}")
     assert ours < 1e-5 < flax
+
+
+def test_recomputed_differences_take_no_memory() -> None:
+    """As compiled: of four layers in a row, each stores its input, its output, and the difference from the mean, or not."""
+
+    class Layers(nn.Module):
+        stores: bool
+
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            for _ in range(4):
+                x = models.ConvNorm(16, store_difference=self.stores)(x, True)
+            return x
+
+    def memory(stores: bool) -> int:
+        def loss(variables: dict, x: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.sin(Layers(stores).apply(variables, x, mutable=["batch_stats"])[0]))
+
+        x = jax.ShapeDtypeStruct((2, 64, 64, 16), jnp.float32)
+        variables = jax.eval_shape(Layers(stores).init, jax.random.key(0), x)
+        stats = jax.jit(jax.grad(loss)).lower(variables, x).compile().memory_analysis()
+        assert stats is not None
+        return stats.temp_size_in_bytes
+
+    less, more = memory(False), memory(True)
+    print(f"{less / 2**20:.1f} instead of {more / 2**20:.1f} MiB")
+    assert less < 0.8 * more
