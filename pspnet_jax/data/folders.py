@@ -222,13 +222,14 @@ def forms(path: str) -> set[str]:
 
 
 def _names(listed: Sequence[str], images: Mapping[str, str], file: str) -> set[str]:
-    """Returns the names of listed images, which are given by name, path or the end of it, with or without extension."""
+    """Returns the names of listed images, given by name, path or the end of it, with or without extension, even the label's."""
     known: dict[str, str] = {}
     for name, path in images.items():
         for form in forms(path):
             known[form] = "" if form in known else name  # "": ambiguous
     known |= {name: name for name in images}
-    names = [next(filter(None, map(known.get, (text, os.path.basename(text), text.split()[0]))), "") for text in listed]
+    given = [(text, os.path.basename(text), text.split()[0], os.path.splitext(os.path.basename(text))[0]) for text in listed]
+    names = [next(filter(None, map(known.get, of_entry)), "") for of_entry in given]
     if missing := [text for text, name in zip(listed, names, strict=True) if not name]:
         raise UserError(
             f"{file}: {len(missing):,} of {len(listed):,} entries name none of the {len(images):,} images that match "

@@ -94,7 +94,7 @@ def _areas(height: int, width: int, protocol: Protocol) -> tuple[int, int, int]:
         window = [protocol.window(side, size)[0] for side, size in zip(crop, scaled, strict=True)]
         windows.append(math.prod(window))
         canvases.append(tuple(map(max, window, scaled)))
-    arrays = [math.prod(canvas_size(*canvas)) for canvas in canvases]
+    arrays = [math.prod(canvas_size(*canvas)) for canvas in canvases] * (2 if settings.flip and protocol.flips_views else 1)
     scores = min(sum(arrays), math.prod(bucket(height, width)) + max(arrays))
     return max(windows), max(map(math.prod, canvases)), scores
 

@@ -5,7 +5,6 @@ import enum
 import logging
 import re
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -22,7 +21,6 @@ from pspnet_jax.train.manifest import DamagedError, Manifest
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-CHECKSUMS = "checksums.json"  # of checkpoints that were written before there were manifests
 PAUSES = (1.0, 5.0, 15.0)  # seconds before each new attempt to read a checkpoint that could not be read
 
 
@@ -98,11 +96,8 @@ def read_checked(directory: epath.Path, items: Items, read: Callable[[], T]) -> 
 
 def _read_once(directory: epath.Path, items: Items, read: Callable[[], T]) -> tuple[Verdict, str, T | None]:
     try:
-        missing, differing = compare_checksums(directory, items())
-        if missing:  # orbax would log long errors, even about files that are not essential
+        if missing := missing_items(directory, items()):  # orbax would log long errors, even about files that are not essential
             return Verdict.DAMAGED, f"is damaged or incomplete (missing: {listed(missing)})", None
-        if differing:
-            return Verdict.DAMAGED, f"is damaged (content has changed since it was saved: {listed(differing)})", None
         result = read()
     except (MemoryError, jax.errors.JaxRuntimeError, UserError):
         raise  # not caused by the files
@@ -114,33 +109,11 @@ def _read_once(directory: epath.Path, items: Items, read: Callable[[], T]) -> tu
     return Verdict.GOOD, "", result
 
 
-def compare_checksums(directory: epath.Path, items: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the missing items and files, and the changed files, of some of a checkpoint's items.
-
-    Files are only compared if there are `CHECKSUMS`: their sizes and CRC-32s.
-    """
-    missing = [f"{item}/" for item in items if not files.is_there(directory / item)]
-    expected = files.read_json(directory / CHECKSUMS)  # [size, CRC-32] of each file
-    if not expected and not manifest.read(directory) and files.is_there(directory / "data") and not files.is_remote(directory):
+def missing_items(directory: epath.Path, items: Sequence[str]) -> list[str]:
+    """Returns which of some items a checkpoint lacks. Warns if it has lost its manifest."""
+    if not manifest.read(directory) and files.is_there(directory / "data") and not files.is_remote(directory):
         logger.warning("checkpoint %s has lost its manifest: damage to its values would not be detected", directory.name)
-    differing = []
-    for name, checksum in expected.items():
-        item, file = name.partition("/")[0], directory / name
-        if item not in items or f"{item}/" in missing:
-            continue
-        if not files.is_there(file):
-            missing.append(name)
-        elif _checksum(file) != checksum:
-            differing.append(name)
-    return missing, differing
-
-
-def _checksum(path: epath.Path) -> list[int]:
-    size = crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return [size, crc]
+    return [f"{item}/" for item in items if not files.is_there(directory / item)]
 
 
 def check_shapes(directory: epath.Path, targets: dict[str, Any], saved: Manifest) -> None:

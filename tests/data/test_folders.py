@@ -83,6 +83,7 @@ def test_a_fraction_keeps_the_split_of_each_file(tmp_path):
         "\ufeff1.jpg\r\nim/2.jpg\r\n",
         "/somewhere/else/1.jpg\n./im/2",
         "1 1\n2 -1",  # names with flags, as in VOC
+        "gt/1.png\n2.png\n",  # the labels'
         "image,split\n1.jpg,train\n2.jpg,train\n3.jpg,val\n",
         "id,filename,subset\n0,im/1.jpg,train\n1,2,train\n2,3,val\n",
     ],

@@ -1,5 +1,7 @@
 """Images that cannot fit into memory are refused before anything compiles."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -24,6 +26,16 @@ def test_the_estimate_by_hand():
     host, device = memory.estimate(100, 80, protocol(scales=(2.0,)), 4, devices=1)
     assert host == 4 * 3 * (200 * 160 + 3 * 50 * 40)
     assert device == 4 * (2 * 3 * 50 * 40 * (3 + 4) + 4 * 225 * 193)
+
+
+def test_flipped_views_have_scores_of_their_own():
+    """mmseg's flipped images; semseg flips each window."""
+    scores = {}
+    for name, flip in itertools.product(("mmseg", "semseg"), (False, True)):
+        settings = protocol(protocol=name, flip=flip, batch_size=1, crop=(5, 5))
+        scores[name, flip] = memory.estimate(1024, 2048, settings, 19, devices=1)[1]
+    assert scores["mmseg", True] == pytest.approx(2 * scores["mmseg", False], rel=0.01)
+    assert scores["semseg", True] == pytest.approx(scores["semseg", False], rel=0.01)
 
 
 @pytest.mark.parametrize(
