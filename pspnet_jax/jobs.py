@@ -27,7 +27,6 @@ from pspnet_jax import (
     figures,
     files,
     losses,
-    models,
     optimizers,
     parallel,
     pretrain,
@@ -91,7 +90,7 @@ def train_run(config: ConfigDict, workdir: epath.Path, traced: tuple[int, int] |
     data_read = {"training data": data.fingerprint, "validation data": validation_source.fingerprint}
     parallel.require_same({**data_read, **runs.comparable(config)})
     logger.info(f"the data was checked in {time.perf_counter() - began:.1f} s")
-    model = models.build(config.model, len(config.dataset.class_names), config.optimizer.freeze)
+    model = runs.build_model(config, len(config.dataset.class_names))
     host, hosts = parallel.data_share(parallel.make_mesh(spatial=config.parallel.spatial))
     reports: list[Report] = []
 

@@ -55,7 +55,7 @@ def pretrain(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         if config.init_from:
             runs.check_init_from(config, workdir)
     parallel.require_same({"data": (data.fingerprint, validation_data.fingerprint), **runs.comparable(config)})
-    model = models.ImageClassifier(models.build(config.model, 1, config.optimizer.freeze).backbone, len(data.class_names))
+    model = models.ImageClassifier(runs.build_model(config, 1).backbone, len(data.class_names))
     host, hosts = parallel.data_share(mesh := parallel.make_mesh())
     logger.info(f"{len(data)} images of {len(data.class_names)} classes to train on, {len(validation_data)} to evaluate on")
 

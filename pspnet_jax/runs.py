@@ -77,6 +77,17 @@ def comparable(config: ConfigDict) -> dict[str, Any]:
     return {field: value for field, value in configs.leaves(config) if field not in paths}
 
 
+def build_model(config: ConfigDict, num_classes: int) -> models.PSPNet:
+    """Builds the network to train on JAX's devices.
+
+    On CPUs, `model.remat` is left out: XLA merges what would be computed again with what was computed before, and stores it.
+    """
+    model = config.model.copy_and_resolve_references()
+    if jax.default_backend() == "cpu":
+        model.remat = "none"
+    return models.build(model, num_classes, config.optimizer.freeze)
+
+
 def check_init_from(config: ConfigDict, workdir: epath.Path) -> None:
     """Makes config.init_from absolute, and checks that it exists, or downloads it, unless the run already has a checkpoint."""
     if not weights.is_name(config.init_from):
