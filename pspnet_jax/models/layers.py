@@ -225,8 +225,10 @@ def apply_separable(x: jax.Array, rows: Matrix, columns: Matrix) -> jax.Array:
     def along_columns(x: jax.Array) -> jax.Array:
         return jnp.matmul(jnp.broadcast_to(columns, (*x.shape[:2], *columns.shape)), x, precision=exact)
 
-    x = x.astype(jnp.float32)  # the columns while there are fewer rows: CPUs copy their matrix for each row
-    return along_rows(along_columns(x)) if rows.shape[0] > height else along_columns(along_rows(x))
+    x = x.astype(jnp.float32)
+    if is_known(height, rows.shape[0]) and rows.shape[0] > height:  # CPUs copy the columns' matrix for each row
+        return along_rows(along_columns(x))
+    return along_columns(along_rows(x))
 
 
 def resize(x: jax.Array, height: int, width: int, align_corners: bool) -> jax.Array:

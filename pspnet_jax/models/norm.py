@@ -16,7 +16,7 @@ class BatchNorm(nn.Module):
     """
 
     use_running_average: bool  # normalize with the running statistics, without updating them, instead of those of the batch
-    store_difference: bool = True  # store x - mean for the gradient, instead of computing it again from x
+    store_difference: bool = True  # store x - mean for the gradient, instead of computing it again from x in training
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -31,7 +31,7 @@ class BatchNorm(nn.Module):
             if not self.is_initializing():
                 running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean
                 running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * var
-        apply = _normalize if self.store_difference else jax.checkpoint(_normalize)
+        apply = _normalize if self.store_difference or self.use_running_average else jax.checkpoint(_normalize)
         return apply(x, mean, jax.lax.rsqrt(var + EPSILON) * scale, bias)
 
 

@@ -65,16 +65,20 @@ def test_a_train_step_is_the_same_however_devices_share_images():
 
 
 def test_memory_of_a_device_falls_with_their_number():
-    """By the compiler's own figure, for one image of 256x64 on 1, 2 and 4 devices."""
-    temporary = []
-    for spatial in (1, 2, 4):
-        config, mesh = config_for(256, 64, spatial), mesh_of(1, spatial)
-        config.batch_size = 2
+    """By the compiler's own figure, for images of 512x128 on 1, 2 and 4 devices, with remat as whole frames have it, or without."""
+
+    def memory(spatial, remat):
+        config, mesh = config_for(512, 128, spatial), mesh_of(1, spatial)
+        config.batch_size, config.model.remat = 2, remat
         step, init = step_and_state(config, mesh)
-        temporary.append(step.lower(jax.eval_shape(init), batch_of(config)).compile().memory_analysis().temp_size_in_bytes)
-    print(f"\ntemporary memory of a device: {', '.join(f'{size / 2**20:.1f} MiB' for size in temporary)}")
-    assert temporary[1] < 0.65 * temporary[0]
-    assert temporary[2] < 0.4 * temporary[0]
+        return step.lower(jax.eval_shape(init), batch_of(config)).compile().memory_analysis().temp_size_in_bytes
+
+    norm, none = ([memory(spatial, remat) for spatial in (1, 2, 4)] for remat in ("norm", "none"))
+    for remat, sizes in (("norm", norm), ("none", none)):
+        print(f"\ntemporary memory of a device, remat={remat}: {', '.join(f'{size / 2**20:.1f} MiB' for size in sizes)}")
+    assert norm[1] < 0.65 * norm[0]
+    assert norm[2] < 0.4 * norm[0]
+    assert all(less < more for less, more in zip(none, norm, strict=True))
 
 
 def test_evaluation_is_the_same_if_devices_share_images():
