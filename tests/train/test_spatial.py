@@ -65,7 +65,7 @@ def test_a_train_step_is_the_same_however_devices_share_images():
 
 
 def test_memory_of_a_device_falls_with_their_number():
-    """By the compiler's own figure, for images of 512x128 on 1, 2 and 4 devices, with remat, as for whole frames, and without."""
+    """By the compiler's own figure, for 512x128 pixels on 1, 2 and 4 devices, with remat (as in whole frames) and without."""
 
     def memory(spatial, remat):
         config, mesh = config_for(512, 128, spatial), mesh_of(1, spatial)
