@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import rich
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from pspnet_jax import config as configs
 from pspnet_jax import datasets, files
@@ -54,7 +54,7 @@ def describe(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     text = recipe_text.render(folder, found, fields, entries, str(recipe))
     if recipe.suffix != ".py" or (recipe.exists() and recipe.read_text() != text):
         raise UserError(f"--output {recipe}: exists, or does not end in .py; choose another name, such as {name}_2.py")
-    table = Table("", "found", "remarks")
+    table = Table(*(Column(title, overflow="fold") for title in ("", "found", "remarks")))
     for field, value, remark in (line for line in fields if line[0].startswith(FOUND)):
         table.add_row(field, escape(str(value)), escape(remark))
     for key, class_name, remark in entries[:ROWS]:

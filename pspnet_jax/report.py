@@ -62,7 +62,7 @@ class Report:
         """Returns a rich table with one row per class, and a last row with the means over the classes that have a value."""
         columns = (Column(name, justify="right") for name in (*OF_A_CLASS.values(), "share of pixels"))
         means = f"mIoU{_over(self.metrics.iou)}" if _over(self.metrics.iou) else None
-        table = Table(Column("class"), *columns, caption=means)
+        table = Table(Column("class", overflow="fold"), *columns, caption=means)
         fractions = [*(getattr(self.metrics, name) for name in OF_A_CLASS), self.pixels / self.pixels.sum()]
         for name, *row in zip(self.info.class_names, *fractions, strict=True):
             table.add_row(Text(name), *map(_percent, row))

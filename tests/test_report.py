@@ -32,8 +32,8 @@ def make(name="data", split="val", names=("a", "b", "c"), matrix=None, **fields)
     return Report(summarize(matrix), matrix, 1, DatasetInfo(name, names, COLORS), protocol, "1 x cpu", 1.0, 1.0)
 
 
-def printed(table):
-    console = Console(width=140, color_system=None)
+def printed(table, width=140):
+    console = Console(width=width, color_system=None)
     with console.capture() as capture:
         console.print(table)
     return capture.get()
@@ -95,6 +95,13 @@ def test_names_that_look_like_markup_are_printed_as_they_are():
     names = ("[void]", "road [main]", "[/red]\\")
     table = printed(make(names=names).table())
     assert all(name in table for name in names)
+
+
+def test_a_long_name_is_wrapped_and_not_cut_short():
+    """Logs and pipes are 80 characters wide for rich."""
+    lines = printed(make(names=("traffic-infrastructure", "b", "c")).table(), width=80).splitlines()
+    cells = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
+    assert "".join(cells).startswith("traffic-infrastructureb")
 
 
 OTHERS = [

@@ -70,7 +70,8 @@ class Survey:
 
     def table(self, info: datasets.DatasetInfo) -> Table:
         """Returns a rich table with a row for each class."""
-        table = Table(Column("class"), *(Column(name, justify="right") for name in ("share of pixels", "images")))
+        figures = (Column(name, justify="right") for name in ("share of pixels", "images"))
+        table = Table(Column("class", overflow="fold"), *figures)
         for name, pixels, images in zip(info.class_names, self.pixels, self.present, strict=True):
             table.add_row(escape(name), f"{pixels / max(1, self.pixels.sum()):.3%}", f"{images:,}")
         return table
