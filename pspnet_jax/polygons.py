@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 BACKGROUND = "background"  # category of the pixels outside all polygons
 
 
+class OtherJsonError(UserError):
+    """A JSON file has neither labelme's nor COCO's fields."""
+
+
 class Drawing(NamedTuple):
     """The polygons of an image: its (width, height), and category and outlines of each, float32[N,2] of x and y, or a mask."""
 
@@ -62,9 +66,17 @@ def read(file: str, image_file: str) -> Drawing:
 
 
 def listed(file: str, images: Mapping[str, str]) -> dict[str, str]:
-    """Returns {name: file} of the images in a COCO file, where {name: path} are the images that were found."""
-    content = _coco_file(file)
-    name_of = {content.key(path): name for name, path in images.items()}
+    """Returns {name: file} of the images in a COCO file, where {name: path} are the images that were found.
+
+    Raises:
+      UserError: it is no COCO file, or two of the images may be the same in it.
+    """
+    content, name_of = _coco_file(file), dict[str, str]()
+    for name, path in images.items():
+        if (key := content.key(path)) and (other := name_of.setdefault(key, name)) != name:
+            raise UserError(
+                f"{file}: {key} may be {images[other]} or {path}; put the folder into file_name, or name it in dataset.images"
+            )
     return {name_of.get(key, os.path.splitext(key)[0]): file for key in content}
 
 
@@ -91,7 +103,7 @@ def _coco_file(file: str) -> "_Coco":
     try:
         content = _read(file)
     except UserError as error:
-        raise UserError(f"{file}: {error}") from error
+        raise type(error)(f"{file}: {error}") from error
     if isinstance(content, Drawing):
         raise UserError(f"{file}: is labelme's file of one image; put {{name}} into dataset.labels")
     return content
@@ -126,7 +138,11 @@ def _parse(file: str, time: float, size: int) -> Drawing | _Coco:
     """Returns the content of a file, whose time or size changes whenever it does."""
     try:
         content = json.loads(epath.Path(file).read_bytes())
+        if not isinstance(content, dict) or content.keys().isdisjoint(("shapes", "annotations")):
+            raise OtherJsonError("cannot be read as a labelme or COCO file (it has neither shapes nor annotations)")
         return _labelme(content) if "shapes" in content else _coco(content, file)
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"it has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
         raise UserError(f"cannot be read as a labelme or COCO file ({why})") from error
@@ -153,15 +169,19 @@ def _coco(content: dict[str, Any], file: str) -> _Coco:
     annotations = [annotation for annotation in content["annotations"] if annotation.get("segmentation")]
     if bare := len(content["annotations"]) - len(annotations):
         logger.warning(f"{file}: {bare} annotations of {len(annotations) + bare} are left out because they have no polygon")
-    names = {category["id"]: category["name"] for category in content["categories"]}
+    names = {category["id"]: str(category["name"]) for category in content["categories"]}
     drawings = {image["id"]: Drawing((image["width"], image["height"]), []) for image in content["images"]}
     if of_others := [annotation for annotation in annotations if annotation["image_id"] not in drawings]:
         logger.warning(f"{file}: {len(of_others)} annotations are left out because their images are not listed")
         annotations = [annotation for annotation in annotations if annotation["image_id"] in drawings]
     for annotation in sorted(annotations, key=lambda annotation: -(annotation.get("area") or 0)):
-        parts = annotation["segmentation"]
+        parts, category = annotation["segmentation"], annotation["category_id"]
+        if category not in names:
+            raise UserError(f"has annotations of category {category!r}, which is not among its categories; add it")
+        if not isinstance(parts, dict) and any(len(part) % 2 for part in parts):
+            raise UserError(f"has a polygon with a y missing, in annotation {annotation.get('id')}; correct it")
         outlines = parts if isinstance(parts, dict) else [np.asarray(part, np.float32).reshape(-1, 2) for part in parts]
-        drawings[annotation["image_id"]].shapes.append((names[annotation["category_id"]], outlines))
+        drawings[annotation["image_id"]].shapes.append((names[category], outlines))
     tails = {image["id"]: _tails(image["file_name"]) for image in content["images"]}
     used = collections.Counter(tail for of_image in tails.values() for tail in of_image)
     keys = {number: min((t for t in found if used[t] == 1), key=len, default=found[0]) for number, found in tails.items()}

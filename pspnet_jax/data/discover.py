@@ -102,6 +102,11 @@ def use_of(split: str) -> str:
     return uses.get(split_of(split).lower()[:2], "")
 
 
+def unlikely_images(folder: str) -> tuple[bool, bool, str]:
+    """Returns a key that sorts folders by how likely they are to hold images."""
+    return bool(_NEITHER.search(folder.lower())), not _IMAGES.search(folder.lower()), folder
+
+
 def _file(path: str, common: int | None = None) -> File:
     """Returns a file of a path; its split is looked for below the folders that all files have in common, if these are given."""
     *folder, name = path.split("/")
@@ -197,7 +202,24 @@ def _pairs(index: dict, other: dict) -> dict[tuple, list[tuple[str, str, str]]]:
                 ends = [file.extension, partner.extension] if a == b else ends
             if file.split == partner.split or not (file.split and partner.split):
                 found[(*a, ends[0]), (*b, ends[1])].append((file.split or partner.split, file.path, partner.path))
-    return found
+    return _of_longest_names(found, index is other)
+
+
+def _of_longest_names(found: Mapping[tuple, list[tuple[str, str, str]]], both_ways: bool) -> dict[tuple, list]:
+    """Drops pairs of which both files have a partner with shorter affixes: left_1 belongs to left_1, and not to right_1."""
+    partners = {key: [set(side) for side in zip(*pairs, strict=True)][1:] for key, pairs in found.items()}
+    if both_ways:
+        partners |= {key[::-1]: sides[::-1] for key, sides in partners.items()}
+
+    def shorter(affixes: tuple[str, str, str], others: tuple[str, str, str]) -> bool:
+        return others[0].startswith(affixes[0]) and others[1].endswith(affixes[1])
+
+    kept = {}
+    for key, pairs in found.items():
+        within = [s for k, s in partners.items() if {k, k[::-1]}.isdisjoint({key}) and all(map(shorter, k, key))]
+        firsts, seconds = (set().union(*side) for side in zip(*within, strict=True)) if within else (set(), set())
+        kept[key] = [pair for pair in pairs if pair[1] not in firsts or pair[2] not in seconds]
+    return {key: pairs for key, pairs in kept.items() if pairs}
 
 
 def _both_ways(above: tuple, key: tuple, parts: list) -> Iterator[Rule]:

@@ -44,7 +44,7 @@ def find(dataset: ConfigDict, root: str, split: str) -> list[Files]:
     listed = _listed(dataset, root, file, split) if dataset.split_file else []
     if listed and listed[0][1]:
         return sorted((os.path.splitext(image)[0], f"{root}/{image}", f"{root}/{label}") for image, label in listed)
-    by_fraction = not listed and "{split}" not in dataset.images
+    by_fraction = not listed and "{split}" not in dataset.images and not _splits_coco(dataset.labels)
     if by_fraction and not (dataset.split_fraction and split in ("train", "val")):
         raise UserError(
             f"dataset.images={dataset.images!r} has no {{split}}, so every split would have the same images; add it, or set "
@@ -90,6 +90,8 @@ def match(root: str, images: str, labels: str, split: str, skip: bool = False) -
     label_directory, _ = _compile(root, labels, split)
     if polygons.is_coco(labels):
         label_files, more = polygons.listed(f"{root}/{labels.replace('{split}', split)}", found), list[str]()
+        if "{split}" not in images and _splits_coco(labels):
+            found = {name: path for name, path in found.items() if name in label_files}
     elif not tf.io.gfile.isdir(label_directory):
         return [(name, found[name], "") for name in sorted(found)]
     else:
@@ -115,6 +117,11 @@ def match(root: str, images: str, labels: str, split: str, skip: bool = False) -
         (name, found.get(name, guess(image, name)), label_files.get(name, guess(label, name)))
         for name in sorted((found.keys() | label_files.keys()) - alone)
     ]
+
+
+def _splits_coco(labels: str) -> bool:
+    """Returns whether each split has a COCO file, which lists its images."""
+    return polygons.is_coco(labels) and "{split}" in labels
 
 
 def _side(root: str, pattern: str, split: str, kinds: Sequence[Sequence[str]]) -> tuple[str, dict[str, str], list[str]]:
@@ -167,6 +174,8 @@ def parse_list(lines: Sequence[str]) -> tuple[list[Row], Collection[str]]:
         except csv.Error:
             return [], ()
         columns = {role: _column_of(role, header, table) for role in {*header} - {""}}
+        if "label" in columns and not _names_file(table, columns["label"]):
+            del columns["label"]  # a diagnosis, say
         return [Row(**{role: fields[k] for role, k in columns.items() if k < len(fields)}) for fields in table], header
     pairs = [re.fullmatch(r"\s*(\S.*?\.\w{2,5})[\s,;]+(\S.*\.\w{2,5})\s*", line) for line in lines]
     return [Row(*pair.groups()) if pair else Row(line.strip()) for pair, line in zip(pairs, lines, strict=True)], ("image",)
@@ -175,7 +184,11 @@ def parse_list(lines: Sequence[str]) -> tuple[list[Row], Collection[str]]:
 def _column_of(role: str, header: Sequence[str], table: Sequence[Sequence[str]]) -> int:
     """Returns the first of a role's columns that has the names of files in its first row; of all, if none has."""
     columns = [k for k, other in enumerate(header) if other == role]
-    return next((k for k in columns if table and k < len(table[0]) and re.search(r"\.\w+$", table[0][k])), columns[0])
+    return next((k for k in columns if _names_file(table, k)), columns[0])
+
+
+def _names_file(table: Sequence[Sequence[str]], column: int) -> bool:
+    return bool(table) and column < len(table[0]) and bool(re.search(r"\.\w+$", table[0][column]))
 
 
 def _listed(dataset: ConfigDict, root: str, file: str, split: str) -> list[tuple[str, str]]:

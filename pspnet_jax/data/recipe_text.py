@@ -118,7 +118,7 @@ def _file_lines(found: Found, headers: Sequence[image_files.Header]) -> list[Lin
     for remarks, others in zip((images, labels), found.alternatives, strict=True):
         remarks += [f"GUESS: {', '.join(map(repr, others[:5]))} would fit, too"] if others else []
     dataset, of_images, of_labels = found.dataset, "; ".join(images), "; ".join(labels)
-    if dataset.images == configs.base_config().dataset.images:  # a list names the files
+    if dataset.split_file and dataset.images == configs.base_config().dataset.images:  # a list names the files
         return [("dataset.split_file", dataset.split_file, "; ".join(images + labels))]
     return [("dataset.images", dataset.images, of_images), ("dataset.labels", dataset.labels, of_labels)]
 

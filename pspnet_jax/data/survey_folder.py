@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from pspnet_jax import config as configs
-from pspnet_jax import image_files, polygons
+from pspnet_jax import errors, image_files, polygons
 from pspnet_jax.data import discover, divide, folders, foreign, label_values, layouts, listing
 from pspnet_jax.errors import UserError
 
@@ -93,13 +93,17 @@ def find(folder: Folder) -> Found:
     Raises:
       UserError: there is none; says what was looked for, and what the folder holds.
     """
-    reasons = []
+    reasons, refused = list[str](), ""
     with listing.without_warnings():  # of candidates; those of the best one come when it is opened as a data set
-        for division, alternatives in _candidates(folder):
+        for division, alternatives in _candidates(folder, reasons):
             try:
-                return _open(folder, division, alternatives)
+                found = _open(folder, division, alternatives)
             except UserError as error:
                 reasons.append(str(error))
+                refused = refused or f" ({error})" * bool(division.split_file)
+                continue
+            unused = [] if division.split_file else [path for path, text in folder.texts.items() if _names_split(path, text)]
+            return found._replace(reason=f"{found.reason}; not used: {errors.listed(unused)}{refused}") if unused else found
     advice = foreign.advice(folder.root, folder.paths, folder.texts, [*folder.kinds])
     held = ", ".join(f"{number:,} {kind or 'without extension'}" for kind, number in folder.kinds.most_common(8)) or "no files"
     reasons += _padded(folder.paths)
@@ -109,6 +113,13 @@ def find(folder: Folder) -> Found:
         "masks/a.png), for prefixes and suffixes (a_mask.png), for lists of images and labels, and for COCO and labelme files; "
         "it holds " + "; ".join((held, *reasons))
     )
+
+
+def _names_split(file: str, text: str) -> bool:
+    """Returns whether a text is probably a list of a split's images, by its name or a column of it."""
+    return bool(discover.use_of(os.path.splitext(os.path.basename(file))[0])) or "split" in folders.parse_list(
+        text.splitlines()
+    )[1]
 
 
 def _padded(paths: Sequence[str]) -> Iterator[str]:
@@ -121,20 +132,20 @@ def _padded(paths: Sequence[str]) -> Iterator[str]:
             yield f"{other[1]} and {path} differ in the zeros before a number: rename one side"
 
 
-def _candidates(folder: Folder) -> Iterator[tuple[divide.Division, Alternatives]]:
-    """Yields ways to read the folder, best first."""
+def _candidates(folder: Folder, reasons: list[str]) -> Iterator[tuple[divide.Division, Alternatives]]:
+    """Yields ways to read the folder, best first; see `_coco`."""
     known = set(folder.paths)
     lists = {path: text for path, text in folder.texts.items() if divide.lists_pairs(path, text, known)}
     if found := divide.find_lists({path: path for path in known}, lists):
         unused, reason = configs.base_config().dataset, f"{found[-1]}, which name images and labels"
         yield divide.Division(unused.images, unused.labels, *found[:-1], reason), Alternatives()
-    yield from ((division, Alternatives()) for division in _coco(folder))
-    kept: list[tuple[discover.Rule, set[str]]] = []
+    yield from _coco(folder, reasons)
+    kept: list[tuple[discover.Rule, list[set[str]]]] = []
     for rule in discover.rules(folder.paths):
-        variant = any(set(rule.example) <= files and rule.example != other.example[::-1] for other, files in kept)
+        variant = any(all(path in side for path, side in zip(rule.example, sides, strict=True)) for _, sides in kept)
         if not variant and len(kept) < TRIED:
             matched = (discover.match(pattern, folder.paths, rule.splits) for pattern in (rule.images, rule.labels))
-            kept.append((rule, {path for side in matched for path in side.values()}))
+            kept.append((rule, [set(side.values()) for side in matched]))
     divided = [(rule, divide.divide(rule, folder.paths, folder.texts)) for rule, _ in kept]
     for rule, division in sorted(divided, key=lambda d: -d[0].rank * (2 if d[1].split_file else 1)):
         yield division, _alternatives(rule, division, divided)
@@ -155,30 +166,55 @@ def _alternatives(
     return Alternatives(*([pattern for pattern, of in sides.items() if of == side] for side in (0, 1)))
 
 
-def _coco(folder: Folder) -> Iterator[divide.Division]:
-    """Yields the COCO files, those with most images first."""
+def _coco(folder: Folder, reasons: list[str]) -> Iterator[tuple[divide.Division, Alternatives]]:
+    """Yields the COCO files, those with most images first; adds to `reasons` why others cannot be used."""
     pictures, jsons = ([p for p in folder.paths if p.endswith(".json") == is_json] for is_json in (False, True))
     in_folder = collections.Counter(map(os.path.dirname, jsons))
     found: dict[tuple[str, str], collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    others: dict[tuple[str, str], list[str]] = {}
     for path in jsons:
         if in_folder[os.path.dirname(path)] > FEW:
             continue
         split = discover.split_of(path)
-        images = {image: image for image in pictures if discover.split_of(os.path.dirname(image)) in ("", split)}
+        images = [image for image in pictures if discover.split_of(os.path.dirname(image)) in ("", split)]
         try:
-            listed = [key for key in polygons.listed(f"{folder.root}/{path}", images) if key in images]
-        except UserError:  # another kind of JSON
+            places = _places(f"{folder.root}/{path}", images)
+        except polygons.OtherJsonError:
             continue
-        if listed:
-            place = os.path.commonpath([os.path.dirname(image) for image in listed])
-            patterns = [text.replace(split, "{split}") if split else text for text in (os.path.join(place, "{name}.*"), path)]
-            found[patterns[0], patterns[1]][split] += len(listed)
+        except UserError as error:
+            reasons.append(str(error))
+            continue
+        if places:
+            texts = [text.replace(split, "{split}") if split else text for text in (path, *places)]
+            labels, first, *rest = [texts[0], *(os.path.join(text, "{name}.*") for text in texts[1:])]
+            found[first, labels][split] += next(iter(places.values()))
+            others[first, labels] = rest
     for (image_pattern, label_pattern), counts in sorted(found.items(), key=lambda item: -item[1].total()):
+        other_labels = [labels for images, labels in found if images == image_pattern and labels != label_pattern]
+        alternatives = Alternatives(others[image_pattern, label_pattern], other_labels)
         if splits := divide.choose_splits(counts):
-            yield divide.Division(image_pattern, label_pattern, *splits, reason="the names of COCO files")
+            yield divide.Division(image_pattern, label_pattern, *splits, reason="the names of COCO files"), alternatives
         else:
             division = divide.Division(image_pattern, label_pattern, split_fraction=divide.FRACTION, reason=divide.GUESS)
-            yield division.of_folder(next(iter(counts)))
+            yield division.of_folder(next(iter(counts))), alternatives
+
+
+def _places(file: str, images: Sequence[str]) -> dict[str, int]:
+    """Returns {folder: number of images} of a COCO file's images; several folders, likeliest first, if each may be meant.
+
+    Raises:
+      UserError: the file is no COCO file.
+    """
+    polygons.listed(file, {})
+    folders, places = sorted({os.path.dirname(image) for image in images}, key=discover.unlikely_images), dict[str, int]()
+    for among in (images, *([image for image in images if os.path.dirname(image) == place] for place in folders)):
+        with contextlib.suppress(UserError):  # several images of the same name
+            known = {image: image for image in among}
+            if in_file := [image for image in polygons.listed(file, known) if image in known]:
+                places[os.path.commonpath([os.path.dirname(image) for image in in_file])] = len(in_file)
+                if among is images:
+                    break
+    return places
 
 
 def _open(folder: Folder, division: divide.Division, alternatives: Alternatives) -> Found:
