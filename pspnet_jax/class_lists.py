@@ -8,7 +8,7 @@
 | `0 sky`, `0: sky`, `0,sky,128,128,128` | the class of label 0, if all lines start with a label; a line for 255 is ignored |
 | `name,r,g,b`, `id;name`, `value,name,ignored` | a header that names the columns; a class that is ignored is not listed |
 | `sky:128,128,128::` | CVAT's labelmap.txt |
-| `# a comment` | ignored |
+| `# a comment`; `__ignore__` as the first line, as labelme has it | ignored |
 
 In a .json file, the first of these counts: `[{"name": "sky", "id": 0, "color": "#808080"}]`, `["sky"]`, `{"#808080": "sky"}`,
 `{"0": "sky"}`, `{"sky": 0}`, `{"sky": [128, 128, 128]}`.
@@ -127,7 +127,8 @@ def _rows(lines: list[tuple[int, str]], file: str) -> list[Row]:
     columns = [re.fullmatch(r"(.*\D)\s+[\d.]+", fields[0]) for _, fields in tables] if not separator else []
     if len(columns) > 1 and len({column and column[1] for column in columns} - {None}) == len(columns):
         _refuse(file, tables[0][0], f"{tables[0][1][0]!r} ends in a number that is not part of a color; {EXPECTED}")
-    return [_row(number, fields, indexed, separator, file) for number, fields in tables]
+    rows = [_row(number, fields, indexed, separator, file) for number, fields in tables]
+    return rows[rows[0].name == "__ignore__" :] if rows and not indexed else rows  # labelme's first line has no value
 
 
 def _fields(line: str, separator: str) -> list[str]:

@@ -29,7 +29,7 @@ CUT_SHORT = "its pixels are damaged or end early"
 TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 FOURTH_CHANNEL = "has a fourth channel, such as transparency, which is ignored"
 SEVERAL_IMAGES = "contains several images, of which only the first is read"
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the first bytes of a file
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the first bytes of a file
 _warned = set[str]()  # remarks that have been logged
 _METADATA = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # markers of the PNG chunks that can hold an orientation
 
@@ -94,7 +94,7 @@ def decode(contents: bytes, name: object, expected: PixelFormat = RGB8) -> np.nd
     if problem := expected.problem(header.stored):
         raise UserError(problem)
     if header.kind == "TIFF" and (header.has_bands or expected.dtype != "uint8" or expected.channels not in (1, 3)):
-        image = _decode_tiff(contents, header, name)
+        image = decode_tiff(contents, header, name)
     elif expected.dtype == "uint16":
         image = _decode_with_opencv(contents)
     else:
@@ -122,7 +122,7 @@ def read_header(file: IO[bytes]) -> Header:
     """
     first = file.read(4)
     file.seek(0)
-    if first in _TIFF:
+    if first in TIFF:
         return _tiff_header(file)
     with Image.open(file) as image:
         return Header(str(image.format), image.size[::-1], orientation(image), _stored(image))
@@ -171,7 +171,7 @@ def _stored(image: Image.Image) -> PixelFormat:
     return PixelFormat(channels, "uint16" if is_deep else {"I": "int32", "F": "float32"}.get(image.mode, "uint8"))
 
 
-def _decode_tiff(contents: bytes, header: Header, name: object) -> np.ndarray:
+def decode_tiff(contents: bytes, header: Header, name: object) -> np.ndarray:
     """Returns the first image of a TIFF as stored, [H,W] or [H,W,C]."""
     import tifffile  # takes a third of a second
 

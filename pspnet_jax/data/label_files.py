@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import scipy.io
 from ml_collections import ConfigDict
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pspnet_jax import datasets, image_files, label_maps, polygons
 from pspnet_jax.datasets import IGNORE, WRONG
@@ -26,9 +26,9 @@ from pspnet_jax.errors import UserError
 SMALL_GRAYS = {"L;2": 85, "L;4": 17}  # Pillow multiplies the values of these pixel formats
 _DEEP_RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH
 # Bit depth and color type in the headers of PNGs that OpenCV decodes: 8-bit gray and RGB, in half of Pillow's time, and 16-bit
-# RGB and RGBA, of which Pillow drops bits.
+# RGB, RGBA and gray with alpha, of which Pillow drops bits.
 BY_OPENCV = {b"\x08\x00": cv2.IMREAD_GRAYSCALE, b"\x08\x02": cv2.IMREAD_COLOR_RGB}
-BY_OPENCV |= {b"\x10\x02": _DEEP_RGB, b"\x10\x06": _DEEP_RGB}
+BY_OPENCV |= {b"\x10\x02": _DEEP_RGB, b"\x10\x06": _DEEP_RGB, b"\x10\x04": cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH}
 MAX_LISTED = 8  # keys of a map in a message
 
 
@@ -179,6 +179,8 @@ def decode_image(contents: bytes, keep_indices: bool) -> np.ndarray:
         if label is None:
             raise ValueError(image_files.CUT_SHORT)
         return label
+    if contents[:4] in image_files.TIFF and _needs_tifffile(contents):
+        return image_files.decode_tiff(contents, image_files.read_header(io.BytesIO(contents)), "")
     with Image.open(io.BytesIO(contents)) as image:
         varies = [low != high for low, high in image.getextrema()] if image.mode == "RGBA" else []  # type: ignore[misc]
         if varies == [False, False, False, True]:
@@ -191,6 +193,24 @@ def decode_image(contents: bytes, keep_indices: bool) -> np.ndarray:
         if white_is_0 and image.mode in ("1", "L"):
             stored = ~stored  # Pillow returns the complement of the stored values
         return stored if scale == 1 else stored // np.uint8(scale)
+
+
+def _needs_tifffile(contents: bytes) -> bool:
+    """Returns whether Pillow cannot read a TIFF, or drops bits of its colors.
+
+    Raises:
+      UserError: it has several pages, and not only overviews or a mask of the first.
+    """
+    try:
+        with Image.open(io.BytesIO(contents)) as image:
+            deep = image.mode in ("RGB", "RGBA") and max(image.tag_v2[ExifTags.Base.BitsPerSample]) > 8  # type: ignore[attr-defined]
+            if (pages := getattr(image, "n_frames", 1)) > 1:
+                image.seek(1)
+                if not image.tag_v2.get(ExifTags.Base.NewSubfileType, 0):  # type: ignore[attr-defined]
+                    raise UserError(f"has {pages} pages; save one label of class indices")
+            return deep
+    except UnidentifiedImageError:
+        return True
 
 
 def palette(image: Image.Image, values: Iterable[int]) -> dict[int, tuple[int, ...]]:

@@ -28,6 +28,8 @@ LARGEST = 2**25  # bytes of a file whose colors are counted
 VOID = re.compile(r"void|un-?label+ed|ignored?|no.?data|background/void", re.IGNORECASE)  # names of no class
 LISTS = re.compile(r"(class|label|categor|legend|colou?r|palette|names|config|meta|info)[^/]*$", re.I)  # of classes
 GRAYS = 4  # values near black, and near white, in smoothed labels
+RARE = 0.005  # share of the pixels of a value that may be only at edges
+EDGY = 4  # fewer values are classes
 EDGES = 0.05  # share of pixels between black and white in binary labels that were smoothed or saved as JPEG
 
 
@@ -180,14 +182,16 @@ def entries(values: Values, texts: Mapping[str, str]) -> list[Entry]:
             Entry(0, "class_0", f"{low:.2%} of the pixels, values 0 to 127"),
             Entry(255, "class_255", f"{1 - low:.2%}, 128 to 255"),
         ]
-    names, found, several = _names(list(shares), texts), [], len(shares) > 2
-    named = [key for key in {*shares, *names} - {255} if not VOID.fullmatch(names.get(key, ""))]
+    (names, source), found, several = _names(list(shares), texts), [], len(shares) > 2
+    named = [key for key in {*shares, *names} - {255} if not _is_void(names.get(key, ""))]
+    grays = range(1, 255) if {0, 255} <= shares.keys() else ()
+    edges = [key for key, share in shares.items() if key not in names and (share < RARE or key in grays)]
     odd = [key for key in shares if isinstance(key, int) and not 0 <= key < INDICES]
     for key in sorted({*shares, *names}):
         default = "color_{}_{}_{}".format(*key) if isinstance(key, tuple) else key if isinstance(key, str) else f"class_{key}"
         name, remark = names.get(key, default), ""
         is_void = (odd == [key] and (key in (255, 65535) or key < 0)) or (key == datasets.VOC_BORDER and key not in names)
-        is_void = is_void or (len(named) > 1 and VOID.fullmatch(name))  # one class alone cannot be trained
+        is_void = is_void or (len(named) > 1 and _is_void(name))  # one class alone cannot be trained
         ignored = several and bool(is_void)
         if ignored:
             remark = f"; GUESS: ignored, as such a value or name usually is; {name!r} instead of None makes it a class"
@@ -195,6 +199,9 @@ def entries(values: Values, texts: Mapping[str, str]) -> list[Entry]:
             remark = "; GUESS: a class; None instead of the name ignores it, if it means void or not labeled"
         elif key == 1 == next(iter(shares)):
             remark = "; 0 does not occur; if other files have it, add it, as None if it means void"
+        elif key in edges and 2 * len(edges) > len(shares) > EDGY:
+            remark = "; GUESS: a class, unless it is only at edges, from resizing or JPEG: then save the labels again without"
+        remark += f"; named by {source}" * (key in names)
         share = f"{shares[key]:.2%} of the pixels" if key in shares else "listed, but not in the labels that were read"
         found.append(Entry(key, None if ignored else name, share + remark))
     if values.numbered and not names:
@@ -206,13 +213,18 @@ def entries(values: Values, texts: Mapping[str, str]) -> list[Entry]:
     return found
 
 
-def _names(keys: Sequence[Any], texts: Mapping[str, str]) -> dict[Any, str]:
-    """Returns the names of values or colors in the first list of classes that fits to them; {} without one."""
+def _is_void(name: str) -> bool:
+    return bool(VOID.fullmatch(name.strip("_")))
+
+
+def _names(keys: Sequence[Any], texts: Mapping[str, str]) -> tuple[dict[Any, str], str]:
+    """Returns the names of values or colors in the first list of classes that fits to them, and its file; {} without one."""
     for path, text in texts.items():
         with contextlib.suppress(UserError):  # another kind of text
-            if LISTS.search(path) and (names := _listed(keys, class_lists.read_rows(text, path))):
-                return names
-    return {}
+            lists_files = any(line.strip().lower().endswith(image_files.SUFFIXES) for line in text.splitlines())
+            if LISTS.search(path) and not lists_files and (names := _listed(keys, class_lists.read_rows(text, path))):
+                return names, path
+    return {}, ""
 
 
 def _listed(keys: Sequence[Any], rows: Sequence[class_lists.Row]) -> dict[Any, str]:

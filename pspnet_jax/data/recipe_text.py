@@ -113,6 +113,8 @@ def _file_lines(found: Found, headers: Sequence[image_files.Header]) -> list[Lin
     kinds = collections.Counter((header.kind, *header.stored) for header in headers).most_common()
     images = [f"{number} {kind} of {channels} channel(s), {dtype}" for (kind, channels, dtype), number in kinds]
     labels = [f"{values.read:,} of {values.of:,} labels were read"] if values.read < values.of else []
+    if found.pairs[0][1].lower().endswith((".jpg", ".jpeg")) and not label_values.is_smoothed(values.shares):
+        labels.append("GUESS: JPEG usually changes values; save labels as PNG")
     if (frames := image_files.count_frames(first)) > 1:
         images.append(f"GUESS: only the first of {frames} images in {first} is used")
     for remarks, others in zip((images, labels), found.alternatives, strict=True):
