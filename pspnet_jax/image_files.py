@@ -69,7 +69,7 @@ class Header(NamedTuple):
     size: Size  # as stored
     orientation: int  # see `orientation`
     stored: PixelFormat
-    has_bands: bool = False  # whether it is a TIFF whose channels are not colors
+    has_bands: bool = False  # whether it is a TIFF for tifffile, as its channels are not colors, or pieces of it are missing
 
     @property
     def upright_size(self) -> Size:
@@ -152,7 +152,9 @@ def _tiff_header(file: IO[bytes]) -> Header:
         has_bands = page.samplesperpixel > (1 if page.photometric == tifffile.PHOTOMETRIC.MINISBLACK else 4)
         stored = PixelFormat(3 if is_palette else page.samplesperpixel, str(page.dtype).replace("bool", "uint8"))
         size, tag = (page.imagelength, page.imagewidth), page.tags.valueof(ExifTags.Base.Orientation, default=1)
-        return Header("TIFF", size, tag if 1 <= tag <= 8 else 1, stored, has_bands)
+        return Header(
+            "TIFF", size, tag if 1 <= tag <= 8 else 1, stored, has_bands or (0 in page.databytecounts and not is_palette)
+        )
 
 
 def _stored(image: Image.Image) -> PixelFormat:

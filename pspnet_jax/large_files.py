@@ -100,7 +100,7 @@ class LargeTiff:
             page = tiff.pages.first
             self._decode: Callable[..., Any] = page.decode
             self._compression, self._tables = page.compression, page.jpegtables
-            self._offsets, self._counts = page.dataoffsets, page.databytecounts
+            self._offsets, self._counts, self._missing = page.dataoffsets, page.databytecounts, page.nodata
             tags = [tag for tag in page.tags if tag.code in GEOREFERENCE]
             self.georeference: list[Tag] = [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in tags]
             if page.tags.valueof(ExifTags.Base.Orientation, default=1) != 1:
@@ -142,12 +142,13 @@ class LargeTiff:
         height, width = self._piece
         down, across = (math.ceil(side / length) for side, length in zip(self.shape[:2], self._piece, strict=True))
         rows, columns = range(top // height, math.ceil(bottom / height)), range(left // width, math.ceil(right / width))
-        found = np.zeros((bottom - top, right - left, self.header.stored.channels), self.header.stored.dtype)
+        channels, dtype = self.header.stored
+        found = np.full((bottom - top, right - left, channels), self._missing, dtype)
         with self._path.open("rb") as file:
             for plane, row, column in itertools.product(range(self._planes), rows, columns):
                 index = (plane * down + row) * across + column
                 if not self._counts[index]:
-                    continue  # a piece that is not stored is 0
+                    continue  # this piece of a sparse file is not stored
                 file.seek(self._offsets[index])
                 [pixels], *_ = self._decode(file.read(self._counts[index]), index, jpegtables=self._tables)
                 y, x = row * height - top, column * width - left

@@ -1,15 +1,17 @@
 """Windows of TIFFs equal those of the whole image, and labels are written by tiles, with the georeference."""
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
 import tifffile
 
-from pspnet_jax import large_files
+from pspnet_jax import image_files, large_files
+from pspnet_jax.data import label_files
 from pspnet_jax.errors import UserError
 from pspnet_jax.image_files import PixelFormat
-from pspnet_jax.large_files import LargeTiff, write_labels
+from pspnet_jax.large_files import LargeTiff, open_image, write_labels
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (300, 217, 3), dtype=np.uint8)
 WINDOWS = [np.s_[0:300, 0:217], np.s_[37:161, 64:65], np.s_[64:128, 200:217], np.s_[5:5, 0:9]]
@@ -123,3 +125,33 @@ def test_the_georeference_is_kept(tmp_path):
     with rasterio.open(tmp_path / "b.tif") as file:
         assert (file.crs, file.transform) == (rasterio.CRS.from_string(place["crs"]), place["transform"])
         np.testing.assert_array_equal(file.read(1), PIXELS[..., 0])
+
+
+@pytest.mark.parametrize("compression", ["none", "deflate", "lzw"])
+@pytest.mark.parametrize(("dtype", "channels"), [("uint8", 1), ("uint8", 3), ("uint16", 4)])
+def test_pieces_that_a_sparse_file_does_not_store_have_its_nodata_value(tmp_path, compression, dtype, channels):
+    """As GDAL writes it with SPARSE_OK=TRUE, and reads it."""
+    rasterio = pytest.importorskip("rasterio")
+    stored = np.random.default_rng(0).integers(0, 256, (16, 16, channels), dtype)
+    stored = stored[..., 0] if channels == 1 else stored
+    shape = (32, 32, *stored.shape[2:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it has no georeference
+        kind = {
+            "driver": "GTiff",
+            "height": 32,
+            "width": 32,
+            "count": channels,
+            "dtype": dtype,
+            "nodata": 7,
+            "compress": compression,
+        }
+        with rasterio.open(tmp_path / "a.tif", "w", tiled=True, blockxsize=16, blockysize=16, SPARSE_OK=True, **kind) as file:
+            file.write(np.moveaxis(np.atleast_3d(stored), -1, 0), window=rasterio.windows.Window(16, 0, 16, 16))
+    expected = np.full(shape, 7, dtype)
+    expected[:16, 16:] = stored
+    pixel_format = PixelFormat(channels, dtype)
+    assert np.array_equal(image_files.read(tmp_path / "a.tif", pixel_format), pixel_format.fit(expected))
+    assert np.array_equal(open_image(tmp_path / "a.tif", pixel_format)[:, :], pixel_format.fit(expected))
+    if dtype == "uint8":
+        assert np.array_equal(label_files.decode("a.tif", (tmp_path / "a.tif").read_bytes(), True), expected)

@@ -29,6 +29,7 @@ _DEEP_RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH
 # RGB, RGBA and gray with alpha, of which Pillow drops bits.
 BY_OPENCV = {b"\x08\x00": cv2.IMREAD_GRAYSCALE, b"\x08\x02": cv2.IMREAD_COLOR_RGB}
 BY_OPENCV |= {b"\x10\x02": _DEEP_RGB, b"\x10\x06": _DEEP_RGB, b"\x10\x04": cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH}
+PIECES = ExifTags.Base.StripByteCounts, ExifTags.Base.TileByteCounts
 MAX_LISTED = 8  # keys of a map in a message
 
 
@@ -196,7 +197,7 @@ def decode_image(contents: bytes, keep_indices: bool) -> np.ndarray:
 
 
 def _needs_tifffile(contents: bytes) -> bool:
-    """Returns whether Pillow cannot read a TIFF, or drops bits of its colors.
+    """Returns whether Pillow cannot read a TIFF, drops bits of its colors, or does not fill pieces that are not stored.
 
     Raises:
       UserError: it has several pages, and not only overviews or a mask of the first.
@@ -208,7 +209,8 @@ def _needs_tifffile(contents: bytes) -> bool:
                 image.seek(1)
                 if not image.tag_v2.get(ExifTags.Base.NewSubfileType, 0):  # type: ignore[attr-defined]
                     raise UserError(f"has {pages} pages; save one label of class indices")
-            return deep
+            counts = [image.tag_v2.get(code, ()) for code in PIECES]  # type: ignore[attr-defined]
+            return deep or (image.mode != "P" and any(0 in of_kind for of_kind in counts))
     except UnidentifiedImageError:
         return True
 

@@ -117,9 +117,10 @@ def find(folder: Folder) -> Found:
 
 def _names_split(file: str, text: str) -> bool:
     """Returns whether a text is probably a list of a split's images, by its name or a column of it."""
-    return bool(discover.use_of(os.path.splitext(os.path.basename(file))[0])) or "split" in folders.parse_list(
-        text.splitlines()
-    )[1]
+    return (
+        bool(discover.use_of(os.path.splitext(os.path.basename(file))[0]))
+        or "split" in folders.parse_list(text.splitlines())[1]
+    )
 
 
 def _padded(paths: Sequence[str]) -> Iterator[str]:
