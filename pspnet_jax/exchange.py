@@ -122,7 +122,7 @@ def _export_folder(arguments: argparse.Namespace, restored: runs.Restored) -> No
     if not picture:
         logger.warning(f"{workdir} has no pictures, so the model card has none; --input IMAGE adds the prediction of an image")
     with contextlib.closing(checkpoint.Checkpoints(workdir, read_only=True)) as checkpoints:
-        scores = hub.read_scores(workdir, step, config, checkpoints.scores.of(step))
+        scores = hub.read_scores(workdir, step, config, variables, checkpoints.scores.of(step))
     if not scores:
         logger.warning(f"{workdir} has no score of step {step}, so the model card has none; --mode evaluate measures it")
     if not arguments.license:

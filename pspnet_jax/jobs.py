@@ -152,7 +152,7 @@ def evaluate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         with contextlib.suppress(OSError):  # the reader of the pipe is gone, as after `| head -1`
             rich.print(report.table())
             print(f"{report}, step {step} of {workdir}", flush=True)
-        origin = {"step": step, "checkpoint": str(workdir)}
+        origin = {"step": step, "checkpoint": str(workdir), "weights": parallel.checksum(variables)}
         origin |= {field: config.dataset[field] for field in ("root", "extra_root", "tfds_name")}
         origin |= {field: config[field].to_dict() for field in ("model", "normalize")} | {"data": source.fingerprint}
         path = report.save(workdir / "evaluation", origin)

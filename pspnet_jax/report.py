@@ -1,5 +1,6 @@
 """Evaluation reports: scores that are printed and saved together with the settings that make them comparable."""
 
+import collections
 import csv
 import dataclasses
 import hashlib
@@ -22,6 +23,7 @@ from pspnet_jax.metrics import Metrics
 
 MAX_NAME_BYTES = 200  # of a file name, without its digest; most file systems allow 255 in total
 OF_A_CLASS = {"iou": "IoU", "precision": "precision", "accuracy": "accuracy = recall", "f1": "F1 = Dice"}  # name: in words
+MEANS = {"iou": "mIoU", "precision": "precision", "accuracy": "recall", "f1": "F1"}  # in the caption of the table
 OF_ALL_CLASSES = ("mean_iou", "mean_accuracy", "mean_precision", "mean_f1", "pixel_accuracy")
 
 
@@ -61,8 +63,11 @@ class Report:
     def table(self) -> Table:
         """Returns a rich table with one row per class, and a last row with the means over the classes that have a value."""
         columns = (Column(name, justify="right") for name in (*OF_A_CLASS.values(), "share of pixels"))
-        means = f"mIoU{_over(self.metrics.iou)}" if _over(self.metrics.iou) else None
-        table = Table(Column("class", overflow="fold"), *columns, caption=means)
+        over = collections.defaultdict(list)
+        for name, title in MEANS.items():
+            over[_over(getattr(self.metrics, name))].append(title)
+        means = "; ".join(f"{', '.join(titles)}{text}" for text, titles in over.items() if text)
+        table = Table(Column("class", overflow="fold"), *columns, caption=means or None)
         fractions = [*(getattr(self.metrics, name) for name in OF_A_CLASS), self.pixels / self.pixels.sum()]
         for name, *row in zip(self.info.class_names, *fractions, strict=True):
             table.add_row(Text(name), *map(_percent, row))
@@ -77,8 +82,7 @@ class Report:
         rows = zip(self.info.class_names, *columns.values(), self.pixels.tolist(), strict=True)
         return {
             **{name: or_none(getattr(metrics, name)) for name in OF_ALL_CLASSES},
-            "classes_in_mean_iou": _present(metrics.iou),
-            "classes_in_mean_accuracy": _present(metrics.accuracy),
+            **{f"classes_in_mean_{name}": _present(getattr(metrics, name)) for name in OF_A_CLASS},
             "dataset": self.info.name,
             "images": self.images,
             **self.protocol,

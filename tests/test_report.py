@@ -43,7 +43,7 @@ def test_the_number_of_classes_in_a_mean_is_stated_if_some_are_missing():
     """c is neither in the truth nor predicted; b is only predicted."""
     partial = make(matrix=[[3, 1, 0], [0, 0, 0], [0, 0, 0]])
     assert str(partial).startswith("mIoU 37.50% over 2 of 3 classes  mean accuracy 75.00% over 1 of 3 classes  pixel accuracy")
-    assert "mIoU over 2 of 3 classes" in printed(partial.table())
+    assert "mIoU, precision, F1 over 2 of 3 classes; recall over 1 of 3 classes" in printed(partial.table())
     assert (partial.to_json()["classes_in_mean_iou"], partial.to_json()["classes_in_mean_accuracy"]) == (2, 1)
     assert "classes" not in str(make())
     assert "over" not in printed(make().table())

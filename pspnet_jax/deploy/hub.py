@@ -15,7 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from pspnet_jax import datasets, files, report
+from pspnet_jax import datasets, files, parallel, report
 from pspnet_jax.errors import UserError
 from pspnet_jax.infer import draw
 from pspnet_jax.infer.segmenter import Segmenter
@@ -147,27 +147,36 @@ def _folder_name(root: str, config: ConfigDict) -> str:
     return config.name if root in ("", config.dataset.root) else os.path.basename(root.rstrip("/"))
 
 
-def read_scores(workdir: epath.Path, step: int, config: ConfigDict, trained: Mapping[str, Any] | None) -> list[Score]:
+def _over(present: float | None, config: ConfigDict) -> str:
+    """Returns over how many classes a mIoU is, if some are missing."""
+    num_classes = datasets.describe(config.dataset).num_classes
+    return f", mIoU over {present:.0f} of {num_classes} classes" if present is not None and present < num_classes else ""
+
+
+def read_scores(
+    workdir: epath.Path, step: int, config: ConfigDict, variables: Any, trained: Mapping[str, Any] | None
+) -> list[Score]:
     """Returns the scores of a run's checkpoint: those of --mode evaluate, otherwise that of its training.
 
     Args:
       workdir: of the run.
       step: of the checkpoint.
-      config: of the network, which the reports of --mode evaluate repeat.
+      config, variables: of the network; the reports of --mode evaluate have fields of the first, and a checksum of the second.
       trained: the metrics and settings that training saved with the checkpoint, see `train.checkpoint.Checkpoints.score`.
     """
     network = json.loads(json.dumps({"model": config.model.to_dict(), "normalize": config.normalize.to_dict()}))
+    network["weights"] = parallel.checksum(variables)
     reports = [files.read_json(path) for path in sorted((workdir / "evaluation").glob("*.json"))]
     found = [r for r in reports if r.get("step") == step and network.items() <= r.items()]
     if not found and trained and trained.get("settings"):
         settings = {key.split(".", 1)[-1]: value for key, value in trained["settings"].items()}
-        found = [{**settings, **trained, "dataset": settings.get("name")}]
+        found = [{**trained, **settings, "dataset": settings.get("name")}]
     known = datasets.tables()
     return [
         Score(
             r["dataset"] if r["dataset"] in known else r.get("tfds_name") or _folder_name(r.get("root", ""), config),
             r["split"],
-            report.describe_protocol(r),
+            report.describe_protocol(r) + _over(r.get("classes_in_mean_iou"), config),
             {key: r[key] for key in METRICS},
         )
         for r in found

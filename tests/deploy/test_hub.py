@@ -121,33 +121,41 @@ def test_without_an_evaluation_the_card_states_no_score(run, tmp_path, capsys):
 
 
 def test_scores_of_other_steps_and_networks_are_not_stated(run, tmp_path):
-    config, _, _ = checkpoint.load(run[0], "latest", parallel.make_mesh())
+    config, _, variables = checkpoint.load(run[0], "latest", parallel.make_mesh())
     other = config.copy_and_resolve_references()
     other.model.stem = "deep"
+    trained_again = jax.tree.map(lambda array: array + 1, variables)
     workdir = epath.Path(run[0])
-    assert len(hub.read_scores(workdir, 0, config, None)) == 1
-    assert hub.read_scores(workdir, 1, config, None) == hub.read_scores(workdir, 0, other, None) == []
+    assert len(hub.read_scores(workdir, 0, config, variables, None)) == 1
+    assert hub.read_scores(workdir, 1, config, variables, None) == hub.read_scores(workdir, 0, other, variables, None) == []
+    assert hub.read_scores(workdir, 0, config, trained_again, None) == []
 
 
 def test_a_score_on_another_folder_has_its_name(run, tmp_path):
-    config, _, _ = checkpoint.load(run[0], "latest", parallel.make_mesh())
+    config, _, variables = checkpoint.load(run[0], "latest", parallel.make_mesh())
     workdir = shutil.copytree(run[0], tmp_path / "run")
     (file,) = workdir.glob("evaluation/*.json")
     found = json.loads(file.read_text()) | {"dataset": "folder", "tfds_name": ""}
     for root in (config.dataset.root, "/data/other city/"):
         (workdir / f"evaluation/{len(root)}.json").write_text(json.dumps(found | {"root": root}))
     file.unlink()
-    assert {score.dataset for score in hub.read_scores(epath.Path(workdir), 0, config, None)} == {config.name, "other city"}
+    assert {score.dataset for score in hub.read_scores(epath.Path(workdir), 0, config, variables, None)} == {
+        config.name,
+        "other city",
+    }
 
 
 def test_the_score_of_training_is_stated_if_there_is_no_other(tmp_path):
     config = base_config()
+    config.dataset.name = "ade20k"
     metrics = {"score": 0.25, "mean_iou": 0.25, "mean_accuracy": 0.5, "pixel_accuracy": 0.75}
-    (score,) = hub.read_scores(
-        epath.Path(tmp_path), 7, config, metrics | {"settings": resume.evaluation_settings(config) | {"data": "abc"}}
+    trained = metrics | {"settings": resume.evaluation_settings(config) | {"data": "abc"}}
+    trained |= {"base_size": 512.0, "classes_in_mean_iou": 140.0}  # all numbers that an evaluation returns, as floats
+    (score,) = hub.read_scores(epath.Path(tmp_path), 7, config, {}, trained)
+    assert score[:2] == ("ade20k", "val")
+    assert (
+        score.protocol == "windows 473x473, long side 512, scales 1.0, flip on, protocol semseg, mIoU over 140 of 150 classes"
     )
-    assert score[:2] == (config.name, "val")
-    assert score.protocol == "windows 473x473, long side 512, scales 1.0, flip on, protocol semseg"
     assert score.metrics == {"mean_iou": 0.25, "mean_accuracy": 0.5, "pixel_accuracy": 0.75}
 
 

@@ -122,7 +122,7 @@ def test_the_report_as_text_and_as_json(tmp_path):
     }
     score, protocol = str(report).splitlines()
     assert score == "mIoU 25.00% over 2 of 4 classes  mean accuracy 50.00% over 1 of 4 classes  pixel accuracy 50.00%"
-    assert lines[-1].strip() == "mIoU over 2 of 4 classes"
+    assert lines[-1].strip() == "mIoU, precision, F1 over 2 of 4 classes; recall over 1 of 4 classes"
     assert protocol.startswith("1 images of val, windows 33x33, own size, scales 1.0, 1.5, flip on, protocol semseg; ")
     assert protocol.endswith(", 83.3% of window slots used")  # two windows at scale 1, three at 1.5
     saved = json.loads(report.save(tmp_path / "evaluation", {"step": 7}).read_text())
