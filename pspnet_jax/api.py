@@ -39,7 +39,8 @@ def load(
       UserError: it is damaged, its network is unknown, or a setting is wrong.
     """
     programs.skip_tpu_compiler()
-    if not os.fspath(path) or (devices is not None and not (isinstance(devices, Sequence) and devices)):
+    are_devices = isinstance(devices, Sequence) and devices and all(isinstance(device, jax.Device) for device in devices)
+    if not os.fspath(path) or (devices is not None and not are_devices):
         raise UserError(
             f"load({os.fspath(path)!r}, devices={devices}): expected a path or a name, and a list of devices or None"
         )

@@ -74,10 +74,11 @@ def _message(error: BaseException) -> str:
 
 
 def grouped(sentences: Iterable[str]) -> list[str]:
-    """Returns one sentence for each fault: the first of those "FILE: FAULT" that differ only in the file, and their number."""
+    """Returns one sentence for each fault: the first of those "FILE: FAULT" that differ only in files, sizes and numbers of
+    pixels, and their number."""
     first, counts = dict[str, str](), collections.Counter[str]()
     for sentence in sentences:
-        fault = sentence.partition(": ")[2] or sentence
+        fault = re.sub(r"\S*/\S+|\d[\d,]*(?= pixels)|\d+x\d+", "", sentence.partition(": ")[2] or sentence)
         first.setdefault(fault, sentence)
         counts[fault] += 1
     return [s if counts[fault] == 1 else f"{s} (and in {counts[fault] - 1} more files)" for fault, s in first.items()]

@@ -1,6 +1,7 @@
 """Plots: the confusion matrix, learning curves, class frequencies and ablations. Only drawing them imports matplotlib."""
 
 import pathlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str]) -> Image.Im
     axes = figure.add_axes((margin / side, margin / side, cells / side, cells / side), **labels)
     axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
     places = range(len(class_names))
-    names = [*map(_without_formulas, class_names)]
+    names = [_without_formulas(legible(name, k)) for k, name in enumerate(class_names)]
     axes.set_xticks(places, names, rotation=90, fontsize=8)
     axes.set_yticks(places, names, fontsize=8)
     for (i, j), share in np.ndenumerate(shares) if with_numbers else ():
@@ -98,12 +99,19 @@ def class_frequencies(pixels: np.ndarray, info: DatasetInfo) -> Image.Image:
     axes = figure.add_subplot()
     rank = np.arange(len(order))
     axes.barh(rank, shares, color=[np.array(info.colors[k]) / 255 for k in order], edgecolor="black", linewidth=0.5)
-    names = [_without_formulas(f"{info.class_names[k]}  {share:.3%}") for k, share in zip(order, shares, strict=True)]
+    names = [
+        _without_formulas(f"{legible(info.class_names[k], k)}  {share:.3%}") for k, share in zip(order, shares, strict=True)
+    ]
     axes.set_yticks(rank, names, fontsize=8)
     axes.set_ylim(len(order) - 0.4, -0.6)
     axes.set_xscale("log")
     axes.set_xlabel("share of the labeled pixels")
     return _picture(canvas)
+
+
+def legible(name: str, index: int) -> str:
+    """Returns a class name, with its index in front if it has characters, such as Chinese ones, that the font may lack."""
+    return f"{index} {name}" if max(name) >= "\u2e80" else name
 
 
 def _without_formulas(text: str) -> str:
@@ -120,5 +128,7 @@ def _canvas(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _picture(canvas: Any) -> Image.Image:
-    canvas.draw()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -38,6 +38,9 @@ def read(dataset: ConfigDict) -> Entries:
     for key, value in entries.items():
         if not _is_key(key) or not (value is None or (type(value) in (str, int) and value not in ("", -1))):
             raise UserError(f"dataset.label_map: {key!r}: {value!r} is no entry; {EXPECTED}")
+    written = [ast.unparse(key) for key in ast.parse(text, mode="eval").body.keys]
+    if twice := {key for key in written if written.count(key) > 1}:
+        raise UserError(f"dataset.label_map={_short(text)}: {min(twice)} is there twice; keep one of the two")
     if len(entries) < 2:
         raise UserError(f"dataset.label_map={_short(text)}: has fewer than two entries; {EXPECTED}")
     return entries

@@ -1,5 +1,6 @@
 """--mode check --input: a folder becomes a recipe, which reads its labels as they are meant."""
 
+import json
 import re
 
 import numpy as np
@@ -117,6 +118,29 @@ def test_ambiguous_values_are_kept_with_a_remark():
     assert read({1: 0.5, 3: 0.5}, listed.items()) == [(1, "class_1", False), (3, "class_3", False)]  # the list does not fit
 
 
+def test_names_tell_where_they_are_from():
+    def read(shares, file, text):
+        return [(entry.name, entry.remark) for entry in label_values.entries(label_values.Values(shares, 9, 9), {file: text})]
+
+    found = read({0: 0.75, 1: 0.25}, "labels.txt", "__ignore__\n_background_\nperson\n")  # as labelme has it
+    assert [name for name, _ in found] == ["_background_", "person"]
+    assert found[1][1] == "25.00% of the pixels; named by labels.txt"
+    assert [name for name, _ in read({0: 0.75, 1: 0.25}, "train_labels.txt", "masks/0.png\nmasks/1.png\n")] == [
+        "class_0",
+        "class_1",
+    ]
+    assert read({0: 0.5, 1: 0.3, 2: 0.2}, "labels.txt", "__ignore__\na\nb\n_void_")[2][0] is None
+    same = read({"Car": 0.5, "background": 0.3, "car": 0.2}, "", "")
+    assert [name for name, _ in same] == ["Car", "background", "Car"]
+    assert same[2][1].endswith("GUESS: the same class as 'Car'")
+
+
+def test_values_at_edges_are_a_guess():
+    smooth = {0: 0.9, 16: 0.001, 64: 0.02, 143: 0.001, 255: 0.078}
+    entries = label_values.entries(label_values.Values(smooth, 9, 9), {})
+    assert [entry.key for entry in entries if "only at edges" in entry.remark] == [16, 64, 143]
+
+
 def test_numbers_of_objects_are_named_as_a_guess():
     def read(counts):
         shares = {value: 0.1 for found in counts for value in found}
@@ -131,6 +155,136 @@ def write_pairs(root, masks="masks/{}.png", images="images/{}.png", count=6, lab
     for i in range(count):
         write(root / images.format(i), photo(i))
         write(root / masks.format(i), label)
+
+
+def test_files_of_a_stereo_camera_have_their_own_labels(tmp_path):
+    """The folders' names tell nothing, and left and right could be images and labels."""
+    for i in range(4):
+        for side in ("left", "right"):
+            write(tmp_path / f"data/x/{i:03}_{side}.jpg", photo(i))
+            write(tmp_path / f"data/y/{i:03}_{side}.png", HALF)
+    assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    dataset = labels_by(tmp_path / "made.py")[0].dataset
+    assert (dataset.images, dataset.labels) == ("x/{name}.jpg", "y/{name}.png")
+
+
+def test_images_with_several_extensions(tmp_path):
+    for i in range(6):
+        write(tmp_path / f"data/images/{'val' if i > 3 else 'train'}/{i}.{'jpg' if i % 2 else 'png'}", photo(i))
+        write(tmp_path / f"data/masks/{'val' if i > 3 else 'train'}/{i}.png", HALF)
+    assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    dataset = labels_by(tmp_path / "made.py")[0].dataset
+    assert (dataset.images, dataset.labels) == ("images/{split}/{name}.*", "masks/{split}/{name}.png")
+
+
+def test_a_list_that_is_not_used_is_named(tmp_path):
+    write_pairs(tmp_path / "data")
+    (tmp_path / "data/train.txt").write_text("0\n1\n2\n3\n")
+    (tmp_path / "data/val.txt").write_text("4\n5\n77\n")
+    assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    text = (tmp_path / "made.py").read_text()
+    assert re.search(r"GUESS: a fifth .*; not used: train.txt, val.txt", text)
+    (tmp_path / "data/val.txt").write_text("4\n5\n")
+    assert check(tmp_path / "data", tmp_path / "lists.py") == 0
+    assert configs.load_recipe(str(tmp_path / "lists.py")).dataset.split_file == "{split}.txt"
+
+
+def test_a_table_with_a_column_of_other_labels(tmp_path):
+    write_pairs(tmp_path / "data")
+    rows = [f"{i}.png,benign,{'val' if i > 3 else 'train'}\n" for i in range(6)]
+    (tmp_path / "data/meta.csv").write_text("image,label,split\n" + "".join(rows))
+    assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    assert len(labels_by(tmp_path / "made.py")[1]) == 6
+
+
+def test_parts_of_a_label_and_other_pictures_beside_it(tmp_path):
+    write_pairs(tmp_path / "data")
+    write(tmp_path / "data/masks/3_1.png", HALF)
+    write(tmp_path / "data/masks/legend.png", HALF)
+    assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    text = (tmp_path / "made.py").read_text()
+    assert re.search(r"GUESS: 1 file\(s\) are no parts of labels, such as .*masks/3_1.png", text)
+    assert "labels of other formats" not in text
+
+
+def test_pages_of_a_label_are_refused(tmp_path, capsys):
+    write_pairs(tmp_path / "data")
+    for i in range(6):
+        (tmp_path / f"data/masks/{i}.png").unlink()
+        tifffile.imwrite(tmp_path / f"data/masks/{i}.tif", np.stack([HALF, 1 - HALF]), photometric="minisblack")
+    assert check(tmp_path / "data", tmp_path / "made.py") == 1
+    assert re.search(r"masks/0.tif: has 2 pages; save one label of class indices", capsys.readouterr().err)
+
+
+def test_one_image_that_is_not_finite_is_left_out(tmp_path):
+    write_pairs(tmp_path / "data", count=20)
+    for i in range(20):
+        (tmp_path / f"data/images/{i}.png").unlink()
+        pixels = photo(i).astype(np.float32)
+        pixels[0, 0, 0] = np.nan if i == 2 else 0
+        tifffile.imwrite(tmp_path / f"data/images/{i}.tif", pixels, photometric="rgb")
+    assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    assert re.search(r"leaves out 1 image\(s\): .*2.tif: .*not finite", (tmp_path / "made.py").read_text())
+    assert len(labels_by(tmp_path / "made.py")[1]) == 19
+
+
+def coco(root, names, file="annotations.json"):
+    """Writes a COCO file of images of 16x16, whose upper half is a cat."""
+    half = [0, 0, 16, 0, 16, 7, 0, 7]
+    content = {
+        "categories": [{"id": 1, "name": "cat"}],
+        "images": [{"id": i, "file_name": name, "width": 16, "height": 16} for i, name in enumerate(names)],
+        "annotations": [{"id": i, "image_id": i, "category_id": 1, "segmentation": [[*half]]} for i in range(len(names))],
+    }
+    (root / file).parent.mkdir(parents=True, exist_ok=True)
+    (root / file).write_text(json.dumps(content))
+    return content
+
+
+def test_coco_files_of_images_in_one_folder(tmp_path):
+    names = [f"{i}.png" for i in range(6)]
+    for i, name in enumerate(names):
+        write(tmp_path / "data/images" / name, photo(i))
+    for split, part in (("train", names[:4]), ("val", names[4:])):
+        coco(tmp_path / "data", part, f"annotations/instances_{split}.json")
+    assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    config, labels = labels_by(tmp_path / "made.py")
+    assert (config.dataset.labels, config.eval.split) == ("annotations/instances_{split}.json", "val")
+    assert [label.sum() for label in labels] == [128] * 6
+
+
+def test_images_of_a_coco_file_that_have_equal_names_elsewhere(tmp_path):
+    for i in range(4):
+        write(tmp_path / f"data/visualized/{i}.png", photo(i + 9))
+        write(tmp_path / f"data/photos/{i}.png", photo(i))
+    coco(tmp_path / "data", [f"{i}.png" for i in range(4)])
+    assert check(tmp_path / "data", tmp_path / "made.py") == 0
+    config, _ = labels_by(tmp_path / "made.py")
+    assert config.dataset.images == "photos/{name}.*"
+    assert "GUESS: 'visualized/{name}.*' would fit, too" in (tmp_path / "made.py").read_text()
+    config.dataset.images = "{name}.png"
+    with pytest.raises(UserError, match=r"annotations.json: .*png may be .*visualized/..png or .*photos/..png; put the folder"):
+        sources.open_source(config.dataset, "train")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda c: c["annotations"][1].update(category_id=7),
+            "has annotations of category 7, which is not among its categories",
+        ),
+        (lambda c: c["images"][0].pop("width"), r"it has no 'width'"),
+        (lambda c: c["annotations"][2]["segmentation"][0].pop(), "has a polygon with a y missing, in annotation 2"),
+    ],
+)
+def test_the_reason_why_a_coco_file_cannot_be_read(tmp_path, capsys, change, reason):
+    for i in range(4):
+        write(tmp_path / f"data/images/{i}.png", photo(i))
+    change(content := coco(tmp_path / "data", [f"{i}.png" for i in range(4)]))
+    (tmp_path / "data/annotations.json").write_text(json.dumps(content))
+    assert check(tmp_path / "data", tmp_path / "made.py") == 1
+    assert re.search(rf"annotations.json: .*{reason}", capsys.readouterr().err)
 
 
 def test_masks_are_not_taken_for_images(tmp_path, capsys):

@@ -68,3 +68,10 @@ def test_class_frequencies_are_bars_in_class_colors_with_the_most_frequent_on_to
     road, car = (np.argwhere((picture == color).all(-1)) for color in info.colors)
     assert car[:, 0].max() < road[:, 0].min()
     assert np.ptp(car[:, 1]) > np.ptp(road[:, 1])
+
+
+def test_names_in_letters_that_the_font_lacks_have_their_index_and_cause_no_warning(recwarn):
+    assert figures.legible("背景", 3) == "3 背景"
+    assert figures.legible("Straße", 3) == "Straße"
+    figures.confusion_matrix(np.eye(2), ["背景", "道路"])
+    assert not recwarn.list

@@ -232,16 +232,18 @@ def _check_label(
 
     With a reader, pixels are counted by class, otherwise by value.
     """
-    if label_file.lower().endswith((".npy", ".mat", ".json")):
+    is_tiff = reader is not None and label_file.lower().endswith((".tif", ".tiff"))
+    if is_tiff and not contents:
+        header = image_files.read_header(file)  # also of those that Pillow cannot read
+        _require_upright(header.orientation)
+        return header.size, CheckedPair()
+    if label_file.lower().endswith((".npy", ".mat", ".json")) or (is_tiff and label_files.needs_tifffile(contents)):
         classes = reader.read(label_file, image_file, contents) if reader else decode_label(contents)
         return classes.shape, CheckedPair(pixels=histogram(classes))
     with Image.open(io.BytesIO(contents) if contents else file) as label:
         if not reader and label.format != "PNG":
             raise UserError(f"is a {label.format} file despite its name; labels must be PNGs of class indices")
-        if (tag := image_files.orientation(label)) != 1:
-            raise UserError(
-                f"has EXIF orientation {tag}, but labels are read without turning them; turn it upright, or remove the tag"
-            )
+        _require_upright(image_files.orientation(label))
         if not contents:
             return label.size[::-1], CheckedPair()
         if label.format == "PNG" and not image_files.is_whole_png(contents):
@@ -256,6 +258,13 @@ def _check_label(
         counts = np.array(values.histogram())
         palette = label_files.palette(values, np.flatnonzero(counts).tolist())
         return label.size[::-1], CheckedPair(1, counts, palette, _outlines(np.asarray(values), counts[0]))
+
+
+def _require_upright(tag: int) -> None:
+    if tag != 1:
+        raise UserError(
+            f"has EXIF orientation {tag}, but labels are read without turning them; turn it upright, or remove the tag"
+        )
 
 
 def _outlines(label: np.ndarray, zeros: int) -> bool | None:

@@ -2,6 +2,7 @@
 
 import inspect
 import pkgutil
+import traceback
 from collections.abc import Callable
 
 import numpy as np
@@ -29,7 +30,7 @@ def load(name: str, num_classes: int) -> Extra:
     try:
         function = pkgutil.resolve_name(name)
         inspect.signature(function).bind(None, None, None)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever the module raises
         raise UserError(
             f"augment.extra={name!r}: {error}; expected 'module:function' of a module that Python finds (PYTHONPATH=FOLDER "
             "adds a folder), and a function of an image, a label and a random generator"
@@ -37,7 +38,13 @@ def load(name: str, num_classes: int) -> Extra:
 
     def call(image: np.ndarray, label: np.ndarray, random: np.random.Generator) -> Example:
         expected = _describe(image, label)
-        result = function(image, label, random)
+        try:
+            result = function(image, label, random)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"augment.extra={name!r}: {place.filename}, line {place.lineno}: {type(error).__name__}: {error}"
+            ) from error
         found = _describe(*result) if isinstance(result, tuple) else _describe(result)
         if found != expected:
             raise UserError(f"augment.extra={name!r} returns {found}; expected the types and shapes given, {expected}")

@@ -180,7 +180,7 @@ def decode_image(contents: bytes, keep_indices: bool) -> np.ndarray:
         if label is None:
             raise ValueError(image_files.CUT_SHORT)
         return label
-    if contents[:4] in image_files.TIFF and _needs_tifffile(contents):
+    if contents[:4] in image_files.TIFF and needs_tifffile(contents):
         return image_files.decode_tiff(contents, image_files.read_header(io.BytesIO(contents)), "")
     with Image.open(io.BytesIO(contents)) as image:
         varies = [low != high for low, high in image.getextrema()] if image.mode == "RGBA" else []  # type: ignore[misc]
@@ -196,7 +196,7 @@ def decode_image(contents: bytes, keep_indices: bool) -> np.ndarray:
         return stored if scale == 1 else stored // np.uint8(scale)
 
 
-def _needs_tifffile(contents: bytes) -> bool:
+def needs_tifffile(contents: bytes) -> bool:
     """Returns whether Pillow cannot read a TIFF, drops bits of its colors, or does not fill pieces that are not stored.
 
     Raises:

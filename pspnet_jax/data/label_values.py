@@ -184,6 +184,7 @@ def entries(values: Values, texts: Mapping[str, str]) -> list[Entry]:
         ]
     (names, source), found, several = _names(list(shares), texts), [], len(shares) > 2
     named = [key for key in {*shares, *names} - {255} if not _is_void(names.get(key, ""))]
+    spelled = dict[str, str]()  # {name in lower case: its first form}
     grays = range(1, 255) if {0, 255} <= shares.keys() else ()
     edges = [key for key, share in shares.items() if key not in names and (share < RARE or key in grays)]
     odd = [key for key in shares if isinstance(key, int) and not 0 <= key < INDICES]
@@ -203,7 +204,9 @@ def entries(values: Values, texts: Mapping[str, str]) -> list[Entry]:
             remark = "; GUESS: a class, unless it is only at edges, from resizing or JPEG: then save the labels again without"
         remark += f"; named by {source}" * (key in names)
         share = f"{shares[key]:.2%} of the pixels" if key in shares else "listed, but not in the labels that were read"
-        found.append(Entry(key, None if ignored else name, share + remark))
+        if (first := spelled.setdefault(name.lower(), name)) != name:
+            remark += f"; GUESS: the same class as {first!r}"
+        found.append(Entry(key, None if ignored else first, share + remark))
     if values.numbered and not names:
         guess = "; GUESS: a class; if each file numbers its objects, as it seems, give all numbers the same name"
         found = [entry._replace(remark=entry.remark + guess) if entry.key == 1 else entry for entry in found]

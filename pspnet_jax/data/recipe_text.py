@@ -54,7 +54,7 @@ def lines(folder: Folder, found: Found, name: str) -> list[Line]:
         raise UserError(damaged[0])
     sizes = sorted(header.upright_size for header in headers)
     steps = int(np.clip(EPOCHS * next(iter(found.counts.values())) / BATCH, *STEPS))
-    pixels, expected = _pixel_lines(found, headers)
+    pixels, expected = _pixel_lines(found, headers, damaged)
     return [
         ("name", name, "runs are saved in runs/<name>"),
         ("dataset.root", folder.root, ""),
@@ -113,6 +113,7 @@ def _file_lines(found: Found, headers: Sequence[image_files.Header]) -> list[Lin
     kinds = collections.Counter((header.kind, *header.stored) for header in headers).most_common()
     images = [f"{number} {kind} of {channels} channel(s), {dtype}" for (kind, channels, dtype), number in kinds]
     labels = [f"{values.read:,} of {values.of:,} labels were read"] if values.read < values.of else []
+    labels += found.hints if not found.alone else []  # otherwise with those, see `_skip_lines`
     if found.pairs[0][1].lower().endswith((".jpg", ".jpeg")) and not label_values.is_smoothed(values.shares):
         labels.append("GUESS: JPEG usually changes values; save labels as PNG")
     if (frames := image_files.count_frames(first)) > 1:
@@ -154,8 +155,11 @@ def _split_lines(found: Found) -> list[Line]:
     ]
 
 
-def _pixel_lines(found: Found, headers: Sequence[image_files.Header]) -> tuple[list[Line], PixelFormat]:
-    """Returns the lines about channels and their values, none for 8-bit RGB or gray, and the format of the images."""
+def _pixel_lines(found: Found, headers: Sequence[image_files.Header], damaged: list[str]) -> tuple[list[Line], PixelFormat]:
+    """Returns the lines about channels and their values, none for 8-bit RGB or gray, and the format of the images.
+
+    Adds to `damaged` why images cannot be read.
+    """
     channels, dtype = collections.Counter(header.stored for header in headers).most_common(1)[0][0]
     bands = {2: "with 3, the second is ignored", 4: "with 3, the fourth is ignored"}.get(channels, "")
     remark = f"GUESS: all bands; {bands}" if bands else ""
@@ -166,7 +170,14 @@ def _pixel_lines(found: Found, headers: Sequence[image_files.Header]) -> tuple[l
         return [], expected
     sampled = [(image, _header(image)) for image, _ in label_values.sample(found.pairs, MEASURED)]
     fitting = [image for image, header in sampled if not isinstance(header, str) and not expected.problem(header.stored)]
-    images = [_pixels(image, expected).reshape(-1, channels) for image in fitting]
+    images = []
+    for image in fitting:
+        try:
+            images.append(_pixels(image, expected).reshape(-1, channels))
+        except UserError as error:
+            damaged.append(str(error))
+    if not images:
+        raise UserError(damaged[0])
     pixels = np.concatenate([image[:: 1 + len(image) // 2**16] for image in images]).astype(np.float64)
     mean, std = (tuple(round(float(x), 3) for x in values) for values in (pixels.mean(0), np.maximum(pixels.std(0), 1e-3)))
     found_lines = [

@@ -243,11 +243,21 @@ def _open(folder: Folder, division: divide.Division, alternatives: Alternatives)
         return _open(folder, divide.only_folder(division), alternatives)
     alone = [file for found in listed.values() for pair in found for file in (pair.image, pair.label) if file in others]
     hints = list(itertools.islice(_padded(alone), 1))
-    directories = {os.path.dirname(label) for _, label in files}
-    if other := [path for path in pictures if os.path.dirname(path) in directories - {os.path.dirname(files[0][0])}]:
-        hints.append(f"labels of other formats are not used, such as {other[0]}: convert them")
+    hints += _hints_about(pictures, files)
     counts = {split: len(found) for split, found in pairs.items()}
     return Found(dataset, [*listed][-1], division.reason, counts, files, alone, hints, alternatives, label_values.count(files))
+
+
+def _hints_about(others: Sequence[str], files: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """Yields what files beside labels may be that are not used, given them and the pairs that are."""
+    directories = {os.path.dirname(label) for _, label in files} - {os.path.dirname(files[0][0])}
+    extensions = {os.path.splitext(label)[1] for _, label in files}
+    beside = [path for path in others if os.path.dirname(path) in directories]
+    if converted := [path for path in beside if os.path.splitext(path)[1] not in extensions]:
+        yield f"labels of other formats are not used, such as {converted[0]}: convert them"
+    stems = {os.path.splitext(label)[0] for _, label in files}
+    if parts := [path for path in others if re.sub(r"[_-]\d+$", "", os.path.splitext(path)[0]) in stems]:
+        yield f"GUESS: {len(parts):,} file(s) are no parts of labels, such as {parts[0]}; if they are, paint them into one"
 
 
 def _are_copies(pairs: Mapping[str, Sequence[layouts.Pair]]) -> bool:

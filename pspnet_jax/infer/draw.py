@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from pspnet_jax import files
+from pspnet_jax import figures, files
 from pspnet_jax.datasets import IGNORE, Color, DatasetInfo
 from pspnet_jax.errors import UserError
 
@@ -114,7 +114,8 @@ def _sheet(
         ImageDraw.Draw(picture).text((left, top + 1), _shortened(caption, width), "black", _font())
         picture.paste(panel, (left, top + LINE))
     classes = [int(k) for k in values if k < info.num_classes]
-    entry = LINE + 2 * MARGIN + max((round(_font().getlength(info.class_names[k])) for k in classes), default=0)
+    names = {k: figures.legible(info.class_names[k], k) for k in classes}
+    entry = LINE + 2 * MARGIN + max((round(_font().getlength(name)) for name in names.values()), default=0)
     per_row = max(1, picture.width // entry)
     legend_top = picture.height + MARGIN
     extended = Image.new("RGB", (picture.width, legend_top + LINE * math.ceil(len(classes) / per_row)), "white")
@@ -123,7 +124,7 @@ def _sheet(
     for i, k in enumerate(classes):
         left, top = i % per_row * entry, legend_top + i // per_row * LINE
         pen.rectangle((left, top + 2, left + LINE - 4, top + LINE - 3), info.colors[k], "black")
-        pen.text((left + LINE, top + 1), info.class_names[k], "black", _font())
+        pen.text((left + LINE, top + 1), names[k], "black", _font())
     return extended
 
 

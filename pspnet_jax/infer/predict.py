@@ -84,7 +84,8 @@ def predict(
         **segmenter.predictor.description,
         "format": server_format,
         "weights": parallel.checksum(segmenter.variables),
-        **({"maps": [*maps]} if maps else {}),  # without maps, results of earlier versions can be continued
+        **({} if server_format else {"colors": [*map(list, segmenter.info.colors)]}),
+        **({"maps": [*maps]} if maps else {}),
     }
     parallel.require_same({**settings, "images": len(images), "their names": [*images], "skip_existing": skip_existing})
     origin = next(iter(parallel.exchange({**(origin or {}), **settings}).values()))  # the paths may differ
@@ -305,14 +306,19 @@ def _refuse_overwriting(
 
 def _write_origin(output: epath.Path, origin: Mapping[str, Any], continued: bool) -> None:
     """Writes .origin.json before anything is computed; refuses to continue results of another origin."""
-    path = output / ORIGIN
-    if continued and path.exists() and files.read_json(path) != json.loads(json.dumps(origin)):
+    path, mine = output / ORIGIN, json.loads(json.dumps(origin))
+    before = files.read_json(path) if continued and path.exists() else mine
+    if before != mine and {**before, "input": mine.get("input")} == mine:
+        raise UserError(
+            f"--output {output}: has the results of another --input, {before.get('input')}; choose another --output"
+        )
+    if before != mine:
         raise UserError(
             f"--output {output}: its results come from another checkpoint or other settings ({path}); omit --skip_existing "
             "to replace them, or choose another --output"
         )
     with files.writing(output, "nothing was predicted"), files.atomic(path) as temporary:
-        temporary.write_text(json.dumps(origin, indent=2) + "\n")
+        temporary.write_text(json.dumps(mine, indent=2) + "\n")
 
 
 def _by_size(paths: Mapping[str, epath.PathLike], predictor: Predictor) -> Mapping[str, epath.PathLike]:

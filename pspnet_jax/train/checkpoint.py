@@ -208,9 +208,9 @@ class Checkpoints:
             others = sorted(path.name for path in self._directory.iterdir() if not path.name.isdigit())
             partial = f" (and {', '.join(others)}, left by an interrupted save or copy)" if others else ""
             complete = f"checkpoints {steps}" if steps else "no complete checkpoint"
-            raise MissingFileError(
-                f"checkpoint {which!r}: {self._directory} has {complete}{partial}; expected latest, best or one of these"
-            )
+            complete += ", of which none has a score" * (which == "best" and bool(steps))
+            expected = "expected latest" + ", best" * (which != "best") + " or one of these"
+            raise MissingFileError(f"checkpoint {which!r}: {self._directory} has {complete}{partial}; {expected}")
         return step
 
     def restore_newest(self, target: TrainState) -> TrainState | None:

@@ -282,12 +282,14 @@ def _should_stop_early(config: ConfigDict, checkpoints: Checkpoints) -> bool:
 
     This depends only on the saved scores, so that a resumed run stops at the same step as one without interruption.
     """
-    limit, stale = config.patience * config.every.eval, checkpoints.scores.steps_since_best(checkpoints.steps)
+    settings = resume.evaluation_settings(config)
+    limit, stale = config.patience * config.every.eval, checkpoints.scores.steps_since_best(checkpoints.steps, settings)
     if not limit or not parallel.max_over_processes(stale >= limit):
         return False
     logger.info(
-        f"stopped early: the best {config.eval.best_metric} is that of {stale} steps ago, and patience={config.patience} "
-        f"evaluations; step {checkpoints.steps[-1]} is saved, and the same command with a larger patience resumes"
+        f"stopped early: the best {config.eval.best_metric} is that of {stale} steps ago, with patience={config.patience} and "
+        f"every.eval={config.every.eval}; step {checkpoints.steps[-1]} is saved, and the same command with a larger patience "
+        "resumes"
     )
     return True
 

@@ -61,9 +61,15 @@ class Scores:
         newest = scores[max(scores)].get(SETTINGS)
         return -max((score[SCORE], -step) for step, score in scores.items() if score.get(SETTINGS) == newest)[1]
 
-    def steps_since_best(self, steps: Collection[int]) -> int:
-        """Returns the number of steps from the best of `steps` to the last one that was scored."""
-        return max(self._of_step) - best if (best := self.best(steps)) is not None else 0
+    def steps_since_best(self, steps: Collection[int], settings: Mapping[str, Any]) -> int:
+        """Returns the number of steps from the best of `steps` to the last one that was scored; 0 if that had other settings.
+
+        The settings are as in `add`, without the data.
+        """
+        if (best := self.best(steps)) is None:
+            return 0
+        last = max(self._of_step)
+        return last - best if {**(self._of_step[last].get(SETTINGS) or {}), "data": 0} == {**settings, "data": 0} else 0
 
     def _read(self, step: int) -> dict[str, Any] | None:
         paths = [self._directory / str(step) / name for name in ("score.json", "metrics/metrics")]

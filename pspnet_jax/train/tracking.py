@@ -24,7 +24,8 @@ PROJECT = "pspnet_jax"  # unless the environment names another
 
 def require(name: str) -> None:
     """Raises UserError unless the package of config.track is installed."""
-    if name and not importlib.util.find_spec(name):
+    spec = importlib.util.find_spec(name) if name else None
+    if name and not (spec and spec.origin):  # a folder of this name, such as wandb's own for its files, has no origin
         raise UserError(f"track={name!r}: its package is not installed; run pip install 'pspnet_jax[{name}]'")
 
 

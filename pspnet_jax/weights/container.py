@@ -25,7 +25,7 @@ UNPACK = "unpack it, and name the weights file in it"
 ARCHIVES = ((b"\x1f\x8b", "a gzip"), (b"BZh", "a bzip2"), (b"\xfd7zXZ", "an xz"), (b"7z\xbc\xaf", "a 7z"), (b"Rar!", "a rar"))
 # First bytes of files that do not hold weights, what they are, and what to do.
 UNSUPPORTED = (
-    (b"<", f"a web page, perhaps from a failed download: {AGAIN}"),
+    *((start, f"a web page, perhaps from a failed download: {AGAIN}") for start in (b"<!", b"<?", b"<h", b"<H")),
     (b"version https://git-lfs", f"a Git LFS pointer, not the file itself: run git lfs pull, or {AGAIN}"),
     *((magic, f"{kind} archive: {UNPACK}") for magic, kind in ARCHIVES),
 )

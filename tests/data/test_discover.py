@@ -85,6 +85,20 @@ def test_a_word_inside_the_name(images, labels, patterns):
     assert discover.match(patterns[0], paths, ()).keys() == discover.match(patterns[1], paths, ()).keys()
 
 
+@pytest.mark.parametrize(
+    ("images", "labels", "patterns"),
+    [
+        ("data/{}.jpg", "labels/{}.png", ("data/{name}.jpg", "labels/{name}.png")),
+        ("data/{}.jpg", "masks/{}_mask.png", ("data/{name}.jpg", "masks/{name}_mask.png")),
+        ("{}.jpg", "{}_mask.png", ("{name}.jpg", "{name}_mask.png")),
+    ],
+)
+@pytest.mark.parametrize("kinds", [("IMG_{}", "DSC_{}"), ("left_{}", "right_{}"), ("{}_left", "{}_right"), ("{}_rgb", "{}_ir")])
+def test_equal_names_come_before_words_that_differ(images, labels, patterns, kinds):
+    names = [kind.format(f"{i:03}") for kind in kinds for i in range(10)]
+    assert found([path.format(name) for path in (images, labels) for name in names])[0][:2] == patterns
+
+
 def test_labels_are_no_images():
     paths = [
         f"{season}/a{i}/a{i}_{kind}.tif" for season in ("fall", "snow") for i in range(4) for kind in ("10m_RGB", "labels")

@@ -104,3 +104,18 @@ def test_results_of_another_kind_are_refused(name, reason):
     call = extra.load(f"my_augmentation:{name}", 3)
     with pytest.raises(UserError, match=f"^augment.extra='my_augmentation:{name}' {re.escape(reason)}"):
         call(np.zeros((40, 48, 3), np.uint8), np.zeros((40, 48), np.uint8), generator(0, EXTRA, 0))
+
+
+def test_errors_of_the_module_and_of_the_function_are_sentences(tmp_path, monkeypatch):
+    (tmp_path / "unfinished_augmentation.py").write_text("def augment(:\n")
+    (tmp_path / "failing_augmentation.py").write_text("def augment(image, label, random):\n    return image[9, 9, 9, 9]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        UserError, match=r"^augment.extra='unfinished_augmentation:augment': .*unfinished_augmentation.py, line 1"
+    ):
+        extra.load("unfinished_augmentation:augment", 3)
+    call = extra.load("failing_augmentation:augment", 3)
+    with pytest.raises(
+        UserError, match=r"^augment.extra='failing_augmentation:augment': .*augmentation.py, line 2: IndexError: "
+    ):
+        call(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.uint8), np.random.default_rng(0))

@@ -353,6 +353,15 @@ def test_whole_image_inference_orders_images_by_size_and_logs_the_number_of_size
     assert len(results(tmp_path / "out")) == 15
 
 
+def test_results_of_another_input_are_not_continued(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(picture(40, 50)).save(tmp_path / "in/a.png")
+    run(tmp_path, origin={"step": 1, "input": "in"})
+    (tmp_path / "in/a.png").rename(tmp_path / "in/b.png")
+    with pytest.raises(UserError, match="out: has the results of another --input, in; choose another --output"):
+        run(tmp_path, origin={"step": 1, "input": "other"}, skip_existing=True)
+
+
 def test_results_of_another_checkpoint_are_not_reused(tmp_path):
     (tmp_path / "in").mkdir()
     Image.fromarray(picture(40, 50)).save(tmp_path / "in/a.png")

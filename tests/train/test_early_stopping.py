@@ -41,7 +41,9 @@ def test_a_run_stops_early_is_saved_and_can_be_resumed(tmp_path, caplog):
     assert train(tmp_path, patient(2), SCORES) == (8, 4)
     undefined = [message for message in caplog.messages if "'iou/traffic light' has no value" in message]
     assert [message.count("at step 2,") for message in undefined] == [1]
-    stopped = "stopped early: the best iou/traffic light is that of 4 steps ago, and patience=2 evaluations; step 8 is saved"
+    stopped = (
+        "stopped early: the best iou/traffic light is that of 4 steps ago, with patience=2 and every.eval=2; step 8 is saved"
+    )
     assert caplog.messages[-1].startswith(stopped)
     assert Checkpoints(tmp_path).steps == [4, 6, 8]  # the best and the latest two
     assert Checkpoints(tmp_path).find("best") == 4
@@ -50,6 +52,14 @@ def test_a_run_stops_early_is_saved_and_can_be_resumed(tmp_path, caplog):
     assert caplog.messages[-1].startswith(stopped)
     assert train(tmp_path, patient(3), SCORES[4:]) == (10, 1)
     assert Checkpoints(tmp_path).find("best") == 10
+
+
+def test_scores_of_other_settings_do_not_stop_a_run(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "pspnet_jax")
+    assert train(tmp_path, patient(2), SCORES) == (8, 4)
+    config = patient(1)
+    config.eval.best_metric = "mean_iou"
+    assert train(tmp_path, config, SCORES[4:]) == (10, 1)
 
 
 def test_an_interrupted_run_stops_at_the_same_step(tmp_path):
@@ -67,7 +77,7 @@ def test_an_interrupted_run_stops_at_the_same_step(tmp_path):
 
 def test_the_processes_of_a_job_stop_together(monkeypatch):
     """One of them may be unable to read a score."""
-    checkpoints = SimpleNamespace(scores=SimpleNamespace(steps_since_best=lambda steps: 2), steps=[8])
+    checkpoints = SimpleNamespace(scores=SimpleNamespace(steps_since_best=lambda *_: 2), steps=[8])
     for others in (0, 1):
         monkeypatch.setattr(loop.parallel, "max_over_processes", lambda own, others=others: max(own, others))
         assert loop._should_stop_early(patient(2), checkpoints) == bool(others)

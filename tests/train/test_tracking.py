@@ -38,6 +38,14 @@ def test_the_trackers_are_the_choices_of_the_field():
     assert validation.CHOICES["track"] == ("", *tracking.TRACKERS)
 
 
+def test_a_folder_is_no_package(tmp_path, monkeypatch):
+    """wandb writes to a folder of its name in the current directory."""
+    (tmp_path / "tracker_without_package").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="its package is not installed"):
+        tracking.require("tracker_without_package")
+
+
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     tracking.require("")
