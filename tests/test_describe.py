@@ -203,7 +203,7 @@ def test_parts_of_a_label_and_other_pictures_beside_it(tmp_path):
     write(tmp_path / "data/masks/legend.png", HALF)
     assert check(tmp_path / "data", tmp_path / "made.py") == 0
     text = (tmp_path / "made.py").read_text()
-    assert re.search(r"GUESS: 1 file\(s\) are no parts of labels, such as .*masks/3_1.png", text)
+    assert re.search(r"GUESS: 1 file\(s\), such as .*masks/3_1.png, are no parts of labels", text)
     assert "labels of other formats" not in text
 
 

@@ -204,13 +204,13 @@ def needs_tifffile(contents: bytes) -> bool:
     """
     try:
         with Image.open(io.BytesIO(contents)) as image:
-            deep = image.mode in ("RGB", "RGBA") and max(image.tag_v2[ExifTags.Base.BitsPerSample]) > 8  # type: ignore[attr-defined]
+            tags, size = dict(image.tag_v2), image.size  # type: ignore[attr-defined]
             if (pages := getattr(image, "n_frames", 1)) > 1:
                 image.seek(1)
-                if not image.tag_v2.get(ExifTags.Base.NewSubfileType, 0):  # type: ignore[attr-defined]
+                if image.size == size and not image.tag_v2.get(ExifTags.Base.NewSubfileType, 0):  # type: ignore[attr-defined]
                     raise UserError(f"has {pages} pages; save one label of class indices")
-            counts = [image.tag_v2.get(code, ()) for code in PIECES]  # type: ignore[attr-defined]
-            return deep or (image.mode != "P" and any(0 in of_kind for of_kind in counts))
+        deep = image.mode in ("RGB", "RGBA") and max(tags[ExifTags.Base.BitsPerSample]) > 8
+        return deep or (image.mode != "P" and any(0 in tags.get(code, ()) for code in PIECES))
     except UnidentifiedImageError:
         return True
 

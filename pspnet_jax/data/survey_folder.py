@@ -207,8 +207,10 @@ def _places(file: str, images: Sequence[str]) -> dict[str, int]:
       UserError: the file is no COCO file.
     """
     polygons.listed(file, {})
-    folders, places = sorted({os.path.dirname(image) for image in images}, key=discover.unlikely_images), dict[str, int]()
-    for among in (images, *([image for image in images if os.path.dirname(image) == place] for place in folders)):
+    parts, places = collections.defaultdict(list), dict[str, int]()
+    for image in images:
+        parts[os.path.dirname(image)].append(image)
+    for among in (images, *(parts[place] for place in sorted(parts, key=discover.unlikely_images))):
         with contextlib.suppress(UserError):  # several images of the same name
             known = {image: image for image in among}
             if in_file := [image for image in polygons.listed(file, known) if image in known]:
@@ -257,7 +259,7 @@ def _hints_about(others: Sequence[str], files: Sequence[tuple[str, str]]) -> Ite
         yield f"labels of other formats are not used, such as {converted[0]}: convert them"
     stems = {os.path.splitext(label)[0] for _, label in files}
     if parts := [path for path in others if re.sub(r"[_-]\d+$", "", os.path.splitext(path)[0]) in stems]:
-        yield f"GUESS: {len(parts):,} file(s) are no parts of labels, such as {parts[0]}; if they are, paint them into one"
+        yield f"GUESS: {len(parts):,} file(s), such as {parts[0]}, are no parts of labels; otherwise, paint each label into one"
 
 
 def _are_copies(pairs: Mapping[str, Sequence[layouts.Pair]]) -> bool:
