@@ -139,6 +139,8 @@ def test_values_at_edges_are_a_guess():
     smooth = {0: 0.9, 16: 0.001, 64: 0.02, 143: 0.001, 255: 0.078}
     entries = label_values.entries(label_values.Values(smooth, 9, 9), {})
     assert [entry.key for entry in entries if "only at edges" in entry.remark] == [16, 64, 143]
+    classes = {0: 0.01, 1: 0.08, 2: 0.39, 4: 0.002, 5: 0.01, 7: 0.01, 8: 0.02, 255: 0.4}
+    assert not any("edges" in entry.remark for entry in label_values.entries(label_values.Values(classes, 9, 9), {}))
 
 
 def test_numbers_of_objects_are_named_as_a_guess():

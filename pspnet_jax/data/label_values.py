@@ -185,9 +185,9 @@ def entries(values: Values, texts: Mapping[str, str]) -> list[Entry]:
     (names, source), found, several = _names(list(shares), texts), [], len(shares) > 2
     named = [key for key in {*shares, *names} - {255} if not _is_void(names.get(key, ""))]
     spelled = dict[str, str]()  # {name in lower case: its first form}
-    grays = range(1, 255) if {0, 255} <= shares.keys() else ()
-    edges = [key for key, share in shares.items() if key not in names and (share < RARE or key in grays)]
     odd = [key for key in shares if isinstance(key, int) and not 0 <= key < INDICES]
+    least = EDGES if {0, 255} <= shares.keys() and odd != [255] else RARE  # between black and white
+    edges = [key for key, share in shares.items() if key not in names and share < least]
     for key in sorted({*shares, *names}):
         default = "color_{}_{}_{}".format(*key) if isinstance(key, tuple) else key if isinstance(key, str) else f"class_{key}"
         name, remark = names.get(key, default), ""

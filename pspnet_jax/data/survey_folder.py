@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from etils import epath
@@ -148,21 +148,28 @@ def _candidates(folder: Folder, reasons: list[str]) -> Iterator[tuple[divide.Div
             matched = (discover.match(pattern, folder.paths, rule.splits) for pattern in (rule.images, rule.labels))
             kept.append((rule, [set(side.values()) for side in matched]))
     divided = [(rule, divide.divide(rule, folder.paths, folder.texts)) for rule, _ in kept]
+    used = {rule: set().union(*sides) for rule, sides in kept}
     for rule, division in sorted(divided, key=lambda d: -d[0].rank * (2 if d[1].split_file else 1)):
-        yield division, _alternatives(rule, division, divided)
+        yield division, _alternatives(rule, division, divided, used[rule])
     for rule, division in divided:
         if division.split_file:  # its list may be of another kind
             yield divide.divide(rule, folder.paths, {}), Alternatives()
 
 
 def _alternatives(
-    rule: discover.Rule, division: divide.Division, divided: Sequence[tuple[discover.Rule, divide.Division]]
+    rule: discover.Rule,
+    division: divide.Division,
+    divided: Sequence[tuple[discover.Rule, divide.Division]],
+    used: Collection[str],
 ) -> Alternatives:
-    """Returns the other patterns for the labels of a rule's images, and for the images of its labels, most likely first."""
+    """Returns the other patterns for the labels of a rule's images, and for the images of its labels, most likely first.
+
+    The rule uses some files itself.
+    """
     sides: dict[str, int] = {division.images: -1, division.labels: -1}
     for other, one in sorted(divided, key=lambda d: -d[0].rank):
         for side, pattern in enumerate((one.images, one.labels)):
-            if other.example[1 - side] == rule.example[1 - side]:
+            if other.example[1 - side] == rule.example[1 - side] and other.example[side] not in used:
                 sides.setdefault(pattern, side)
     return Alternatives(*([pattern for pattern, of in sides.items() if of == side] for side in (0, 1)))
 
