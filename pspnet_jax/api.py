@@ -96,7 +96,9 @@ def train(config: ConfigDict | str | os.PathLike, *, workdir: str | os.PathLike 
       SystemExit: SIGTERM (143) or Ctrl-C (130) was received, and the state is saved.
     """
     programs.skip_tpu_compiler()
-    given = config if isinstance(config, ConfigDict) else configs.load_recipe(os.fspath(config))
+    if not isinstance(config, ConfigDict | str | os.PathLike):
+        raise UserError(f"train({config!r}): expected a config, or the name or path of a recipe")
+    given = ConfigDict(config) if isinstance(config, ConfigDict) else configs.load_recipe(os.fspath(config))
     config = runs.prepare(configs.check(given.copy_and_resolve_references()), jax.device_count())
     directory = files.user_path(workdir or f"runs/{config.name}")
     jobs.train_run(config, directory)

@@ -223,6 +223,8 @@ def pixels(image: Image.Image, name: object, expected: PixelFormat = RGB8) -> np
     """
     if problem := expected.problem(_stored(image)):
         raise UserError(problem)
+    if expected.dtype == "uint16" and not image.mode.startswith("I;16"):
+        raise UserError("loses 8 of its 16 bits in Pillow; pass the path of the file, or uint16[H, W, C]")
     if _count_frames(image) > 1:
         _warn_once(SEVERAL_IMAGES, name)
     if expected.channels == 3 and image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:

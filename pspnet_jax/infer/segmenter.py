@@ -154,6 +154,10 @@ def _take(number: int, image: ImageLike, expected: PixelFormat) -> Example:
     It also has a number and a name, for messages.
     """
     if isinstance(image, str | os.PathLike):
+        from pspnet_jax.infer import video  # imports this module
+
+        if os.fspath(image).lower().endswith(video.SUFFIXES):
+            raise UserError(f"{image}: is a video; pass its frames, infer.video.frames(...), or use infer.video.write_overlay")
         return {"number": number, "name": str(path := files.absolute(image)), "image": path}
     name = f"image {number}"
     if not _is_image(image):

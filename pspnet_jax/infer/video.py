@@ -30,6 +30,7 @@ SUFFIXES = (
 LIVE = re.compile(r"(rtsp|rtsps|rtmp|rtmps|srt|udp|rtp|tcp|https?)://|/dev/video\d")  # URLs, and cameras on Linux
 KEPT_AUDIO = ("aac", "ac3", "alac", "eac3", "flac", "mp3", "opus")  # that an .mp4 can hold; other codecs are converted to AAC
 RATE = 25  # frames per second, if a video does not say it
+WHOLE = 0.98  # share of the frames that a whole file has, as its header may count some that are not shown
 SILENCE = 10.0  # seconds without data after which a stream counts as ended
 BT601, LIMITED = 6, 1  # FFmpeg's numbers of the color space and range to which RGB is converted here
 QUALITY = {"crf": "18", "preset": "fast"}  # of x264: the loss is hardly visible
@@ -68,9 +69,12 @@ def frames(source: epath.PathLike) -> Iterator[np.ndarray]:
       UserError: PyAV is not installed, or the video cannot be read.
     """
     with _opened(source) as (container, stream):
+        done, length = 0, _number_of_frames(container, stream)
         for packet in _packets(container, [stream], shown(source)):
             for frame in _decoded(packet, shown(source)):
                 yield _pixels(frame)
+                done += 1
+        _warn_if_shorter(shown(source), done, length)
 
 
 def write_overlay(
@@ -173,6 +177,7 @@ class _Writer:
                     advance(1)
             if not self._out_video:
                 raise UserError(f"{self._name}: the video has no frames that can be read")
+            _warn_if_shorter(self._name, done, length)
             self._output.mux(self._out_video.encode())
             if self._out_audio and not self._copies_audio:
                 self._output.mux(self._out_audio.encode())
@@ -315,6 +320,12 @@ def _number_of_frames(container: Any, stream: Any) -> float | None:
     if stream.frames or not (container.duration and stream.average_rate):
         return stream.frames or None
     return round(container.duration / av.time_base * stream.average_rate)
+
+
+def _warn_if_shorter(name: str, frames: int, length: float | None) -> None:
+    """Logs a warning about a file that ends early, given the number of its frames and what `_number_of_frames` says."""
+    if length and not is_live(name) and frames < WHOLE * length:
+        logger.warning(f"{name}: ends after {frames} of about {length} frames; if it is incomplete, copy it again")
 
 
 def _reason(error: Exception) -> str:

@@ -134,6 +134,8 @@ def _detect_zip_reader(path: epath.Path) -> Reader:
             names = zipfile.ZipFile(file).namelist()
     except zipfile.BadZipFile as error:
         raise UserError(f"{path}: is damaged (its end is missing): {AGAIN}") from error
+    except (ValueError, NotImplementedError) as error:  # a name or a version that no file has
+        raise UserError(f"{path}: is damaged ({error}): {AGAIN}") from error
     if any(name.endswith("/constants.pkl") for name in names):
         raise UserError(
             f"{path}: is a TorchScript archive, a program with its weights; if you trust it, save the weights alone: "
@@ -151,6 +153,8 @@ def _read_index(path: epath.Path) -> Content:
         if not shard.is_file():
             raise MissingFileError(f"{shard}: no such file; it is one of the {len(names)} shards in {path.name}")
         arrays |= pytorch.read_safetensors(shard) if shard.suffix == ".safetensors" else pytorch.read_torch(shard).arrays
+    if missing := [key for key in json.loads(path.read_bytes())["weight_map"] if key not in arrays]:
+        raise UserError(f"{path}: lists {len(missing)} array(s) that its shards lack, such as {missing[0]}: {AGAIN}")
     return Content(arrays)
 
 

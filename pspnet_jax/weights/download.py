@@ -168,10 +168,14 @@ def _append(name: str, out: BinaryIO, stream: Stream, done: int) -> str:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Authorizes requests that stay on the same server, as for a repository that was renamed."""
+    """Authorizes requests that stay on the same server, as for a repository that was renamed; refuses to leave https."""
 
     def redirect_request(self, req: urllib.request.Request, *args: Any) -> urllib.request.Request | None:
         new = super().redirect_request(req, *args)
+        if new and req.type == "https" and new.type != "https":  # others could alter the file on the way
+            raise UserError(
+                f"{req.full_url}: the server sends on to {new.full_url}, which is not encrypted; name another server"
+            )
         same = new and urllib.parse.urlsplit(new.full_url)[:2] == urllib.parse.urlsplit(req.full_url)[:2]
         if new and same and (authorization := req.unredirected_hdrs.get("Authorization")):
             new.add_unredirected_header("Authorization", authorization)

@@ -1,6 +1,7 @@
 """Config fields that match a weights file: network, normalization, classes and protocol."""
 
 import logging
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from ml_collections import ConfigDict
 
 from pspnet_jax import datasets
 from pspnet_jax.errors import UserError
+from pspnet_jax.weights import own
 from pspnet_jax.weights.source import Source
 
 logger = logging.getLogger(__name__)
@@ -30,14 +32,19 @@ def configure(config: ConfigDict, source: Source) -> None:
 
 
 def _dataset(source: Source, num_classes: int) -> tuple[str, tuple[str, ...], tuple[datasets.Color, ...]]:
-    """Returns the benchmark with this number of classes, unless the file names most classes differently."""
+    """Returns the benchmark with this number of classes, unless the file names others or, if it is ours, has other colors."""
     if num_classes in DATASETS:
         info = datasets.table(DATASETS[num_classes])
-        same = sum(ours == theirs for ours, theirs in zip(info.class_names, source.class_names, strict=False))
-        if not source.class_names or same > num_classes / 2:
+        same_names = [*map(_folded, source.class_names)] in ([], [*map(_folded, info.class_names)])
+        if same_names and (source.family is not own.FAMILY or source.colors in ((), info.colors)):
             return info.name, info.class_names, info.colors
     names = source.class_names or tuple(f"class {i}" for i in range(num_classes))
     return "folder", names, source.colors or datasets.voc_palette(num_classes)
+
+
+def _folded(name: str) -> str:
+    """Returns a name without what is spelled in several ways: case, spaces, hyphens and underscores."""
+    return re.sub(r"[\s_-]", "", name).lower()
 
 
 def assumptions(config: ConfigDict, source: Source) -> str:

@@ -170,6 +170,9 @@ def _detect_depth(path: str, shape: ShapeOf) -> int:
     for depth, expected in BLOCKS.items():
         if blocks == expected and basic == (depth in BASIC_DEPTHS):
             return depth
+    for stage, block in itertools.product(range(1, 5), range(max(map(max, BLOCKS.values())))):
+        if not kernel(f"layer{stage}_block{block}/conv1") and kernel(f"layer{stage}_block{block}/conv2"):
+            raise UserError(f"{path}: lacks the first kernel of block {block} of stage {stage}; the file is incomplete")
     raise UserError(
         f"{path}: its stages have {blocks} {'basic blocks' if basic else 'bottlenecks'}; expected a ResNet of depth "
         f"{', '.join(map(str, BLOCKS))}"
