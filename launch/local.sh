@@ -4,7 +4,8 @@
 #   launch/local.sh N ARGUMENT...    run python -m pspnet_jax.main ARGUMENT... in N processes that form one job
 #
 # If one process fails, the others get SIGTERM, and SIGKILL a minute later; the exit status is that of the one that failed.
-# Ctrl-C and SIGTERM reach all processes as SIGTERM: they save their state and stop (143). A second one stops them at once.
+# Ctrl-C and SIGTERM reach all processes as SIGTERM: they save their state and stop (143). A second Ctrl-C, more
+# than two seconds later, stops them at once.
 # With --dry-run, the commands are printed instead of run.
 
 set -euo pipefail
@@ -39,12 +40,17 @@ send() {
 }
 
 forward() {
-  signaled=true
-  send TERM
+  if [ "$1" = INT ] && [ -n "$signaled" ] && [ $((SECONDS - signaled)) -gt 2 ]; then
+    send KILL
+  else
+    signaled=${signaled:-$SECONDS}
+    send TERM
+  fi
 }
 
-pids=() left=0 status=0 failed='' signaled=false
-trap forward INT TERM HUP
+pids=() left=0 status=0 failed='' signaled=''
+trap 'forward TERM' TERM HUP
+trap 'forward INT' INT
 address=127.0.0.1:$(free_port)
 export JAX_PLATFORMS=cpu
 $dry_run || set -m # each process in its own process group: Ctrl-C reaches it only once, through `forward`
@@ -70,8 +76,8 @@ while [ $left -gt 0 ]; do
     pids[i]='' left=$((left - 1))
     if [ $code -ne 0 ] && [ $status -eq 0 ]; then
       status=$code failed=$SECONDS
-      $signaled || echo "process $i of $processes ended with status $code; ending the others" >&2
-      $signaled || forward
+      [ -n "$signaled" ] || echo "process $i of $processes ended with status $code; ending the others" >&2
+      [ -n "$signaled" ] || forward TERM
     fi
   done
   [ $status -eq 0 ] || [ $((SECONDS - failed)) -lt 60 ] || send KILL

@@ -153,7 +153,7 @@ require_shared_workdir() {
 require_installed_recipe() {
   local recipe
   recipe=$(value_of --config "$@")
-  [[ $recipe != *.py* || $recipe =~ ^(\./)?configs/ ]] ||
+  [[ $recipe == gs://* || ($recipe != *..* && ($recipe =~ ^(\./)?configs/ || ! $recipe =~ \.(py|json))) ]] ||
     misuse "--config $recipe: only the recipes in configs/ are installed on the workers; move it there, and set them up again"
 }
 

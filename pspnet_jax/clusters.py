@@ -65,6 +65,10 @@ def find_place(
             f"--process_id {process_id}: expected a number from 0 to {processes - 1}, as --processes is {processes}"
         )
     host, _, port = coordinator.rpartition(":")
+    try:
+        host.strip("[]").encode("idna")
+    except UnicodeError:  # an empty label, as of an empty variable in front of a domain
+        host = ""
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(f"--coordinator {coordinator}: expected HOST:PORT of the first process, such as 10.0.0.2:8476")
     return Place(coordinator, processes, process_id, local_id)

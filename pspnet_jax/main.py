@@ -185,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             jax.config.update("jax_platforms", "cpu")  # on a TPU machine, the compiler works while the TPU is busy
         _start_processes(arguments)
         _start_jax()
+        if arguments.mode != "predict":  # in which each process computes for itself
+            parallel.require_same({"devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"})
         if jax.process_index():
             logger.setLevel(logging.WARNING)  # only the first process logs progress
         with _interruptible():
@@ -222,7 +224,7 @@ def _start_processes(arguments: argparse.Namespace) -> None:
             "start it once, with --processes 1 (on a host of a TPU pod, also set JAX_PLATFORMS=cpu)"
         )
     # With several processes, JAX catches SIGTERM, for training, which saves its state; the other modes end at once.
-    jax.config.update("jax_enable_preemption_service", arguments.mode == "train")
+    jax.config.update("jax_enable_preemption_service", arguments.mode in ("train", "pretrain"))
     parallel.start_processes(place, {"--mode": arguments.mode}, arguments.start_timeout)
 
 

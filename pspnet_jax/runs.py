@@ -185,7 +185,11 @@ def restore_run(workdir: epath.Path, which: str, change: Change) -> Restored:
         changed = resume.differences(saved, config)
         if network := [c for c in changed if c.startswith(("model.", "normalize.", "dataset.image_dtype"))]:
             raise UserError(f"{'; '.join(network)}: the network cannot change after training; leave these fields out")
-        if unused := [c for c in changed if not c.startswith(("dataset.", "eval.")) or c.startswith("eval.best_metric")]:
+        if unused := [
+            c
+            for c in changed
+            if not c.startswith(("dataset.", "eval.", "parallel.spatial")) or c.startswith("eval.best_metric")
+        ]:
             logger.warning(f"{'; '.join(unused)}: only training uses these fields; they have no effect in this mode")
     if jax.process_count() > 1:
         parallel.require_same({"step": step, "weights": parallel.checksum(variables), **comparable(config)})

@@ -109,6 +109,7 @@ def test_devices_and_batch_size(run):
         ({"flip": 1}, "flip=1: expected a value like True"),
         ({"flip": None}, "flip=None: expected a value like True"),
         ({"devices": []}, "expected a path or a name, and a list of devices or None"),
+        ({"devices": ["cpu"]}, "expected a path or a name, and a list of devices or None"),
         ({"devices": jax.devices()[0]}, "expected a path or a name, and a list of devices or None"),
         ({"protocol": "semsge"}, "eval.protocol='semsge': expected one of 'semseg', 'caffe', 'mmseg'"),
         ({"checkpoint": 7}, r"checkpoint '7': .* has checkpoints \[0\]; expected latest, best or one of these"),
@@ -170,7 +171,12 @@ def test_training_takes_the_name_of_a_recipe_and_refuses_others(config, tmp_path
         pspnet_jax.train("quickstrat")
     with pytest.raises(UserError, match=r"dataset\.root"):
         pspnet_jax.train("camvid", workdir=tmp_path)
+    for wrong in (None, {"name": "quickstart"}):
+        with pytest.raises(UserError, match="expected a config, or the name or path of a recipe"):
+            pspnet_jax.train(wrong)
     config.total_steps = 0
+    with pytest.raises(UserError, match="total_steps=0: expected"):
+        pspnet_jax.train(configs.FrozenConfigDict(config), workdir=tmp_path)
     with pytest.raises(UserError, match="total_steps=0: expected more than 0"):
         pspnet_jax.train(config, workdir=tmp_path)
     with pytest.raises(UserError, match="config: the config lacks augment"):

@@ -180,6 +180,7 @@ def test_a_failing_detection_ends_in_one_sentence(monkeypatch):
         (("node", 4, 0), "--coordinator node: expected HOST:PORT"),
         ((":1", 4, 0), "--coordinator :1: expected HOST:PORT"),
         (("node:70000", 4, 0), "--coordinator node:70000: expected HOST:PORT"),
+        ((".cluster.local:8476", 4, 0), "--coordinator .cluster.local:8476: expected HOST:PORT"),
     ],
 )
 def test_a_wrong_place_is_refused(given, words):

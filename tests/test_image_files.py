@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -124,6 +125,18 @@ def test_unsupported_images_are_errors(tmp_path, monkeypatch):
             image_files.read(tmp_path / name)
         assert str(error.value).startswith(f"{tmp_path}/{name}: ")
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.jp2"])
+def test_images_of_pillow_do_not_lose_bits_in_silence(tmp_path, name):
+    cv2.imwrite(str(tmp_path / name), PIXELS.astype(np.uint16) * 257)
+    deep = image_files.PixelFormat(3, "uint16")
+    assert image_files.read(tmp_path / name, deep).max() > 255
+    with (
+        Image.open(tmp_path / name) as opened,
+        pytest.raises(UserError, match="loses 8 of its 16 bits in Pillow; pass"),
+    ):
+        image_files.pixels(opened, name, deep)
 
 
 def test_missing_pixels_are_an_error(tmp_path):

@@ -263,6 +263,8 @@ def test_resume_prints_its_commands(fakes):
         (["start", *POD, "--config", "configs/ade20k.py"], "start needs --workdir gs://BUCKET/DIR"),
         (["start", *POD, "--config", "configs/ade20k.py", "--workdir", "runs/a"], "start needs --workdir gs://BUCKET/DIR"),
         (["start", *POD, "--config=my.py:3", "--workdir=gs://b/a"], "--config my.py:3: only the recipes in configs/ are"),
+        (["start", *POD, "--config=configs/../my.py", "--workdir=gs://b/a"], "--config configs/../my.py: only the recipes in"),
+        (["start", *POD, "--config=runs/a/config.json", "--workdir=gs://b/a"], "--config runs/a/config.json: only the recipes"),
         (["start", *POD, "--config", "/a/my.py", "--workdir=gs://b/a"], "--config /a/my.py: only the recipes in configs/ are"),
     ],
 )
@@ -307,6 +309,17 @@ def test_signals_reach_each_local_process_once(fakes, received):
     os.killpg(process.pid, received)  # as the terminal does
     assert process.wait(timeout=60) == 143
     assert sorted((fakes / "signals").read_text().splitlines()) == ["TERM 0", "TERM 1", "TERM 2"]
+
+
+def test_a_second_interrupt_stops_local_processes_that_save_for_long(fakes):
+    answer(fakes, job="trap 'echo saving >> signals' TERM; while sleep 0.1; do :; done")
+    process = subprocess.Popen([*INTERRUPTIBLE_BASH, LAUNCH / "local.sh", "2", *JOB], start_new_session=True)
+    wait_for(lambda: (fakes / "started").exists() and len((fakes / "started").read_text().splitlines()) == 2)
+    for signals in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        assert process.poll() is None
+        process.send_signal(signals)
+        time.sleep(3.5)
+    assert process.wait(timeout=10) == 137
 
 
 @pytest.mark.parametrize("arguments", [[], ["0", *JOB], ["two", *JOB], ["2"]])

@@ -77,6 +77,24 @@ def test_a_tpu_slice_has_one_pod_per_host(tpu, label, hosts, chips):
     }
 
 
+def test_arguments_are_texts_for_kubectl():
+    """Which takes y for true and 1e-3 for a number, unlike PyYAML."""
+    text = launch(
+        "gke/jobset.py",
+        "train",
+        "image:1",
+        "--tpu",
+        "v5e:4x4",
+        "--",
+        "--config.name",
+        "y",
+        "--rate",
+        "1e-3",
+        "--workdir=gs://b/r",
+    )
+    assert all(f'- "{word}"\n' in text for word in ("--config.name", "y", "1e-3"))
+
+
 def test_several_slices_are_as_many_jobs():
     [manifest], replicas, job, _ = render("--tpu", "v5e:4x4", "--slices", "3")
     assert (replicas, job["completions"]) == (3, 4)

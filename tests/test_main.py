@@ -129,6 +129,8 @@ def test_evaluate_warns_about_images_that_were_trained_on(run, capsys):
 
 
 def test_fields_without_effect_cause_warnings(run, capsys, tmp_path):
+    assert main(["--mode=evaluate", f"--workdir={run[0]}", "--config.eval.best_metric=mean_f1"]) == 0
+    assert "eval.best_metric: 'mean_iou' -> 'mean_f1': only training uses these fields" in capsys.readouterr().out
     assert main(["--mode=evaluate", f"--workdir={run[0]}", "--config.total_steps=9"]) == 0
     assert "total_steps: 3 -> 9: only training uses these fields; they have no effect in this mode" in capsys.readouterr().out
     own = recipe(tmp_path / "own.py", run[1])

@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import signal
+import time
 import types
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from pspnet_jax.errors import UserError
 from pspnet_jax.main import main
 from pspnet_jax.train import checkpoint
 from tests import fakes
+from tests.processes import run_processes
 from tests.test_main import SMALL, error, recipe
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -194,6 +197,22 @@ def test_a_backbone_is_pretrained_resumed_and_then_segments(imagenet, tmp_path, 
     jax.tree.map(np.testing.assert_array_equal, variables["params"]["backbone"], pretrained["params"]["backbone"])
     run[1] = f"--workdir={tmp_path}/other"
     assert "it has a different network; set --config.model.stem=deep" in error(capsys, *run, "--config.model.stem=conv7")
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_saves_on_both(imagenet, tmp_path):
+    def stop(processes):
+        while not (tmp_path / "run/metrics.jsonl").exists() and processes[0].poll() is None:
+            time.sleep(0.05)
+        processes[0].send_signal(signal.SIGTERM)
+
+    flags = ["--mode=pretrain", "--config=configs/imagenet.py:18", f"--config.dataset.root={imagenet}"]
+    flags += ["--config.model.width=8", "--config.augment.crop=(33,33)", "--config.eval.crop=(33,33)", "--config.batch_size=8"]
+    flags += ["--config.total_steps=100_000", "--config.every.log=1", f"--workdir={tmp_path}/run"]
+    done = run_processes(2, "-m", "pspnet_jax.main", *flags, options=True, meanwhile=stop)
+    assert [process.returncode for process in done] == [143, 143], done[0].stderr
+    (step,) = (path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert f"stopped by SIGTERM; step {step} is saved" in done[0].stdout + done[0].stderr
 
 
 @pytest.mark.parametrize(

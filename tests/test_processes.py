@@ -318,6 +318,17 @@ def test_hosts_with_other_class_names_do_not_start_to_train(trained, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_hosts_with_other_numbers_of_devices_do_not_start(trained):
+    devices = "import os, sys; os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={1 + int(sys.argv[-1])}'\n"
+    command = "--mode=evaluate", "--workdir", str(trained[0] / "one")
+    done = run_processes(2, "-c", devices + MAIN, *command, options=True)
+    check_exit(done, 1)
+    for process in done:
+        (sentence,) = [line for line in process.stderr.splitlines() if not line.startswith("[Gloo]")]
+        assert "differs from process 0" in sentence
+        assert "devices='2 x cpu' instead of '1 x cpu'" in sentence
+
+
 def test_a_missing_process_ends_the_start_with_one_sentence():
     place = [f"--coordinator=127.0.0.1:{free_port()}", "--processes=2", "--process_id=0", "--start_timeout=1", "--distributed"]
     command = [sys.executable, "-m", "pspnet_jax.main", "--config=configs/quickstart.py", *place]

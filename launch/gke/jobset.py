@@ -65,6 +65,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+class Quoted(str):
+    """A text that is written in quotes: kubectl takes more words, such as y and 1e-3, for other types than PyYAML does."""
+
+
+yaml.SafeDumper.add_representer(Quoted, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
+
+
 def natural(given: str) -> int:
     if not given.isdecimal():
         raise argparse.ArgumentTypeError(f"{given}: expected a number from 0 on")
@@ -152,7 +159,7 @@ def jobset(options: argparse.Namespace) -> dict[str, Any]:
             {
                 "name": "pspnet",
                 "image": options.image,
-                "args": options.arguments,  # of the image's command, python -m pspnet_jax.main
+                "args": [*map(Quoted, options.arguments)],  # of the image's command, python -m pspnet_jax.main
                 **container,
             }
         ],

@@ -69,12 +69,12 @@ def frames(source: epath.PathLike) -> Iterator[np.ndarray]:
       UserError: PyAV is not installed, or the video cannot be read.
     """
     with _opened(source) as (container, stream):
-        done, length = 0, _number_of_frames(container, stream)
+        done = 0
         for packet in _packets(container, [stream], shown(source)):
             for frame in _decoded(packet, shown(source)):
                 yield _pixels(frame)
                 done += 1
-        _warn_if_shorter(shown(source), done, length)
+        _warn_if_shorter(shown(source), done, stream)
 
 
 def write_overlay(
@@ -177,7 +177,7 @@ class _Writer:
                     advance(1)
             if not self._out_video:
                 raise UserError(f"{self._name}: the video has no frames that can be read")
-            _warn_if_shorter(self._name, done, length)
+            _warn_if_shorter(self._name, done, self._stream)
             self._output.mux(self._out_video.encode())
             if self._out_audio and not self._copies_audio:
                 self._output.mux(self._out_audio.encode())
@@ -322,10 +322,10 @@ def _number_of_frames(container: Any, stream: Any) -> float | None:
     return round(container.duration / av.time_base * stream.average_rate)
 
 
-def _warn_if_shorter(name: str, frames: int, length: float | None) -> None:
-    """Logs a warning about a file that ends early, given the number of its frames and what `_number_of_frames` says."""
-    if length and not is_live(name) and frames < WHOLE * length:
-        logger.warning(f"{name}: ends after {frames} of about {length} frames; if it is incomplete, copy it again")
+def _warn_if_shorter(name: str, frames: int, stream: Any) -> None:
+    """Logs a warning about a file that ends early, if its header says how many frames it has, as that of an .mp4 does."""
+    if frames < WHOLE * stream.frames and not is_live(name):
+        logger.warning(f"{name}: ends after {frames} of {stream.frames} frames; if it is incomplete, copy it again")
 
 
 def _reason(error: Exception) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -223,12 +224,12 @@ class Checkpoints:
         """
         problems: dict[int, str] = {}
         for step in reversed(self.steps):
-            read = functools.partial(layout.read_state, self.path(step), target)
+            read = functools.partial(_read, self.path(step), target)
             items = functools.partial(layout.item_names, self.path(step), target)
             verdict, problem, state = integrity.read_checked(self.path(step), items, read)
             if verdict is Verdict.GOOD:
                 for bad, description in problems.items():
-                    aside = self._set_aside(bad)
+                    aside = self._set_aside(bad, description)
                     logger.warning(f"checkpoint {bad} {description}; moved to {aside}; using checkpoint {step}")
                 return state
             if verdict is Verdict.OTHER_NETWORK:
@@ -242,14 +243,17 @@ class Checkpoints:
             )
         return None
 
-    def _set_aside(self, step: int) -> epath.Path:
+    def _set_aside(self, step: int, description: str) -> epath.Path:
         aside = self._directory.parent / "set_aside" / str(step)
-        with parallel.fail_together(f"setting checkpoint {step} aside"), self._writing():
+        with parallel.fail_together(f"setting aside checkpoint {step}, which {description},"), self._writing():
             if jax.process_index() == 0:
                 aside.parent.mkdir(exist_ok=True)
                 if aside.exists():
                     aside.rmtree()
-                self.path(step).rename(aside)
+                if files.is_remote(aside):
+                    self.path(step).rename(aside)
+                else:
+                    shutil.move(self.path(step), aside)  # which may be on another disk
         self._manager.reload()
         self.scores.remove(step)
         return aside
@@ -258,6 +262,12 @@ class Checkpoints:
         """Waits until everything is written; raises UserError if the last checkpoint could not be."""
         with self._writing():
             self._manager.close()
+
+
+def _read(directory: epath.Path, target: TrainState) -> TrainState:
+    """Reads the state of a checkpoint whose config can be read, too."""
+    layout.read_config(directory)
+    return layout.read_state(directory, target)
 
 
 class _Best:

@@ -83,6 +83,30 @@ def test_frames_keep_their_times_and_are_drawn_over(tmp_path):
     np.testing.assert_allclose(colors, [0.75 * (40 + 10 * time) for time in TIMES], atol=4)
 
 
+def test_a_file_that_ends_early_is_named(tmp_path, caplog):
+    """As an .mp4 that was not copied to its end, whose header at the beginning has the number of all frames."""
+    for name in ("clip.mp4", "clip.mkv", "clip.ts"):
+        assert len(list(video.frames(write(tmp_path / name)))) == len(TIMES)
+    assert "ends after" not in caplog.text
+    noise = np.random.default_rng(0)
+    with av.open(str(tmp_path / "long.mp4"), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.height = stream.width = 64
+        for _ in range(30):
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(noise.integers(0, 256, (64, 64, 3), np.uint8), format="rgb24"))
+            )
+        container.mux(stream.encode())
+    content = (tmp_path / "long.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(content[: len(content) * 7 // 10])
+    found = len(list(video.frames(tmp_path / "cut.mp4")))
+    assert found < 30
+    assert f"cut.mp4: ends after {found} of 30 frames; if it is incomplete, copy it again" in caplog.text
+    caplog.clear()
+    assert video.write_overlay(Fake(), tmp_path / "cut.mp4", tmp_path / "out.mp4") == found
+    assert f"cut.mp4: ends after {found} of 30 frames" in caplog.text
+
+
 def test_sound_is_copied(tmp_path):
     video.write_overlay(Fake(), write(tmp_path / "clip.mp4", audio="aac"), tmp_path / "out.mp4")
     assert sound(tmp_path / "out.mp4") == sound(tmp_path / "clip.mp4")

@@ -453,6 +453,7 @@ def test_a_flipped_bit_anywhere_never_yields_wrong_values(tmp_path, large_state,
         ("weights/**/d/*", b"", "weights/batch_stats/large"),
         ("optimizer/**/d/*", b"", "optimizer/0"),
         ("data/metadata", b"120 files", "data"),
+        ("config/metadata", b"batch_size", "config"),
     ],
 )
 def test_what_has_changed_is_named(tmp_path, caplog, large_state, pattern, text, name):
@@ -461,6 +462,22 @@ def test_what_has_changed_is_named(tmp_path, caplog, large_state, pattern, text,
     flip(file, file.read_bytes().index(text) if text else file.stat().st_size // 2)
     assert int(Checkpoints(tmp_path).restore_newest(shapes_of(large_state)).step) == 2
     assert f"checkpoint 3 is damaged (content has changed since it was saved: {name}); moved to" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("_objects_that_orbax_abandons")
+def test_a_damaged_checkpoint_is_set_aside_on_another_disk(tmp_path, large_state, monkeypatch):
+    save_twice(tmp_path, large_state)
+    file = tmp_path / "checkpoints/3/config/metadata"
+    flip(file, file.stat().st_size // 2)
+
+    def rename(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "rename", rename)
+    assert int(Checkpoints(tmp_path).restore_newest(shapes_of(large_state)).step) == 2
+    assert (tmp_path / "set_aside/3/weights").exists()
+    assert not (tmp_path / "checkpoints/3").exists()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -136,6 +136,13 @@ def saved() -> bytes:
     return buffer.getvalue()
 
 
+def with_a_changed_entry(offset: int, value: int) -> bytes:
+    """Returns a file whose last entry in the list of its archive has another byte."""
+    content = bytearray(saved())
+    content[content.rfind(b"PK\x01\x02") + offset] = value
+    return bytes(content)
+
+
 REFUSED = {
     "empty": (b"", "is empty: download it again"),
     "zeros": (bytes(999), "has only zeros: download it again"),
@@ -146,6 +153,8 @@ REFUSED = {
     "tar": (tarred(), "is a tar archive: unpack it"),
     "zip": (zipped(["a/net.pth", "a/read.me"]), "is an archive of a/net.pth, a/read.me: unpack it"),
     "truncated": (saved()[:-200], "is damaged (its end is missing): download it again"),
+    "a name that is no text": (with_a_changed_entry(46, 0xF9), "is damaged ('utf-8' codec can't decode byte 0xf9"),
+    "another version": (with_a_changed_entry(6, 0xF0), "is damaged (zip file version 24.0): download it again"),
     "text": (b"name: 'PSPNet'\n", "is not a supported weights file: expected PyTorch's .pth"),
 }
 
@@ -193,6 +202,10 @@ def test_shards_are_joined(ending, stem, tmp_path):
     index = tmp_path / f"{stem}{ending}.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {f"model.{key}": file for file, key in files.items()}}))
     assert is_plain(container.read(index))
+    more = {"extra.weight": min(files), **{f"model.{key}": file for file, key in files.items()}}
+    (tmp_path / f"more{ending}.index.json").write_text(json.dumps({"weight_map": more}))
+    assert "lists 1 array(s) that its shards lack, such as extra.weight" in refusal(tmp_path / f"more{ending}.index.json")
+    (tmp_path / f"more{ending}.index.json").unlink()
     shard = tmp_path / min(files)
     assert refusal(shard) == f"{shard}: is one of 2 shards; give their index instead: {index}"
     shard.unlink()

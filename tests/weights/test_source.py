@@ -1,5 +1,6 @@
 """The keys, shapes, metadata and name of a weights file determine its source, and the source a config."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +9,11 @@ import pytest
 
 from pspnet_jax import datasets, models, validation, weights
 from pspnet_jax.config import base_config
+from pspnet_jax.errors import UserError
 
 torch = pytest.importorskip("torch")
+from pspnet_jax.weights import own, settings  # noqa: E402
+from pspnet_jax.weights.source import Source  # noqa: E402
 from tests.weights import reference_torch as reference  # noqa: E402
 
 # Configs as mmengine 0.10 and mmcv 1.x print them; those in published files have about 8,000 characters.
@@ -216,6 +220,7 @@ def test_head_kernel_and_level_width_follow_from_the_shapes(tmp_path):
 
 
 CITYSCAPES = datasets.table("cityscapes")
+TUNED = (*CITYSCAPES.class_names[:16], "crane", "tram", "scooter")
 
 
 @pytest.mark.parametrize(
@@ -233,6 +238,18 @@ CITYSCAPES = datasets.table("cityscapes")
             datasets.DatasetInfo("folder", tuple(f"part {i}" for i in range(19)), datasets.voc_palette(19)),
         ),
         (
+            19,  # fine-tuned on three other classes
+            {"dataset_meta": {"classes": [*CITYSCAPES.class_names[:16], "crane", "tram", "scooter"]}},
+            datasets.DatasetInfo(
+                "folder", (*CITYSCAPES.class_names[:16], "crane", "tram", "scooter"), datasets.voc_palette(19)
+            ),
+        ),
+        (
+            19,  # spelled otherwise
+            {"dataset_meta": {"classes": [name.replace(" ", "_").title() for name in CITYSCAPES.class_names]}},
+            CITYSCAPES,
+        ),
+        (
             2,  # invalid metadata is ignored
             {"CLASSES": ["sky"], "PALETTE": [[1, 2, 3], [4, 5, 256]]},
             datasets.DatasetInfo("folder", ("class 0", "class 1"), datasets.voc_palette(2)),
@@ -242,6 +259,28 @@ CITYSCAPES = datasets.table("cityscapes")
 def test_classes_come_from_the_metadata(classes, meta, expected, tmp_path):
     config = configured(mmseg(tmp_path / "pspnet_512x512.pth", classes=classes, **meta))
     assert datasets.describe(config.dataset) == expected
+
+
+@pytest.mark.parametrize("changed", ["", "colors", "order"])
+def test_our_files_keep_classes_and_colors_that_differ_from_the_benchmark(changed):
+    names, colors = CITYSCAPES.class_names, CITYSCAPES.colors
+    if changed == "colors":
+        colors = ((1, 2, 3), *colors[1:])
+    if changed == "order":
+        names = names[::-1]
+    config = base_config()
+    config.dataset.update({"name": "folder" if changed else "cityscapes", "class_names": names, "colors": colors})
+    described = json.loads(json.dumps(own.describe(config)))
+    source = Source(path="model.safetensors", **own.fields("model.safetensors", described))
+    assert settings._dataset(source, 19) == ("folder" if changed else "cityscapes", names, colors)
+
+
+def test_an_incomplete_file_names_what_it_lacks(tmp_path):
+    network = reference.SemsegPSPNet(18, 3)
+    arrays = {key: value for key, value in network.state_dict().items() if key != "layer2.0.conv1.weight"}
+    torch.save(arrays, tmp_path / "net.pth")
+    with pytest.raises(UserError, match="lacks the first kernel of block 0 of stage 2; the file is incomplete"):
+        weights.inspect(tmp_path / "net.pth")
 
 
 class Grouped(reference.ResNet):
