@@ -208,6 +208,8 @@ def from_server(name: str, url: str, authorization: str = "") -> OpenAt:
             if error.code in PASSING:
                 raise UnreachableError(name, answer, advice) from error
             raise UserError(f"{name}: {answer}; {advice}") from error
+        except UserError:  # of `_Redirects`
+            raise
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", "") or error
             raise UnreachableError(name, f"cannot be reached ({reason})", "check the network and the name") from error

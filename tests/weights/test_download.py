@@ -1,11 +1,13 @@
 """Downloads that go wrong on the way: busy servers, other processes, read-only caches, renamed repositories, buckets."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import pathlib
 import threading
 import time
+import urllib.request
 
 import filelock
 import numpy as np
@@ -133,3 +135,13 @@ def test_errors_of_a_bucket_are_retried_and_named(tmp_path, monkeypatch):
     bucket.failures = 9
     with pytest.raises(UserError, match=r"^gs://bucket/net.pth: cannot be read \(no credentials\); try again later$"):
         download.download("net", tmp_path / "other", download.from_bucket(bucket, 5))
+
+
+def test_a_server_that_sends_on_to_one_without_encryption_is_refused():
+    request = urllib.request.Request("https://a.org/net-5c0e0ea4.pth")
+    sent_on = functools.partial(download._Redirects().redirect_request, request, None, 302, "Found", {})
+    assert sent_on("https://b.org/net.pth").full_url == "https://b.org/net.pth"
+    with pytest.raises(
+        UserError, match=r"^https://a.org/net-5c0e0ea4.pth: the server sends on to http://b.org/net.pth, which is"
+    ):
+        sent_on("http://b.org/net.pth")
