@@ -69,7 +69,7 @@ class Header(NamedTuple):
     size: Size  # as stored
     orientation: int  # see `orientation`
     stored: PixelFormat
-    has_bands: bool = False  # whether it is a TIFF for tifffile, as its channels are not colors, or pieces of it are missing
+    for_tifffile: bool = False  # whether it is a TIFF whose channels are not colors, or of which pieces are not stored
 
     @property
     def upright_size(self) -> Size:
@@ -93,7 +93,7 @@ def decode(contents: bytes, name: object, expected: PixelFormat = RGB8) -> np.nd
     header = read_header(io.BytesIO(contents))
     if problem := expected.problem(header.stored):
         raise UserError(problem)
-    if header.kind == "TIFF" and (header.has_bands or expected.dtype != "uint8" or expected.channels not in (1, 3)):
+    if header.kind == "TIFF" and (header.for_tifffile or expected.dtype != "uint8" or expected.channels not in (1, 3)):
         image = decode_tiff(contents, header, name)
     elif expected.dtype == "uint16":
         image = _decode_with_opencv(contents)
@@ -150,11 +150,10 @@ def _tiff_header(file: IO[bytes]) -> Header:
             raise Image.DecompressionBombError
         is_palette = page.photometric == tifffile.PHOTOMETRIC.PALETTE
         has_bands = page.samplesperpixel > (1 if page.photometric == tifffile.PHOTOMETRIC.MINISBLACK else 4)
+        is_sparse = 0 in page.databytecounts and not is_palette
         stored = PixelFormat(3 if is_palette else page.samplesperpixel, str(page.dtype).replace("bool", "uint8"))
         size, tag = (page.imagelength, page.imagewidth), page.tags.valueof(ExifTags.Base.Orientation, default=1)
-        return Header(
-            "TIFF", size, tag if 1 <= tag <= 8 else 1, stored, has_bands or (0 in page.databytecounts and not is_palette)
-        )
+        return Header("TIFF", size, tag if 1 <= tag <= 8 else 1, stored, has_bands or is_sparse)
 
 
 def _stored(image: Image.Image) -> PixelFormat:
@@ -182,7 +181,7 @@ def decode_tiff(contents: bytes, header: Header, name: object) -> np.ndarray:
         if len(tiff.pages) > 1:
             _warn_once(SEVERAL_IMAGES, name)
         scaled = page.dtype == np.uint8 and tifffile.EXTRASAMPLE.UNASSALPHA in page.extrasamples  # by alpha, in OpenCV
-        if page.compression == tifffile.COMPRESSION.LZW and not (header.has_bands or scaled) and header.orientation == 1:
+        if page.compression == tifffile.COMPRESSION.LZW and not (header.for_tifffile or scaled) and header.orientation == 1:
             image = _decode_with_opencv(contents)  # in a third of the time, and without the optional package imagecodecs
             if image.shape == page.shape and image.dtype == page.dtype:
                 return image

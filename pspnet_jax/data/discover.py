@@ -216,7 +216,7 @@ def _of_longest_names(found: Mapping[tuple, list[tuple[str, str, str]]], both_wa
 
     kept = {}
     for key, pairs in found.items():
-        within = [s for k, s in partners.items() if {k, k[::-1]}.isdisjoint({key}) and all(map(shorter, k, key))]
+        within = [s for k, s in partners.items() if key not in (k, k[::-1]) and all(map(shorter, k, key))]
         firsts, seconds = (set().union(*side) for side in zip(*within, strict=True)) if within else (set(), set())
         kept[key] = [pair for pair in pairs if pair[1] not in firsts or pair[2] not in seconds]
     return {key: pairs for key, pairs in kept.items() if pairs}
